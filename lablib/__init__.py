@@ -1,0 +1,8 @@
+"""The lab's machinery; a notebook imports what it needs from here."""
+
+from lablib.config import TrainingConfig
+from lablib.data import ImageData, stratified_split
+from lablib.experiment import Experiment, experiment
+from lablib.models import MLP, ResidualBlock, ResidualMLP
+from lablib.sources import load_data
+from lablib.trainer import StreamlinedTrainer

@@ -1,0 +1,57 @@
+"""Random rotation, shift and flip of a batch, drawn for each image on its own, on the batch's device."""
+
+import torch
+from torch.nn import functional as F
+
+
+def affine(
+    images: torch.Tensor, angles: torch.Tensor, shifts: torch.Tensor, flips: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Rotate, shift and mirror each image about its centre; what comes in from outside is 0.
+
+    images: float, batch × channels × height × width. angles: degrees anticlockwise, batch. shifts: pixels to the right
+    and down, batch × 2. flips: True mirrors left and right (before the rotation), batch.
+    Bilinear; the same picture as `torchvision.transforms.functional.affine` makes image by image.
+    """
+    height, width = images.shape[-2:]
+    radians = torch.deg2rad(angles)
+    cos, sin = radians.cos(), radians.sin()
+    # grid_sample asks where an output pixel comes from: the inverse map, in coordinates from -1 to 1 a side.
+    # Built by broadcasting, since F.affine_grid's batched product takes longer than the sampling.
+    dx, dy = shifts[:, 0] * (2 / width), shifts[:, 1] * (2 / height)
+    aspect = height / width
+    x = torch.linspace(-1 + 1 / width, 1 - 1 / width, width, device=images.device) - dx[:, None]  # (batch, width)
+    y = torch.linspace(-1 + 1 / height, 1 - 1 / height, height, device=images.device) - dy[:, None]  # (batch, height)
+    cos, sin = cos[:, None, None], sin[:, None, None]
+    grid = images.new_empty(len(images), height, width, 2)
+    torch.sub(cos * x[:, None, :], sin * aspect * y[:, :, None], out=grid[..., 0])
+    torch.add(sin / aspect * x[:, None, :], cos * y[:, :, None], out=grid[..., 1])
+    if flips is not None:
+        grid[..., 0] *= 1 - 2 * flips.to(images.dtype)[:, None, None]
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+
+
+def augment(
+    images: torch.Tensor,
+    rotation_degrees: float = 0.0,
+    translation_fraction: float = 0.0,
+    horizontal_flip: bool = False,
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
+    """Draw a rotation, a shift and a flip for each image of a batch and apply them.
+
+    images: float, batch × channels × height × width. The angle is uniform in ± `rotation_degrees`, the shift uniform in
+    ± `translation_fraction` of the width and of the height, and one image in two is mirrored if `horizontal_flip`.
+    Without a generator PyTorch's own is used, whose state a checkpoint holds.
+    """
+    batch, _, height, width = images.shape
+    if not rotation_degrees and not translation_fraction:
+        if not horizontal_flip:
+            return images
+        flips = torch.rand(batch, generator=generator, device=images.device) < 0.5
+        return torch.where(flips.view(-1, 1, 1, 1), images.flip(-1), images)
+    draws = torch.rand(4, batch, generator=generator, device=images.device)
+    angles = (2 * draws[0] - 1) * rotation_degrees
+    size = torch.tensor([width, height], device=images.device)
+    shifts = (2 * draws[1:3].T - 1) * translation_fraction * size
+    return affine(images, angles, shifts, draws[3] < 0.5 if horizontal_flip else None)

@@ -1,0 +1,205 @@
+"""TrainingConfig: every knob of a run, checked when it is made."""
+
+import dataclasses
+import difflib
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments
+
+OPTIMIZERS = ("adam", "adamw", "sgd")
+LR_SCHEDULES = ("constant", "cosine")
+EARLY_STOPPING_METRICS = ("accuracy", "loss")
+PRECISIONS = ("auto", "fp32", "bf16")
+DEVICES = ("auto", "cpu", "cuda", "mps")
+
+# What has no influence on the science of a run: who is told about it, and where its files lie.
+NOT_IDENTITY = (
+    "output_dir",
+    "device",
+    "use_wandb",
+    "wandb_project",
+    "wandb_group",
+    "wandb_tags",
+    "use_telegram_notifications",
+    "telegram_additional_info",
+)
+
+
+@dataclass(kw_only=True, frozen=True)
+class TrainingConfig:
+    """Every knob of one run.
+
+    Raises ValueError when it is made with a value that is not allowed, naming the field, the value and what is allowed.
+    To change a knob, make another config: `dataclasses.replace(config, seed=1)`.
+    """
+
+    num_epochs: int = 60  # at most; early stopping may end a run sooner
+    batch_size: int = 256  # images
+    learning_rate: float = 1e-3
+    optimizer: str = "adam"
+    weight_decay: float = 0.0  # as the optimizer defines it: L2 for adam and sgd, decoupled for adamw
+    lr_schedule: str = "constant"  # "cosine" falls to 0 over num_epochs
+    warmup_fraction: float = 0.0  # part of all steps in which the rate rises linearly from 0
+    max_grad_norm: float | None = None  # None: gradients are not clipped
+    validation_split: float = 0.1  # part of the training set, stratified by class
+    early_stopping_patience: int | None = 10  # epochs without improvement; None or 0: never
+    early_stopping_metric: str = "accuracy"  # on the validation part; it also chooses the best epoch
+    rotation_degrees: float = 10.0  # an angle from [-r, r] an image
+    translation_fraction: float = 0.1  # a shift of up to this part of the height and of the width
+    horizontal_flip: bool = False
+    precision: str = "auto"  # "bf16" is autocast; "auto" takes it for convolutions where the hardware is fast at it
+    device: str = "auto"  # cuda, else mps, else cpu
+    seed: int = 0  # split, initial weights, order of the images, augmentation, dropout
+    output_dir: str = "runs"  # the run store
+    use_wandb: bool = False
+    wandb_project: str = "residual-and-distillation-lab"
+    wandb_group: str | None = None
+    wandb_tags: tuple[str, ...] = ()
+    use_telegram_notifications: bool = False
+    telegram_additional_info: str = ""
+    training_arguments: dict[str, Any] = field(default_factory=dict)  # any further transformers.TrainingArguments
+
+    def __post_init__(self):
+        if isinstance(self.wandb_tags, list):
+            object.__setattr__(self, "wandb_tags", tuple(self.wandb_tags))
+        if isinstance(self.output_dir, Path):
+            object.__setattr__(self, "output_dir", str(self.output_dir))
+        self._check_int("num_epochs", 1)
+        self._check_int("batch_size", 1)
+        self._check_number("learning_rate", "a number above 0", lambda x: x > 0)
+        self._check_choice("optimizer", OPTIMIZERS)
+        self._check_number("weight_decay", "a number of at least 0", lambda x: x >= 0)
+        self._check_choice("lr_schedule", LR_SCHEDULES)
+        self._check_number("warmup_fraction", "a number from 0 to below 1", lambda x: 0 <= x < 1)
+        if self.max_grad_norm is not None:
+            self._check_number("max_grad_norm", "None or a number above 0", lambda x: x > 0)
+        self._check_number("validation_split", "a number above 0 and below 1", lambda x: 0 < x < 1)
+        if self.early_stopping_patience is not None:
+            self._check_int("early_stopping_patience", 0, "None, or ")
+            if self.early_stopping_patience == 0:
+                object.__setattr__(self, "early_stopping_patience", None)
+        self._check_choice("early_stopping_metric", EARLY_STOPPING_METRICS)
+        self._check_number("rotation_degrees", "a number from 0 to 180", lambda x: 0 <= x <= 180)
+        self._check_number("translation_fraction", "a number from 0 to 1", lambda x: 0 <= x <= 1)
+        self._check_bool("horizontal_flip")
+        self._check_choice("precision", PRECISIONS)
+        if not isinstance(self.device, str) or self.device.partition(":")[0] not in DEVICES:
+            raise self._error("device", f"one of {_listed(DEVICES)}, or a numbered one such as 'cuda:1'")
+        self._check_int("seed", 0)
+        self._check_text("output_dir")
+        self._check_bool("use_wandb")
+        self._check_text("wandb_project")
+        if self.wandb_group is not None:
+            self._check_text("wandb_group", "None or ")
+        if not isinstance(self.wandb_tags, tuple) or not all(isinstance(tag, str) for tag in self.wandb_tags):
+            raise self._error("wandb_tags", "a tuple or list of strings")
+        self._check_bool("use_telegram_notifications")
+        if not isinstance(self.telegram_additional_info, str):
+            raise self._error("telegram_additional_info", "a string")
+        self._check_training_arguments()
+
+    def _error(self, name: str, allowed: str) -> ValueError:
+        return ValueError(f"TrainingConfig: {name} = {getattr(self, name)!r}, but {name} must be {allowed}")
+
+    def _check_int(self, name: str, least: int, also: str = ""):
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise self._error(name, f"{also}a whole number of at least {least}")
+
+    def _check_number(self, name: str, allowed: str, holds):
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise self._error(name, allowed)
+        if not holds(value):
+            raise self._error(name, allowed)
+
+    def _check_choice(self, name: str, choices: tuple[str, ...]):
+        if getattr(self, name) not in choices:
+            raise self._error(name, f"one of {_listed(choices)}")
+
+    def _check_bool(self, name: str):
+        if not isinstance(getattr(self, name), bool):
+            raise self._error(name, "True or False")
+
+    def _check_text(self, name: str, also: str = ""):
+        if not isinstance(getattr(self, name), str) or not getattr(self, name):
+            raise self._error(name, f"{also}a string that is not empty")
+
+    def _check_training_arguments(self):
+        if not isinstance(self.training_arguments, dict):
+            raise self._error("training_arguments", "a dict of transformers.TrainingArguments fields")
+        known = {f.name for f in dataclasses.fields(TrainingArguments) if f.init}
+        owned = self._own_arguments("", bf16=False)
+        for name in self.training_arguments:
+            if name in owned:
+                raise ValueError(
+                    f"TrainingConfig: training_arguments has {name!r}, which TrainingConfig sets itself; "
+                    "use its own field"
+                )
+            if name not in known:
+                close = difflib.get_close_matches(str(name), known, n=1)
+                hint = f"; did you mean {close[0]!r}?" if close else ""
+                raise ValueError(
+                    f"TrainingConfig: training_arguments has {name!r}, which is no field of "
+                    f"transformers.TrainingArguments{hint}"
+                )
+
+    def _own_arguments(self, output_dir: str, bf16: bool) -> dict[str, Any]:
+        schedule = self.lr_schedule
+        if schedule == "constant" and self.warmup_fraction:
+            schedule = "constant_with_warmup"
+        return {
+            "output_dir": output_dir,
+            "num_train_epochs": self.num_epochs,
+            "per_device_train_batch_size": self.batch_size,
+            "per_device_eval_batch_size": max(self.batch_size, 1000),
+            "learning_rate": self.learning_rate,
+            "weight_decay": self.weight_decay,
+            "lr_scheduler_type": schedule,
+            "warmup_steps": self.warmup_fraction,  # below 1 it is a fraction of all steps
+            "max_grad_norm": self.max_grad_norm or 0.0,
+            "seed": self.seed,
+            "data_seed": self.seed,
+            "bf16": bf16,
+            "use_cpu": self.device == "cpu",
+            "eval_strategy": "epoch",
+            "save_strategy": "epoch",
+            "logging_strategy": "epoch",
+            "load_best_model_at_end": True,
+            "metric_for_best_model": f"eval_{self.early_stopping_metric}",
+            "greater_is_better": self.early_stopping_metric == "accuracy",
+            "logging_nan_inf_filter": False,  # the trainer stops on a loss that is not finite instead
+            "remove_unused_columns": False,
+        }
+
+    def to_training_arguments(self, output_dir: str, *, bf16: bool = False) -> TrainingArguments:
+        """The same knobs as `transformers.TrainingArguments`; checkpoints go to `output_dir`.
+
+        `training_arguments` come last, so that they can set everything that this config does not.
+        """
+        defaults = {
+            "save_total_limit": 2,
+            "restore_callback_states_from_checkpoint": True,  # or the patience would start anew on resume
+            "disable_tqdm": True,
+            "report_to": "none",
+            "log_level": "error",
+            "dataloader_pin_memory": False,  # the images are on the device already
+            "ddp_find_unused_parameters": False,
+        }
+        return TrainingArguments(**self._own_arguments(output_dir, bf16), **{**defaults, **self.training_arguments})
+
+    def identity(self) -> dict[str, Any]:
+        """The knobs that change what a run finds out, for the run's hash.
+
+        Those at their defaults are left out, so that a knob added later does not orphan the runs that are there.
+        """
+        defaults = {f.name: f.default for f in dataclasses.fields(self)} | {"training_arguments": {}}
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {k: v for k, v in values.items() if k not in NOT_IDENTITY and v != defaults[k]}
+
+
+def _listed(choices: tuple[str, ...]) -> str:
+    return ", ".join(repr(choice) for choice in choices)

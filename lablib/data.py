@@ -1,0 +1,148 @@
+"""A name or a folder -> ImageData (uint8 tensors in memory); and its parts: training, validation, test."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from sklearn.model_selection import train_test_split
+from torch.utils.data import Dataset
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """A classification data set in memory.
+
+    Images are uint8, images × channels × height × width; labels are int64 class numbers, images.
+    Raises ValueError where shapes, types or labels do not fit together, or a class has no image.
+    """
+
+    name: str
+    train_images: torch.Tensor
+    train_labels: torch.Tensor
+    test_images: torch.Tensor
+    test_labels: torch.Tensor
+    class_names: tuple[str, ...]
+
+    def __post_init__(self):
+        for part in ("train", "test"):
+            self._check_part(part, getattr(self, f"{part}_images"), getattr(self, f"{part}_labels"))
+        if self.train_images.shape[1:] != self.test_images.shape[1:]:
+            raise ValueError(
+                f"{self.name}: the training images are {tuple(self.train_images.shape[1:])} and the test images "
+                f"{tuple(self.test_images.shape[1:])} (channels, height, width); they must be of one size"
+            )
+        if len(self.class_names) < 2:
+            raise ValueError(f"{self.name} has {len(self.class_names)} class; a classifier needs at least two")
+
+    def _check_part(self, part: str, images: torch.Tensor, labels: torch.Tensor):
+        if images.dtype != torch.uint8 or images.ndim != 4:
+            raise ValueError(
+                f"{self.name}: the {part} images are {images.dtype} of shape {tuple(images.shape)}; "
+                "they must be torch.uint8, images × channels × height × width"
+            )
+        if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+            raise ValueError(
+                f"{self.name}: the {part} labels are {labels.dtype} of shape {tuple(labels.shape)}; "
+                f"they must be torch.int64, one for each of the {len(images)} images"
+            )
+        counts = np.bincount(labels.clamp(min=0).numpy(), minlength=len(self.class_names))
+        if len(counts) > len(self.class_names) or (len(labels) and labels.min() < 0):
+            raise ValueError(
+                f"{self.name}: the {part} labels go from {labels.min()} to {labels.max()}, "
+                f"but there are {len(self.class_names)} classes, so they must be 0 to {len(self.class_names) - 1}"
+            )
+        for name, count in zip(self.class_names, counts, strict=True):
+            if count == 0:
+                raise ValueError(f"{self.name}: class {name!r} has no {part} images; each class needs some")
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width)"""
+        return tuple(self.train_images.shape[1:])
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    @cached_property
+    def channel_statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and standard deviation of the training images by channel, on the scale 0 to 1."""
+        pixels = self.train_images.transpose(0, 1).flatten(1)  # (channels, pixels of all images)
+        counts = torch.stack([torch.bincount(channel, minlength=256) for channel in pixels]).double()
+        values = torch.arange(256, dtype=torch.float64) / 255
+        mean = (counts * values).sum(1) / counts.sum(1)
+        variance = (counts * (values - mean[:, None]) ** 2).sum(1) / counts.sum(1)
+        std = variance.sqrt().where(variance > 0, 1.0)  # a constant channel stays what it is
+        return mean.float(), std.float()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over every image, label and class name: two data sets with the same one are the same."""
+        digest = hashlib.sha256(repr((self.image_shape, self.class_names)).encode())
+        for tensor in (self.train_images, self.train_labels, self.test_images, self.test_labels):
+            digest.update(tensor.contiguous().numpy())
+        return digest.hexdigest()
+
+    def __getstate__(self):
+        # As arrays, joblib hands the images to its worker processes in a shared memory map instead of copying them.
+        return {k: self._arrays[k] if isinstance(v, torch.Tensor) else v for k, v in self._fields.items()} | {
+            "fingerprint": self.fingerprint
+        }
+
+    def __setstate__(self, state):
+        for name, value in state.items():
+            self.__dict__[name] = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+
+    @property
+    def _fields(self) -> dict:
+        return {name: self.__dict__[name] for name in self.__dataclass_fields__}
+
+    @cached_property
+    def _arrays(
+        self,
+    ) -> dict[str, np.ndarray]:  # kept, since joblib recognises an array that it has seen by its identity
+        return {k: v.numpy() for k, v in self._fields.items() if isinstance(v, torch.Tensor)}
+
+
+class ImageBatches(Dataset):
+    """Some images of a data set by index; `__getitems__` gives a whole batch at once.
+
+    A batch is {"images": uint8, batch × channels × height × width; "labels": int64, batch}.
+    """
+
+    def __init__(self, images: torch.Tensor, labels: torch.Tensor, indices: torch.Tensor | None = None):
+        self.images, self.labels = images, labels
+        self.indices = torch.arange(len(labels)) if indices is None else indices
+        self.indices = self.indices.to(images.device)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {key: value[0] for key, value in self.__getitems__([index]).items()}
+
+    def __getitems__(self, positions: Sequence[int]) -> dict[str, torch.Tensor]:
+        chosen = self.indices[torch.tensor(positions, device=self.indices.device)]
+        # index_select copies whole images; indexing with [] takes 20 times as long for uint8
+        return {"images": self.images.index_select(0, chosen), "labels": self.labels.index_select(0, chosen)}
+
+
+def stratified_split(labels: torch.Tensor, validation_split: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Indices of the training and of the validation part, sorted; each class is shared out alike.
+
+    Raises ValueError where a class has too few images to be in both parts.
+    """
+    counts = torch.bincount(labels)
+    num_validation = round(validation_split * len(labels))
+    if counts[counts > 0].min() < 2 or num_validation < len(counts) or len(labels) - num_validation < len(counts):
+        raise ValueError(
+            f"{len(labels)} images, {counts.min()} of the rarest of {len(counts)} classes, cannot be split with "
+            f"validation_split = {validation_split}: each part needs an image of each class; add images or change it"
+        )
+    train, validation = train_test_split(
+        np.arange(len(labels)), test_size=num_validation, stratify=labels.numpy(), random_state=seed
+    )
+    return torch.from_numpy(np.sort(train)), torch.from_numpy(np.sort(validation))

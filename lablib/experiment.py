@@ -1,0 +1,141 @@
+"""An experiment: some models × some seeds -> their runs, trained side by side where there are cores for it."""
+
+import traceback
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+import joblib
+import pandas as pd
+import torch
+from torch import nn
+
+from lablib.config import TrainingConfig
+from lablib.data import ImageData
+from lablib.progress import RunProgress
+from lablib.runs import DamagedRunError, Run, build_seeded, load_run, run_path, train_or_load
+from lablib.trainer import StreamlinedTrainer
+
+
+@dataclass
+class Experiment:
+    """The runs that one table or figure compares, by model name and seed; and the failures, with their errors."""
+
+    data: ImageData
+    config: TrainingConfig
+    models: dict[str, Callable[[], nn.Module]]
+    seeds: tuple[int, ...]
+    runs: dict[tuple[str, int], Run] = field(default_factory=dict)
+    failures: dict[tuple[str, int], str] = field(default_factory=dict)
+
+    def values(self, model: str, key: str = "test_accuracy") -> dict[int, float]:
+        """One figure of a model's results, by seed."""
+        return {seed: run.result[key] for (name, seed), run in sorted(self.runs.items()) if name == model}
+
+    def histories(self) -> pd.DataFrame:
+        """Every run's metrics by epoch: model, seed, epoch, train_loss, val_loss, ..."""
+        rows = [
+            {"model": name, "seed": seed, **row}
+            for name in self.models
+            for seed in self.seeds
+            if (name, seed) in self.runs
+            for row in self.runs[name, seed].history
+        ]
+        return pd.DataFrame(rows)
+
+    def trained_model(self, model: str, seed: int | None = None) -> nn.Module:
+        """A model with the best epoch's weights of one of its runs (of the first seed by default), in eval mode."""
+        seed = self.seeds[0] if seed is None else seed
+        if (model, seed) not in self.runs:
+            raise KeyError(f"no finished run of {model!r} with seed {seed}: {self.failures.get((model, seed), '')}")
+        return self.runs[model, seed].load_weights(self.models[model]())
+
+    def __or__(self, other: "Experiment") -> "Experiment":
+        """Both experiments' models and runs as one; the seeds are those of either."""
+        if other.data.fingerprint != self.data.fingerprint:
+            raise ValueError(f"experiments on {self.data.name} and {other.data.name} cannot be joined")
+        return Experiment(
+            self.data,
+            self.config,
+            self.models | other.models,
+            tuple(sorted({*self.seeds, *other.seeds})),
+            self.runs | other.runs,
+            self.failures | other.failures,
+        )
+
+
+def experiment(
+    models: Mapping[str, Callable[[], nn.Module]],
+    config: TrainingConfig,
+    data: ImageData,
+    seeds: Iterable[int],
+    *,
+    jobs: int = 1,
+    trainer_class: type[StreamlinedTrainer] = StreamlinedTrainer,
+) -> Experiment:
+    """Train each model with each seed, or load the runs that are finished.
+
+    `models` gives for each name a function without arguments that builds the network. `jobs` runs go side by side
+    through joblib, each with its share of the threads; `joblib.parallel_config` sends them elsewhere. A run that fails
+    is reported by a warning and in the experiment's `failures`; the others go on.
+    """
+    models, seeds = dict(models), tuple(seeds)
+    if not models or not seeds:
+        raise ValueError(f"an experiment needs a model and a seed; it has {len(models)} models and {len(seeds)} seeds")
+    if isinstance(jobs, bool) or not isinstance(jobs, int) or jobs == 0:
+        raise ValueError(f"jobs = {jobs!r}, but it must be a whole number: runs side by side, or -1 for one a core")
+    result = Experiment(data, config, models, seeds)
+    pending = {}
+    for key in ((name, seed) for name in models for seed in seeds):
+        path = run_path(models[key[0]], replace(config, seed=key[1]), data, trainer_class)
+        try:
+            run = load_run(path)
+        except DamagedRunError:
+            run = None  # train_or_load will report it and train it again
+        if run:
+            result.runs[key] = run
+        else:
+            pending[key] = path
+    if pending:
+        _train_pending(result, pending, jobs, trainer_class)
+    return result
+
+
+def _train_pending(result: Experiment, pending: dict, jobs: int, trainer_class):
+    jobs = min(joblib.effective_n_jobs(jobs), len(pending))
+    threads = max(1, joblib.cpu_count() // jobs) if jobs > 1 else None
+    tasks = (
+        joblib.delayed(_train_one)(
+            key, result.models[key[0]], replace(result.config, seed=key[1]), result.data, trainer_class, threads
+        )
+        for key in pending
+    )
+    # mmap_mode "c": the workers share the images' memory, and may write to their own copy
+    parallel = joblib.Parallel(n_jobs=jobs, return_as="generator_unordered", mmap_mode="c", pre_dispatch=jobs)
+    names = {f"{name}, seed {seed}": path for (name, seed), path in pending.items()}
+    with RunProgress(names, result.config.num_epochs, finished=len(result.runs)) as progress:
+        for key, run, error in parallel(tasks):
+            name, seed = key
+            if run is not None:
+                result.runs[key] = run
+            else:
+                result.failures[key] = error.strip().splitlines()[-1]
+                warnings.warn(f"the run of {name!r} with seed {seed} failed:\n{error}", stacklevel=3)
+            progress.finished(f"{name}, seed {seed}")
+
+
+def _train_one(key, build_model, config, data, trainer_class, threads: int | None):
+    before = torch.get_num_threads()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        return key, train_or_load(build_model, config, data, trainer_class=trainer_class), None
+    except Exception:
+        return key, None, traceback.format_exc()
+    finally:
+        torch.set_num_threads(before)
+
+
+def initial_model(experiment: Experiment, model: str, seed: int) -> nn.Module:
+    """A model as its run began: with the initial weights of the seed, in eval mode."""
+    return build_seeded(experiment.models[model], seed).eval()

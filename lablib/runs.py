@@ -1,0 +1,223 @@
+"""The run store: a run is trained once, kept under its identity, and loaded from then on."""
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from filelock import FileLock
+from torch import nn
+from transformers import TrainerCallback
+
+from lablib.config import TrainingConfig
+from lablib.data import ImageData
+from lablib.trainer import StreamlinedTrainer, history
+
+_SCHEME = 1  # raise it when a change to lablib means that old runs answer another question
+
+
+class DamagedRunError(OSError):
+    """A file of a finished run is missing or is not what was written."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One finished training: its result, its history by epoch, and its best weights in `path`."""
+
+    path: Path
+    result: dict[str, Any]
+    history: list[dict[str, float]]
+
+    def load_weights(self, model: nn.Module) -> nn.Module:
+        """Put the best epoch's weights into a model of the run's architecture and return it in eval mode."""
+        model.load_state_dict(safetensors.torch.load_file(self.path / "model.safetensors"))
+        return model.eval()
+
+
+def describe_model(model: nn.Module) -> dict[str, Any]:
+    """What a model is, as JSON: its class and constructor arguments, or its layers where it does not tell them."""
+    arguments = getattr(model, "_hub_mixin_config", None)
+    if not isinstance(arguments, dict):
+        arguments = {"layers": repr(model), "shapes": [list(p.shape) for p in model.parameters()]}
+    return {"class": type(model).__name__, **arguments}
+
+
+def identity(model: nn.Module, config: TrainingConfig, data: ImageData, trainer_class=StreamlinedTrainer) -> dict:
+    """Everything that changes what a run finds out; not who is told of it, nor where it runs."""
+    described = {
+        "scheme": _SCHEME,
+        "trainer": trainer_class.__name__,
+        "model": describe_model(model),
+        "data": {"name": data.name, "fingerprint": data.fingerprint},
+        "config": config.identity(),
+    }
+    return json.loads(json.dumps(described, default=str))
+
+
+def build_seeded(build_model: Callable[[], nn.Module], seed: int) -> nn.Module:
+    """Build a model with the initial weights that belong to a seed; PyTorch's own random state stays as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build_model()
+
+
+def run_path(
+    build_model: Callable[[], nn.Module], config: TrainingConfig, data: ImageData, trainer_class=StreamlinedTrainer
+) -> Path:
+    """The folder of a run: `<output_dir>/<model class>-<hash of the identity>`."""
+    described = identity(build_seeded(build_model, config.seed), config, data, trainer_class)
+    digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:12]
+    return Path(config.output_dir) / f"{described['model']['class']}-{digest}"
+
+
+def load_run(path: Path) -> Run | None:
+    """A finished run, or None if it is not finished. Raises DamagedRunError if its files are not what was written."""
+    try:
+        result = json.loads((path / "result.json").read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise DamagedRunError(f"{path / 'result.json'} is damaged: {error}") from error
+    for name, digest in result.pop("sha256").items():
+        try:
+            content = (path / name).read_bytes()
+        except FileNotFoundError as error:
+            raise DamagedRunError(f"{path / name} is missing") from error
+        if hashlib.sha256(content).hexdigest() != digest:
+            raise DamagedRunError(f"{path / name} is damaged: it is not what was written")
+    rows = [json.loads(line) for line in (path / "history.jsonl").read_text().splitlines()]
+    return Run(path, result, rows)
+
+
+def train_or_load(
+    build_model: Callable[[], nn.Module],
+    config: TrainingConfig,
+    data: ImageData,
+    *,
+    trainer_class: type[StreamlinedTrainer] = StreamlinedTrainer,
+    callbacks: tuple[TrainerCallback, ...] = (),
+) -> Run:
+    """Load a finished run from the store; resume an interrupted one; train a new one.
+
+    A damaged run is reported by a warning, set aside and trained again. Where another process is at the same run,
+    this one waits for it and loads what it finds.
+    """
+    path = run_path(build_model, config, data, trainer_class)
+    path.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(path.name + ".lock")):
+        try:
+            run = load_run(path)
+        except DamagedRunError as error:
+            aside = _set_aside(path)
+            warnings.warn(f"{error}. The run is set aside as {aside} and trained again.", stacklevel=2)
+            run = None
+        return run or _train(path, build_model, config, data, trainer_class, callbacks)
+
+
+def _train(path: Path, build_model, config, data, trainer_class, callbacks) -> Run:
+    path.mkdir(parents=True, exist_ok=True)
+    model = build_seeded(build_model, config.seed)
+    described = identity(model, config, data, trainer_class)
+    _write(path / "identity.json", json.dumps(described, indent=1).encode())
+    checkpoints = path / "checkpoints"
+    trainer = trainer_class(
+        model, config, data, callbacks=[*callbacks, _HistoryWriter(path)], checkpoint_dir=str(checkpoints)
+    )
+    trainer.train(resume_from_checkpoint=_last_checkpoint(checkpoints))
+    rows = history(trainer.state.log_history)
+    files = {
+        "model.safetensors": safetensors.torch.save(
+            {name: tensor.contiguous().cpu() for name, tensor in trainer.model.state_dict().items()}
+        ),
+        "history.jsonl": _json_lines(rows),
+        "identity.json": (path / "identity.json").read_bytes(),
+    }
+    for name, content in files.items():
+        _write(path / name, content)
+    result = _result(trainer, rows) | {"sha256": {k: hashlib.sha256(v).hexdigest() for k, v in files.items()}}
+    _write(path / "result.json", json.dumps(result, indent=1).encode())
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    return load_run(path)
+
+
+def _result(trainer: StreamlinedTrainer, rows: list[dict]) -> dict[str, Any]:
+    config = trainer.config
+    metric, best = f"val_{config.early_stopping_metric}", max if config.early_stopping_metric == "accuracy" else min
+    best_row = best(rows, key=lambda row: row[metric])  # the first of equals, as the trainer keeps it
+    test = trainer.test()
+    return {
+        "model": type(trainer.model).__name__,
+        "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "dataset": trainer.data.name,
+        "seed": config.seed,
+        "val_accuracy": best_row["val_accuracy"],
+        "val_loss": best_row["val_loss"],
+        "test_accuracy": test["test_accuracy"],
+        "test_loss": test["test_loss"],
+        "best_epoch": best_row["epoch"],
+        "epochs": len(rows),
+        "seconds": rows[-1]["seconds"],
+        "device": trainer.args.device.type,
+        "precision": "bf16" if trainer.args.bf16 else "fp32",
+        "threads": torch.get_num_threads(),
+        "versions": {name: version(name) for name in ("lablib", "torch", "transformers")}
+        | {"python": platform.python_version()},
+    }
+
+
+class _HistoryWriter(TrainerCallback):
+    """Keeps history.jsonl up to date in each epoch, for whoever watches the run."""
+
+    def __init__(self, path: Path):
+        self.path = path / "history.jsonl"
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            _write(self.path, _json_lines(history(state.log_history)), sync=False)
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint that was written to its end: trainer_state.json is the last of its files."""
+    for path in sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]), reverse=True):
+        try:
+            json.loads((path / "trainer_state.json").read_bytes())
+            return str(path)
+        except (OSError, ValueError):
+            continue
+    return None
+
+
+def _set_aside(path: Path) -> Path:
+    number = 1
+    while (aside := path.with_name(f"{path.name}.damaged-{number}")).exists():
+        number += 1
+    return path.rename(aside)
+
+
+def _json_lines(rows: list[dict]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def _write(path: Path, content: bytes, sync: bool = True):
+    """Write a file so that it appears whole or not at all."""
+    beside = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    with open(beside, "wb") as file:
+        file.write(content)
+        if sync:
+            file.flush()
+            os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+def with_seed(config: TrainingConfig, seed: int) -> TrainingConfig:
+    """The same config for another seed."""
+    return replace(config, seed=seed)

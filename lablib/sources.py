@@ -1,0 +1,233 @@
+"""Where images come from: scikit-learn's digits, torchvision's data sets, or a folder."""
+
+import difflib
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+from PIL import Image, UnidentifiedImageError
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch.nn import functional as F
+
+from lablib.data import ImageData
+
+# name -> torchvision's class, and what it calls its two parts
+_TRAIN_FLAG = ({"train": True}, {"train": False})
+_SPLIT_NAME = ({"split": "train"}, {"split": "test"})
+_TORCHVISION = {
+    "mnist": ("MNIST", *_TRAIN_FLAG),
+    "fashionmnist": ("FashionMNIST", *_TRAIN_FLAG),
+    "kmnist": ("KMNIST", *_TRAIN_FLAG),
+    "qmnist": ("QMNIST", *_TRAIN_FLAG),
+    "emnist": ("EMNIST", {"split": "balanced", "train": True}, {"split": "balanced", "train": False}),
+    "usps": ("USPS", *_TRAIN_FLAG),
+    "cifar10": ("CIFAR10", *_TRAIN_FLAG),
+    "cifar100": ("CIFAR100", *_TRAIN_FLAG),
+    "svhn": ("SVHN", *_SPLIT_NAME),
+    "stl10": ("STL10", *_SPLIT_NAME),
+    "gtsrb": ("GTSRB", *_SPLIT_NAME),
+    "dtd": ("DTD", *_SPLIT_NAME),
+    "food101": ("Food101", *_SPLIT_NAME),
+    "flowers102": ("Flowers102", *_SPLIT_NAME),
+    "fgvcaircraft": ("FGVCAircraft", {"split": "trainval"}, {"split": "test"}),
+    "oxfordiiitpet": ("OxfordIIITPet", {"split": "trainval"}, {"split": "test"}),
+    "imagenette": ("Imagenette", {"split": "train"}, {"split": "val"}),
+    "country211": ("Country211", *_SPLIT_NAME),
+    "pcam": ("PCAM", *_SPLIT_NAME),
+    "renderedsst2": ("RenderedSST2", *_SPLIT_NAME),
+}
+DATASET_NAMES = ("digits", *_TORCHVISION)
+_IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
+
+
+def load_data(
+    name: str | os.PathLike,
+    data_dir: str | os.PathLike = "data",
+    *,
+    image_size: int | tuple[int, int] | None = None,
+    channels: int | None = None,
+) -> ImageData:
+    """Load a data set by its name, or a folder with `train/<class>/` and `test/<class>/` in it.
+
+    `digits` ships with scikit-learn and is scaled up to 28 × 28; the other names are torchvision's, read from `data_dir`
+    in torchvision's layout and downloaded there if they are missing. `image_size` (pixels, or height and width) scales
+    every image, `channels` (1 or 3) turns them grey or coloured; without them images stay as they are.
+
+    Raises ValueError for an unknown name or an argument or folder that does not fit, FileNotFoundError where files are
+    missing and cannot be downloaded, and OSError naming a damaged file.
+    """
+    if channels not in (None, 1, 3):
+        raise ValueError(f"channels = {channels!r}, but it must be None, 1 or 3")
+    size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    if size is not None and not (len(size) == 2 and all(isinstance(s, int) and s > 0 for s in size)):
+        raise ValueError(f"image_size = {image_size!r}, but it must be a number of pixels above 0, or two")
+    key = str(name).lower().replace("-", "").replace("_", "")
+    if key == "digits":
+        return _load_digits(size or (28, 28), channels or 1)
+    if key in _TORCHVISION:
+        return _load_torchvision(key, Path(data_dir), size, channels)
+    for folder in (Path(name), Path(data_dir) / name):
+        if folder.is_dir():
+            return _load_folder(folder, size, channels)
+    close = difflib.get_close_matches(key, DATASET_NAMES, n=1)
+    raise ValueError(
+        f"dataset = {str(name)!r} is neither a known name nor a folder"
+        + (f"; did you mean {close[0]!r}?" if close else ";")
+        + f" Known names: {', '.join(DATASET_NAMES)}. A folder needs train/<class>/ and test/<class>/ in it."
+    )
+
+
+def _load_digits(size: tuple[int, int], channels: int) -> ImageData:
+    """1,797 scans of 8 × 8 pixels and 17 grey levels; a fixed fifth of them is the test set."""
+    scans = load_digits()
+    pixels = torch.from_numpy(scans.images).float().unsqueeze(1) * (255 / 16)
+    scaled = F.interpolate(pixels, size=size, mode="bilinear", align_corners=False)
+    images = scaled.round().to(torch.uint8).repeat(1, channels, 1, 1)
+    labels = torch.from_numpy(scans.target).long()
+    train, test = train_test_split(np.arange(len(labels)), test_size=0.2, stratify=scans.target, random_state=0)
+    return ImageData(
+        "digits", images[train], labels[train], images[test], labels[test], tuple(str(c) for c in scans.target_names)
+    )
+
+
+def _load_torchvision(key: str, data_dir: Path, size, channels) -> ImageData:
+    class_name, train_arguments, test_arguments = _TORCHVISION[key]
+    dataset_class = getattr(torchvision.datasets, class_name)
+    parts, names = [], None
+    for arguments in (train_arguments, test_arguments):
+        try:
+            dataset = dataset_class(str(data_dir), **arguments, download=True)
+        except Exception as error:
+            raise _missing_or_damaged(class_name, data_dir, error) from error
+        parts += _dataset_tensors(dataset, class_name, size, channels)
+        names = names or getattr(dataset, "classes", None)
+    names = names or range(int(parts[1].max()) + 1)
+    return ImageData(class_name, *parts, tuple(str(n).split(" - ")[0] for n in names))  # MNIST says "7 - seven"
+
+
+def _missing_or_damaged(class_name: str, data_dir: Path, error: Exception) -> Exception:
+    expected = [name for name, _ in getattr(getattr(torchvision.datasets, class_name), "resources", [])]
+    where = data_dir / class_name / "raw" if expected else data_dir
+    if expected and class_name == "MNIST":
+        present = [where / file for file in expected if (where / file).exists()]
+        if len(present) == len(expected):
+            return OSError(
+                f"{class_name} in {where} cannot be read, so one of its files is damaged: {_first_damaged(where)}. "
+                f"Delete that file and put a good copy there ({type(error).__name__}: {error})"
+            )
+    looked_for = f"{', '.join(expected)} in {where}" if expected else f"{class_name}'s files in {where}"
+    return FileNotFoundError(
+        f"{class_name} is not at hand: looked for {looked_for}, and downloading it failed "
+        f"({type(error).__name__}: {error}). Put the files there or connect to a network; "
+        "dataset = 'digits' needs neither"
+    )
+
+
+def _first_damaged(raw: Path) -> str:
+    for file, md5 in torchvision.datasets.MNIST.resources:
+        if not torchvision.datasets.utils.check_integrity(str(raw / file), md5):
+            return str(raw / file)
+    unpacked = sorted(path for path in raw.iterdir() if path.suffix != ".gz")
+    return f"one of the unpacked ones, {', '.join(str(path) for path in unpacked)} (the .gz files are whole)"
+
+
+def _dataset_tensors(dataset, name: str, size, channels) -> list[torch.Tensor]:
+    """Images and labels of a torchvision data set."""
+    labels = getattr(dataset, "targets", getattr(dataset, "labels", None))
+    pixels = getattr(dataset, "data", None)
+    if labels is None or pixels is None:
+        samples = [dataset[i] for i in range(len(dataset))]
+        labels = [label for _, label in samples]
+        images = _stack([image for image, _ in samples], lambda i: f"{name}, image {i}", size, channels)
+    else:
+        pixels = torch.as_tensor(pixels)
+        if pixels.ndim == 3:
+            pixels = pixels.unsqueeze(1)  # (images, 1, height, width)
+        elif pixels.shape[-1] == 3:
+            pixels = pixels.permute(0, 3, 1, 2)  # from images × height × width × channels
+        images = _converted(pixels.contiguous(), size, channels)
+    return [images, torch.as_tensor(labels).long()]
+
+
+def _converted(images: torch.Tensor, size, channels) -> torch.Tensor:
+    """uint8 images of another size or number of channels."""
+    if channels == 3 and images.shape[1] == 1:
+        images = images.repeat(1, 3, 1, 1)
+    elif channels == 1 and images.shape[1] == 3:
+        images = torchvision.transforms.functional.rgb_to_grayscale(images)
+    if size is not None and tuple(images.shape[2:]) != tuple(size):
+        images = torchvision.transforms.functional.resize(images, list(size), antialias=True)
+    return images
+
+
+def _load_folder(folder: Path, size, channels) -> ImageData:
+    for part in ("train", "test"):
+        if not (folder / part).is_dir():
+            raise FileNotFoundError(
+                f"{folder} has no folder {part!r}; a data set needs train/<class>/ and test/<class>/ with images in them"
+            )
+    names = sorted(entry.name for entry in (folder / "train").iterdir() if entry.is_dir())
+    test_names = sorted(entry.name for entry in (folder / "test").iterdir() if entry.is_dir())
+    if names != test_names:
+        only = sorted(set(names) ^ set(test_names))
+        raise ValueError(f"{folder}: train and test must have the same classes, but only one of them has {only}")
+    if len(names) < 2:
+        raise ValueError(f"{folder}/train has {len(names)} class folder ({names}); a classifier needs at least two")
+    files = {part: _image_files(folder / part, names) for part in ("train", "test")}
+    paths = [path for part in files.values() for path, _ in part]
+    images = _read_all(paths, lambda image: _to_mode(image, channels), size)
+    split = len(files["train"])
+    labels = torch.tensor([label for part in files.values() for _, label in part])
+    return ImageData(folder.name, images[:split], labels[:split], images[split:], labels[split:], tuple(names))
+
+
+def _image_files(part: Path, names: list[str]) -> list[tuple[Path, int]]:
+    found = []
+    for label, name in enumerate(names):
+        paths = sorted(p for p in (part / name).iterdir() if p.suffix.lower() in _IMAGE_SUFFIXES)
+        if not paths:
+            raise ValueError(f"class {name!r} is empty: no image in {part / name}; add images or delete the folder")
+        found += [(path, label) for path in paths]
+    return found
+
+
+def _to_mode(image: Image.Image, channels: int | None) -> Image.Image:
+    if channels is None:
+        return image if image.mode in ("L", "RGB") else image.convert("RGB")
+    return image.convert("L" if channels == 1 else "RGB")
+
+
+def _read_all(paths: list[Path], convert: Callable[[Image.Image], Image.Image], size) -> torch.Tensor:
+    def read(path: Path) -> Image.Image:
+        try:
+            with Image.open(path) as image:
+                return convert(image)
+        except (OSError, UnidentifiedImageError, SyntaxError) as error:
+            raise OSError(f"{path} is damaged or no image ({error}); replace or delete it") from error
+
+    with ThreadPoolExecutor() as pool:  # decoding runs outside of Python's lock
+        return _stack(list(pool.map(read, paths)), lambda i: str(paths[i]), size, None)
+
+
+def _stack(images: list[Image.Image], describe: Callable[[int], str], size, channels) -> torch.Tensor:
+    """One uint8 tensor of images that are, or are scaled to be, of one size and mode."""
+    images = [_to_mode(image, channels) for image in images]
+    if len({image.mode for image in images}) > 1:
+        images = [image.convert("RGB") for image in images]
+    if size is not None:
+        images = [image.resize((size[1], size[0]), Image.Resampling.BILINEAR) for image in images]
+    for index, image in enumerate(images):
+        if image.size != images[0].size:
+            raise ValueError(
+                f"images of different sizes: {describe(0)} is {images[0].width} × {images[0].height} and "
+                f"{describe(index)} is {image.width} × {image.height} pixels; "
+                "scale them to one size, or let load_data(..., image_size=32) do it"
+            )
+    pixels = np.stack([np.asarray(image) for image in images])
+    pixels = pixels[:, None] if pixels.ndim == 3 else pixels.transpose(0, 3, 1, 2)
+    return torch.from_numpy(np.ascontiguousarray(pixels))

@@ -1,0 +1,232 @@
+"""StreamlinedTrainer: one training of one model on one data set, on top of transformers.Trainer."""
+
+import contextlib
+import ctypes
+import math
+import tempfile
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import transformers
+from torch import nn
+from torch.nn import functional as F
+from transformers import EarlyStoppingCallback, EvalPrediction, PrinterCallback, TrainerCallback
+from transformers.trainer_utils import PredictionOutput
+
+from lablib.augmentation import augment
+from lablib.config import TrainingConfig
+from lablib.data import ImageBatches, ImageData, stratified_split
+
+_OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+
+
+class NonFiniteLossError(ArithmeticError):
+    """The training loss became NaN or infinite."""
+
+
+class StreamlinedTrainer(transformers.Trainer):
+    """Trains, validates each epoch, stops early and restores the best weights; `.test()` then sees the test set.
+
+    The training set is split by class into a training and a validation part. Augmentation and normalisation happen in
+    the training step, on the device: what is random there is in a checkpoint's random state, so that a resumed run draws
+    what the uninterrupted one would have drawn. Whatever a `transformers.Trainer` can do (callbacks, checkpoints,
+    `torchrun`) this can do too.
+
+    `checkpoint_dir` is where checkpoints go; without one they lie in a temporary folder that goes with the trainer.
+    Raises NonFiniteLossError, naming epoch and step, when the loss is NaN or infinite.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: TrainingConfig,
+        data: ImageData,
+        callbacks: Sequence[TrainerCallback] = (),
+        checkpoint_dir: str | None = None,
+    ):
+        _keep_freed_memory()
+        self.config, self.data = config, data
+        if checkpoint_dir is None:
+            self._temporary = tempfile.TemporaryDirectory(prefix="lablib-", ignore_cleanup_errors=True)
+            checkpoint_dir = self._temporary.name
+        args = config.to_training_arguments(checkpoint_dir, bf16=resolve_bf16(config, model))
+        device = args.device if _fits(data, args.device) else torch.device("cpu")
+        images, labels = data.train_images.to(device), data.train_labels.to(device)
+        train, validation = stratified_split(data.train_labels, config.validation_split, config.seed)
+        patience = config.early_stopping_patience
+        stopping = [EarlyStoppingCallback(patience)] if patience else []
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=ImageBatches(images, labels, train),
+            eval_dataset=ImageBatches(images, labels, validation),
+            data_collator=_as_it_is,
+            compute_metrics=classification_metrics,
+            callbacks=[*stopping, *callbacks],
+        )
+        if args.disable_tqdm:
+            self.remove_callback(PrinterCallback)
+        mean, std = (s.to(args.device).view(-1, 1, 1) for s in data.channel_statistics)
+        self._scale, self._offset = 1 / (255 * std), -mean / std
+        self._epoch_losses: list[torch.Tensor] = []
+        self._epoch_correct: list[torch.Tensor] = []
+        self._epoch_sizes: list[int] = []
+        self._clock = time.perf_counter()
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """Train to the end or to the early stop and load the best epoch's weights; see `transformers.Trainer.train`."""
+        transformers.set_seed(self.args.seed)
+        self._forget_steps()
+        self._clock = time.perf_counter()
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def test(self) -> dict[str, float]:
+        """Loss and accuracy on the test set, with the present weights: after `train()`, those of the best epoch."""
+        return self.predict_test().metrics
+
+    def predict_test(self) -> PredictionOutput:
+        """Logits (images × classes), labels and metrics of the test set."""
+        return self.predict(ImageBatches(self.data.test_images, self.data.test_labels), metric_key_prefix="test")
+
+    def prepare_images(self, images: torch.Tensor, training: bool) -> torch.Tensor:
+        """uint8 images -> what the model sees: augmented if training, normalised by the training set's statistics."""
+        config = self.config
+        pixels = images.to(torch.float32)
+        if training:
+            pixels = augment(pixels, config.rotation_degrees, config.translation_fraction, config.horizontal_flip)
+        return pixels * self._scale + self._offset
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Cross-entropy of one batch; in training, of its augmented images."""
+        labels = inputs["labels"]
+        logits = model(self.prepare_images(inputs["images"], model.training))
+        loss = F.cross_entropy(logits, labels)
+        if model.training:
+            self._note_step(loss, logits, labels)
+        return (loss, logits) if return_outputs else loss
+
+    @torch.no_grad()
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Logits and labels of one batch; `classification_metrics` makes the loss of all of them."""
+        inputs = self._prepare_inputs(inputs)
+        with self.compute_loss_context_manager():
+            logits = model(self.prepare_images(inputs["images"], training=False))
+        return None, logits, inputs["labels"]
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        """The config's optimizer in its plain form, weight decay on every parameter."""
+        if self.optimizer is None:
+            config = self.config
+            more = {"momentum": 0.9} if config.optimizer == "sgd" else {}
+            parameters = (model or self.model).parameters()
+            self.optimizer = _OPTIMIZERS[config.optimizer](
+                parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True, **more
+            )
+        return self.optimizer
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As `transformers.Trainer.log`; the training loss and accuracy are means over images since the last log."""
+        if "loss" in logs and self._epoch_losses:
+            logs |= self._training_metrics()
+        super().log(logs, start_time)
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        # Upstream computes the norm in each step (a tenth of a small MLP's time) and logs it once an epoch.
+        steps = len(self.callback_handler.train_dataloader)
+        last = (self.state.global_step + 1) * self.args.gradient_accumulation_steps % steps == 0
+        if last or self.args.logging_strategy != "epoch":
+            return super()._get_grad_norm(model, grad_norm)
+        return grad_norm
+
+    def _note_step(self, loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor):
+        self._epoch_losses.append(loss.detach())
+        self._epoch_correct.append((logits.detach().argmax(1) == labels).sum())
+        self._epoch_sizes.append(len(labels))
+
+    def _training_metrics(self) -> dict[str, float]:
+        losses = (
+            torch.stack(self._epoch_losses).double().cpu()
+        )  # the only time in an epoch that the device is waited for
+        sizes = torch.tensor(self._epoch_sizes)
+        correct = torch.stack(self._epoch_correct).sum().item()
+        self._forget_steps()
+        finite = losses.isfinite()
+        if not finite.all():
+            first = int((~finite).nonzero()[0])
+            step = self.state.global_step - len(losses) + first + 1
+            raise NonFiniteLossError(
+                f"the training loss is {losses[first].item()} at epoch {math.ceil(self.state.epoch)}, step {step}; "
+                f"a smaller learning_rate than {self.config.learning_rate:g} or max_grad_norm=1.0 may help"
+            )
+        now = time.perf_counter()
+        before = max((entry.get("seconds", 0.0) for entry in self.state.log_history), default=0.0)
+        seconds, self._clock = before + now - self._clock, now
+        loss = ((losses * sizes).sum() / sizes.sum()).item()
+        return {"loss": loss, "accuracy": correct / sizes.sum().item(), "seconds": seconds}
+
+    def _forget_steps(self):
+        self._epoch_losses, self._epoch_correct, self._epoch_sizes = [], [], []
+
+
+def history(log: list[dict]) -> list[dict]:
+    """A run's metrics by epoch, from `trainer.state.log_history`.
+
+    One dict an epoch: epoch, train_loss, train_accuracy, val_loss, val_accuracy, learning_rate, grad_norm (of the
+    epoch's last step), seconds (since the run began).
+    """
+    rows: dict[int, dict] = {}
+    for entry in log:
+        row = rows.setdefault(round(entry.get("epoch", 0)), {})
+        if "eval_loss" in entry:
+            row |= {"val_loss": entry["eval_loss"], "val_accuracy": entry["eval_accuracy"]}
+        elif "accuracy" in entry:
+            row |= {"train_loss": entry["loss"], "train_accuracy": entry["accuracy"]}
+            row |= {key: entry.get(key) for key in ("learning_rate", "grad_norm", "seconds")}
+    return [{"epoch": epoch, **row} for epoch, row in sorted(rows.items()) if "train_loss" in row and "val_loss" in row]
+
+
+def classification_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """Mean cross-entropy and accuracy over all images, each counted once."""
+    logits, labels = torch.from_numpy(prediction.predictions), torch.from_numpy(prediction.label_ids)
+    loss = F.cross_entropy(logits.double(), labels).item()
+    return {"loss": loss, "accuracy": float(np.mean(prediction.predictions.argmax(1) == prediction.label_ids))}
+
+
+def resolve_bf16(config: TrainingConfig, model: nn.Module) -> bool:
+    """Whether a run computes in bfloat16: by the config, or where it is faster.
+
+    That is, for convolutions on a processor with AMX or a GPU with bfloat16 units; small linear layers gain nothing.
+    """
+    if config.precision != "auto":
+        return config.precision == "bf16"
+    if not any(isinstance(module, nn.Conv2d) for module in model.modules()):
+        return False
+    if config.device.startswith("cuda") or (config.device == "auto" and torch.cuda.is_available()):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_amx_tile_supported()
+
+
+def _fits(data: ImageData, device: torch.device) -> bool:
+    """Whether the training images may live on the device: in half of the memory that is free there."""
+    if device.type != "cuda":
+        return True
+    free, _ = torch.cuda.mem_get_info(device)
+    return data.train_images.nbytes < free / 2
+
+
+def _keep_freed_memory():
+    """Let glibc keep the memory of freed tensors for the next step.
+
+    By default it returns each block above its threshold to the system, and every step pays for the page faults again:
+    ten times the price of an elementwise operation on a batch of MNIST. Elsewhere than on glibc this does nothing.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-3, 1 << 28)  # M_MMAP_THRESHOLD, bytes
+        libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD, bytes
+
+
+def _as_it_is(batch):
+    return batch
