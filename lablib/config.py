@@ -86,9 +86,10 @@ class TrainingConfig:
         self._check_number("translation_fraction", "a number from 0 to 1", lambda x: 0 <= x <= 1)
         self._check_bool("horizontal_flip")
         self._check_choice("precision", PRECISIONS)
-        if not isinstance(self.device, str) or self.device.partition(":")[0] not in DEVICES:
-            raise self._error("device", f"one of {_listed(DEVICES)}, or a numbered one such as 'cuda:1'")
+        self._check_choice("device", DEVICES)
         self._check_int("seed", 0)
+        if self.seed >= 2**32:
+            raise self._error("seed", "a whole number below 2**32")
         self._check_text("output_dir")
         self._check_bool("use_wandb")
         self._check_text("wandb_project")
@@ -115,6 +116,7 @@ class TrainingConfig:
             raise self._error(name, allowed)
         if not holds(value):
             raise self._error(name, allowed)
+        object.__setattr__(self, name, float(value))  # 1 and 1.0 are one config
 
     def _check_choice(self, name: str, choices: tuple[str, ...]):
         if getattr(self, name) not in choices:

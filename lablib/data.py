@@ -78,6 +78,11 @@ class ImageData:
         std = variance.sqrt().where(variance > 0, 1.0)  # a constant channel stays what it is
         return mean.float(), std.float()
 
+    def normalise(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 images as a model takes them: float, shifted and scaled by the training images' statistics."""
+        mean, std = (s.view(-1, 1, 1) for s in self.channel_statistics)
+        return (images.float() / 255 - mean) / std
+
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over every image, label and class name: two data sets with the same one are the same."""
@@ -135,14 +140,18 @@ def stratified_split(labels: torch.Tensor, validation_split: float, seed: int) -
 
     Raises ValueError where a class has too few images to be in both parts.
     """
-    counts = torch.bincount(labels)
+    classes, counts = labels.unique(return_counts=True)
+    error = ValueError(
+        f"{len(labels)} images, {counts.min()} of the rarest of {len(classes)} classes, cannot be split with "
+        f"validation_split = {validation_split}: each part needs an image of each class; add images or change it"
+    )
     num_validation = round(validation_split * len(labels))
-    if counts[counts > 0].min() < 2 or num_validation < len(counts) or len(labels) - num_validation < len(counts):
-        raise ValueError(
-            f"{len(labels)} images, {counts.min()} of the rarest of {len(counts)} classes, cannot be split with "
-            f"validation_split = {validation_split}: each part needs an image of each class; add images or change it"
-        )
-    train, validation = train_test_split(
+    if counts.min() < 2 or num_validation < len(classes) or len(labels) - num_validation < len(classes):
+        raise error
+    parts = train_test_split(
         np.arange(len(labels)), test_size=num_validation, stratify=labels.numpy(), random_state=seed
     )
-    return torch.from_numpy(np.sort(train)), torch.from_numpy(np.sort(validation))
+    train, validation = (torch.from_numpy(np.sort(part)) for part in parts)
+    if any(len(labels[part].unique()) < len(classes) for part in (train, validation)):
+        raise error
+    return train, validation

@@ -1,5 +1,8 @@
 """A model -> what it is like inside: the gradients by layer, and what it predicts."""
 
+import contextlib
+import copy
+
 import pandas as pd
 import torch
 from torch import nn
@@ -20,14 +23,9 @@ def gradient_norms(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -
     if not layers:
         raise ValueError(f"{type(model).__name__} has no linear or convolutional layer to take gradients of")
     images, labels = batch
-    training = model.training
-    model.eval()
-    try:
-        with torch.enable_grad():
-            loss = F.cross_entropy(model(images), labels)
-            gradients = torch.autograd.grad(loss, list(layers.values()), allow_unused=True)
-    finally:
-        model.train(training)
+    with _eval_mode(model), torch.enable_grad():
+        loss = F.cross_entropy(model(images), labels)
+        gradients = torch.autograd.grad(loss, list(layers.values()), allow_unused=True)
     norms = [0.0 if gradient is None else gradient.double().norm().item() for gradient in gradients]
     return pd.DataFrame(
         {
@@ -40,11 +38,41 @@ def gradient_norms(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -
 
 
 @torch.no_grad()
+def mean_angle(model: nn.Module, images: torch.Tensor) -> float:
+    """How well a model's last hidden layer tells images apart: the mean angle between two of them, in degrees.
+
+    `images` as the model takes them, batch × channels × height × width, two or more. The features are the input of the
+    last linear layer; 0 means that all images look the same there. Computed in float64, without dropout; the model
+    stays as it was. Raises ValueError for fewer than two images or a model without a linear layer.
+    """
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if not linear or len(images) < 2:
+        raise ValueError(f"an angle needs a linear layer and two images; there are {len(linear)} and {len(images)}")
+    double = copy.deepcopy(model).double().eval()
+    features = []
+    double.get_submodule(linear[-1]).register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
+    double(images.double())
+    directions = F.normalize(features[0].flatten(1), dim=1)  # (batch, features)
+    first, second = torch.triu_indices(len(images), len(images), offset=1)
+    # the angle by its half's sine: an arc cosine loses small angles to rounding
+    half_chord = (directions[first] - directions[second]).norm(dim=1) / 2
+    return torch.rad2deg(2 * torch.asin(half_chord.clamp(max=1))).mean().item()
+
+
+@torch.no_grad()
 def predict(model: nn.Module, images: torch.Tensor, batch_size: int = 1000) -> torch.Tensor:
     """Probabilities (images × classes) of a model in eval mode for images as it takes them."""
-    training = model.training
+    with _eval_mode(model):
+        return torch.cat([model(part).softmax(1) for part in images.split(batch_size)])
+
+
+@contextlib.contextmanager
+def _eval_mode(model: nn.Module):
+    """Eval mode for a while; afterwards each part is in the mode that it was in."""
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        return torch.cat([model(part).softmax(1) for part in images.split(batch_size)])
+        yield
     finally:
-        model.train(training)
+        for module, training in modes:
+            module.training = training

@@ -98,6 +98,8 @@ def experiment(
             pending[key] = path
     if pending:
         _train_pending(result, pending, jobs, trainer_class)
+        order = [(name, seed) for name in models for seed in seeds]
+        result.runs = {key: result.runs[key] for key in order if key in result.runs}
     return result
 
 

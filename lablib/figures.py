@@ -1,5 +1,6 @@
 """Results -> figures."""
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
@@ -10,6 +11,7 @@ import pandas as pd
 import seaborn as sns
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from lablib.statistics import Summary, summarise
 
@@ -29,7 +31,7 @@ _STYLE = {
 
 
 def use_style():
-    """Set the lab's look for all figures of a notebook; the colours are Okabe and Ito's, safe for colour-blind readers."""
+    """Set the lab's look for all figures of a notebook, with colours that colour-blind readers tell apart."""
     sns.set_theme(context="notebook", style="ticks", palette="colorblind", rc=_STYLE)
 
 
@@ -53,7 +55,7 @@ def loss_curves(
     width = 6.4 if len(groups) == 1 else 3.6 * len(groups) + 1
     figure, axes = plt.subplots(1, len(groups), figsize=(width, 4), sharey=True, squeeze=False)
     for axis, (title, models) in zip(axes[0], groups.items(), strict=True):
-        for model, color, dash in zip(models, sns.color_palette(), cycle(_DASHES), strict=False):
+        for model, color, dash in zip(models, cycle(sns.color_palette()), cycle(_DASHES), strict=False):
             of_model = histories[histories["model"] == model]
             if of_model.empty:
                 continue
@@ -65,8 +67,11 @@ def loss_curves(
                 axis.fill_between(mean.index, mean - std, mean + std, color=color, alpha=0.2, linewidth=0)
         axis.set(xlabel="epoch", title=title)
         axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.legend(fontsize="small")
+        if axis.get_lines():
+            axis.legend(fontsize="small")
     axes[0, 0].set_ylabel(_label(column))
+    if column.endswith("loss"):
+        axes[0, 0].set_ylim(bottom=0)
     figure.suptitle(f"{dataset}: mean over n seeds, band ± 1 standard deviation", fontsize="medium")
     return figure
 
@@ -85,17 +90,17 @@ def accuracy_by_depth(values: Mapping[str, Mapping[int, Sequence[float]]], datas
     """
     figure, axis = plt.subplots(figsize=(6.8, 4.2))
     for (family, by_depth), color, dash, marker in zip(
-        values.items(), sns.color_palette(), cycle(_DASHES), cycle(_MARKERS), strict=False
+        values.items(), cycle(sns.color_palette()), cycle(_DASHES), cycle(_MARKERS), strict=False
     ):
         depths = sorted(by_depth)
         summaries = [summarise(by_depth[depth]) for depth in depths]
         means = [100 * s.mean for s in summaries]
-        errors = [100 * (s.ci95 or 0) for s in summaries]
+        errors = [math.nan if s.ci95 is None else 100 * s.ci95 for s in summaries]  # nan: no bar
         seeds = _range_text([s.n for s in summaries])
         label = f"{family} (n = {seeds})"
         axis.errorbar(depths, means, errors, color=color, linestyle=dash, marker=marker, capsize=3, label=label)
     axis.axhline(100 * chance, color="0.4", linewidth=1, linestyle=":")
-    axis.text(1, 100 * chance, "guessing", ha="right", va="bottom", color="0.4", transform=axis.get_yaxis_transform())
+    axis.text(0.01, 100 * chance, "guessing", va="bottom", color="0.4", transform=axis.get_yaxis_transform())
     axis.set_xscale("log", base=2)
     ticks = sorted({depth for by_depth in values.values() for depth in by_depth})
     axis.set_xticks(ticks, labels=[str(tick) for tick in ticks])
@@ -120,7 +125,7 @@ def gradient_norms(norms: pd.DataFrame, dataset: str, column: str = "rms") -> Fi
     families = list(norms["model"].unique())
     depths = sorted(norms["depth"].unique())
     figure, axes = plt.subplots(
-        len(moments), len(families), figsize=(3.4 * len(families) + 1, 3.2 * len(moments)), sharey=True, squeeze=False
+        len(moments), len(families), figsize=(2.8 * len(families) + 1, 3.0 * len(moments)), sharey=True, squeeze=False
     )
     floor = norms.loc[norms[column] > 0, column].min()
     for row, moment in zip(axes, moments, strict=True):
@@ -157,8 +162,8 @@ def image_grid(
     for axis in axes.flat:
         axis.set_axis_off()
     for index, (axis, image) in enumerate(zip(axes.flat, images, strict=False)):
-        picture = image.permute(1, 2, 0).float().clamp(0, 255) / 255
-        axis.imshow(picture.squeeze(-1), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        picture = image.permute(1, 2, 0).squeeze(-1).float().clamp(0, 255) / 255
+        axis.imshow(picture.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         if titles:
             axis.set_title(titles[index], fontsize="x-small", pad=2)
     figure.suptitle(title, fontsize="medium")
@@ -171,7 +176,8 @@ def confusion_matrix(matrix: np.ndarray, class_names: Sequence[str], title: str)
     side = max(4.0, 0.5 * len(class_names) + 1)
     figure, axis = plt.subplots(figsize=(side + 0.8, side))
     sns.heatmap(
-        mistakes, annot=matrix, fmt="d", cmap="rocket_r", square=True, ax=axis, cbar_kws={"label": "mistaken images"},
+        mistakes, annot=matrix, fmt="d", cmap="rocket_r", square=True, ax=axis,
+        cbar_kws={"label": "mistaken images", "ticks": MaxNLocator(integer=True)},
         xticklabels=class_names, yticklabels=class_names, annot_kws={"fontsize": "x-small"},
     )  # fmt: skip
     axis.set(xlabel="predicted", ylabel="true")
@@ -182,7 +188,7 @@ def confusion_matrix(matrix: np.ndarray, class_names: Sequence[str], title: str)
 def forest(differences: Mapping[str, Summary], title: str, xlabel: str) -> Figure:
     """Differences with their 95 % intervals, one a row, beside the line of no difference."""
     figure, axis = plt.subplots(figsize=(6.4, 0.6 * len(differences) + 1.4))
-    for row, (name, difference) in enumerate(differences.items()):
+    for row, difference in enumerate(differences.values()):
         error = None if difference.ci95 is None else 100 * difference.ci95
         color = sns.color_palette()[0]
         axis.errorbar(100 * difference.mean, row, xerr=error, fmt="o", capsize=4, color=color)

@@ -44,7 +44,7 @@ class MLP(nn.Module, PyTorchModelHubMixin):
 class ResidualBlock(nn.Module):
     """F(x) + x, with F = Linear, ReLU, Dropout, Linear (He et al. 2015, https://arxiv.org/abs/1512.03385).
 
-    Nothing follows the sum here, so that with F = 0 the block is the identity; the network puts its ReLU between blocks.
+    Nothing follows the sum, so that with F = 0 the block is the identity; a network puts a ReLU between its blocks.
     Where the widths differ, x is projected by a linear layer without bias.
     `shortcut=False` leaves x away and keeps the rest, for comparison.
     """

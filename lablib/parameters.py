@@ -3,7 +3,7 @@
 import ast
 import difflib
 from collections.abc import Collection
-from typing import Any, get_origin
+from typing import Any, get_args, get_origin
 
 _EXAMPLES = {int: "a whole number such as 3", float: "a number such as 0.001", str: "a string"}
 _EXAMPLES |= {bool: "True or False", list: "a list such as [2, 4, 8]"}
@@ -48,12 +48,12 @@ def _unknown(name: str, annotations: dict) -> str:
 def _fault(name: str, value: Any, kind: type, allowed: dict[str, Collection]) -> str | None:
     base = get_origin(kind) or kind
     wanted = _wanted(base, allowed.get(name))
-    fits = isinstance(value, (int, float) if base is float else base)
-    if isinstance(value, bool) and base is not bool:
-        fits = False
+    fits = _is_a(value, base)
+    values = value if fits and base is list else [value]
+    if base is list and get_args(kind):
+        fits = fits and all(_is_a(v, get_args(kind)[0]) for v in values)
     if fits and name in allowed:
-        values = value if base is list else [value]
-        fits = len(values) > 0 and all(v in allowed[name] for v in values)
+        fits = len(values) > 0 and all(type(v) is not bool and v in allowed[name] for v in values)
     if fits:
         return None
     hint = ""
@@ -62,6 +62,12 @@ def _fault(name: str, value: Any, kind: type, allowed: dict[str, Collection]) ->
     elif isinstance(value, str) and base is list:
         hint = f"; with papermill: -y '{name}: [2, 4, 8]'"
     return f"{name} = {value!r}: write {wanted}{hint}"
+
+
+def _is_a(value: Any, kind: type) -> bool:
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
 
 
 def _wanted(base: type, allowed: Collection | None) -> str:

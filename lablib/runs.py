@@ -7,7 +7,7 @@ import platform
 import shutil
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,8 @@ from transformers import TrainerCallback
 
 from lablib.config import TrainingConfig
 from lablib.data import ImageData
+from lablib.identity import digest, identity
 from lablib.trainer import StreamlinedTrainer, history
-
-_SCHEME = 1  # raise it when a change to lablib means that old runs answer another question
 
 
 class DamagedRunError(OSError):
@@ -43,26 +42,6 @@ class Run:
         return model.eval()
 
 
-def describe_model(model: nn.Module) -> dict[str, Any]:
-    """What a model is, as JSON: its class and constructor arguments, or its layers where it does not tell them."""
-    arguments = getattr(model, "_hub_mixin_config", None)
-    if not isinstance(arguments, dict):
-        arguments = {"layers": repr(model), "shapes": [list(p.shape) for p in model.parameters()]}
-    return {"class": type(model).__name__, **arguments}
-
-
-def identity(model: nn.Module, config: TrainingConfig, data: ImageData, trainer_class=StreamlinedTrainer) -> dict:
-    """Everything that changes what a run finds out; not who is told of it, nor where it runs."""
-    described = {
-        "scheme": _SCHEME,
-        "trainer": trainer_class.__name__,
-        "model": describe_model(model),
-        "data": {"name": data.name, "fingerprint": data.fingerprint},
-        "config": config.identity(),
-    }
-    return json.loads(json.dumps(described, default=str))
-
-
 def build_seeded(build_model: Callable[[], nn.Module], seed: int) -> nn.Module:
     """Build a model with the initial weights that belong to a seed; PyTorch's own random state stays as it was."""
     with torch.random.fork_rng(devices=[]):
@@ -75,8 +54,7 @@ def run_path(
 ) -> Path:
     """The folder of a run: `<output_dir>/<model class>-<hash of the identity>`."""
     described = identity(build_seeded(build_model, config.seed), config, data, trainer_class)
-    digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:12]
-    return Path(config.output_dir) / f"{described['model']['class']}-{digest}"
+    return Path(config.output_dir) / f"{described['model']['class']}-{digest(described)}"
 
 
 def load_run(path: Path) -> Run | None:
@@ -87,12 +65,12 @@ def load_run(path: Path) -> Run | None:
         return None
     except ValueError as error:
         raise DamagedRunError(f"{path / 'result.json'} is damaged: {error}") from error
-    for name, digest in result.pop("sha256").items():
+    for name, expected in result.pop("sha256").items():
         try:
             content = (path / name).read_bytes()
         except FileNotFoundError as error:
             raise DamagedRunError(f"{path / name} is missing") from error
-        if hashlib.sha256(content).hexdigest() != digest:
+        if hashlib.sha256(content).hexdigest() != expected:
             raise DamagedRunError(f"{path / name} is damaged: it is not what was written")
     rows = [json.loads(line) for line in (path / "history.jsonl").read_text().splitlines()]
     return Run(path, result, rows)
@@ -216,8 +194,3 @@ def _write(path: Path, content: bytes, sync: bool = True):
             file.flush()
             os.fsync(file.fileno())
     os.replace(beside, path)
-
-
-def with_seed(config: TrainingConfig, seed: int) -> TrainingConfig:
-    """The same config for another seed."""
-    return replace(config, seed=seed)

@@ -23,7 +23,6 @@ _TORCHVISION = {
     "mnist": ("MNIST", *_TRAIN_FLAG),
     "fashionmnist": ("FashionMNIST", *_TRAIN_FLAG),
     "kmnist": ("KMNIST", *_TRAIN_FLAG),
-    "qmnist": ("QMNIST", *_TRAIN_FLAG),
     "emnist": ("EMNIST", {"split": "balanced", "train": True}, {"split": "balanced", "train": False}),
     "usps": ("USPS", *_TRAIN_FLAG),
     "cifar10": ("CIFAR10", *_TRAIN_FLAG),
@@ -54,16 +53,16 @@ def load_data(
 ) -> ImageData:
     """Load a data set by its name, or a folder with `train/<class>/` and `test/<class>/` in it.
 
-    `digits` ships with scikit-learn and is scaled up to 28 × 28; the other names are torchvision's, read from `data_dir`
-    in torchvision's layout and downloaded there if they are missing. `image_size` (pixels, or height and width) scales
-    every image, `channels` (1 or 3) turns them grey or coloured; without them images stay as they are.
+    `digits` ships with scikit-learn and is scaled up to 28 × 28; the other names are torchvision's, read from
+    `data_dir` in torchvision's layout and downloaded there if they are missing. `image_size` (pixels, or height and
+    width) scales every image, `channels` (1 or 3) makes them grey or coloured; without them images stay as they are.
 
     Raises ValueError for an unknown name or an argument or folder that does not fit, FileNotFoundError where files are
     missing and cannot be downloaded, and OSError naming a damaged file.
     """
     if channels not in (None, 1, 3):
         raise ValueError(f"channels = {channels!r}, but it must be None, 1 or 3")
-    size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    size = image_size if image_size is None or isinstance(image_size, (tuple, list)) else (image_size, image_size)
     if size is not None and not (len(size) == 2 and all(isinstance(s, int) and s > 0 for s in size)):
         raise ValueError(f"image_size = {image_size!r}, but it must be a number of pixels above 0, or two")
     key = str(name).lower().replace("-", "").replace("_", "")
@@ -111,16 +110,16 @@ def _load_torchvision(key: str, data_dir: Path, size, channels) -> ImageData:
 
 
 def _missing_or_damaged(class_name: str, data_dir: Path, error: Exception) -> Exception:
-    expected = [name for name, _ in getattr(getattr(torchvision.datasets, class_name), "resources", [])]
-    where = data_dir / class_name / "raw" if expected else data_dir
-    if expected and class_name == "MNIST":
-        present = [where / file for file in expected if (where / file).exists()]
-        if len(present) == len(expected):
-            return OSError(
-                f"{class_name} in {where} cannot be read, so one of its files is damaged: {_first_damaged(where)}. "
-                f"Delete that file and put a good copy there ({type(error).__name__}: {error})"
-            )
-    looked_for = f"{', '.join(expected)} in {where}" if expected else f"{class_name}'s files in {where}"
+    resources = getattr(
+        getattr(torchvision.datasets, class_name), "resources", []
+    )  # MNIST and its like tell their files
+    where = data_dir / class_name / "raw" if resources else data_dir
+    if damaged := _first_damaged(where, resources):
+        return OSError(
+            f"{class_name} in {where} cannot be read, since one of its files is damaged: {damaged}. Delete that file "
+            f"and put a good copy there ({type(error).__name__}: {error})"
+        )
+    looked_for = f"{', '.join(file for file, _ in resources)} in {where}" if resources else f"its files in {where}"
     return FileNotFoundError(
         f"{class_name} is not at hand: looked for {looked_for}, and downloading it failed "
         f"({type(error).__name__}: {error}). Put the files there or connect to a network; "
@@ -128,12 +127,17 @@ def _missing_or_damaged(class_name: str, data_dir: Path, error: Exception) -> Ex
     )
 
 
-def _first_damaged(raw: Path) -> str:
-    for file, md5 in torchvision.datasets.MNIST.resources:
-        if not torchvision.datasets.utils.check_integrity(str(raw / file), md5):
-            return str(raw / file)
-    unpacked = sorted(path for path in raw.iterdir() if path.suffix != ".gz")
-    return f"one of the unpacked ones, {', '.join(str(path) for path in unpacked)} (the .gz files are whole)"
+def _first_damaged(raw: Path, resources: list[tuple[str, str]]) -> Path | None:
+    for file, md5 in resources:
+        packed, unpacked = raw / file, raw / file.removesuffix(".gz")
+        if packed.exists() and not torchvision.datasets.utils.check_integrity(str(packed), md5):
+            return packed
+        if unpacked.exists():
+            try:
+                torchvision.datasets.mnist.read_sn3_pascalvincent_tensor(str(unpacked))
+            except Exception:
+                return unpacked
+    return None
 
 
 def _dataset_tensors(dataset, name: str, size, channels) -> list[torch.Tensor]:
@@ -169,7 +173,7 @@ def _load_folder(folder: Path, size, channels) -> ImageData:
     for part in ("train", "test"):
         if not (folder / part).is_dir():
             raise FileNotFoundError(
-                f"{folder} has no folder {part!r}; a data set needs train/<class>/ and test/<class>/ with images in them"
+                f"{folder} has no folder {part!r}; a data set needs train/<class>/ and test/<class>/ with images"
             )
     names = sorted(entry.name for entry in (folder / "train").iterdir() if entry.is_dir())
     test_names = sorted(entry.name for entry in (folder / "test").iterdir() if entry.is_dir())
@@ -206,6 +210,7 @@ def _read_all(paths: list[Path], convert: Callable[[Image.Image], Image.Image], 
     def read(path: Path) -> Image.Image:
         try:
             with Image.open(path) as image:
+                image.load()  # or nothing but the header would be read before the file is closed
                 return convert(image)
         except (OSError, UnidentifiedImageError, SyntaxError) as error:
             raise OSError(f"{path} is damaged or no image ({error}); replace or delete it") from error

@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -32,20 +33,33 @@ class Summary:
 
 @dataclass(frozen=True)
 class PairedDifference(Summary):
-    """Mean over common seeds of one model's value less the other's, with the two-sided p-value of Student's paired t."""
+    """Mean over common seeds of one model's value less another's, with the two-sided p-value of the paired t-test.
+
+    Where all differences are the same, as with one seed, there is neither an interval nor a p-value.
+    """
 
     p_value: float | None
 
     def points(self) -> str:
         """As text, in percentage points: '+0.25 ± 0.10 points (n = 5, p = 0.003)'."""
         if self.ci95 is None:
-            return f"{100 * self.mean:+.2f} points (n = 1: one seed shows no spread)"
+            why = "one seed shows" if self.n == 1 else "all the same, which shows"
+            return f"{100 * self.mean:+.2f} points (n = {self.n}: {why} no spread)"
         p = "p < 0.001" if self.p_value < 0.001 else f"p = {self.p_value:.3f}"
         return f"{100 * self.mean:+.2f} ± {100 * self.ci95:.2f} points (n = {self.n}, {p})"
 
+    def verdict(self, first: str, second: str) -> str:
+        """A sentence about the two, which says no more than the interval does."""
+        if self.ci95 is None:
+            return f"{first} against {second}: {self.points()}."
+        if not self.excludes_zero:
+            return f"between {first} and {second} no difference is shown: {self.points()}, an interval that holds 0."
+        better, worse = (first, second) if self.mean > 0 else (second, first)
+        return f"**{better} is ahead of {worse}**: {self.points()}."
+
     @property
     def excludes_zero(self) -> bool:
-        """Whether the 95 % interval lies on one side of 0; False for one seed, which shows nothing."""
+        """Whether the 95 % interval lies on one side of 0; False where there is no interval."""
         return self.ci95 is not None and abs(self.mean) > self.ci95
 
 
@@ -68,12 +82,9 @@ def paired_difference(first: Mapping[int, float], second: Mapping[int, float]) -
         raise ValueError(f"no seed in common: {sorted(first)} and {sorted(second)}")
     differences = np.array([first[seed] - second[seed] for seed in seeds])
     summary = summarise(differences)
-    if summary.n == 1:
-        return PairedDifference(summary.mean, None, None, 1, None)
-    if summary.std == 0:
-        p_value = 1.0 if summary.mean == 0 else 0.0
-    else:
-        p_value = float(stats.ttest_1samp(differences, 0).pvalue)
+    if summary.std is None or summary.std < 1e-12:  # accuracies of equal counts differ by rounding at most
+        return PairedDifference(summary.mean, summary.std, None, summary.n, None)
+    p_value = float(stats.ttest_1samp(differences, 0).pvalue)
     return PairedDifference(summary.mean, summary.std, summary.ci95, summary.n, p_value)
 
 
@@ -104,3 +115,64 @@ def results_table(experiment: Experiment) -> pd.DataFrame:
     table = pd.DataFrame(rows).reindex(columns=[*columns, "failed"])
     table = table.astype({"parameters": "Int64", "seeds": "Int64"})
     return table if experiment.failures else table.drop(columns="failed")
+
+
+def save_table(table: pd.DataFrame, path: str | Path) -> pd.DataFrame:
+    """Write a table as CSV, making its folder, and return it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table.to_csv(path, index=False, float_format="%.6g")
+    return table
+
+
+def differences_table(differences: Mapping[tuple[str, int], PairedDifference]) -> pd.DataFrame:
+    """One row for each schedule and depth: mean, std, ci95, n and p_value of a paired difference (fractions)."""
+    rows = [{"schedule": schedule, "depth": depth, **asdict(d)} for (schedule, depth), d in differences.items()]
+    return pd.DataFrame(rows)
+
+
+def recommend(table: pd.DataFrame) -> str:
+    """The model of a `results_table` to take, chosen on validation accuracy by the rule of one standard error.
+
+    That is the one with the fewest parameters among those whose mean is within a standard error of the best mean
+    (Breiman, Friedman, Olshen and Stone, Classification and Regression Trees, 1984). With one seed: the best.
+    Raises ValueError if no model has a result.
+    """
+    finished = table.dropna(subset="val_accuracy_mean")
+    if finished.empty:
+        raise ValueError("no model has a finished run, so there is none to recommend")
+    best = finished.loc[finished["val_accuracy_mean"].idxmax()]
+    error = 0.0 if pd.isna(best["val_accuracy_std"]) else best["val_accuracy_std"] / math.sqrt(best["seeds"])
+    close = finished[finished["val_accuracy_mean"] >= best["val_accuracy_mean"] - error]
+    return close.loc[close["parameters"].astype(int).idxmin(), "model"]
+
+
+def readable_table(table: pd.DataFrame, reference: Mapping[str, float] | None = None) -> pd.DataFrame:
+    """A `results_table` for people: percent with intervals, and beside it a reference figure (a fraction) by model."""
+    rows = []
+    for row in table.to_dict("records"):
+        if pd.isna(row["seeds"]):
+            rows.append({"model": row["model"], "test accuracy": f"failed: {row['failed']}"})
+            continue
+        test = _percent(row["test_accuracy_mean"], row["test_accuracy_ci95"])
+        rows.append(
+            {
+                "model": row["model"],
+                "parameters": f"{row['parameters']:,}",
+                "validation accuracy": _percent(row["val_accuracy_mean"], None),
+                "test accuracy": test,
+                "reference": f"{100 * reference[row['model']]:.2f} %" if row["model"] in (reference or {}) else "",
+                "n": str(row["seeds"]),
+                "epochs": f"{row['epochs_mean']:.0f}",
+                "seconds a run": f"{row['seconds_mean']:.0f}",
+            }
+        )
+        if row.get("failed"):
+            rows[-1]["failed"] = row["failed"]
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    readable = pd.DataFrame([{key: row.get(key, "") for key in columns} for row in rows]).set_index("model")
+    return readable if reference else readable.drop(columns="reference", errors="ignore")
+
+
+def _percent(mean: float, ci95: float | None) -> str:
+    return f"{100 * mean:.2f} %" if ci95 is None or pd.isna(ci95) else f"{100 * mean:.2f} ± {100 * ci95:.2f} %"

@@ -5,6 +5,7 @@ import ctypes
 import math
 import tempfile
 import time
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -30,12 +31,13 @@ class StreamlinedTrainer(transformers.Trainer):
     """Trains, validates each epoch, stops early and restores the best weights; `.test()` then sees the test set.
 
     The training set is split by class into a training and a validation part. Augmentation and normalisation happen in
-    the training step, on the device: what is random there is in a checkpoint's random state, so that a resumed run draws
-    what the uninterrupted one would have drawn. Whatever a `transformers.Trainer` can do (callbacks, checkpoints,
-    `torchrun`) this can do too.
+    the training step, on the device: what is random there is in a checkpoint's random state, so that a resumed run
+    draws what the uninterrupted one would have drawn. Whatever a `transformers.Trainer` can do (callbacks,
+    checkpoints, `torchrun`) this can do too.
 
     `checkpoint_dir` is where checkpoints go; without one they lie in a temporary folder that goes with the trainer.
-    Raises NonFiniteLossError, naming epoch and step, when the loss is NaN or infinite.
+    Raises ValueError for a device that is not there, and NonFiniteLossError, naming epoch and step, when the training
+    loss is NaN or infinite.
     """
 
     def __init__(
@@ -46,12 +48,15 @@ class StreamlinedTrainer(transformers.Trainer):
         callbacks: Sequence[TrainerCallback] = (),
         checkpoint_dir: str | None = None,
     ):
+        _check_device(config.device)
+        _warn_of_services(config)
         _keep_freed_memory()
         self.config, self.data = config, data
         if checkpoint_dir is None:
             self._temporary = tempfile.TemporaryDirectory(prefix="lablib-", ignore_cleanup_errors=True)
             checkpoint_dir = self._temporary.name
         args = config.to_training_arguments(checkpoint_dir, bf16=resolve_bf16(config, model))
+        args._n_gpu = min(args.n_gpu, 1)  # or Trainer multiplies the batch by the GPUs it sees
         device = args.device if _fits(data, args.device) else torch.device("cpu")
         images, labels = data.train_images.to(device), data.train_labels.to(device)
         train, validation = stratified_split(data.train_labels, config.validation_split, config.seed)
@@ -206,6 +211,19 @@ def resolve_bf16(config: TrainingConfig, model: nn.Module) -> bool:
     if config.device.startswith("cuda") or (config.device == "auto" and torch.cuda.is_available()):
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_amx_tile_supported()
+
+
+def _check_device(device: str):
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not present.get(device, True):
+        there = ", ".join(["'auto'", "'cpu'", *(repr(name) for name in present if present[name])])
+        raise ValueError(f"device = {device!r}, but this machine has none that PyTorch can use; write one of {there}")
+
+
+def _warn_of_services(config: TrainingConfig):
+    for name in ("use_wandb", "use_telegram_notifications"):
+        if getattr(config, name):
+            warnings.warn(f"{name}=True, but this version of lablib sends nothing yet; training goes on", stacklevel=3)
 
 
 def _fits(data: ImageData, device: torch.device) -> bool:

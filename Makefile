@@ -1,0 +1,46 @@
+.DEFAULT_GOAL := help
+.PHONY: help lab test full readme lint clean
+
+PYTHON ?= python3
+BIN := .venv/bin
+PAPERMILL := $(BIN)/python -m lablib.execute
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "make %-8s %s\n", $$1, $$2}'
+
+.venv/lab: pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[lab]'
+	@touch $@
+
+.venv/test: .venv/lab
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[lab,test]'
+	@touch $@
+
+lab: .venv/lab ## run the notebooks on the built-in digits, no network needed (about a minute); writes out/
+	@$(PAPERMILL) Lab1_MLPs.ipynb out/Lab1_MLPs.ipynb
+	@echo "notebook: out/Lab1_MLPs.ipynb"
+	@echo "tables:   out/results/"
+	@echo "figures:  out/images/"
+
+test: .venv/test lint ## check the style, run the tests and the notebooks
+	@$(BIN)/python -m pytest
+
+lint: .venv/test
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+FULL := -p dataset mnist -p epochs 60 -p batch_size 256 -p seeds 5 -p depth_seeds 3 -p jobs 2 \
+	-p output_dir runs -p figures_dir images -p results_dir results
+
+full: .venv/lab ## the published experiment on MNIST (about an hour on 2 cores); writes results/ and images/
+	@$(PAPERMILL) Lab1_MLPs.ipynb results/Lab1_MLPs.ipynb $(FULL)
+	@$(PAPERMILL) Lab1_MLPs.ipynb results/Lab1_MLPs_cosine.ipynb $(FULL) -p lr_schedule cosine \
+		-p early_stopping_patience 0 -p depth_seeds 0 -p figures_dir out/images_cosine
+	@$(MAKE) --no-print-directory readme
+
+readme: .venv/lab ## write the tables of results/ into the README
+	@$(BIN)/python -m lablib.report
+
+clean: ## delete what make lab wrote; finished runs stay
+	rm -rf out

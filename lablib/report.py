@@ -1,0 +1,82 @@
+"""results/ -> the README's tables, each between its markers.
+
+python -m lablib.report            write them
+python -m lablib.report --check    only say whether they are up to date
+"""
+
+import re
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+from lablib import reference
+from lablib.statistics import readable_table
+
+_MARKED = r"(<!-- table: {name} -->\n).*?(<!-- end -->)"
+
+
+def tables(results: Path) -> dict[str, str]:
+    """Markdown tables by name, from the CSV files in a folder. Raises FileNotFoundError if one is missing."""
+    read = {path.stem: pd.read_csv(path) for path in sorted(results.glob("*.csv"))}
+    wanted = ("mlps_mnist", "mlps_mnist_cosine", "mlps_mnist_depth", "mlps_mnist_differences")
+    missing = [f"{name}.csv" for name in wanted if name not in read]
+    if missing:
+        raise FileNotFoundError(f"{results} lacks {', '.join(missing)}; `make full` writes them")
+    return {
+        "mlps_mnist": markdown(readable_table(read["mlps_mnist"], reference.MNIST)),
+        "mlps_mnist_cosine": markdown(readable_table(read["mlps_mnist_cosine"])),
+        "mlps_mnist_depth": markdown(by_depth(read["mlps_mnist_depth"])),
+        "mlps_mnist_differences": markdown(readable_differences(read["mlps_mnist_differences"])),
+    }
+
+
+def by_depth(table: pd.DataFrame) -> pd.DataFrame:
+    """Test accuracy in percent, families in rows and depths in columns."""
+    family, depth = table["model"].str.rsplit("-", n=1).str
+    cells = (100 * table["test_accuracy_mean"]).map("{:.2f}".format)
+    if table["test_accuracy_ci95"].notna().any():
+        cells += " ± " + (100 * table["test_accuracy_ci95"]).map("{:.2f}".format)
+    wide = pd.DataFrame({"model": family, "depth": depth.astype(int), "cell": cells})
+    wide = wide.pivot(index="model", columns="depth", values="cell").loc[family.unique()]
+    return wide.rename_axis(columns=None)
+
+
+def readable_differences(table: pd.DataFrame) -> pd.DataFrame:
+    """Paired differences in percentage points, with interval and p-value."""
+    points = (100 * table["mean"]).map("{:+.2f}".format) + " ± " + (100 * table["ci95"]).map("{:.2f}".format)
+    p_value = table["p_value"].map(lambda p: "< 0.001" if p < 0.001 else f"{p:.3f}")
+    columns = {"rate": table["schedule"], "ResidualMLP less MLP, points": points, "p": p_value, "n": table["n"]}
+    return pd.DataFrame(columns).set_index(table["depth"].rename("layers or blocks"))
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """A Markdown table with the index as its first column."""
+    header = [table.index.name or "", *map(str, table.columns)]
+    rows = [[str(index), *map(str, row)] for index, row in zip(table.index, table.to_numpy(), strict=True)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows]) + "\n"
+
+
+def filled(text: str, results: Path) -> str:
+    """A text with the tables between its markers written anew. Raises ValueError for a table without its place."""
+    for name, table in tables(results).items():
+        text, count = re.subn(_MARKED.format(name=name), rf"\g<1>{table}\g<2>", text, flags=re.DOTALL)
+        if count != 1:
+            raise ValueError(f"the README needs '<!-- table: {name} -->' and '<!-- end -->' once; it has them {count}×")
+    return text
+
+
+def main(arguments: list[str]) -> int:
+    """0, or 1 if `--check` finds the README out of date."""
+    readme = Path("README.md")
+    text = readme.read_text(encoding="utf-8")
+    new = filled(text, Path("results"))
+    if "--check" in arguments:
+        print("README.md is up to date" if new == text else "README.md differs from results/: run `make readme`")
+        return int(new != text)
+    readme.write_text(new, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,46 @@
+"""Small data that several test files share."""
+
+from pathlib import Path
+
+import matplotlib
+import pytest
+import torch
+
+from lablib import ImageData, load_data
+
+matplotlib.use("Agg")
+torch.set_num_threads(1)  # the tests' batches are too small to share out
+
+DATA_DIR = Path(__file__).parents[1] / "data"
+
+
+@pytest.fixture(scope="session")
+def digits() -> ImageData:
+    """scikit-learn's digits, 28 × 28; shared by all tests, so copy a tensor before you write to it."""
+    return load_data("digits")
+
+
+@pytest.fixture(scope="session")
+def mnist() -> ImageData:
+    """MNIST from data/; nothing is downloaded for a test."""
+    if not (DATA_DIR / "MNIST" / "raw").is_dir():
+        pytest.skip(
+            "MNIST is not in data/MNIST/raw, and a test downloads nothing; "
+            "python -c \"import lablib; lablib.load_data('mnist')\" in the repository's root gets it"
+        )
+    return load_data("mnist", DATA_DIR)
+
+
+@pytest.fixture(scope="session")
+def tiny_data() -> ImageData:
+    """36 + 18 images of 6 × 6 grey pixels in 3 classes, told apart by the bright pair of rows; shared by all tests."""
+    generator = torch.Generator().manual_seed(0)
+
+    def part(per_class: int) -> tuple[torch.Tensor, torch.Tensor]:
+        labels = torch.arange(3).repeat(per_class)
+        images = torch.randint(0, 60, (len(labels), 1, 6, 6), generator=generator, dtype=torch.uint8)
+        for image, label in zip(images, labels, strict=True):
+            image[:, 2 * label : 2 * label + 2] += 180
+        return images, labels
+
+    return ImageData("tiny", *part(12), *part(6), ("top", "middle", "bottom"))

@@ -1,0 +1,261 @@
+"""TrainingConfig: defaults, what it refuses, and what it becomes."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+from transformers import TrainingArguments
+
+from lablib import TrainingConfig
+
+DEFAULTS = {
+    "num_epochs": 60,
+    "batch_size": 256,
+    "learning_rate": 1e-3,
+    "optimizer": "adam",
+    "weight_decay": 0.0,
+    "lr_schedule": "constant",
+    "warmup_fraction": 0.0,
+    "max_grad_norm": None,
+    "validation_split": 0.1,
+    "early_stopping_patience": 10,
+    "early_stopping_metric": "accuracy",
+    "rotation_degrees": 10.0,
+    "translation_fraction": 0.1,
+    "horizontal_flip": False,
+    "precision": "auto",
+    "device": "auto",
+    "seed": 0,
+    "output_dir": "runs",
+    "use_wandb": False,
+    "wandb_project": "residual-and-distillation-lab",
+    "wandb_group": None,
+    "wandb_tags": (),
+    "use_telegram_notifications": False,
+    "telegram_additional_info": "",
+    "training_arguments": {},
+}
+
+# field -> what its error must call allowed, and values that are not
+REFUSED = {
+    "num_epochs": ("a whole number of at least 1", [0, -1, 1.5, True, "3", None]),
+    "batch_size": ("a whole number of at least 1", [0, -8, 2.0, False, "256"]),
+    "learning_rate": ("a number above 0", [0, -1e-3, math.nan, math.inf, True, "1e-3", None]),
+    "optimizer": ("one of 'adam', 'adamw', 'sgd'", ["adamax", "Adam", None, 1]),
+    "weight_decay": ("a number of at least 0", [-0.1, math.nan, "0", None]),
+    "lr_schedule": ("one of 'constant', 'cosine'", ["linear", "", None]),
+    "warmup_fraction": ("a number from 0 to below 1", [1, 1.5, -0.1, math.nan, "0.1"]),
+    "max_grad_norm": ("None or a number above 0", [0, -1.0, math.inf, "1"]),
+    "validation_split": ("a number above 0 and below 1", [0, 1, -0.1, 1.1, math.nan, "0.1", None]),
+    "early_stopping_patience": ("None, or a whole number of at least 0", [-1, 2.5, True, "10"]),
+    "early_stopping_metric": ("one of 'accuracy', 'loss'", ["val_loss", None]),
+    "rotation_degrees": ("a number from 0 to 180", [-1, 180.5, math.nan, "10", None]),
+    "translation_fraction": ("a number from 0 to 1", [-0.1, 1.5, math.nan, True]),
+    "horizontal_flip": ("True or False", [1, 0, "false", None]),
+    "precision": ("one of 'auto', 'fp32', 'bf16'", ["fp16", 32, None]),
+    "device": ("one of 'auto', 'cpu', 'cuda', 'mps'", ["gpu", "cuda:1", 0, None]),
+    "seed": ("a whole number of at least 0", [-1, 0.5, True, "0", None]),
+    "output_dir": ("a string that is not empty", ["", None, 3]),
+    "use_wandb": ("True or False", [1, "yes", None]),
+    "wandb_project": ("a string that is not empty", ["", None]),
+    "wandb_group": ("None or a string that is not empty", ["", 3]),
+    "wandb_tags": ("a tuple or list of strings", ["tag", (1,), None]),
+    "use_telegram_notifications": ("True or False", [1, "yes", None]),
+    "telegram_additional_info": ("a string", [None, 3]),
+    "training_arguments": ("a dict of transformers.TrainingArguments fields", [None, [("adam_beta1", 0.8)], "x"]),
+}
+
+NO_INFLUENCE = {
+    "output_dir": "elsewhere",
+    "device": "cpu",
+    "use_wandb": True,
+    "wandb_project": "another",
+    "wandb_group": "group",
+    "wandb_tags": ("tag",),
+    "use_telegram_notifications": True,
+    "telegram_additional_info": "on the old laptop",
+}
+INFLUENCE = {
+    "num_epochs": 61,
+    "batch_size": 128,
+    "learning_rate": 2e-3,
+    "optimizer": "sgd",
+    "weight_decay": 0.1,
+    "lr_schedule": "cosine",
+    "warmup_fraction": 0.1,
+    "max_grad_norm": 1.0,
+    "validation_split": 0.2,
+    "early_stopping_patience": 3,
+    "early_stopping_metric": "loss",
+    "rotation_degrees": 0.0,
+    "translation_fraction": 0.0,
+    "horizontal_flip": True,
+    "precision": "fp32",
+    "seed": 1,
+    "training_arguments": {"adam_beta1": 0.8},
+}
+
+
+def test_the_defaults_are_the_documented_ones():
+    assert dataclasses.asdict(TrainingConfig()) == DEFAULTS
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [(name, value, allowed) for name, (allowed, values) in REFUSED.items() for value in values],
+)
+def test_a_value_that_is_not_allowed_is_refused_by_field_value_and_what_is_allowed(name, value, allowed):
+    with pytest.raises(ValueError, match=r"^TrainingConfig: ") as caught:
+        TrainingConfig(**{name: value})
+    assert f"{name} = {value!r}, but {name} must be {allowed}" in str(caught.value)
+
+
+def test_a_seed_that_numpy_does_not_take_is_refused():
+    with pytest.raises(ValueError, match=r"seed = 4294967296, but seed must be a whole number below 2\*\*32"):
+        TrainingConfig(seed=2**32)
+
+
+def test_every_field_has_refused_values_and_a_place_in_the_identity_or_none():
+    fields = {field.name for field in dataclasses.fields(TrainingConfig)}
+    assert set(REFUSED) == fields
+    assert NO_INFLUENCE.keys() | INFLUENCE.keys() == fields
+    assert not NO_INFLUENCE.keys() & INFLUENCE.keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_epochs", 1),
+        ("weight_decay", 0),
+        ("warmup_fraction", 0.999),
+        ("rotation_degrees", 180),
+        ("translation_fraction", 1),
+        ("max_grad_norm", 1e-9),
+        ("device", "mps"),
+        ("seed", 2**32 - 1),
+        ("wandb_group", None),
+    ],
+)
+def test_values_at_the_edge_of_what_is_allowed_are_taken(name, value):
+    assert getattr(TrainingConfig(**{name: value}), name) == value
+
+
+@pytest.mark.parametrize("off", [0, None])
+def test_a_patience_of_0_or_none_means_off(off):
+    assert TrainingConfig(early_stopping_patience=off).early_stopping_patience is None
+
+
+def test_a_path_becomes_text_and_a_list_of_tags_a_tuple(tmp_path):
+    config = TrainingConfig(output_dir=tmp_path, wandb_tags=["a", "b"])
+    assert config.output_dir == str(tmp_path)
+    assert config.wandb_tags == ("a", "b")
+
+
+def test_a_config_cannot_be_changed_and_its_replacement_is_checked_too():
+    config = TrainingConfig()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.seed = 1
+    with pytest.raises(ValueError, match="seed = -1"):
+        dataclasses.replace(config, seed=-1)
+
+
+def test_a_config_becomes_training_arguments_with_the_same_knobs(tmp_path):
+    config = TrainingConfig(
+        num_epochs=7, batch_size=32, learning_rate=0.02, weight_decay=0.01, max_grad_norm=0.5, seed=3, device="cpu"
+    )
+    arguments = config.to_training_arguments(str(tmp_path))
+    assert isinstance(arguments, TrainingArguments)
+    expected = {
+        "output_dir": str(tmp_path),
+        "num_train_epochs": 7,
+        "per_device_train_batch_size": 32,
+        "learning_rate": 0.02,
+        "weight_decay": 0.01,
+        "max_grad_norm": 0.5,
+        "seed": 3,
+        "data_seed": 3,
+        "use_cpu": True,
+        "bf16": False,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_accuracy",
+        "greater_is_better": True,
+        "logging_nan_inf_filter": False,
+        "remove_unused_columns": False,
+        "restore_callback_states_from_checkpoint": True,
+        "report_to": [],
+    }
+    assert {name: getattr(arguments, name) for name in expected} == expected
+
+
+def test_an_early_stop_on_the_loss_looks_for_the_smallest(tmp_path):
+    arguments = TrainingConfig(early_stopping_metric="loss").to_training_arguments(str(tmp_path))
+    assert arguments.metric_for_best_model == "eval_loss"
+    assert arguments.greater_is_better is False
+
+
+def test_gradients_are_not_clipped_by_default(tmp_path):
+    assert TrainingConfig().to_training_arguments(str(tmp_path)).max_grad_norm == 0
+
+
+@pytest.mark.parametrize(
+    ("schedule", "warmup", "expected"),
+    [
+        ("constant", 0.0, "constant"),
+        ("constant", 0.1, "constant_with_warmup"),
+        ("cosine", 0.0, "cosine"),
+        ("cosine", 0.25, "cosine"),
+    ],
+)
+def test_the_schedule_is_the_one_asked_for_and_the_warmup_a_fraction_of_all_steps(tmp_path, schedule, warmup, expected):
+    config = TrainingConfig(lr_schedule=schedule, warmup_fraction=warmup)
+    arguments = config.to_training_arguments(str(tmp_path))
+    assert arguments.lr_scheduler_type == expected
+    assert arguments.get_warmup_steps(1000) == 1000 * warmup
+
+
+def test_further_training_arguments_are_passed_on_and_win_over_the_labs_defaults(tmp_path):
+    config = TrainingConfig(training_arguments={"adam_beta1": 0.8, "save_total_limit": 5})
+    arguments = config.to_training_arguments(str(tmp_path))
+    assert arguments.adam_beta1 == 0.8
+    assert arguments.save_total_limit == 5
+    assert TrainingConfig().to_training_arguments(str(tmp_path)).save_total_limit == 2
+
+
+def test_an_unknown_training_argument_is_refused_with_a_suggestion():
+    with pytest.raises(ValueError, match=r"no field of transformers\.TrainingArguments; did you mean 'adam_beta1'"):
+        TrainingConfig(training_arguments={"adam_beta_1": 0.8})
+    with pytest.raises(ValueError, match=r"'zzzz', which is no field of transformers\.TrainingArguments$"):
+        TrainingConfig(training_arguments={"zzzz": 1})
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "num_train_epochs", "seed", "warmup_steps", "bf16", "output_dir"])
+def test_a_training_argument_that_the_config_sets_itself_is_refused(name):
+    with pytest.raises(ValueError, match=f"{name!r}, which TrainingConfig sets itself; use its own field"):
+        TrainingConfig(training_arguments={name: 1})
+
+
+def test_the_defaults_have_an_empty_identity():
+    assert TrainingConfig().identity() == {}
+
+
+@pytest.mark.parametrize(("name", "value"), NO_INFLUENCE.items())
+def test_who_is_told_of_a_run_and_where_it_runs_is_no_part_of_its_identity(name, value):
+    assert TrainingConfig(**{name: value}).identity() == TrainingConfig().identity()
+
+
+@pytest.mark.parametrize(("name", "value"), INFLUENCE.items())
+def test_what_changes_the_science_of_a_run_changes_its_identity(name, value):
+    assert TrainingConfig(**{name: value}).identity() == {name: value}
+
+
+def test_both_ways_to_say_off_have_one_identity():
+    assert (
+        TrainingConfig(early_stopping_patience=0).identity() == TrainingConfig(early_stopping_patience=None).identity()
+    )
+
+
+@pytest.mark.parametrize("name", ["rotation_degrees", "learning_rate", "weight_decay", "translation_fraction"])
+def test_a_whole_number_and_the_same_float_have_one_identity_as_json(name):
+    whole, fraction = TrainingConfig(**{name: 1}), TrainingConfig(**{name: 1.0})
+    assert json.dumps(whole.identity()) == json.dumps(fraction.identity())

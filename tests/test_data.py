@@ -1,0 +1,224 @@
+"""ImageData, its batches, and the split into training and validation."""
+
+import pickle
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from sklearn.model_selection import StratifiedShuffleSplit
+from torch.utils.data import DataLoader
+
+from lablib import ImageData, stratified_split
+from lablib.data import ImageBatches
+
+UNEQUAL = torch.arange(4).repeat_interleave(torch.tensor([83, 41, 29, 11]))
+
+
+@pytest.mark.parametrize("validation_split", [0.1, 0.25, 0.5])
+def test_a_split_is_disjoint_and_complete(digits, validation_split):
+    train, validation = stratified_split(digits.train_labels, validation_split, seed=0)
+    assert len(validation) == round(validation_split * len(digits.train_labels))
+    assert torch.equal(torch.cat([train, validation]).sort().values, torch.arange(len(digits.train_labels)))
+
+
+@pytest.mark.parametrize("validation_split", [0.1, 0.25, 0.5])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_split_shares_out_each_class_to_within_one_image(digits, validation_split, seed):
+    for labels in (digits.train_labels, UNEQUAL):
+        train, validation = stratified_split(labels, validation_split, seed)
+        counts = torch.bincount(labels)
+        for part in (train, validation):
+            exact = counts * len(part) / len(labels)
+            assert ((torch.bincount(labels[part], minlength=len(counts)) - exact).abs() <= 1).all()
+
+
+def test_a_split_is_the_same_for_one_seed_and_another_for_another(digits):
+    first, again, other = (stratified_split(digits.train_labels, 0.1, seed) for seed in (5, 5, 6))
+    assert torch.equal(first[0], again[0])
+    assert torch.equal(first[1], again[1])
+    assert not torch.equal(first[1], other[1])
+
+
+def test_a_split_leaves_the_global_random_states_alone(digits):
+    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    stratified_split(digits.train_labels, 0.1, seed=0)
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    assert np.array_equal(np.random.get_state()[1], numpy_state)  # noqa: NPY002
+
+
+def test_a_split_is_scikit_learns():
+    train, validation = stratified_split(UNEQUAL, 0.25, seed=3)
+    oracle = StratifiedShuffleSplit(n_splits=1, test_size=41, random_state=3)
+    expected_train, expected_validation = next(oracle.split(np.zeros(len(UNEQUAL)), UNEQUAL.numpy()))
+    assert train.tolist() == sorted(expected_train)
+    assert validation.tolist() == sorted(expected_validation)
+
+
+@pytest.mark.parametrize(
+    ("labels", "validation_split"),
+    [
+        (torch.tensor([0] * 20 + [1]), 0.2),  # a class of one image
+        (torch.arange(4).repeat(5), 0.1),  # 2 images for 4 classes in validation
+        (torch.arange(4).repeat(5), 0.95),  # 1 image for 4 classes in training
+    ],
+)
+def test_too_few_images_for_a_split_are_refused(labels, validation_split):
+    with pytest.raises(ValueError, match="each part needs an image of each class") as caught:
+        stratified_split(labels, validation_split, seed=0)
+    assert f"{len(labels)} images" in str(caught.value)
+    assert f"validation_split = {validation_split}" in str(caught.value)
+
+
+def _split_or_none(labels, validation_split):
+    try:
+        return stratified_split(labels, validation_split, seed=0)
+    except ValueError:
+        return None
+
+
+@pytest.mark.parametrize("rare", [2, 3, 5, 20])
+def test_a_split_that_is_not_refused_has_every_class_in_both_parts(rare):
+    parts = _split_or_none(torch.tensor([0] * 100 + [1] * rare), 0.1)
+    assert parts is not None or rare < 20
+    for part in parts or ():
+        assert (part >= 100).any()  # where the rare class begins
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+@pytest.mark.parametrize(
+    ("field", "change", "words"),
+    [
+        ("images", lambda x: x.float(), r"images are torch.float32 .*must be torch.uint8, images × channels"),
+        ("images", lambda x: x[:, 0], r"images are torch.uint8 of shape \(\d+, 6, 6\); they must be"),
+        ("labels", lambda x: x.int(), r"labels are torch.int32 .*must be torch.int64, one for each of the \d+ images"),
+        ("labels", lambda x: x[:-1], r"labels are torch.int64 of shape \(\d+,\); they must be .*one for each"),
+        ("labels", lambda x: x + 1, r"labels go from 1 to 3, but there are 3 classes, so they must be 0 to 2"),
+        ("labels", lambda x: x - 1, r"labels go from -1 to 1, but there are 3 classes, so they must be 0 to 2"),
+        ("labels", lambda x: x.clamp(max=1), r"class 'bottom' has no \w+ images; each class needs some"),
+    ],
+)
+def test_parts_that_do_not_fit_together_are_refused_by_name_and_part(tiny_data, part, field, change, words):
+    name = f"{part}_{field}"
+    with pytest.raises(ValueError, match=words) as caught:
+        replace(tiny_data, **{name: change(getattr(tiny_data, name))})
+    assert str(caught.value).startswith("tiny: ")
+    assert part in str(caught.value)
+
+
+def test_an_empty_part_is_refused(tiny_data):
+    with pytest.raises(ValueError, match="class 'top' has no test images"):
+        replace(tiny_data, test_images=tiny_data.test_images[:0], test_labels=tiny_data.test_labels[:0])
+
+
+def test_training_and_test_images_of_different_sizes_are_refused(tiny_data):
+    with pytest.raises(ValueError, match=r"training images are \(1, 6, 6\) and the test images \(1, 6, 5\)"):
+        replace(tiny_data, test_images=tiny_data.test_images[..., :5])
+
+
+def test_a_data_set_of_one_class_is_refused(tiny_data):
+    with pytest.raises(ValueError, match="tiny has 1 class; a classifier needs at least two"):
+        replace(
+            tiny_data,
+            train_labels=torch.zeros_like(tiny_data.train_labels),
+            test_labels=torch.zeros_like(tiny_data.test_labels),
+            class_names=("only",),
+        )
+
+
+def test_shape_and_number_of_classes_are_those_of_the_tensors():
+    images, labels = torch.zeros(4, 3, 5, 7, dtype=torch.uint8), torch.tensor([0, 1, 0, 1])
+    data = ImageData("wide", images, labels, images, labels, ("a", "b"))
+    assert data.image_shape == (3, 5, 7)
+    assert data.num_classes == 2
+
+
+def test_channel_statistics_are_those_of_numpy_in_float64():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (50, 3, 6, 8), generator=generator, dtype=torch.uint8)
+    images[:, 1] //= 4
+    labels = torch.arange(50) % 2
+    data = ImageData("noise", images, labels, 255 - images, labels, ("a", "b"))
+    mean, std = data.channel_statistics
+    pixels = images.numpy().astype(np.float64) / 255  # of the training images only
+    np.testing.assert_allclose(mean, pixels.mean((0, 2, 3)), rtol=1e-6)
+    np.testing.assert_allclose(std, pixels.std((0, 2, 3)), rtol=1e-6)
+    assert mean.dtype == std.dtype == torch.float32
+
+
+def test_a_constant_channel_has_a_standard_deviation_that_can_be_divided_by():
+    images, labels = torch.full((4, 1, 2, 2), 51, dtype=torch.uint8), torch.tensor([0, 1, 0, 1])
+    mean, std = ImageData("flat", images, labels, images, labels, ("a", "b")).channel_statistics
+    assert mean.item() == pytest.approx(0.2)
+    assert std.item() == 1
+
+
+def test_normalised_training_images_have_mean_0_and_deviation_1_by_channel():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (50, 3, 6, 8), generator=generator, dtype=torch.uint8)
+    images[:, 1] //= 4
+    labels = torch.arange(50) % 2
+    normal = ImageData("noise", images, labels, images // 2, labels, ("a", "b")).normalise(images)
+    assert normal.dtype == torch.float32
+    pixels = normal.double().numpy()
+    np.testing.assert_allclose(pixels.mean((0, 2, 3)), 0, atol=1e-5)
+    np.testing.assert_allclose(pixels.std((0, 2, 3)), 1, atol=1e-5)
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_the_fingerprint_changes_with_one_pixel_and_with_one_label(tiny_data, part):
+    images, labels = getattr(tiny_data, f"{part}_images").clone(), getattr(tiny_data, f"{part}_labels").clone()
+    same = replace(tiny_data, **{f"{part}_images": images.clone(), f"{part}_labels": labels.clone()})
+    assert same.fingerprint == tiny_data.fingerprint
+    images[-1, 0, -1, -1] += 1
+    labels[0] = 1
+    changed = {
+        replace(tiny_data, **{f"{part}_images": images}).fingerprint,
+        replace(tiny_data, **{f"{part}_labels": labels}).fingerprint,
+        replace(tiny_data, class_names=("top", "middle", "base")).fingerprint,
+        tiny_data.fingerprint,
+    }
+    assert len(changed) == 4
+
+
+def test_the_fingerprint_does_not_depend_on_the_memory_layout(tiny_data):
+    transposed = tiny_data.train_images.transpose(2, 3).contiguous().transpose(2, 3)
+    assert not transposed.is_contiguous()
+    assert replace(tiny_data, train_images=transposed).fingerprint == tiny_data.fingerprint
+
+
+def test_a_pickled_data_set_comes_back_as_it_was(tiny_data):
+    copy = pickle.loads(pickle.dumps(tiny_data))
+    for name in ("train_images", "train_labels", "test_images", "test_labels"):
+        assert torch.equal(getattr(copy, name), getattr(tiny_data, name))
+        assert getattr(copy, name).dtype == getattr(tiny_data, name).dtype
+    assert (copy.name, copy.class_names) == (tiny_data.name, tiny_data.class_names)
+    assert copy.fingerprint == replace(copy).fingerprint == tiny_data.fingerprint
+    assert torch.equal(copy.channel_statistics[0], tiny_data.channel_statistics[0])
+
+
+def test_getitems_gives_the_images_and_labels_of_the_chosen_indices_in_order(digits):
+    indices = torch.tensor([11, 3, 700, 3, 42])
+    batch = ImageBatches(digits.train_images, digits.train_labels, indices).__getitems__([4, 0, 2])
+    assert batch.keys() == {"images", "labels"}
+    assert torch.equal(batch["images"], digits.train_images[[42, 11, 700]])
+    assert torch.equal(batch["labels"], digits.train_labels[[42, 11, 700]])
+
+
+def test_without_indices_a_data_set_is_all_images(tiny_data):
+    dataset = ImageBatches(tiny_data.train_images, tiny_data.train_labels)
+    assert len(dataset) == 36
+    assert torch.equal(dataset[7]["images"], tiny_data.train_images[7])
+    assert dataset[7]["labels"] == tiny_data.train_labels[7]
+
+
+def test_a_data_loader_takes_whole_batches_and_visits_each_image_once(digits):
+    indices = torch.arange(0, 200, 2)
+    dataset = ImageBatches(digits.train_images, digits.train_labels, indices)
+    generator = torch.Generator().manual_seed(0)
+    loader = DataLoader(dataset, 32, shuffle=True, collate_fn=lambda batch: batch, generator=generator)
+    batches = list(loader)
+    assert [len(batch["labels"]) for batch in batches] == [32, 32, 32, 4]
+    seen = torch.cat([batch["images"] for batch in batches]).flatten(1)
+    expected = digits.train_images[indices].flatten(1)
+    assert sorted(seen.tolist()) == sorted(expected.tolist())

@@ -1,0 +1,286 @@
+"""Experiments: all runs, side by side or one after the other, whatever becomes of one of them."""
+
+import gc
+import os
+from dataclasses import replace
+from functools import partial
+
+import joblib
+import pandas as pd
+import pytest
+import safetensors.torch
+import torch
+
+from lablib import MLP, Experiment, StreamlinedTrainer, TrainingConfig, experiment
+from lablib.experiment import initial_model
+from lablib.runs import build_seeded, run_path, train_or_load
+
+tiny_mlp = partial(MLP, image_shape=(1, 6, 6), num_classes=3)
+MODELS = {"narrow": partial(tiny_mlp, (4,)), "wide": lambda: tiny_mlp((8,))}
+SEEDS = (0, 1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_collections():
+    """Each training begins with a collection of garbage, which would look through all of PyTorch every time."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+def config_in(folder) -> TrainingConfig:
+    return TrainingConfig(num_epochs=2, batch_size=8, validation_split=0.25, device="cpu", output_dir=str(folder))
+
+
+@pytest.fixture
+def config(tmp_path):
+    return config_in(tmp_path / "runs")
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_data, tmp_path_factory) -> Experiment:
+    """Two models × two seeds, trained one after the other."""
+    return experiment(MODELS, config_in(tmp_path_factory.mktemp("finished")), tiny_data, SEEDS)
+
+
+@pytest.fixture
+def no_training(monkeypatch):
+    def forbidden(*args, **kwargs):
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(StreamlinedTrainer, "train", forbidden)
+    monkeypatch.setattr(joblib, "Parallel", forbidden)
+
+
+class FailsInTraining(MLP):
+    def forward(self, images):
+        raise ArithmeticError("no forward today")
+
+
+def fails_to_build():
+    raise ValueError("no such layer")
+
+
+def timeless(run):
+    """All that a run found out, its weights as bytes, without what a clock adds."""
+    rows = [{k: v for k, v in row.items() if k != "seconds"} for row in run.history]
+    result = {k: v for k, v in run.result.items() if k != "seconds"}
+    return result, rows, (run.path / "model.safetensors").read_bytes()
+
+
+# Results
+
+
+def test_every_model_is_trained_with_every_seed_as_it_would_be_alone(finished, tiny_data, tmp_path):
+    assert list(finished.runs) == [("narrow", 0), ("narrow", 1), ("wide", 0), ("wide", 1)]
+    assert finished.failures == {}
+    alone = config_in(tmp_path)
+    for (name, seed), run in finished.runs.items():
+        expected = train_or_load(MODELS[name], replace(alone, seed=seed), tiny_data)
+        assert timeless(run) == timeless(expected)
+    weights = {run.result["test_loss"] for run in finished.runs.values()}
+    assert len(weights) == 4
+
+
+def test_values_are_one_models_results_by_seed(finished):
+    runs = finished.runs
+    assert finished.values("wide") == {seed: runs["wide", seed].result["test_accuracy"] for seed in SEEDS}
+    losses = {seed: runs["narrow", seed].result["val_loss"] for seed in SEEDS}
+    assert finished.values("narrow", "val_loss") == losses
+    assert len(set(losses.values())) == 2
+
+
+def test_histories_are_one_table_with_a_row_for_each_epoch_of_each_run(finished):
+    table = finished.histories()
+    assert list(table[["model", "seed", "epoch"]].itertuples(index=False, name=None)) == [
+        (name, seed, epoch) for name in MODELS for seed in SEEDS for epoch in (1, 2)
+    ]
+    row = table[(table.model == "wide") & (table.seed == 1) & (table.epoch == 2)].iloc[0]
+    assert row.drop(["model", "seed"]).to_dict() == finished.runs["wide", 1].history[1]
+    assert not table.isna().any(axis=None)
+
+
+def test_a_seed_that_is_given_twice_counts_once(config, tiny_data):
+    result = experiment({"narrow": MODELS["narrow"]}, config, tiny_data, [0, 0])
+    assert len(result.runs) == 1
+    assert len(result.histories()) == 2
+
+
+def test_a_trained_model_has_the_weights_of_its_run(finished):
+    for seed in (0, 1):
+        model = finished.trained_model("wide", seed)
+        stored = safetensors.torch.load_file(finished.runs["wide", seed].path / "model.safetensors")
+        assert not model.training
+        assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in stored.items())
+    first = finished.trained_model("wide").state_dict()
+    assert torch.equal(first["classifier.bias"], finished.trained_model("wide", 0).state_dict()["classifier.bias"])
+    with pytest.raises(KeyError, match="no finished run of 'wide' with seed 7"):
+        finished.trained_model("wide", 7)
+
+
+def test_an_initial_model_is_what_the_run_began_with(finished):
+    initial = initial_model(finished, "wide", 1)
+    expected = build_seeded(MODELS["wide"], 1).state_dict()
+    assert not initial.training
+    assert all(torch.equal(initial.state_dict()[name], tensor) for name, tensor in expected.items())
+
+
+def test_experiments_on_the_same_data_can_be_joined(finished, tiny_data, no_training):
+    narrow = experiment({"narrow": MODELS["narrow"]}, finished.config, tiny_data, [0])
+    wide = experiment({"wide": MODELS["wide"]}, finished.config, tiny_data, [1])
+    both = narrow | wide
+    assert both.runs == {key: finished.runs[key] for key in [("narrow", 0), ("wide", 1)]}
+    assert list(both.models) == ["narrow", "wide"]
+    assert both.seeds == (0, 1)
+    assert list(both.histories().model) == ["narrow", "narrow", "wide", "wide"]
+    darker = replace(tiny_data, name="darker", train_images=tiny_data.train_images // 2)
+    with pytest.raises(ValueError, match="tiny and darker cannot be joined"):
+        narrow | Experiment(darker, finished.config, {}, ())
+
+
+def test_a_second_experiment_trains_nothing(finished, tiny_data, no_training):
+    again = experiment(MODELS, finished.config, tiny_data, SEEDS, jobs=2)
+    assert again.runs == finished.runs
+    assert list(again.runs) == list(finished.runs)
+    with pytest.raises(AssertionError, match="trained again"):
+        experiment(MODELS, finished.config, tiny_data, [0, 2])
+
+
+def test_only_what_is_missing_is_trained_and_the_order_stays(finished, tiny_data, tmp_path):
+    config = config_in(tmp_path)
+    train_or_load(MODELS["wide"], replace(config, seed=1), tiny_data)
+    trained = []
+
+    class Noting(StreamlinedTrainer):
+        def train(self, *args, **kwargs):
+            trained.append((self.config.seed, sum(p.numel() for p in self.model.parameters())))
+            return super().train(*args, **kwargs)
+
+    train_or_load(MODELS["wide"], replace(config, seed=1), tiny_data, trainer_class=Noting)
+    trained.clear()
+    result = experiment(MODELS, config, tiny_data, SEEDS, trainer_class=Noting)
+    assert [seed for seed, _ in trained] == [0, 1, 0]
+    assert list(result.runs) == list(finished.runs)
+
+
+# Failures
+
+
+@pytest.mark.parametrize(
+    ("broken", "error"),
+    [
+        (fails_to_build, "ValueError: no such layer"),
+        (lambda: FailsInTraining((4,), image_shape=(1, 6, 6)), "ArithmeticError: no forward today"),
+        (lambda: tiny_mlp((4,), num_classes=2), "IndexError"),
+    ],
+    ids=["in the building", "in the forward", "too few outputs"],
+)
+def test_a_run_that_fails_is_reported_by_name_and_loses_no_other(broken, error, config, tiny_data):
+    models = {"broken one": broken, "narrow": MODELS["narrow"]}
+    with pytest.warns(UserWarning, match="failed") as caught:
+        result = experiment(models, config, tiny_data, [0, 3])
+    assert list(result.runs) == [("narrow", 0), ("narrow", 3)]
+    assert list(result.failures) == [("broken one", 0), ("broken one", 3)]
+    messages = [str(warning.message) for warning in caught]
+    assert len(messages) == 2
+    for seed, message in zip([0, 3], messages, strict=True):
+        assert f"the run of 'broken one' with seed {seed} failed" in message
+        assert error in message
+        assert error in result.failures["broken one", seed]
+    assert result.values("broken one") == {}
+    assert list(result.values("narrow")) == [0, 3]
+    with pytest.raises(KeyError, match=error):
+        result.trained_model("broken one")
+
+
+def test_a_failed_run_is_tried_again_by_the_next_call(config, tiny_data):
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="no forward today"):
+            failed = experiment({"net": lambda: FailsInTraining((4,), image_shape=(1, 6, 6))}, config, tiny_data, [0])
+        assert failed.runs == {}
+        assert isinstance(failed.histories(), pd.DataFrame)
+        assert failed.histories().empty
+
+
+@pytest.mark.parametrize("jobs", [0, 1.5, "2", True, None])
+def test_a_number_of_jobs_that_is_none_is_refused(jobs, config, tiny_data, no_training):
+    with pytest.raises(ValueError, match=r"jobs = .*whole number"):
+        experiment(MODELS, config, tiny_data, SEEDS, jobs=jobs)
+
+
+@pytest.mark.parametrize(
+    ("models", "seeds", "words"), [({}, SEEDS, "0 models and 2 seeds"), (MODELS, [], "2 models and 0 seeds")]
+)
+def test_an_experiment_without_models_or_seeds_is_refused(models, seeds, words, config, tiny_data):
+    with pytest.raises(ValueError, match=words):
+        experiment(models, config, tiny_data, seeds)
+
+
+def test_an_interruption_by_hand_passes_through_and_keeps_what_is_finished(config, tiny_data):
+    class Interrupted(StreamlinedTrainer):
+        def train(self, *args, **kwargs):
+            if self.config.seed == 1 and not resumed:
+                raise KeyboardInterrupt
+            trained.append(self.config.seed)
+            return super().train(*args, **kwargs)
+
+    trained, resumed = [], False
+    narrow = {"narrow": MODELS["narrow"]}
+    with pytest.raises(KeyboardInterrupt):
+        experiment(narrow, config, tiny_data, [0, 1, 2], trainer_class=Interrupted)
+    assert trained == [0]
+    resumed = True
+    result = experiment(narrow, config, tiny_data, [0, 1, 2], trainer_class=Interrupted)
+    assert trained == [0, 1, 2]
+    assert list(result.values("narrow")) == [0, 1, 2]
+
+
+def test_the_number_of_threads_is_as_before_when_an_experiment_ends(config, tiny_data):
+    before = torch.get_num_threads()
+    experiment({"narrow": MODELS["narrow"]}, config, tiny_data, [0])
+    assert torch.get_num_threads() == before
+
+
+# Side by side
+
+
+@pytest.fixture
+def two_cores(monkeypatch):
+    """So that each of two jobs takes one thread, as this process does."""
+    monkeypatch.setattr(joblib, "cpu_count", lambda *args, **kwargs: 2)
+
+
+def test_jobs_side_by_side_give_the_same_bits_and_a_failure_loses_no_other(finished, config, tiny_data, two_cores):
+    bias = 0.5
+
+    class Net(MLP):
+        def forward(self, images):
+            return super().forward(images) + bias
+
+    models = {
+        **MODELS,
+        "closure": lambda: Net((4,), image_shape=(1, 6, 6), num_classes=3),
+        "broken": lambda: FailsInTraining((4,), image_shape=(1, 6, 6)),
+    }
+    with pytest.warns(UserWarning, match="the run of 'broken' with seed [01] failed") as caught:
+        side_by_side = experiment(models, config, tiny_data, SEEDS, jobs=2)
+    assert len(caught) == 2
+    assert {key: error.split(":")[0] for key, error in side_by_side.failures.items()} == {
+        ("broken", seed): "ArithmeticError" for seed in SEEDS
+    }
+    assert list(side_by_side.runs) == [(name, seed) for name in ("narrow", "wide", "closure") for seed in SEEDS]
+    for key, run in finished.runs.items():
+        assert timeless(side_by_side.runs[key]) == timeless(run)
+    assert {run.result["threads"] for run in side_by_side.runs.values()} == {1}
+
+
+def test_a_damaged_run_is_reported_by_whichever_process_finds_it(config, tiny_data, two_cores):
+    narrow = {"narrow": MODELS["narrow"]}
+    before = experiment(narrow, config, tiny_data, SEEDS)
+    for seed in SEEDS:
+        os.truncate(before.runs["narrow", seed].path / "history.jsonl", 10)
+    with pytest.warns(UserWarning, match=r"history\.jsonl is damaged.* set aside"):
+        after = experiment(narrow, config, tiny_data, SEEDS, jobs=2)
+    for key, run in before.runs.items():
+        assert after.runs[key].history[-1]["val_loss"] == run.history[-1]["val_loss"]
+        assert run.path == run_path(narrow["narrow"], replace(config, seed=key[1]), tiny_data)

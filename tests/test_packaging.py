@@ -1,0 +1,53 @@
+import re
+import tomllib
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def name_of(requirement: str) -> str:
+    return re.match(r"[A-Za-z0-9._-]+", requirement).group().lower().replace("_", "-")
+
+
+def requirements() -> set[str]:
+    extras = PROJECT["optional-dependencies"].values()
+    return {name_of(r) for group in [PROJECT["dependencies"], *extras] for r in group}
+
+
+def test_conda_installs_the_same_extras_and_python_as_pyproject():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    assert environment["channels"] == ["conda-forge"]
+    conda = [entry for entry in environment["dependencies"] if isinstance(entry, str)]
+    pip = next(entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict))
+    assert sorted(name_of(entry) for entry in conda) == ["pip", "python"]
+    assert f"python{PROJECT['requires-python']}" in conda
+    assert len(pip) == 1
+    extras = re.fullmatch(r"-e \.\[(.*)\]", pip[0]).group(1).split(",")
+    assert sorted(extras) == sorted(PROJECT["optional-dependencies"])
+
+
+def test_every_requirement_has_its_tested_version_in_the_constraints():
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and line[0] != "#"]
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.+!]+", line) for line in lines)
+    assert requirements() <= {name_of(line) for line in lines}
+
+
+def test_the_tested_versions_are_within_the_ranges():
+    from packaging.requirements import Requirement
+
+    pinned = dict(
+        line.lower().replace("_", "-").split("==")
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if "==" in line
+    )
+    groups = [PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()]
+    for requirement in (Requirement(r) for group in groups for r in group):
+        assert pinned[name_of(requirement.name)] in requirement.specifier, requirement
+
+
+def test_the_repositorys_address_stands_in_one_place():
+    texts = [path.read_text() for path in [*ROOT.glob("*.md"), *ROOT.glob("*.ipynb"), *ROOT.glob("*.toml")]]
+    assert sum(text.count("OWNER/REPOSITORY") for text in texts) == 1

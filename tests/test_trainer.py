@@ -1,0 +1,650 @@
+"""StreamlinedTrainer against scripted metrics, a plain PyTorch loop and a plain transformers.Trainer."""
+
+import copy
+import gc
+import itertools
+import math
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from torch import nn
+from torch.nn import functional as F
+from transformers import TrainerCallback
+
+from lablib import MLP, ImageData, StreamlinedTrainer, TrainingConfig, stratified_split
+from lablib.data import ImageBatches
+from lablib.runs import build_seeded
+from lablib.trainer import NonFiniteLossError, classification_metrics, history, resolve_bf16
+
+VALIDATION_SPLIT = 0.25  # of tiny_data's 36 images: 27 + 9
+STEPS = 4  # an epoch, in batches of 8, 8, 8 and 3
+NOTHING_RANDOM = {"rotation_degrees": 0.0, "translation_fraction": 0.0}
+
+
+def config(**knobs) -> TrainingConfig:
+    defaults = {"num_epochs": 2, "batch_size": 8, "validation_split": VALIDATION_SPLIT, "device": "cpu"}
+    return TrainingConfig(**{**defaults, **knobs})
+
+
+def small_mlp(dropout: float = 0.1, seed: int = 0, model_class=MLP) -> MLP:
+    return build_seeded(lambda: model_class((8,), dropout, image_shape=(1, 6, 6), num_classes=3), seed)
+
+
+def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    return copy.deepcopy(model.state_dict())
+
+
+def same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def timeless(trainer: StreamlinedTrainer) -> list[dict]:
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in history(trainer.state.log_history)]
+
+
+def normalised(images: torch.Tensor, data: ImageData) -> np.ndarray:
+    """In double precision with NumPy, from the definition."""
+    train = data.train_images.numpy() / 255
+    mean, std = train.mean((0, 2, 3), keepdims=True), train.std((0, 2, 3), keepdims=True)
+    return (images.numpy() / 255 - mean) / std
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_collections():
+    """Each training begins with a collection of garbage, which would look through all of PyTorch every time."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture
+def build(tmp_path, tiny_data):
+    """A trainer of a small MLP on the tiny data, its checkpoints in a folder of its own."""
+    numbers = itertools.count()
+
+    def build(knobs: TrainingConfig, model=None, data=tiny_data, trainer_class=StreamlinedTrainer, **more):
+        more = {"checkpoint_dir": str(tmp_path / f"checkpoints {next(numbers)}"), **more}
+        return trainer_class(small_mlp(seed=knobs.seed) if model is None else model, knobs, data, **more)
+
+    return build
+
+
+class ScriptedTrainer(StreamlinedTrainer):
+    """Its validation metric is written in advance, and it keeps the weights of each epoch."""
+
+    def __init__(self, *args, script: list[float], **kwargs):
+        super().__init__(*args, **kwargs)
+        self.script, self.weights = script, []
+
+    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if metric_key_prefix == "eval":
+            epoch = round(self.state.epoch)
+            output.metrics[f"eval_{self.config.early_stopping_metric}"] = self.script[epoch - 1]
+            self.weights.append(weights_of(self.model))
+        return output
+
+
+class InputsKept(MLP):
+    """Remembers what it was shown, in training and outside."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.shown = {True: [], False: []}
+
+    def forward(self, images):
+        self.shown[self.training].append(images.detach().clone())
+        return super().forward(images)
+
+
+class BadLogits(MLP):
+    """Its logits become NaN or infinite in one training step, counted from 1."""
+
+    bad_step, value, steps = 0, math.nan, 0
+
+    def forward(self, images):
+        logits = super().forward(images)
+        self.steps += self.training
+        return logits * self.value if self.training and self.steps == self.bad_step else logits
+
+
+class InterruptAtEpoch(TrainerCallback):
+    def __init__(self, epoch: int):
+        self.epoch = epoch
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        if round(state.epoch) + 1 == self.epoch:
+            raise KeyboardInterrupt
+
+
+# Which weights are tested
+
+
+@pytest.mark.parametrize(
+    ("metric", "script"),
+    [("accuracy", [0.3, 0.9, 0.5, 0.9, 0.7]), ("loss", [0.9, 0.2, 0.5, 0.2, 0.7])],
+)
+def test_the_first_best_epoch_is_restored_and_tested(metric, script, build, tiny_data):
+    knobs = config(num_epochs=5, early_stopping_patience=None, early_stopping_metric=metric)
+    trainer = build(knobs, trainer_class=ScriptedTrainer, script=script)
+    trainer.train()
+    assert same_bits(trainer.model.state_dict(), trainer.weights[1])
+    for other in (0, 2, 3, 4):
+        assert not same_bits(trainer.weights[1], trainer.weights[other])
+
+    by_hand = small_mlp().eval()
+    by_hand.load_state_dict(trainer.weights[1])
+    with torch.no_grad():
+        logits = by_hand(torch.from_numpy(normalised(tiny_data.test_images, tiny_data)).float())
+    np.testing.assert_allclose(trainer.predict_test().predictions, logits.numpy(), rtol=1e-4, atol=1e-5)
+    expected_loss = F.cross_entropy(logits, tiny_data.test_labels).item()
+    expected_accuracy = (logits.argmax(1) == tiny_data.test_labels).double().mean().item()
+    result = trainer.test()
+    assert result["test_loss"] == pytest.approx(expected_loss, rel=1e-5)
+    assert result["test_accuracy"] == pytest.approx(expected_accuracy)
+
+
+class SealedData(ImageData):
+    """Breaks at the first look at the test set while it is sealed."""
+
+    def __getattribute__(self, name):
+        if name.startswith("test_") and object.__getattribute__(self, "__dict__").get("sealed"):
+            raise PermissionError("the test set is sealed")
+        return object.__getattribute__(self, name)
+
+
+def test_the_test_set_is_not_looked_at_before_it_is_asked_for(build, tiny_data):
+    parts = {name: getattr(tiny_data, name) for name in ("train_images", "train_labels", "test_images", "test_labels")}
+    data = SealedData("sealed", **parts, class_names=tiny_data.class_names)
+    data.__dict__["sealed"] = True
+    trainer = build(config(), data=data)
+    trainer.train()
+    trainer.evaluate()
+    with pytest.raises(PermissionError, match="sealed"):
+        trainer.test()
+    data.__dict__["sealed"] = False
+    assert 0 <= trainer.test()["test_accuracy"] <= 1
+
+
+def test_other_test_images_change_neither_weights_nor_history(build, tiny_data):
+    flat = torch.full_like(tiny_data.test_images, 255)
+    one, other = build(config()), build(config(), data=replace(tiny_data, test_images=flat))
+    one.train()
+    other.train()
+    assert same_bits(one.model.state_dict(), other.model.state_dict())
+    assert timeless(one) == timeless(other)
+    assert one.test()["test_loss"] != other.test()["test_loss"]
+
+
+# What the model sees
+
+
+def test_images_outside_training_are_only_normalised_by_channel(build):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 80, (60, 3, 5, 7), generator=generator, dtype=torch.uint8)
+    images += torch.tensor([0, 80, 170], dtype=torch.uint8).view(3, 1, 1)
+    labels = torch.arange(60) % 2
+    data = ImageData("colour", images[:40], labels[:40], images[40:], labels[40:], ("a", "b"))
+    trainer = build(config(rotation_degrees=90.0, horizontal_flip=True), MLP((4,), image_shape=(3, 5, 7)), data)
+    seen = trainer.prepare_images(data.test_images, training=False)
+    assert seen.dtype == torch.float32
+    np.testing.assert_allclose(seen.numpy(), normalised(data.test_images, data), rtol=1e-4, atol=1e-5)
+
+
+def test_validation_and_test_images_are_never_augmented(build, tiny_data):
+    model = small_mlp(model_class=InputsKept)
+    trainer = build(config(num_epochs=1, rotation_degrees=45.0, translation_fraction=0.2), model)
+    trainer.train()
+    train, validation = stratified_split(tiny_data.train_labels, VALIDATION_SPLIT, seed=0)
+    assert len(model.shown[False]) == 1
+    expected = normalised(tiny_data.train_images[validation], tiny_data)
+    np.testing.assert_allclose(torch.cat(model.shown[False]).numpy(), expected, rtol=1e-4, atol=1e-5)
+
+    in_training = torch.cat(model.shown[True]).numpy()
+    plain = normalised(tiny_data.train_images[train], tiny_data)
+    distances = np.abs(in_training[:, None] - plain[None]).max((2, 3, 4)).min(1)
+    assert len(in_training) == len(train)
+    assert (distances > 0.01).all()
+
+    model.shown[False].clear()
+    trainer.test()
+    expected = normalised(tiny_data.test_images, tiny_data)
+    np.testing.assert_allclose(torch.cat(model.shown[False]).numpy(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_augment_is_called_once_for_each_training_image_and_epoch_and_never_in_evaluation(build, monkeypatch):
+    calls = []
+
+    def counting(pixels, *knobs):
+        calls.append((len(pixels), trainer.model.training, knobs))
+        return pixels
+
+    monkeypatch.setattr("lablib.trainer.augment", counting)
+    trainer = build(config(rotation_degrees=7.0, translation_fraction=0.3, horizontal_flip=True))
+    trainer.train()
+    assert [size for size, _, _ in calls] == [8, 8, 8, 3] * 2
+    assert all(training and knobs == (7.0, 0.3, True) for _, training, knobs in calls)
+    trainer.evaluate()
+    trainer.test()
+    assert len(calls) == 2 * STEPS
+
+
+# When it stops
+
+
+@pytest.mark.parametrize(
+    ("metric", "patience", "script", "epochs"),
+    [
+        ("accuracy", 2, [0.5, 0.6, 0.5, 0.6, 0.9, 0.9, 0.9], 4),  # an equal value is no improvement
+        ("accuracy", 3, [0.5, 0.4, 0.6, 0.5, 0.4, 0.3, 0.9], 6),  # the improvement in epoch 3 starts the count anew
+        ("accuracy", 1, [0.5, 0.5, 0.9, 0.9, 0.9, 0.9, 0.9], 2),
+        ("accuracy", 3, [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7], 7),
+        ("loss", 2, [1.0, 0.9, 0.95, 0.8, 0.81, 0.82, 0.1], 6),
+        ("loss", 1, [0.1, 0.2, 0.0, 0.0, 0.0, 0.0, 0.0], 2),
+        ("accuracy", None, [0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3], 7),
+        ("loss", 0, [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7], 7),
+    ],
+)
+def test_early_stopping_stops_after_exactly_patience_epochs_without_improvement(
+    metric, patience, script, epochs, build
+):
+    knobs = config(num_epochs=7, batch_size=32, early_stopping_metric=metric, early_stopping_patience=patience)
+    trainer = build(knobs, trainer_class=ScriptedTrainer, script=script)
+    trainer.train()
+    assert [row[f"val_{metric}"] for row in timeless(trainer)] == script[:epochs]
+
+
+@pytest.mark.parametrize(("step", "epoch"), [(1, 1), (4, 1), (6, 2)])
+@pytest.mark.parametrize(("value", "named"), [(math.nan, "nan"), (math.inf, "nan|inf")])
+def test_a_loss_that_is_not_finite_stops_the_training_and_names_epoch_and_step(step, epoch, value, named, build):
+    model = small_mlp(model_class=BadLogits)
+    model.bad_step, model.value = step, value
+    with pytest.raises(NonFiniteLossError, match=rf"loss is ({named}) at epoch {epoch}, step {step};"):
+        build(config(num_epochs=3), model).train()
+    assert model.steps == epoch * STEPS
+
+
+def test_the_step_of_a_nan_is_named_rightly_when_gradients_are_accumulated(build):
+    model = small_mlp(model_class=BadLogits)
+    model.bad_step = 1
+    with pytest.raises(NonFiniteLossError, match="epoch 1, step 1;"):
+        build(config(training_arguments={"gradient_accumulation_steps": 2}), model).train()
+
+
+# What is random
+
+
+def test_the_same_seed_gives_the_same_bits_whatever_else_is_drawn(build):
+    knobs = config(seed=3, rotation_degrees=20.0, horizontal_flip=True)
+    torch.manual_seed(11)
+    one = build(knobs, small_mlp(dropout=0.3))
+    one.train()
+    torch.manual_seed(12)
+    other = build(knobs, small_mlp(dropout=0.3))
+    torch.rand(7)
+    other.train()
+    assert same_bits(one.model.state_dict(), other.model.state_dict())
+    assert timeless(one) == timeless(other)
+
+
+def test_another_seed_gives_other_weights_from_the_same_initial_ones(build):
+    one, other = build(config(seed=0), small_mlp()), build(config(seed=1), small_mlp())
+    assert same_bits(one.model.state_dict(), other.model.state_dict())
+    one.train()
+    other.train()
+    for name, tensor in one.model.state_dict().items():
+        assert not torch.equal(tensor, other.model.state_dict()[name]), name
+
+
+def test_augmentation_and_dropout_draw_anew_in_each_epoch(build):
+    model = small_mlp(model_class=InputsKept)
+    build(config(batch_size=27, rotation_degrees=30.0), model).train()
+    first, second = model.shown[True]
+    assert not np.isin(first.sum((1, 2, 3)).numpy(), second.sum((1, 2, 3)).numpy()).any()
+
+
+# Callbacks
+
+EVENTS = sorted(name for name in dir(TrainerCallback) if name.startswith("on_"))
+
+
+class PlainCallback(TrainerCallback):
+    """Written for transformers.Trainer: notes what it is told, and stops the training after an epoch."""
+
+    def __init__(self, stop_after: int):
+        self.stop_after, self.events, self.told = stop_after, [], []
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        self.told.append({"eval_loss", "eval_accuracy", "epoch"} <= metrics.keys())
+
+    def on_log(self, args, state, control, logs, **kwargs):
+        self.told.append(sorted({"loss", "learning_rate", "grad_norm", "eval_loss", "train_runtime"} & logs.keys()))
+
+    def on_epoch_end(self, args, state, control, model, optimizer, train_dataloader, **kwargs):
+        self.told.append((state.epoch, state.global_step, len(train_dataloader), type(model).__name__))
+        control.should_training_stop = round(state.epoch) == self.stop_after
+        return control
+
+
+def _noting(name):
+    told = getattr(PlainCallback, name)
+
+    def event(self, args, state, control, **kwargs):
+        self.events.append(name)
+        return told(self, args, state, control, **kwargs)
+
+    return event
+
+
+for _name in EVENTS:
+    setattr(PlainCallback, _name, _noting(_name))
+
+
+def test_a_callback_is_told_the_same_as_by_a_plain_trainer_and_may_stop_the_training(build, tiny_data, tmp_path):
+    class OwnLoss(MLP):
+        def forward(self, images, labels):
+            logits = super().forward(images.float())
+            return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+    knobs = config(num_epochs=5)
+    in_lab = PlainCallback(stop_after=2)
+    trainer = build(knobs, callbacks=[in_lab])
+    trainer.train()
+
+    reference = PlainCallback(stop_after=2)
+    train, validation = stratified_split(tiny_data.train_labels, VALIDATION_SPLIT, 0)
+    plain = transformers.Trainer(
+        small_mlp(model_class=OwnLoss),
+        knobs.to_training_arguments(str(tmp_path / "plain")),
+        train_dataset=ImageBatches(tiny_data.train_images, tiny_data.train_labels, train),
+        eval_dataset=ImageBatches(tiny_data.train_images, tiny_data.train_labels, validation),
+        data_collator=lambda batch: batch,
+        compute_metrics=classification_metrics,
+        callbacks=[reference],
+    )
+    plain.remove_callback(transformers.PrinterCallback)
+    plain.train()
+    assert in_lab.events == reference.events
+    assert [str(told).replace("OwnLoss", "MLP") for told in reference.told] == [str(told) for told in in_lab.told]
+    assert in_lab.events.count("on_epoch_end") == in_lab.events.count("on_evaluate") == 2
+    assert all(told for told in in_lab.told if isinstance(told, bool))
+    assert len(timeless(trainer)) == 2
+
+
+def test_a_callback_gets_the_model_with_its_gradients_and_the_optimizer(build):
+    seen = {}
+
+    class Look(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model, optimizer, **kwargs):
+            seen["gradients"] = [p.grad is not None for p in model.parameters()]
+            seen["optimizer"] = optimizer
+
+    trainer = build(config(), callbacks=[Look])
+    trainer.train()
+    assert seen["gradients"] == [True] * 4
+    assert [id(p) for p in seen["optimizer"].param_groups[0]["params"]] == [id(p) for p in trainer.model.parameters()]
+
+
+# The arithmetic
+
+
+@pytest.mark.parametrize(
+    ("knobs", "optimizer"),
+    [
+        ({"optimizer": "sgd"}, lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9)),
+        ({"optimizer": "sgd", "weight_decay": 0.1}, lambda p: torch.optim.SGD(p, 0.01, 0.9, weight_decay=0.1)),
+        ({"optimizer": "adam"}, lambda p: torch.optim.Adam(p, lr=0.01)),
+        ({"optimizer": "adam", "weight_decay": 0.1}, lambda p: torch.optim.Adam(p, lr=0.01, weight_decay=0.1)),
+        ({"optimizer": "adamw", "weight_decay": 0.1}, lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1)),
+    ],
+    ids=["sgd", "sgd with decay", "adam", "adam with decay", "adamw"],
+)
+def test_two_epochs_agree_with_a_plain_pytorch_loop(knobs, optimizer, build, tiny_data, monkeypatch):
+    order = []
+    take = ImageBatches.__getitems__
+
+    def noting(self, positions):
+        if self is trainer.train_dataset:
+            order.append(self.indices[torch.tensor(positions)])
+        return take(self, positions)
+
+    monkeypatch.setattr(ImageBatches, "__getitems__", noting)
+    knobs = {"learning_rate": 0.01, "early_stopping_metric": "loss", **knobs, **NOTHING_RANDOM}
+    trainer = build(config(**knobs), small_mlp(dropout=0.0))
+    trainer.train()
+    rows = history(trainer.state.log_history)
+
+    train, validation = stratified_split(tiny_data.train_labels, VALIDATION_SPLIT, seed=0)
+    epochs = [order[:STEPS], order[STEPS:]]
+    for batches in epochs:
+        assert torch.equal(torch.cat(batches).sort().values, train)
+    assert not torch.equal(torch.cat(epochs[0]), torch.cat(epochs[1]))
+
+    images = torch.from_numpy(normalised(tiny_data.train_images, tiny_data)).float()
+    labels = tiny_data.train_labels
+    model = small_mlp(dropout=0.0)
+    step = optimizer(model.parameters())
+    val_losses = []
+    for batches, row in zip(epochs, rows, strict=True):
+        total_loss, correct = 0.0, 0
+        for batch in batches:
+            logits = model(images[batch])
+            loss = F.cross_entropy(logits, labels[batch])
+            step.zero_grad()
+            loss.backward()
+            step.step()
+            total_loss += loss.item() * len(batch)
+            correct += (logits.argmax(1) == labels[batch]).sum().item()
+        with torch.no_grad():
+            logits = model(images[validation])
+        val_losses.append(F.cross_entropy(logits, labels[validation]).item())
+        assert row["train_loss"] == pytest.approx(total_loss / len(train), rel=1e-5)
+        assert row["train_accuracy"] == pytest.approx(correct / len(train))
+        assert row["val_loss"] == pytest.approx(val_losses[-1], rel=1e-5)
+        expected = (logits.argmax(1) == labels[validation]).double().mean().item()
+        assert row["val_accuracy"] == pytest.approx(expected)
+    assert val_losses[1] < val_losses[0]  # so that the restored weights are the last ones
+    for name, tensor in model.state_dict().items():
+        np.testing.assert_allclose(trainer.model.state_dict()[name].numpy(), tensor.numpy(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW), ("sgd", torch.optim.SGD)]
+)
+def test_the_optimizer_is_the_plain_one_with_weight_decay_on_every_parameter(name, expected, build):
+    trainer = build(config(optimizer=name, weight_decay=0.02, learning_rate=0.3))
+    optimizer = trainer.create_optimizer()
+    assert type(optimizer) is expected
+    (group,) = optimizer.param_groups
+    assert len(group["params"]) == len(list(trainer.model.parameters()))
+    assert (group["weight_decay"], group["lr"]) == (0.02, 0.3)
+    assert trainer.create_optimizer() is optimizer
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+@pytest.mark.parametrize(("fraction", "warmup"), [(0.0, 0), (0.25, 3), (0.3, 4)])
+def test_the_learning_rate_of_each_step_is_the_schedules(schedule, fraction, warmup, build):
+    rates = []
+
+    class NoteRate(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, optimizer, **kwargs):
+            rates.append(optimizer.param_groups[0]["lr"])
+
+    knobs = config(num_epochs=3, learning_rate=0.02, lr_schedule=schedule, warmup_fraction=fraction)
+    trainer = build(knobs, callbacks=[NoteRate()])
+    trainer.train()
+    steps = 3 * STEPS
+    expected = []
+    for step in range(steps):
+        if step < warmup:
+            factor = step / warmup
+        elif schedule == "constant":
+            factor = 1.0
+        else:
+            factor = (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
+        expected.append(0.02 * factor)
+    assert rates == pytest.approx(expected, rel=1e-9)
+    assert [row["learning_rate"] for row in timeless(trainer)] == pytest.approx(expected[STEPS - 1 :: STEPS])
+
+
+@pytest.mark.parametrize("limit", [None, 0.05, 1e6])
+def test_gradients_are_clipped_only_on_request(limit, build):
+    model = small_mlp()
+    before = torch.cat([p.detach().clone().flatten() for p in model.parameters()])
+    knobs = config(num_epochs=1, batch_size=27, optimizer="sgd", learning_rate=0.5, max_grad_norm=limit)
+    trainer = build(knobs, model)
+    trainer.train()
+    update = (torch.cat([p.detach().flatten() for p in model.parameters()]) - before).norm().item()
+    (row,) = timeless(trainer)
+    assert row["grad_norm"] > 0.1  # so that a limit of 0.05 has something to clip
+    assert update == pytest.approx(0.5 * min(row["grad_norm"], limit or math.inf), rel=1e-3)
+
+
+def test_bf16_computes_in_bfloat16_and_leaves_nothing_behind(build, tiny_data):
+    before = build(config(precision="fp32"))
+    before.train()
+
+    in_bf16 = build(config(precision="bf16"))
+    dtypes = []
+    in_bf16.model.classifier.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
+    in_bf16.train()
+    assert set(dtypes) == {torch.bfloat16}
+    assert all(p.dtype == torch.float32 for p in in_bf16.model.parameters())
+    assert in_bf16.predict_test().predictions.dtype == np.float32
+    assert in_bf16.model(in_bf16.prepare_images(tiny_data.test_images, training=False)).dtype == torch.float32
+    assert not torch.is_autocast_enabled("cpu")
+
+    after = build(config(precision="fp32"))
+    after.train()
+    assert same_bits(before.model.state_dict(), after.model.state_dict())
+    assert not same_bits(before.model.state_dict(), in_bf16.model.state_dict())
+
+
+def test_the_precision_asked_for_is_taken_and_small_linear_layers_stay_in_fp32():
+    convolution = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten())
+    for model in (convolution, small_mlp()):
+        assert resolve_bf16(config(precision="bf16"), model)
+        assert not resolve_bf16(config(precision="fp32"), model)
+    assert not resolve_bf16(config(precision="auto"), small_mlp())
+
+
+# Interrupting, and going on
+
+
+def interrupted_and_resumed(build, knobs, at_epoch, folder, script=None):
+    """A trainer that goes on from the last checkpoint of one that was interrupted when an epoch began."""
+    more = {"trainer_class": ScriptedTrainer, "script": script} if script else {}
+    with pytest.raises(KeyboardInterrupt):
+        build(knobs, checkpoint_dir=str(folder), callbacks=[InterruptAtEpoch(at_epoch)], **more).train()
+    torch.rand(5)
+    resumed = build(knobs, checkpoint_dir=str(folder), **more)
+    resumed.train(resume_from_checkpoint=True)
+    return resumed
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_a_resumed_training_ends_like_one_that_was_not_interrupted(optimizer, build, tmp_path):
+    knobs = config(num_epochs=4, optimizer=optimizer, lr_schedule="cosine", warmup_fraction=0.1)
+    undisturbed = build(knobs)
+    undisturbed.train()
+    resumed = interrupted_and_resumed(build, knobs, 3, tmp_path / "interrupted")
+    assert same_bits(undisturbed.model.state_dict(), resumed.model.state_dict())
+    assert timeless(undisturbed) == timeless(resumed)
+    assert len(timeless(resumed)) == 4
+    seconds = [row["seconds"] for row in history(resumed.state.log_history)]
+    assert seconds == sorted(seconds)
+    assert seconds[0] > 0
+
+
+def test_a_resumed_training_remembers_patience_and_best_epoch(build, tmp_path):
+    knobs = config(num_epochs=7, early_stopping_patience=3)
+    script = [0.5, 0.9, 0.6, 0.6, 0.6, 0.6, 0.6]
+    undisturbed = build(knobs, trainer_class=ScriptedTrainer, script=script)
+    undisturbed.train()
+    resumed = interrupted_and_resumed(build, knobs, 5, tmp_path / "interrupted", script)
+    assert timeless(undisturbed) == timeless(resumed)
+    assert len(timeless(resumed)) == 5
+    assert same_bits(resumed.model.state_dict(), undisturbed.weights[1])
+
+
+def test_trainers_without_a_checkpoint_folder_do_not_share_one(tiny_data):
+    solo = StreamlinedTrainer(small_mlp(), config(), tiny_data)
+    solo.train()
+    expected = weights_of(solo.model)
+    one = StreamlinedTrainer(small_mlp(), config(), tiny_data)
+    other = StreamlinedTrainer(small_mlp(seed=1), config(seed=1), tiny_data)
+    folders = [Path(trainer.args.output_dir) for trainer in (solo, one, other)]
+    assert len(set(folders)) == 3
+    one.train()
+    other.train()
+    assert all(any(folder.glob("checkpoint-*")) for folder in folders)
+    assert same_bits(one.model.state_dict(), expected)
+    assert not same_bits(other.model.state_dict(), expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # has its own test below
+        del solo, one, other
+        gc.collect()
+    assert not any(folder.exists() for folder in folders)
+
+
+def test_the_temporary_checkpoint_folder_goes_without_a_warning(tiny_data):
+    trainer = StreamlinedTrainer(small_mlp(), config(), tiny_data)
+    folder = Path(trainer.args.output_dir)
+    assert folder.is_dir()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        del trainer
+        gc.collect()
+    assert not folder.exists()
+    assert [str(warning.message) for warning in caught] == []
+
+
+# The history
+
+
+def test_the_history_has_one_row_an_epoch_with_the_keys_that_it_promises(build):
+    trainer = build(config(num_epochs=3))
+    trainer.train()
+    rows = history(trainer.state.log_history)
+    assert [row["epoch"] for row in rows] == [1, 2, 3]
+    keys = [
+        "epoch",
+        "train_loss",
+        "train_accuracy",
+        "val_loss",
+        "val_accuracy",
+        "learning_rate",
+        "grad_norm",
+        "seconds",
+    ]
+    assert all(key in history.__doc__ for key in keys)
+    for row in rows:
+        assert sorted(row) == sorted(keys)
+        assert all(isinstance(value, int | float) and math.isfinite(value) for value in row.values())
+
+
+def test_an_evaluation_after_the_training_does_not_rewrite_the_last_epoch(build):
+    trainer = build(
+        config(num_epochs=2, early_stopping_patience=None), trainer_class=ScriptedTrainer, script=[0.9, 0.2]
+    )
+    trainer.train()
+    before = timeless(trainer)
+    trainer.script[1] = 0.9  # the restored weights are those of epoch 1
+    trainer.evaluate()
+    assert timeless(trainer) == before
+
+
+def test_an_epoch_that_a_callback_breaks_off_does_not_rewrite_the_one_before(build):
+    class StopInEpoch3(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 2 * STEPS + 1
+
+    whole, broken_off = build(config(num_epochs=2)), build(config(num_epochs=4), callbacks=[StopInEpoch3()])
+    whole.train()
+    broken_off.train()
+    assert timeless(broken_off)[:2] == timeless(whole)
