@@ -13,7 +13,7 @@ from torch import nn
 from lablib.config import TrainingConfig
 from lablib.data import ImageData
 from lablib.progress import RunProgress
-from lablib.runs import DamagedRunError, Run, build_seeded, load_run, run_path, train_or_load
+from lablib.runs import Run, build_seeded, load_or_set_aside, run_path, train_or_load
 from lablib.trainer import StreamlinedTrainer
 
 
@@ -79,7 +79,7 @@ def experiment(
     through joblib, each with its share of the threads; `joblib.parallel_config` sends them elsewhere. A run that fails
     is reported by a warning and in the experiment's `failures`; the others go on.
     """
-    models, seeds = dict(models), tuple(seeds)
+    models, seeds = dict(models), tuple(dict.fromkeys(seeds))
     if not models or not seeds:
         raise ValueError(f"an experiment needs a model and a seed; it has {len(models)} models and {len(seeds)} seeds")
     if isinstance(jobs, bool) or not isinstance(jobs, int) or jobs == 0:
@@ -87,11 +87,12 @@ def experiment(
     result = Experiment(data, config, models, seeds)
     pending = {}
     for key in ((name, seed) for name in models for seed in seeds):
-        path = run_path(models[key[0]], replace(config, seed=key[1]), data, trainer_class)
         try:
-            run = load_run(path)
-        except DamagedRunError:
-            run = None  # train_or_load will report it and train it again
+            path = run_path(models[key[0]], replace(config, seed=key[1]), data, trainer_class)
+            run = load_or_set_aside(path)
+        except Exception:
+            _report_failure(result, key, traceback.format_exc())
+            continue
         if run:
             result.runs[key] = run
         else:
@@ -121,9 +122,13 @@ def _train_pending(result: Experiment, pending: dict, jobs: int, trainer_class):
             if run is not None:
                 result.runs[key] = run
             else:
-                result.failures[key] = error.strip().splitlines()[-1]
-                warnings.warn(f"the run of {name!r} with seed {seed} failed:\n{error}", stacklevel=3)
+                _report_failure(result, key, error)
             progress.finished(f"{name}, seed {seed}")
+
+
+def _report_failure(result: Experiment, key: tuple[str, int], error: str):
+    result.failures[key] = error.strip().splitlines()[-1]
+    warnings.warn(f"the run of {key[0]!r} with seed {key[1]} failed:\n{error}", stacklevel=4)
 
 
 def _train_one(key, build_model, config, data, trainer_class, threads: int | None):

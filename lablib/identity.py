@@ -12,7 +12,14 @@ from lablib.config import TrainingConfig
 from lablib.data import ImageData
 
 _SCHEME = 1  # raise it when a change to lablib means that the runs in a store answer another question
-_VERSIONED = ("torch", "torchvision", "transformers", "lablib")  # code that a release, not a notebook, changes
+_VERSIONED = (
+    "builtins",
+    "torch",
+    "torchvision",
+    "transformers",
+    "huggingface_hub",
+    "lablib",
+)  # code that changes with a release, not in a notebook
 
 
 def identity(model: nn.Module, config: TrainingConfig, data: ImageData, trainer_class: type) -> dict[str, Any]:
@@ -35,11 +42,12 @@ def digest(described: dict[str, Any]) -> str:
 def describe_model(model: nn.Module) -> dict[str, Any]:
     """Class, constructor arguments where they are known, layers, code and initial weights of a model.
 
-    The code counts where it is a notebook's own, so that a changed `forward` is another run. The weights count since a
-    function that builds a model may initialise it in its own way.
+    The code counts where it is a notebook's own, so that a changed `forward` is another run; with it count the plain
+    attributes of such modules. The weights count since a function that builds a model may initialise it in its own way.
     """
     arguments = getattr(model, "_hub_mixin_config", None)
-    classes = {type(module) for module in model.modules()}
+    own = [module for module in model.modules() if _is_own(type(module))]
+    code = {digest for module in own for digest in [*_code_digests(type(module)), _attributes_digest(module)]}
     weights = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         weights.update(name.encode())
@@ -49,24 +57,48 @@ def describe_model(model: nn.Module) -> dict[str, Any]:
         "arguments": arguments if isinstance(arguments, dict) else None,
         "layers": repr(model),
         "frozen": [name for name, parameter in model.named_parameters() if not parameter.requires_grad],
-        "code": sorted(filter(None, map(_code_digest, classes))),
+        "code": sorted(code),
         "initial_weights": weights.hexdigest(),
     }
 
 
 def describe_class(cls: type) -> dict[str, Any]:
     """A class by its name, and by its code if it is a notebook's own."""
-    return {"class": cls.__name__, "code": _code_digest(cls)}
+    return {"class": cls.__name__, "code": sorted(_code_digests(cls)) or None}
 
 
-def _code_digest(cls: type) -> str | None:
-    if cls.__module__.partition(".")[0] in _VERSIONED:
-        return None
-    functions = {name: f.__code__ for name, f in vars(cls).items() if isinstance(f, FunctionType)}
-    return hashlib.sha256(repr(sorted((n, _content(c)) for n, c in functions.items())).encode()).hexdigest()
+def _is_own(cls: type) -> bool:
+    return cls.__module__.partition(".")[0] not in _VERSIONED
 
 
-def _content(code: CodeType) -> tuple:
-    """A function's instructions, names and constants, without its file and line numbers."""
-    constants = tuple(_content(c) if isinstance(c, CodeType) else repr(c) for c in code.co_consts)
-    return code.co_code.hex(), code.co_names, code.co_varnames, constants
+def _code_digests(cls: type) -> list[str]:
+    """One digest for each of a class and its bases that is a notebook's own."""
+    classes = [c for c in cls.__mro__ if _is_own(c)]
+    functions = [{n: _content(f.__code__) for n, f in vars(c).items() if isinstance(f, FunctionType)} for c in classes]
+    return [_digest_of(sorted(named.items())) for named in functions if named]
+
+
+def _attributes_digest(module: nn.Module) -> str:
+    """The numbers, texts and functions that a module keeps, such as a factor or an activation."""
+    public = {name: value for name, value in sorted(vars(module).items()) if name[0] != "_" and name != "training"}
+    return _digest_of({name: _content(value) for name, value in public.items()})
+
+
+def _content(value: Any) -> Any:
+    """A value without what differs between two processes: addresses, files, line numbers, the order of sets."""
+    if isinstance(value, FunctionType):
+        return _content(value.__code__)
+    if isinstance(value, CodeType):
+        constants = tuple(_content(constant) for constant in value.co_consts)
+        return value.co_code.hex(), value.co_names, value.co_varnames, constants
+    if isinstance(value, (set, frozenset)):
+        return sorted(repr(_content(item)) for item in value)
+    if isinstance(value, (tuple, list)):
+        return [_content(item) for item in value]
+    if value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
+        return value
+    return getattr(value, "__qualname__", type(value).__qualname__)
+
+
+def _digest_of(content: Any) -> str:
+    return hashlib.sha256(repr(content).encode()).hexdigest()

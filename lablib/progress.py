@@ -22,7 +22,7 @@ class RunProgress:
         common = {"file": stream, "dynamic_ncols": stream.isatty(), "ncols": None if stream.isatty() else 110}
         pause = 0.1 if stream.isatty() else 5.0  # seconds between two lines of a log
         self.runs = tqdm(
-            total=total, initial=finished, desc="runs", unit="run", mininterval=pause, smoothing=0, **common
+            total=total, initial=finished, desc="runs", unit="run", mininterval=pause, miniters=0, smoothing=0, **common
         )
         self.within = None
         if stream.isatty():

@@ -61,11 +61,14 @@ def load_run(path: Path) -> Run | None:
     """A finished run, or None if it is not finished. Raises DamagedRunError if its files are not what was written."""
     try:
         result = json.loads((path / "result.json").read_bytes())
+        sums = result.pop("sha256")
     except FileNotFoundError:
         return None
-    except ValueError as error:
-        raise DamagedRunError(f"{path / 'result.json'} is damaged: {error}") from error
-    for name, expected in result.pop("sha256").items():
+    except (ValueError, AttributeError, KeyError) as error:
+        raise DamagedRunError(f"{path / 'result.json'} is damaged: {error!r}") from error
+    if sums.pop("result", None) != _result_digest(result):
+        raise DamagedRunError(f"{path / 'result.json'} is damaged: it is not what was written")
+    for name, expected in sums.items():
         try:
             content = (path / name).read_bytes()
         except FileNotFoundError as error:
@@ -91,14 +94,33 @@ def train_or_load(
     """
     path = run_path(build_model, config, data, trainer_class)
     path.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_name(path.name + ".lock")):
-        try:
-            run = load_run(path)
-        except DamagedRunError as error:
-            aside = _set_aside(path)
-            warnings.warn(f"{error}. The run is set aside as {aside} and trained again.", stacklevel=2)
-            run = None
-        return run or _train(path, build_model, config, data, trainer_class, callbacks)
+    with _lock(path):
+        return load_or_set_aside(path) or _train(path, build_model, config, data, trainer_class, callbacks)
+
+
+def load_or_set_aside(path: Path) -> Run | None:
+    """A finished run, or None; a damaged one is reported by a warning and moved out of the way."""
+    try:
+        return load_run(path)
+    except DamagedRunError:
+        with _lock(path):
+            return _load_or_rename(path)
+
+
+def _load_or_rename(path: Path) -> Run | None:
+    try:
+        return load_run(path)  # another process may have been faster
+    except DamagedRunError as error:
+        number = 1
+        while (aside := path.with_name(f"{path.name}.damaged-{number}")).exists():
+            number += 1
+        path.rename(aside)
+        warnings.warn(f"{error}. The run is set aside as {aside} and trained again.", stacklevel=4)
+        return None
+
+
+def _lock(path: Path) -> FileLock:
+    return FileLock(path.with_name(path.name + ".lock"), is_singleton=True)  # one process may take it twice
 
 
 def _train(path: Path, build_model, config, data, trainer_class, callbacks) -> Run:
@@ -121,7 +143,9 @@ def _train(path: Path, build_model, config, data, trainer_class, callbacks) -> R
     }
     for name, content in files.items():
         _write(path / name, content)
-    result = _result(trainer, rows) | {"sha256": {k: hashlib.sha256(v).hexdigest() for k, v in files.items()}}
+    result = _result(trainer, rows)
+    sums = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    result["sha256"] = {"result": _result_digest(result), **sums}
     _write(path / "result.json", json.dumps(result, indent=1).encode())
     shutil.rmtree(checkpoints, ignore_errors=True)
     return load_run(path)
@@ -164,21 +188,25 @@ class _HistoryWriter(TrainerCallback):
 
 
 def _last_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that was written to its end: trainer_state.json is the last of its files."""
+    """The newest checkpoint that was written to its end (trainer_state.json is the last of its files).
+
+    It names the checkpoint of the best epoch by a path; that is brought up to date, as the store may have been moved.
+    """
     for path in sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]), reverse=True):
         try:
-            json.loads((path / "trainer_state.json").read_bytes())
-            return str(path)
+            state = json.loads((path / "trainer_state.json").read_bytes())
         except (OSError, ValueError):
             continue
+        best = folder / Path(state["best_model_checkpoint"] or path).name
+        if not (best / "model.safetensors").exists():
+            continue
+        _write(path / "trainer_state.json", json.dumps(state | {"best_model_checkpoint": str(best)}, indent=2).encode())
+        return str(path)
     return None
 
 
-def _set_aside(path: Path) -> Path:
-    number = 1
-    while (aside := path.with_name(f"{path.name}.damaged-{number}")).exists():
-        number += 1
-    return path.rename(aside)
+def _result_digest(result: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(result, sort_keys=True).encode()).hexdigest()
 
 
 def _json_lines(rows: list[dict]) -> bytes:

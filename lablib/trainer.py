@@ -2,11 +2,15 @@
 
 import contextlib
 import ctypes
+import json
 import math
+import shutil
 import tempfile
 import time
 import warnings
+import weakref
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -53,8 +57,8 @@ class StreamlinedTrainer(transformers.Trainer):
         _keep_freed_memory()
         self.config, self.data = config, data
         if checkpoint_dir is None:
-            self._temporary = tempfile.TemporaryDirectory(prefix="lablib-", ignore_cleanup_errors=True)
-            checkpoint_dir = self._temporary.name
+            checkpoint_dir = tempfile.mkdtemp(prefix="lablib-")
+            weakref.finalize(self, shutil.rmtree, checkpoint_dir, ignore_errors=True)
         args = config.to_training_arguments(checkpoint_dir, bf16=resolve_bf16(config, model))
         args._n_gpu = min(args.n_gpu, 1)  # or Trainer multiplies the batch by the GPUs it sees
         device = args.device if _fits(data, args.device) else torch.device("cpu")
@@ -83,6 +87,8 @@ class StreamlinedTrainer(transformers.Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """Train to the end or to the early stop and load the best epoch's weights; see `transformers.Trainer.train`."""
         transformers.set_seed(self.args.seed)
+        if isinstance(resume_from_checkpoint, str) and (epochs := _stopped_after(resume_from_checkpoint)):
+            self.args.num_train_epochs = epochs  # or one more epoch would begin before the stop is noticed
         self._forget_steps()
         self._clock = time.perf_counter()
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
@@ -160,7 +166,8 @@ class StreamlinedTrainer(transformers.Trainer):
         finite = losses.isfinite()
         if not finite.all():
             first = int((~finite).nonzero()[0])
-            step = self.state.global_step - len(losses) + first + 1
+            batches = self.args.gradient_accumulation_steps  # a step
+            step = self.state.global_step - math.ceil(len(losses) / batches) + first // batches + 1
             raise NonFiniteLossError(
                 f"the training loss is {losses[first].item()} at epoch {math.ceil(self.state.epoch)}, step {step}; "
                 f"a smaller learning_rate than {self.config.learning_rate:g} or max_grad_norm=1.0 may help"
@@ -183,8 +190,8 @@ def history(log: list[dict]) -> list[dict]:
     """
     rows: dict[int, dict] = {}
     for entry in log:
-        row = rows.setdefault(round(entry.get("epoch", 0)), {})
-        if "eval_loss" in entry:
+        row = rows.setdefault(math.ceil(entry.get("epoch", 0) - 1e-9), {})
+        if "eval_loss" in entry and "val_loss" not in row:  # a later evaluation is not the epoch's
             row |= {"val_loss": entry["eval_loss"], "val_accuracy": entry["eval_accuracy"]}
         elif "accuracy" in entry:
             row |= {"train_loss": entry["loss"], "train_accuracy": entry["accuracy"]}
@@ -224,6 +231,13 @@ def _warn_of_services(config: TrainingConfig):
     for name in ("use_wandb", "use_telegram_notifications"):
         if getattr(config, name):
             warnings.warn(f"{name}=True, but this version of lablib sends nothing yet; training goes on", stacklevel=3)
+
+
+def _stopped_after(checkpoint: str) -> int | None:
+    """After how many epochs a training had ended when it wrote a checkpoint; None if it was to go on."""
+    state = json.loads((Path(checkpoint) / "trainer_state.json").read_bytes())
+    control = state.get("stateful_callbacks", {}).get("TrainerControl", {}).get("args", {})
+    return round(state["epoch"]) if control.get("should_training_stop") else None
 
 
 def _fits(data: ImageData, device: torch.device) -> bool:

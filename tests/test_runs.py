@@ -26,6 +26,9 @@ from lablib.runs import build_seeded, load_run, run_path, train_or_load
 STEPS = 4  # an epoch: 27 of tiny_data's 36 images in batches of 8
 FILES = ["history.jsonl", "identity.json", "model.safetensors", "result.json"]
 
+# with the mmap_mode of an experiment, whose worker processes these then are
+side_by_side = joblib.Parallel(n_jobs=2, batch_size=1, mmap_mode="c")
+
 tiny_mlp = partial(MLP, (8,), image_shape=(1, 6, 6), num_classes=3)
 
 
@@ -300,7 +303,7 @@ def test_a_run_is_found_again_by_another_process(config, tiny_data):
         return os.getpid(), run_path(lambda: Net((8,), image_shape=(1, 6, 6), num_classes=3), config, tiny_data)
 
     # a set of strings has another order in each process
-    (process, there), _ = joblib.Parallel(n_jobs=2, batch_size=1)(joblib.delayed(path)() for _ in range(2))
+    (process, there), _ = side_by_side(joblib.delayed(path)() for _ in range(2))
     assert process != os.getpid()
     assert there == path()[1]
 
@@ -552,7 +555,7 @@ def test_two_processes_that_want_the_same_run_train_it_once(config, tiny_data, t
             time.sleep(0.01)
         return os.getpid(), train_or_load(tiny_mlp, config, tiny_data, trainer_class=Noting)
 
-    both = joblib.Parallel(n_jobs=2, batch_size=1)(joblib.delayed(wanted)(number) for number in (0, 1))
+    both = side_by_side(joblib.delayed(wanted)(number) for number in (0, 1))
     (one_process, one), (other_process, other) = both
     assert one_process != other_process
     (trained_in,) = trainings.read_text().split()
