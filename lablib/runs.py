@@ -21,7 +21,8 @@ from transformers import TrainerCallback
 from lablib.config import TrainingConfig
 from lablib.data import ImageData
 from lablib.identity import digest, identity
-from lablib.trainer import StreamlinedTrainer, history
+from lablib.metrics import history
+from lablib.trainer import StreamlinedTrainer
 
 
 class DamagedRunError(OSError):

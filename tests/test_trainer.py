@@ -19,8 +19,9 @@ from transformers import TrainerCallback
 
 from lablib import MLP, ImageData, StreamlinedTrainer, TrainingConfig, stratified_split
 from lablib.data import ImageBatches
+from lablib.metrics import classification_metrics, history
 from lablib.runs import build_seeded
-from lablib.trainer import NonFiniteLossError, classification_metrics, history, resolve_bf16
+from lablib.trainer import NonFiniteLossError, resolve_bf16
 
 VALIDATION_SPLIT = 0.25  # of tiny_data's 36 images: 27 + 9
 STEPS = 4  # an epoch, in batches of 8, 8, 8 and 3
@@ -300,6 +301,15 @@ def test_another_seed_gives_other_weights_from_the_same_initial_ones(build):
     other.train()
     for name, tensor in one.model.state_dict().items():
         assert not torch.equal(tensor, other.model.state_dict()[name]), name
+
+
+def test_another_seed_takes_the_images_in_another_order(build):
+    orders = []
+    for seed in (0, 0, 1):
+        sampler = build(config(seed=seed), small_mlp()).get_train_dataloader().batch_sampler
+        orders.append([position for batch in sampler for position in batch])
+    assert all(sorted(order) == list(range(27)) for order in orders)
+    assert orders[0] == orders[1] != orders[2]
 
 
 def test_augmentation_and_dropout_draw_anew_in_each_epoch(build):
