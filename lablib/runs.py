@@ -62,10 +62,10 @@ def load_run(path: Path) -> Run | None:
     """A finished run, or None if it is not finished. Raises DamagedRunError if its files are not what was written."""
     try:
         result = json.loads((path / "result.json").read_bytes())
-        sums = result.pop("sha256")
+        sums = dict(result.pop("sha256"))
     except FileNotFoundError:
         return None
-    except (ValueError, AttributeError, KeyError) as error:
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
         raise DamagedRunError(f"{path / 'result.json'} is damaged: {error!r}") from error
     if sums.pop("result", None) != _result_digest(result):
         raise DamagedRunError(f"{path / 'result.json'} is damaged: it is not what was written")

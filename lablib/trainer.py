@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import gc
 import json
 import math
 import shutil
@@ -17,12 +18,16 @@ import transformers
 from torch import nn
 from torch.nn import functional as F
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
-from transformers.trainer_utils import PredictionOutput
+from transformers.trainer_utils import PredictionOutput, get_last_checkpoint
 
 from lablib.augmentation import augment
 from lablib.config import TrainingConfig
 from lablib.data import ImageBatches, ImageData, stratified_split
 from lablib.metrics import classification_metrics
+
+# accelerate collects garbage whenever a training starts; what has been imported so far is none and need not be
+# searched, which saves half a second a run
+gc.freeze()
 
 _OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
 
@@ -87,6 +92,8 @@ class StreamlinedTrainer(transformers.Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """Train to the end or to the early stop and load the best epoch's weights; see `transformers.Trainer.train`."""
         transformers.set_seed(self.args.seed)
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True
         if isinstance(resume_from_checkpoint, str) and (epochs := _stopped_after(resume_from_checkpoint)):
             self.args.num_train_epochs = epochs  # or one more epoch would begin before the stop is noticed
         self._forget_steps()

@@ -426,6 +426,8 @@ DAMAGES = [
     ("result.json", lambda file: file.write_bytes(b"\xff\xfe\x00")),
     ("result.json", lambda file: file.write_text("{}")),
     ("result.json", lambda file: file.write_text("null")),
+    ("result.json", lambda file: file.write_text("[]")),
+    ("result.json", lambda file: file.write_text('{"sha256": null}')),
     ("result.json", another_accuracy),
 ]
 DAMAGE_IDS = [
@@ -442,6 +444,8 @@ DAMAGE_IDS = [
     "binary",
     "{}",
     "null",
+    "[]",
+    "no sums",
     "edit",
 ]
 

@@ -580,6 +580,20 @@ def test_a_resumed_training_remembers_patience_and_best_epoch(build, tmp_path):
     assert same_bits(resumed.model.state_dict(), undisturbed.weights[1])
 
 
+@pytest.mark.parametrize("named", [False, True])
+def test_resuming_a_training_that_had_stopped_early_adds_no_epoch(named, build, tmp_path):
+    knobs = config(num_epochs=6, early_stopping_patience=2)
+    more = {"trainer_class": ScriptedTrainer, "script": [0.5, 0.4, 0.3, 0.9, 0.9, 0.9]}
+    folder = tmp_path / "stopped"
+    stopped = build(knobs, checkpoint_dir=str(folder), **more)
+    stopped.train()
+    resumed = build(knobs, checkpoint_dir=str(folder), **more)
+    resumed.train(resume_from_checkpoint=str(folder / f"checkpoint-{3 * STEPS}") if named else True)
+    assert len(timeless(resumed)) == 3
+    assert timeless(resumed) == timeless(stopped)
+    assert same_bits(resumed.model.state_dict(), stopped.model.state_dict())
+
+
 def test_the_seconds_of_a_resumed_training_go_on_without_the_pause(build, tmp_path):
     class SlowEpochs(TrainerCallback):
         def on_epoch_begin(self, args, state, control, **kwargs):
