@@ -40,5 +40,5 @@ full: .venv/lab ## the published experiment on MNIST (about an hour and a half o
 readme: .venv/lab ## write the tables of results/ into the README
 	@$(BIN)/python -m lablib.report
 
-clean: ## delete what make lab wrote; finished runs stay
+clean: ## delete out/, what make lab wrote; the published runs in runs/ stay
 	rm -rf out

@@ -39,9 +39,9 @@ class TrainingConfig:
     num_epochs: int = 60  # at most; early stopping may end a run sooner
     batch_size: int = 256  # images
     learning_rate: float = 1e-3
-    optimizer: str = "adam"
+    optimizer: str = "adam"  # or "adamw", or "sgd" with momentum 0.9
     weight_decay: float = 0.0  # as the optimizer defines it: L2 for adam and sgd, decoupled for adamw
-    lr_schedule: str = "constant"  # "cosine" falls to 0 over num_epochs
+    lr_schedule: str = "constant"  # or "cosine", which falls to 0 over num_epochs
     warmup_fraction: float = 0.0  # part of all steps in which the rate rises linearly from 0
     max_grad_norm: float | None = None  # None: gradients are not clipped
     validation_split: float = 0.1  # part of the training set, stratified by class

@@ -7,6 +7,7 @@ from itertools import pairwise
 import torch
 from huggingface_hub import PyTorchModelHubMixin
 from torch import nn
+from torchvision.models.resnet import BasicBlock
 
 
 def _checked_sizes(hidden_sizes: Sequence[int]) -> list[int]:
@@ -93,3 +94,94 @@ class ResidualMLP(nn.Module, PyTorchModelHubMixin):
         for block in self.blocks:
             x = block(x).relu()
         return self.classifier(x)  # (batch, classes)
+
+
+def _checked_depth(depth: int, width: int, image_shape: Sequence[int]) -> None:
+    for name, value in (("depth", depth), ("width", width)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} = {value!r}, but it must be a whole number above 0")
+    _check_size(image_shape[-2:], depth)
+
+
+def _check_size(size: Sequence[int], depth: int) -> None:
+    if min(size) < 2**depth:
+        raise ValueError(
+            f"images of {size[0]} × {size[1]} pixels are too small for depth {depth}, which halves them {depth} times; "
+            f"the smallest are {2**depth} × {2**depth}"
+        )
+
+
+class _CNN(nn.Module):
+    """Stem, stages, global average pooling, linear classifier; what SimpleCNN and ResidualCNN have in common."""
+
+    def _build(self, stages: list[nn.Module], width: int, image_shape: Sequence[int], num_classes: int):
+        self.stem = nn.Sequential(
+            nn.Conv2d(image_shape[0], width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()
+        )
+        self.stages = nn.Sequential(*stages)
+        self.classifier = nn.Linear(width * 2 ** len(stages), num_classes)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        _check_size(images.shape[-2:], len(self.stages))
+        features = self.stages(self.stem(images))  # (batch, width · 2^depth, height / 2^depth, width / 2^depth)
+        return self.classifier(features.mean((2, 3)))  # (batch, classes)
+
+
+class SimpleCNN(_CNN, PyTorchModelHubMixin):
+    """A plain convolutional network: `depth` blocks (3 × 3 convolution, batch norm, ReLU) after a stem of `width`.
+
+    Each block halves the resolution by its stride and doubles the channels. `image_shape` is (channels, height, width).
+    Raises ValueError for a depth or width below 1, and for images with a side of fewer than 2**depth pixels.
+    """
+
+    def __init__(self, depth: int, width: int = 16, image_shape: Sequence[int] = (3, 32, 32), num_classes: int = 10):
+        super().__init__()
+        _checked_depth(depth, width, image_shape)
+        channels = [width * 2**stage for stage in range(depth + 1)]
+        stages = [
+            nn.Sequential(nn.Conv2d(i, o, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(o), nn.ReLU())
+            for i, o in pairwise(channels)
+        ]
+        self._build(stages, width, image_shape, num_classes)
+
+
+class PlainBlock(BasicBlock):
+    """torchvision's BasicBlock with its shortcut cut: the same two convolutions and nothing added to them."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.relu(self.bn1(self.conv1(x)))
+        return self.relu(self.bn2(self.conv2(x)))
+
+
+class ResidualCNN(_CNN, PyTorchModelHubMixin):
+    """A residual network: `depth` stages of two torchvision BasicBlocks each after a stem of `width` channels.
+
+    The first block of a stage halves the resolution and doubles the channels, with a 1 × 1 convolution and batch norm
+    on its shortcut (He et al. 2015, https://arxiv.org/abs/1512.03385). `shortcut=False` is the same network with its
+    shortcuts cut. `image_shape` is (channels, height, width).
+    Raises ValueError for a depth or width below 1, and for images with a side of fewer than 2**depth pixels.
+    """
+
+    def __init__(
+        self,
+        depth: int,
+        width: int = 16,
+        image_shape: Sequence[int] = (3, 32, 32),
+        num_classes: int = 10,
+        shortcut: bool = True,
+    ):
+        super().__init__()
+        _checked_depth(depth, width, image_shape)
+        channels = [width * 2**stage for stage in range(depth + 1)]
+        self._build([_stage(i, o, shortcut) for i, o in pairwise(channels)], width, image_shape, num_classes)
+
+
+def _stage(in_channels: int, out_channels: int, shortcut: bool) -> nn.Sequential:
+    if not shortcut:
+        return nn.Sequential(PlainBlock(in_channels, out_channels, stride=2), PlainBlock(out_channels, out_channels))
+    projection = nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, 1, stride=2, bias=False), nn.BatchNorm2d(out_channels)
+    )
+    return nn.Sequential(
+        BasicBlock(in_channels, out_channels, stride=2, downsample=projection), BasicBlock(out_channels, out_channels)
+    )

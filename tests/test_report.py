@@ -1,0 +1,66 @@
+import re
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from lablib.report import by_depth, filled, main, markdown, tables
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_readmes_tables_are_those_of_the_results():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert filled(text, ROOT / "results") == text
+
+
+def test_every_link_and_image_of_the_readme_is_there():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    targets = re.findall(r"\]\(([^)#]+)\)", text)
+    assert len(targets) >= 5
+    missing = [target for target in targets if "://" not in target and not (ROOT / target).exists()]
+    assert missing == []
+
+
+def test_a_readme_that_differs_is_written_anew_and_found_by_the_check(tmp_path, monkeypatch, capsys):
+    shutil.copytree(ROOT / "results", tmp_path / "results")
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    first_accuracy = re.search(r"\d\d\.\d\d ± ", text).group()
+    (tmp_path / "README.md").write_text(text.replace(first_accuracy, "12.34 ± ", 1), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    assert main(["--check"]) == 1
+    assert "run `make readme`" in capsys.readouterr().out
+    assert main([]) == 0
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == text
+    assert main(["--check"]) == 0
+
+
+def test_a_missing_table_is_named_with_the_command_that_writes_it(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"mlps_mnist\.csv.*`make full` writes them"):
+        tables(tmp_path)
+
+
+def test_a_readme_without_a_place_for_a_table_is_refused():
+    with pytest.raises(ValueError, match=r"needs '<!-- table: mlps_mnist -->'"):
+        filled("nothing here", ROOT / "results")
+
+
+def test_depths_become_columns_in_their_order_and_families_keep_theirs():
+    table = pd.DataFrame(
+        {
+            "model": ["MLP-16", "MLP-2", "A-2", "A-16"],
+            "test_accuracy_mean": [0.5, 0.98, 0.99, 0.123456],
+            "test_accuracy_ci95": [0.01, 0.001, 0.002, 0.0],
+        }
+    )
+    wide = by_depth(table)
+    assert list(wide.columns) == [2, 16]
+    assert list(wide.index) == ["MLP", "A"]
+    assert wide.loc["MLP", 2] == "98.00 ± 0.10"
+    assert wide.loc["A", 16] == "12.35 ± 0.00"
+
+
+def test_a_markdown_table_has_its_index_in_front():
+    table = pd.DataFrame({"n": [5]}, index=pd.Index(["MLP-2"], name="model"))
+    assert markdown(table) == "| model | n |\n| --- | --- |\n| MLP-2 | 5 |\n"
