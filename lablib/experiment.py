@@ -4,6 +4,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import joblib
 import pandas as pd
@@ -15,6 +16,8 @@ from lablib.data import ImageData
 from lablib.progress import RunProgress
 from lablib.runs import Run, build_seeded, load_or_set_aside, run_path, train_or_load
 from lablib.trainer import StreamlinedTrainer
+
+TrainerClass = type[StreamlinedTrainer] | partial
 
 
 @dataclass
@@ -71,24 +74,28 @@ def experiment(
     seeds: Iterable[int],
     *,
     jobs: int = 1,
-    trainer_class: type[StreamlinedTrainer] = StreamlinedTrainer,
+    trainer_class: TrainerClass | Mapping[int, TrainerClass] = StreamlinedTrainer,
 ) -> Experiment:
     """Train each model with each seed, or load the runs that are finished.
 
     `models` gives for each name a function without arguments that builds the network. `jobs` runs go side by side
-    through joblib, each with its share of the threads; `joblib.parallel_config` sends them elsewhere. A run that fails
-    is reported by a warning and in the experiment's `failures`; the others go on.
+    through joblib, each with its share of the threads; `joblib.parallel_config` sends them elsewhere. A trainer that
+    needs more arguments, such as a teacher, is a `functools.partial` with them, or one such for each seed. A run that
+    fails is reported by a warning and in the experiment's `failures`; the others go on.
     """
     models, seeds = dict(models), tuple(dict.fromkeys(seeds))
     if not models or not seeds:
         raise ValueError(f"an experiment needs a model and a seed; it has {len(models)} models and {len(seeds)} seeds")
     if isinstance(jobs, bool) or not isinstance(jobs, int) or jobs == 0:
         raise ValueError(f"jobs = {jobs!r}, but it must be a whole number: runs side by side, or -1 for one a core")
+    trainers = trainer_class if isinstance(trainer_class, Mapping) else dict.fromkeys(seeds, trainer_class)
+    if missing := [seed for seed in seeds if seed not in trainers]:
+        raise ValueError(f"trainer_class has no trainer for the seeds {missing}; it has some for {sorted(trainers)}")
     result = Experiment(data, config, models, seeds)
     pending = {}
     for key in ((name, seed) for name in models for seed in seeds):
         try:
-            path = run_path(models[key[0]], replace(config, seed=key[1]), data, trainer_class)
+            path = run_path(models[key[0]], replace(config, seed=key[1]), data, trainers[key[1]])
             run = load_or_set_aside(path)
         except Exception:
             _report_failure(result, key, traceback.format_exc())
@@ -98,18 +105,18 @@ def experiment(
         else:
             pending[key] = path
     if pending:
-        _train_pending(result, pending, jobs, trainer_class)
+        _train_pending(result, pending, jobs, trainers)
         order = [(name, seed) for name in models for seed in seeds]
         result.runs = {key: result.runs[key] for key in order if key in result.runs}
     return result
 
 
-def _train_pending(result: Experiment, pending: dict, jobs: int, trainer_class):
+def _train_pending(result: Experiment, pending: dict, jobs: int, trainers: Mapping[int, TrainerClass]):
     jobs = min(joblib.effective_n_jobs(jobs), len(pending))
     threads = max(1, joblib.cpu_count() // jobs) if jobs > 1 else None
     tasks = (
         joblib.delayed(_train_one)(
-            key, result.models[key[0]], replace(result.config, seed=key[1]), result.data, trainer_class, threads
+            key, result.models[key[0]], replace(result.config, seed=key[1]), result.data, trainers[key[1]], threads
         )
         for key in pending
     )

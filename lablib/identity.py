@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from functools import partial
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -22,11 +23,13 @@ _VERSIONED = (
 )  # code that changes with a release, not in a notebook
 
 
-def identity(model: nn.Module, config: TrainingConfig, data: ImageData, trainer_class: type) -> dict[str, Any]:
+def identity(
+    model: nn.Module, config: TrainingConfig, data: ImageData, trainer_class: type | partial
+) -> dict[str, Any]:
     """What is trained (with its initial weights), on what, how; not who is told of it, nor where it runs."""
     described = {
         "scheme": _SCHEME,
-        "trainer": describe_class(trainer_class),
+        "trainer": describe_trainer(trainer_class),
         "model": describe_model(model),
         "data": {"name": data.name, "fingerprint": data.fingerprint},
         "config": config.identity(),
@@ -62,9 +65,16 @@ def describe_model(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def describe_class(cls: type) -> dict[str, Any]:
-    """A class by its name, and by its code if it is a notebook's own."""
-    return {"class": cls.__name__, "code": sorted(_code_digests(cls)) or None}
+def describe_trainer(trainer: type | partial) -> dict[str, Any]:
+    """A trainer class by its name, and by its code if it is a notebook's own; of a partial one its arguments too."""
+    cls, arguments = (trainer.func, trainer.keywords) if isinstance(trainer, partial) else (trainer, {})
+    described = {"class": cls.__name__, "code": sorted(_code_digests(cls)) or None}
+    if arguments:
+        described["arguments"] = {
+            name: describe_model(value) if isinstance(value, nn.Module) else _content(value)
+            for name, value in sorted(arguments.items())
+        }
+    return described
 
 
 def _is_own(cls: type) -> bool:

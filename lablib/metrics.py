@@ -1,32 +1,84 @@
-"""What is measured: of all predictions at once, and of a run by epoch."""
+"""What is measured: batch by batch in training, all predictions at once in an evaluation, and a run by epoch."""
 
 import math
+from collections.abc import Callable
 
-import numpy as np
 import torch
 from torch.nn import functional as F
 from transformers import EvalPrediction
+
+Losses = Callable[[torch.Tensor | tuple[torch.Tensor, ...], torch.Tensor], dict[str, torch.Tensor]]
+
+
+def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+    """{"loss": mean cross-entropy} of logits (images × classes) and labels (images)."""
+    return {"loss": F.cross_entropy(logits, labels)}
+
+
+def evaluation_metrics(prediction: EvalPrediction, losses: Losses = cross_entropy) -> dict[str, float]:
+    """The losses and the accuracy over all images, each counted once, in float64.
+
+    Predictions are the logits, or a tuple that begins with them.
+    """
+    several = isinstance(prediction.predictions, tuple)
+    outputs = tuple(
+        torch.from_numpy(p).double() for p in (prediction.predictions if several else [prediction.predictions])
+    )
+    labels = torch.from_numpy(prediction.label_ids)
+    measured = {name: value.item() for name, value in losses(outputs if several else outputs[0], labels).items()}
+    return measured | {"accuracy": (outputs[0].argmax(1) == labels).double().mean().item()}
+
+
+class BatchMeter:
+    """Collects the losses and hits of batches without waiting for the device, until they are asked for."""
+
+    def __init__(self):
+        self.forget()
+
+    def __len__(self) -> int:
+        return len(self._sizes)
+
+    def forget(self):
+        """Begin anew."""
+        self._sizes: list[int] = []
+        self._correct: list[torch.Tensor] = []
+        self._losses: list[dict[str, torch.Tensor]] = []
+
+    def add(self, losses: dict[str, torch.Tensor], logits: torch.Tensor, labels: torch.Tensor):
+        """Note one batch: its mean losses, its logits (batch × classes) and labels (batch)."""
+        self._sizes.append(len(labels))
+        self._correct.append((logits.detach().argmax(1) == labels).sum())
+        self._losses.append({name: loss.detach() for name, loss in losses.items()})
+
+    def losses(self) -> dict[str, torch.Tensor]:
+        """Each loss by batch, float64 on the CPU."""
+        return {name: torch.stack([batch[name] for batch in self._losses]).double().cpu() for name in self._losses[0]}
+
+    def means(self) -> dict[str, float]:
+        """Each loss and the accuracy as means over images."""
+        sizes = torch.tensor(self._sizes)
+        means = {name: ((values * sizes).sum() / sizes.sum()).item() for name, values in self.losses().items()}
+        return means | {"accuracy": torch.stack(self._correct).sum().item() / sizes.sum().item()}
 
 
 def history(log: list[dict]) -> list[dict]:
     """A run's metrics by epoch, from `trainer.state.log_history`.
 
     One dict an epoch: epoch, train_loss, train_accuracy, val_loss, val_accuracy, learning_rate, grad_norm (of the
-    epoch's last step), seconds (since the run began).
+    epoch's last step), seconds (since the run began); and the terms of the loss, if it has several, such as
+    train_soft_loss and val_soft_loss.
     """
     rows: dict[int, dict] = {}
     for entry in log:
         row = rows.setdefault(math.ceil(entry.get("epoch", 0) - 1e-9), {})
         if "eval_loss" in entry and "val_loss" not in row:  # a later evaluation is not the epoch's
-            row |= {"val_loss": entry["eval_loss"], "val_accuracy": entry["eval_accuracy"]}
+            row |= {f"val_{name}": entry[f"eval_{name}"] for name in _measured(entry, "eval_")}
         elif "accuracy" in entry:
-            row |= {"train_loss": entry["loss"], "train_accuracy": entry["accuracy"]}
+            row |= {f"train_{name}": entry[name] for name in _measured(entry, "")}
             row |= {key: entry.get(key) for key in ("learning_rate", "grad_norm", "seconds")}
     return [{"epoch": epoch, **row} for epoch, row in sorted(rows.items()) if "train_loss" in row and "val_loss" in row]
 
 
-def classification_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """Mean cross-entropy and accuracy over all images, each counted once."""
-    logits, labels = torch.from_numpy(prediction.predictions), torch.from_numpy(prediction.label_ids)
-    loss = F.cross_entropy(logits.double(), labels).item()
-    return {"loss": loss, "accuracy": float(np.mean(prediction.predictions.argmax(1) == prediction.label_ids))}
+def _measured(entry: dict, prefix: str) -> list[str]:
+    names = [name.removeprefix(prefix) for name in entry if name.startswith(prefix)]
+    return [name for name in names if name == "accuracy" or name.endswith("loss")]

@@ -8,6 +8,7 @@ import shutil
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -85,11 +86,12 @@ def train_or_load(
     config: TrainingConfig,
     data: ImageData,
     *,
-    trainer_class: type[StreamlinedTrainer] = StreamlinedTrainer,
+    trainer_class: type[StreamlinedTrainer] | partial = StreamlinedTrainer,
     callbacks: tuple[TrainerCallback, ...] = (),
 ) -> Run:
     """Load a finished run from the store; resume an interrupted one; train a new one.
 
+    A trainer that needs more arguments is given as a `functools.partial` with them, which the identity includes.
     A damaged run is reported by a warning, set aside and trained again. Where another process is at the same run,
     this one waits for it and loads what it finds.
     """
@@ -131,7 +133,7 @@ def _train(path: Path, build_model, config, data, trainer_class, callbacks) -> R
     _write(path / "identity.json", json.dumps(described, indent=1).encode())
     checkpoints = path / "checkpoints"
     trainer = trainer_class(
-        model, config, data, callbacks=[*callbacks, _HistoryWriter(path)], checkpoint_dir=str(checkpoints)
+        model, config=config, data=data, callbacks=[*callbacks, _HistoryWriter(path)], checkpoint_dir=str(checkpoints)
     )
     trainer.train(resume_from_checkpoint=_last_checkpoint(checkpoints))
     rows = history(trainer.state.log_history)

@@ -16,14 +16,13 @@ from pathlib import Path
 import torch
 import transformers
 from torch import nn
-from torch.nn import functional as F
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
 from transformers.trainer_utils import PredictionOutput, get_last_checkpoint
 
 from lablib.augmentation import augment
 from lablib.config import TrainingConfig
 from lablib.data import ImageBatches, ImageData, stratified_split
-from lablib.metrics import classification_metrics
+from lablib.metrics import BatchMeter, cross_entropy, evaluation_metrics
 
 # accelerate collects garbage whenever a training starts; what has been imported so far is none and need not be
 # searched, which saves half a second a run
@@ -77,16 +76,14 @@ class StreamlinedTrainer(transformers.Trainer):
             train_dataset=ImageBatches(images, labels, train),
             eval_dataset=ImageBatches(images, labels, validation),
             data_collator=_as_it_is,
-            compute_metrics=classification_metrics,
+            compute_metrics=lambda prediction: evaluation_metrics(prediction, self.losses),
             callbacks=[*stopping, *callbacks],
         )
         if args.disable_tqdm:
             self.remove_callback(PrinterCallback)
         mean, std = (s.to(args.device).view(-1, 1, 1) for s in data.channel_statistics)
         self._scale, self._offset = 1 / (255 * std), -mean / std
-        self._epoch_losses: list[torch.Tensor] = []
-        self._epoch_correct: list[torch.Tensor] = []
-        self._epoch_sizes: list[int] = []
+        self._since_last_log = BatchMeter()
         self._clock = time.perf_counter()
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
@@ -96,7 +93,7 @@ class StreamlinedTrainer(transformers.Trainer):
             resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True
         if isinstance(resume_from_checkpoint, str) and (epochs := _stopped_after(resume_from_checkpoint)):
             self.args.num_train_epochs = epochs  # or one more epoch would begin before the stop is noticed
-        self._forget_steps()
+        self._since_last_log.forget()
         self._clock = time.perf_counter()
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
@@ -116,22 +113,30 @@ class StreamlinedTrainer(transformers.Trainer):
             pixels = augment(pixels, config.rotation_degrees, config.translation_fraction, config.horizontal_flip)
         return pixels * self._scale + self._offset
 
+    def outputs(self, model: nn.Module, images: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        """What the losses are made of, for images as a model takes them: logits, or a tuple that begins with them."""
+        return model(images)
+
+    def losses(self, outputs: torch.Tensor | tuple[torch.Tensor, ...], labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The "loss" to minimise, and what else is to be recorded by epoch: a mean over the batch each."""
+        return cross_entropy(outputs, labels)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Cross-entropy of one batch; in training, of its augmented images."""
+        """The loss of one batch; in training, of its augmented images."""
         labels = inputs["labels"]
-        logits = model(self.prepare_images(inputs["images"], model.training))
-        loss = F.cross_entropy(logits, labels)
+        outputs = self.outputs(model, self.prepare_images(inputs["images"], model.training))
+        losses = self.losses(outputs, labels)
         if model.training:
-            self._note_step(loss, logits, labels)
-        return (loss, logits) if return_outputs else loss
+            self._since_last_log.add(losses, outputs[0] if isinstance(outputs, tuple) else outputs, labels)
+        return (losses["loss"], outputs) if return_outputs else losses["loss"]
 
     @torch.no_grad()
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Logits and labels of one batch; `classification_metrics` makes the loss of all of them."""
+        """Outputs and labels of one batch; the losses are made of all of them at once, in `evaluation_metrics`."""
         inputs = self._prepare_inputs(inputs)
         with self.compute_loss_context_manager():
-            logits = model(self.prepare_images(inputs["images"], training=False))
-        return None, logits, inputs["labels"]
+            outputs = self.outputs(model, self.prepare_images(inputs["images"], training=False))
+        return None, outputs, inputs["labels"]
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """The config's optimizer in its plain form, weight decay on every parameter."""
@@ -146,7 +151,7 @@ class StreamlinedTrainer(transformers.Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As `transformers.Trainer.log`; the training loss and accuracy are means over images since the last log."""
-        if "loss" in logs and self._epoch_losses:
+        if "loss" in logs and len(self._since_last_log):
             logs |= self._training_metrics()
         super().log(logs, start_time)
 
@@ -158,18 +163,8 @@ class StreamlinedTrainer(transformers.Trainer):
             return super()._get_grad_norm(model, grad_norm)
         return grad_norm
 
-    def _note_step(self, loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor):
-        self._epoch_losses.append(loss.detach())
-        self._epoch_correct.append((logits.detach().argmax(1) == labels).sum())
-        self._epoch_sizes.append(len(labels))
-
     def _training_metrics(self) -> dict[str, float]:
-        losses = (
-            torch.stack(self._epoch_losses).double().cpu()
-        )  # the only time in an epoch that the device is waited for
-        sizes = torch.tensor(self._epoch_sizes)
-        correct = torch.stack(self._epoch_correct).sum().item()
-        self._forget_steps()
+        losses = self._since_last_log.losses()["loss"]  # the only time in an epoch that the device is waited for
         finite = losses.isfinite()
         if not finite.all():
             first = int((~finite).nonzero()[0])
@@ -179,14 +174,12 @@ class StreamlinedTrainer(transformers.Trainer):
                 f"the training loss is {losses[first].item()} at epoch {math.ceil(self.state.epoch)}, step {step}; "
                 f"a smaller learning_rate than {self.config.learning_rate:g} or max_grad_norm=1.0 may help"
             )
+        means = self._since_last_log.means()
+        self._since_last_log.forget()
         now = time.perf_counter()
         before = max((entry.get("seconds", 0.0) for entry in self.state.log_history), default=0.0)
         seconds, self._clock = before + now - self._clock, now
-        loss = ((losses * sizes).sum() / sizes.sum()).item()
-        return {"loss": loss, "accuracy": correct / sizes.sum().item(), "seconds": seconds}
-
-    def _forget_steps(self):
-        self._epoch_losses, self._epoch_correct, self._epoch_sizes = [], [], []
+        return means | {"seconds": seconds}
 
 
 def resolve_bf16(config: TrainingConfig, model: nn.Module) -> bool:

@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 
 from lablib import MLP, ImageData, StreamlinedTrainer, TrainingConfig, stratified_split
 from lablib.data import ImageBatches
-from lablib.metrics import classification_metrics, history
+from lablib.metrics import evaluation_metrics, history
 from lablib.runs import build_seeded
 from lablib.trainer import NonFiniteLossError, resolve_bf16
 
@@ -375,7 +375,7 @@ def test_a_callback_is_told_the_same_as_by_a_plain_trainer_and_may_stop_the_trai
         train_dataset=ImageBatches(tiny_data.train_images, tiny_data.train_labels, train),
         eval_dataset=ImageBatches(tiny_data.train_images, tiny_data.train_labels, validation),
         data_collator=lambda batch: batch,
-        compute_metrics=classification_metrics,
+        compute_metrics=evaluation_metrics,
         callbacks=[reference],
     )
     plain.remove_callback(transformers.PrinterCallback)

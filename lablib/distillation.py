@@ -1,0 +1,95 @@
+"""Knowledge distillation: a small network learns from the answers of a large one."""
+
+import copy
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lablib.config import TrainingConfig
+from lablib.data import ImageData
+from lablib.trainer import StreamlinedTrainer
+
+
+def distillation_loss(
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    labels: torch.Tensor,
+    temperature: float,
+    alpha: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Total, soft and hard loss of a batch (Hinton, Vinyals and Dean 2015, https://arxiv.org/abs/1503.02531).
+
+    `alpha` weighs the teacher's term (some libraries have it the other way round):
+    total = alpha · soft + (1 − alpha) · hard, where soft = temperature² · KL(teacher ‖ student), both softened by the
+    temperature, and hard = cross-entropy with the labels; means over the batch. The factor temperature² keeps the size
+    of the soft term's gradient, which would else fall with it. Logits are batch × classes, labels batch.
+    """
+    soft = temperature**2 * F.kl_div(
+        F.log_softmax(student_logits / temperature, dim=1),
+        F.log_softmax(teacher_logits / temperature, dim=1),
+        log_target=True,
+        reduction="batchmean",
+    )
+    hard = F.cross_entropy(student_logits, labels)
+    return alpha * soft + (1 - alpha) * hard, soft, hard
+
+
+class KnowledgeDistillationTrainer(StreamlinedTrainer):
+    """Trains a student on its labels and on a teacher's answers to the same images; all else is as without a teacher.
+
+    The trainer has a teacher of its own, a frozen copy in eval mode. Both terms are recorded by epoch, as soft_loss and
+    hard_loss. Raises ValueError for an alpha outside [0, 1], a temperature that is not above 0, a teacher that is the
+    student, and a teacher with another number of classes.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        config: TrainingConfig,
+        data: ImageData,
+        temperature: float = 4.0,
+        alpha: float = 0.7,
+        **trainer_arguments,
+    ):
+        if not _is_number(alpha) or not 0 <= alpha <= 1:
+            raise ValueError(f"alpha = {alpha!r}, but it must be a number from 0 (labels only) to 1 (teacher only)")
+        if not _is_number(temperature) or temperature <= 0:
+            raise ValueError(f"temperature = {temperature!r}, but it must be a number above 0, such as 4")
+        if teacher is student:
+            raise ValueError("the teacher is the student; give a network of its own, trained before, as the teacher")
+        _check_classes(student, teacher, data)
+        self.temperature, self.alpha = float(temperature), float(alpha)
+        super().__init__(student, config, data, **trainer_arguments)
+        self.teacher = copy.deepcopy(teacher).to(self.args.device).requires_grad_(False).eval()
+
+    def outputs(self, model: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Student's and teacher's logits (batch × classes each) for the same images, in the same precision."""
+        with torch.no_grad(), self.accelerator.autocast():
+            teacher_logits = self.teacher(images)
+        return model(images), teacher_logits.float()
+
+    def losses(self, outputs: tuple[torch.Tensor, torch.Tensor], labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The total loss, and its two terms without their weights."""
+        total, soft, hard = distillation_loss(*outputs, labels, self.temperature, self.alpha)
+        return {"loss": total, "soft_loss": soft, "hard_loss": hard}
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+@torch.no_grad()
+def _check_classes(student: nn.Module, teacher: nn.Module, data: ImageData):
+    image = data.normalise(data.train_images[:1])
+    classes = []
+    for model in (student, teacher):
+        trial = copy.deepcopy(model).cpu().eval()
+        classes.append(trial(image).shape[1])
+    if classes[0] != classes[1]:
+        raise ValueError(
+            f"the student has {classes[0]} classes and the teacher {classes[1]}; "
+            f"both must have those of {data.name}, {data.num_classes}"
+        )
