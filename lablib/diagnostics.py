@@ -23,7 +23,7 @@ def gradient_norms(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -
     if not layers:
         raise ValueError(f"{type(model).__name__} has no linear or convolutional layer to take gradients of")
     images, labels = batch
-    with _eval_mode(model), torch.enable_grad():
+    with eval_mode(model), torch.enable_grad():
         loss = F.cross_entropy(model(images), labels)
         gradients = torch.autograd.grad(loss, list(layers.values()), allow_unused=True)
     norms = [0.0 if gradient is None else gradient.double().norm().item() for gradient in gradients]
@@ -62,12 +62,12 @@ def mean_angle(model: nn.Module, images: torch.Tensor) -> float:
 @torch.no_grad()
 def predict(model: nn.Module, images: torch.Tensor, batch_size: int = 1000) -> torch.Tensor:
     """Probabilities (images × classes) of a model in eval mode for images as it takes them."""
-    with _eval_mode(model):
+    with eval_mode(model):
         return torch.cat([model(part).softmax(1) for part in images.split(batch_size)])
 
 
 @contextlib.contextmanager
-def _eval_mode(model: nn.Module):
+def eval_mode(model: nn.Module):
     """Eval mode for a while; afterwards each part is in the mode that it was in."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -76,3 +76,39 @@ def _eval_mode(model: nn.Module):
     finally:
         for module, training in modes:
             module.training = training
+
+
+def calibration(probabilities: torch.Tensor, labels: torch.Tensor, bins: int = 15) -> pd.DataFrame:
+    """Confidence against accuracy, for a reliability diagram; one row a bin of equal width that has images in it.
+
+    `probabilities` are images × classes, `labels` images. The confidence is the largest probability; columns: low, high
+    (the bin's ends; an image on an end belongs to the bin below), images, confidence and accuracy (means in the bin).
+    """
+    confidence, predicted = probabilities.max(1)
+    bin_of = (confidence.double() * bins).ceil().long().clamp(1, bins) - 1
+    table = pd.DataFrame({"bin": bin_of, "confidence": confidence.double(), "hit": (predicted == labels).double()})
+    grouped = table.groupby("bin")
+    return pd.DataFrame(
+        {
+            "low": [index / bins for index in grouped.groups],
+            "high": [(index + 1) / bins for index in grouped.groups],
+            "images": grouped.size().to_numpy(),
+            "confidence": grouped["confidence"].mean().to_numpy(),
+            "accuracy": grouped["hit"].mean().to_numpy(),
+        }
+    )
+
+
+def expected_calibration_error(probabilities: torch.Tensor, labels: torch.Tensor, bins: int = 15) -> float:
+    """Mean distance of confidence and accuracy over bins, weighted by images (Guo et al. 2017,
+    https://arxiv.org/abs/1706.04599): 0 for a classifier that is right as often as it says it will be."""
+    table = calibration(probabilities, labels, bins)
+    distance = (table["confidence"] - table["accuracy"]).abs()
+    return float((distance * table["images"]).sum() / table["images"].sum())
+
+
+def agreement(first: torch.Tensor, second: torch.Tensor) -> float:
+    """Share of images for which two models' logits or probabilities (images × classes) name the same class."""
+    if first.shape != second.shape:
+        raise ValueError(f"predictions of shapes {tuple(first.shape)} and {tuple(second.shape)} cannot be compared")
+    return (first.argmax(1) == second.argmax(1)).double().mean().item()
