@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import platform
 import shutil
 import warnings
@@ -21,6 +20,7 @@ from transformers import TrainerCallback
 
 from lablib.config import TrainingConfig
 from lablib.data import ImageData
+from lablib.files import write_atomically
 from lablib.identity import digest, identity
 from lablib.metrics import history
 from lablib.trainer import StreamlinedTrainer
@@ -130,7 +130,7 @@ def _train(path: Path, build_model, config, data, trainer_class, callbacks) -> R
     path.mkdir(parents=True, exist_ok=True)
     model = build_seeded(build_model, config.seed)
     described = identity(model, config, data, trainer_class)
-    _write(path / "identity.json", json.dumps(described, indent=1).encode())
+    write_atomically(path / "identity.json", json.dumps(described, indent=1).encode())
     checkpoints = path / "checkpoints"
     trainer = trainer_class(
         model, config=config, data=data, callbacks=[*callbacks, _HistoryWriter(path)], checkpoint_dir=str(checkpoints)
@@ -145,11 +145,11 @@ def _train(path: Path, build_model, config, data, trainer_class, callbacks) -> R
         "identity.json": (path / "identity.json").read_bytes(),
     }
     for name, content in files.items():
-        _write(path / name, content)
+        write_atomically(path / name, content)
     result = _result(trainer, rows)
     sums = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
     result["sha256"] = {"result": _result_digest(result), **sums}
-    _write(path / "result.json", json.dumps(result, indent=1).encode())
+    write_atomically(path / "result.json", json.dumps(result, indent=1).encode())
     shutil.rmtree(checkpoints, ignore_errors=True)
     return load_run(path)
 
@@ -187,7 +187,7 @@ class _HistoryWriter(TrainerCallback):
 
     def on_evaluate(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
-            _write(self.path, _json_lines(history(state.log_history)), sync=False)
+            write_atomically(self.path, _json_lines(history(state.log_history)), sync=False)
 
 
 def _last_checkpoint(folder: Path) -> str | None:
@@ -203,7 +203,9 @@ def _last_checkpoint(folder: Path) -> str | None:
         best = folder / Path(state["best_model_checkpoint"] or path).name
         if not (best / "model.safetensors").exists():
             continue
-        _write(path / "trainer_state.json", json.dumps(state | {"best_model_checkpoint": str(best)}, indent=2).encode())
+        write_atomically(
+            path / "trainer_state.json", json.dumps(state | {"best_model_checkpoint": str(best)}, indent=2).encode()
+        )
         return str(path)
     return None
 
@@ -214,14 +216,3 @@ def _result_digest(result: dict[str, Any]) -> str:
 
 def _json_lines(rows: list[dict]) -> bytes:
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
-
-
-def _write(path: Path, content: bytes, sync: bool = True):
-    """Write a file so that it appears whole or not at all."""
-    beside = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    with open(beside, "wb") as file:
-        file.write(content)
-        if sync:
-            file.flush()
-            os.fsync(file.fileno())
-    os.replace(beside, path)

@@ -1,20 +1,18 @@
-"""Where images come from: scikit-learn's digits, torchvision's data sets, or a folder."""
+"""A name -> ImageData: scikit-learn's digits, torchvision's data sets, or a folder."""
 
 import difflib
 import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 import torchvision
-from PIL import Image, UnidentifiedImageError
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch.nn import functional as F
 
 from lablib.data import ImageData
+from lablib.folders import load_folder, prepared, stacked
 
 # name -> torchvision's class, and what it calls its two parts
 _TRAIN_FLAG = ({"train": True}, {"train": False})
@@ -41,7 +39,6 @@ _TORCHVISION = {
     "renderedsst2": ("RenderedSST2", *_SPLIT_NAME),
 }
 DATASET_NAMES = ("digits", *_TORCHVISION)
-_IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
 
 
 def load_data(
@@ -72,7 +69,7 @@ def load_data(
         return _load_torchvision(key, Path(data_dir), size, channels)
     for folder in (Path(name), Path(data_dir) / name):
         if folder.is_dir():
-            return _load_folder(folder, size, channels)
+            return load_folder(folder, size, channels)
     close = difflib.get_close_matches(key, DATASET_NAMES, n=1)
     raise ValueError(
         f"dataset = {str(name)!r} is neither a known name nor a folder"
@@ -147,7 +144,8 @@ def _dataset_tensors(dataset, name: str, size, channels) -> list[torch.Tensor]:
     if labels is None or pixels is None:
         samples = [dataset[i] for i in range(len(dataset))]
         labels = [label for _, label in samples]
-        images = _stack([image for image, _ in samples], lambda i: f"{name}, image {i}", size, channels)
+        pictures = [prepared(image, size, channels) for image, _ in samples]
+        images = stacked(pictures, lambda i: f"{name}, image {i}")
     else:
         pixels = torch.as_tensor(pixels)
         if pixels.ndim == 3:
@@ -167,72 +165,3 @@ def _converted(images: torch.Tensor, size, channels) -> torch.Tensor:
     if size is not None and tuple(images.shape[2:]) != tuple(size):
         images = torchvision.transforms.functional.resize(images, list(size), antialias=True)
     return images
-
-
-def _load_folder(folder: Path, size, channels) -> ImageData:
-    for part in ("train", "test"):
-        if not (folder / part).is_dir():
-            raise FileNotFoundError(
-                f"{folder} has no folder {part!r}; a data set needs train/<class>/ and test/<class>/ with images"
-            )
-    names = sorted(entry.name for entry in (folder / "train").iterdir() if entry.is_dir())
-    test_names = sorted(entry.name for entry in (folder / "test").iterdir() if entry.is_dir())
-    if names != test_names:
-        only = sorted(set(names) ^ set(test_names))
-        raise ValueError(f"{folder}: train and test must have the same classes, but only one of them has {only}")
-    if len(names) < 2:
-        raise ValueError(f"{folder}/train has {len(names)} class folder ({names}); a classifier needs at least two")
-    files = {part: _image_files(folder / part, names) for part in ("train", "test")}
-    paths = [path for part in files.values() for path, _ in part]
-    images = _read_all(paths, lambda image: _to_mode(image, channels), size)
-    split = len(files["train"])
-    labels = torch.tensor([label for part in files.values() for _, label in part])
-    return ImageData(folder.name, images[:split], labels[:split], images[split:], labels[split:], tuple(names))
-
-
-def _image_files(part: Path, names: list[str]) -> list[tuple[Path, int]]:
-    found = []
-    for label, name in enumerate(names):
-        paths = sorted(p for p in (part / name).iterdir() if p.suffix.lower() in _IMAGE_SUFFIXES)
-        if not paths:
-            raise ValueError(f"class {name!r} is empty: no image in {part / name}; add images or delete the folder")
-        found += [(path, label) for path in paths]
-    return found
-
-
-def _to_mode(image: Image.Image, channels: int | None) -> Image.Image:
-    if channels is None:
-        return image if image.mode in ("L", "RGB") else image.convert("RGB")
-    return image.convert("L" if channels == 1 else "RGB")
-
-
-def _read_all(paths: list[Path], convert: Callable[[Image.Image], Image.Image], size) -> torch.Tensor:
-    def read(path: Path) -> Image.Image:
-        try:
-            with Image.open(path) as image:
-                image.load()  # or nothing but the header would be read before the file is closed
-                return convert(image)
-        except (OSError, UnidentifiedImageError, SyntaxError) as error:
-            raise OSError(f"{path} is damaged or no image ({error}); replace or delete it") from error
-
-    with ThreadPoolExecutor() as pool:  # decoding runs outside of Python's lock
-        return _stack(list(pool.map(read, paths)), lambda i: str(paths[i]), size, None)
-
-
-def _stack(images: list[Image.Image], describe: Callable[[int], str], size, channels) -> torch.Tensor:
-    """One uint8 tensor of images that are, or are scaled to be, of one size and mode."""
-    images = [_to_mode(image, channels) for image in images]
-    if len({image.mode for image in images}) > 1:
-        images = [image.convert("RGB") for image in images]
-    if size is not None:
-        images = [image.resize((size[1], size[0]), Image.Resampling.BILINEAR) for image in images]
-    for index, image in enumerate(images):
-        if image.size != images[0].size:
-            raise ValueError(
-                f"images of different sizes: {describe(0)} is {images[0].width} × {images[0].height} and "
-                f"{describe(index)} is {image.width} × {image.height} pixels; "
-                "scale them to one size, or let load_data(..., image_size=32) do it"
-            )
-    pixels = np.stack([np.asarray(image) for image in images])
-    pixels = pixels[:, None] if pixels.ndim == 3 else pixels.transpose(0, 3, 1, 2)
-    return torch.from_numpy(np.ascontiguousarray(pixels))

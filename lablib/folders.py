@@ -1,0 +1,131 @@
+"""A folder of images in train/<class>/ and test/<class>/ -> ImageData, through a cache beside them."""
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from PIL import Image, UnidentifiedImageError
+
+from lablib.data import ImageData
+from lablib.files import write_atomically
+
+_IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
+
+Size = tuple[int, int] | None  # height, width
+
+
+def load_folder(folder: Path, size: Size, channels: int | None) -> ImageData:
+    """Decode a folder's images in parallel, or take them from the cache if nothing has changed since.
+
+    The cache is a file in the folder, known by the name, size and time of each image. Where it cannot be written the
+    images are decoded each time. Raises as `lablib.sources.load_data` says.
+    """
+    names = _class_names(folder)
+    files = {part: _image_files(folder / part, names) for part in ("train", "test")}
+    paths = [path for part in files.values() for path, _ in part]
+    cache = folder / f".lablib-{_key(folder, paths, size, channels)}.safetensors"
+    images = _cached(cache)
+    if images is None:
+        images = _read_all(paths, size, channels)
+        _keep(cache, images)
+    split = len(files["train"])
+    labels = torch.tensor([label for part in files.values() for _, label in part])
+    return ImageData(folder.name, images[:split], labels[:split], images[split:], labels[split:], tuple(names))
+
+
+def prepared(image: Image.Image, size: Size, channels: int | None) -> Image.Image:
+    """An image scaled to a size and made grey or coloured, where that is asked for."""
+    if channels is not None:
+        image = image.convert("L" if channels == 1 else "RGB")
+    elif image.mode not in ("L", "RGB"):
+        image = image.convert("RGB")
+    return image if size is None else image.resize((size[1], size[0]), Image.Resampling.BILINEAR)
+
+
+def stacked(images: list[Image.Image], describe: Callable[[int], str]) -> torch.Tensor:
+    """Images of one size -> uint8, images × channels × height × width; with a coloured one among them all get colours.
+
+    Raises ValueError that says, by `describe(index)`, which two are of different sizes.
+    """
+    if len({image.mode for image in images}) > 1:
+        images = [image.convert("RGB") for image in images]
+    for index, image in enumerate(images):
+        if image.size != images[0].size:
+            raise ValueError(
+                f"images of different sizes: {describe(0)} is {images[0].width} × {images[0].height} and "
+                f"{describe(index)} is {image.width} × {image.height} pixels; "
+                "scale them to one size, or let load_data(..., image_size=32) do it"
+            )
+    pixels = np.stack([np.asarray(image) for image in images])
+    pixels = pixels[:, None] if pixels.ndim == 3 else pixels.transpose(0, 3, 1, 2)
+    return torch.from_numpy(np.ascontiguousarray(pixels))
+
+
+def _class_names(folder: Path) -> list[str]:
+    for part in ("train", "test"):
+        if not (folder / part).is_dir():
+            raise FileNotFoundError(
+                f"{folder} has no folder {part!r}; a data set needs train/<class>/ and test/<class>/ with images"
+            )
+    names, test_names = (
+        sorted(entry.name for entry in (folder / part).iterdir() if entry.is_dir()) for part in ("train", "test")
+    )
+    if names != test_names:
+        only = sorted(set(names) ^ set(test_names))
+        raise ValueError(f"{folder}: train and test must have the same classes, but only one of them has {only}")
+    if len(names) < 2:
+        raise ValueError(f"{folder}/train has {len(names)} class folder ({names}); a classifier needs at least two")
+    return names
+
+
+def _image_files(part: Path, names: list[str]) -> list[tuple[Path, int]]:
+    found = []
+    for label, name in enumerate(names):
+        files = sorted(n for n in os.listdir(part / name) if os.path.splitext(n)[1].lower() in _IMAGE_SUFFIXES)
+        if not files:
+            raise ValueError(f"class {name!r} is empty: no image in {part / name}; add images or delete the folder")
+        found += [(part / name / file, label) for file in files]
+    return found
+
+
+def _key(folder: Path, paths: list[Path], size: Size, channels: int | None) -> str:
+    digest = hashlib.sha256(repr((size, channels)).encode())
+    for path in paths:
+        status = os.stat(path)
+        digest.update(f"{os.path.relpath(path, folder)}|{status.st_size}|{status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def _cached(cache: Path) -> torch.Tensor | None:
+    try:
+        return safetensors.torch.load_file(cache)["images"]
+    except (OSError, KeyError, safetensors.SafetensorError):
+        return None
+
+
+def _keep(cache: Path, images: torch.Tensor):
+    with contextlib.suppress(OSError):  # a folder that cannot be written is read again the next time
+        write_atomically(cache, safetensors.torch.save({"images": images}))
+        for old in cache.parent.glob(".lablib-*.safetensors"):
+            if old != cache:
+                old.unlink()
+
+
+def _read_all(paths: list[Path], size: Size, channels: int | None) -> torch.Tensor:
+    def read(path: Path) -> Image.Image:
+        try:
+            with Image.open(path) as image:
+                image.load()  # or nothing but the header would be read before the file is closed
+                return prepared(image, size, channels)
+        except (OSError, UnidentifiedImageError, SyntaxError) as error:
+            raise OSError(f"{path} is damaged or no image ({error}); replace or delete it") from error
+
+    with ThreadPoolExecutor() as pool:  # decoding runs outside of Python's lock
+        return stacked(list(pool.map(read, paths)), lambda index: str(paths[index]))
