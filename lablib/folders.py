@@ -28,15 +28,16 @@ def load_folder(folder: Path, size: Size, channels: int | None) -> ImageData:
     images are decoded each time. Raises as `lablib.sources.load_data` says.
     """
     names = _class_names(folder)
-    files = {part: _image_files(folder / part, names) for part in ("train", "test")}
-    paths = [path for part in files.values() for path, _ in part]
-    cache = folder / f".lablib-{_key(folder, paths, size, channels)}.safetensors"
+    by_class = {(part, name): _image_files(folder / part / name) for part in ("train", "test") for name in names}
+    key = hashlib.sha256(repr((size, channels, by_class)).encode()).hexdigest()[:16]
+    cache = folder / f".lablib-{key}.safetensors"
     images = _cached(cache)
     if images is None:
+        paths = [folder / part / name / file for (part, name), files in by_class.items() for file, *_ in files]
         images = _read_all(paths, size, channels)
         _keep(cache, images)
-    split = len(files["train"])
-    labels = torch.tensor([label for part in files.values() for _, label in part])
+    labels = torch.cat([torch.full((len(by_class[p, n]),), names.index(n)) for p, n in by_class])
+    split = sum(len(files) for (part, _), files in by_class.items() if part == "train")
     return ImageData(folder.name, images[:split], labels[:split], images[split:], labels[split:], tuple(names))
 
 
@@ -85,22 +86,14 @@ def _class_names(folder: Path) -> list[str]:
     return names
 
 
-def _image_files(part: Path, names: list[str]) -> list[tuple[Path, int]]:
-    found = []
-    for label, name in enumerate(names):
-        files = sorted(n for n in os.listdir(part / name) if os.path.splitext(n)[1].lower() in _IMAGE_SUFFIXES)
-        if not files:
-            raise ValueError(f"class {name!r} is empty: no image in {part / name}; add images or delete the folder")
-        found += [(part / name / file, label) for file in files]
-    return found
-
-
-def _key(folder: Path, paths: list[Path], size: Size, channels: int | None) -> str:
-    digest = hashlib.sha256(repr((size, channels)).encode())
-    for path in paths:
-        status = os.stat(path)
-        digest.update(f"{os.path.relpath(path, folder)}|{status.st_size}|{status.st_mtime_ns}\n".encode())
-    return digest.hexdigest()[:16]
+def _image_files(place: Path) -> list[tuple[str, int, int]]:
+    """Name, bytes and time (nanoseconds) of each image in a folder, in the order of their names."""
+    with os.scandir(place) as entries:
+        images = [entry for entry in entries if os.path.splitext(entry.name)[1].lower() in _IMAGE_SUFFIXES]
+    if not images:
+        raise ValueError(f"class {place.name!r} is empty: no image in {place}; add images or delete the folder")
+    status = {entry.name: entry.stat() for entry in images}
+    return [(name, status[name].st_size, status[name].st_mtime_ns) for name in sorted(status)]
 
 
 def _cached(cache: Path) -> torch.Tensor | None:
