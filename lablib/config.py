@@ -141,6 +141,11 @@ class TrainingConfig:
                     f"TrainingConfig: training_arguments has {name!r}, which TrainingConfig sets itself; "
                     "use its own field"
                 )
+            if name in ("optim", "optim_args", "label_smoothing_factor"):
+                raise ValueError(
+                    f"TrainingConfig: training_arguments has {name!r}, which would do nothing: "
+                    "lablib's own optimizer and loss take its place"
+                )
             if name not in known:
                 close = difflib.get_close_matches(str(name), known, n=1)
                 hint = f"; did you mean {close[0]!r}?" if close else ""

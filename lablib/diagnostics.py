@@ -26,7 +26,7 @@ def gradient_norms(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -
     with eval_mode(model), torch.enable_grad():
         loss = F.cross_entropy(model(images), labels)
         gradients = torch.autograd.grad(loss, list(layers.values()), allow_unused=True)
-    norms = [0.0 if gradient is None else gradient.double().norm().item() for gradient in gradients]
+    norms = [0.0 if gradient is None else gradient.cpu().double().norm().item() for gradient in gradients]
     return pd.DataFrame(
         {
             "layer": range(1, len(layers) + 1),
@@ -48,10 +48,10 @@ def mean_angle(model: nn.Module, images: torch.Tensor) -> float:
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     if not linear or len(images) < 2:
         raise ValueError(f"an angle needs a linear layer and two images; there are {len(linear)} and {len(images)}")
-    double = copy.deepcopy(model).double().eval()
+    double = copy.deepcopy(model).cpu().double().eval()
     features = []
     double.get_submodule(linear[-1]).register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
-    double(images.double())
+    double(images.cpu().double())
     directions = F.normalize(features[0].flatten(1), dim=1)  # (batch, features)
     first, second = torch.triu_indices(len(images), len(images), offset=1)
     # the angle by its half's sine: an arc cosine loses small angles to rounding
@@ -84,6 +84,7 @@ def calibration(probabilities: torch.Tensor, labels: torch.Tensor, bins: int = 1
     `probabilities` are images × classes, `labels` images. The confidence is the largest probability; columns: low, high
     (the bin's ends; an image on an end belongs to the bin below), images, confidence and accuracy (means in the bin).
     """
+    probabilities, labels = probabilities.cpu(), labels.cpu()
     confidence, predicted = probabilities.max(1)
     bin_of = (confidence.double() * bins).ceil().long().clamp(1, bins) - 1
     table = pd.DataFrame({"bin": bin_of, "confidence": confidence.double(), "hit": (predicted == labels).double()})

@@ -97,8 +97,8 @@ def experiment(
         try:
             path = run_path(models[key[0]], replace(config, seed=key[1]), data, trainers[key[1]])
             run = load_or_set_aside(path)
-        except Exception:
-            _report_failure(result, key, traceback.format_exc())
+        except Exception as error:
+            _report_failure(result, key, *_described(error))
             continue
         if run:
             result.runs[key] = run
@@ -124,18 +124,30 @@ def _train_pending(result: Experiment, pending: dict, jobs: int, trainers: Mappi
     parallel = joblib.Parallel(n_jobs=jobs, return_as="generator_unordered", mmap_mode="c", pre_dispatch=jobs)
     names = {f"{name}, seed {seed}": path for (name, seed), path in pending.items()}
     with RunProgress(names, result.config.num_epochs, finished=len(result.runs)) as progress:
-        for key, run, error in parallel(tasks):
-            name, seed = key
-            if run is not None:
-                result.runs[key] = run
-            else:
-                _report_failure(result, key, error)
-            progress.finished(f"{name}, seed {seed}")
+        try:
+            for key, run, error in parallel(tasks):
+                if run is not None:
+                    result.runs[key] = run
+                else:
+                    _report_failure(result, key, *error)
+                progress.finished("{}, seed {}".format(*key))
+        except Exception as error:  # a worker died, and joblib gives up the rest; what is finished is in the store
+            for key in pending.keys() - result.failures.keys():
+                if run := load_or_set_aside(pending[key]):
+                    result.runs[key] = run
+                else:
+                    _report_failure(result, key, *_described(error))
 
 
-def _report_failure(result: Experiment, key: tuple[str, int], error: str):
-    result.failures[key] = error.strip().splitlines()[-1]
-    warnings.warn(f"the run of {key[0]!r} with seed {key[1]} failed:\n{error}", stacklevel=4)
+def _described(error: Exception) -> tuple[str, str]:
+    """An error in one line, and with its traceback."""
+    first_line = next(iter(str(error).splitlines()), "")
+    return f"{type(error).__name__}: {first_line}", "".join(traceback.format_exception(error))
+
+
+def _report_failure(result: Experiment, key: tuple[str, int], line: str, trace: str):
+    result.failures[key] = line
+    warnings.warn(f"the run of {key[0]!r} with seed {key[1]} failed:\n{trace}", stacklevel=4)
 
 
 def _train_one(key, build_model, config, data, trainer_class, threads: int | None):
@@ -144,8 +156,8 @@ def _train_one(key, build_model, config, data, trainer_class, threads: int | Non
         torch.set_num_threads(threads)
     try:
         return key, train_or_load(build_model, config, data, trainer_class=trainer_class), None
-    except Exception:
-        return key, None, traceback.format_exc()
+    except Exception as error:
+        return key, None, _described(error)
     finally:
         torch.set_num_threads(before)
 

@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from lablib.statistics import Summary, summarise
 
 _MARKERS = ("o", "s", "^", "D", "v", "P")
-_DASHES = ("-", "--", "-.", ":")
+_DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 4)))
 _STYLE = {
     "figure.constrained_layout.use": True,
     "figure.dpi": 110,
@@ -61,7 +61,7 @@ def loss_curves(
                 continue
             table = of_model.pivot(index="epoch", columns="seed", values=column).dropna()
             mean = table.mean(axis=1)
-            axis.plot(mean.index, mean, dash, color=color, label=f"{model} (n = {table.shape[1]})")
+            axis.plot(mean.index, mean, linestyle=dash, color=color, label=f"{model} (n = {table.shape[1]})")
             if table.shape[1] > 1:
                 std = table.std(axis=1)
                 axis.fill_between(mean.index, mean - std, mean + std, color=color, alpha=0.2, linewidth=0)
@@ -119,7 +119,8 @@ def gradient_norms(norms: pd.DataFrame, dataset: str, column: str = "rms") -> Fi
     """Gradient by layer, a panel a moment, a line a model and depth.
 
     `norms` has the columns moment, model, depth, seed, layer and `column`. Layers are drawn by their relative position,
-    0 the first and 1 the last, so that networks of different depths compare. Lines are geometric means over seeds.
+    0 the first and 1 the last, so that networks of different depths compare. Lines are geometric means over seeds;
+    where a gradient is 0 there is none.
     """
     moments = list(norms["moment"].unique())
     families = list(norms["model"].unique())
@@ -127,7 +128,6 @@ def gradient_norms(norms: pd.DataFrame, dataset: str, column: str = "rms") -> Fi
     figure, axes = plt.subplots(
         len(moments), len(families), figsize=(2.8 * len(families) + 1, 3.0 * len(moments)), sharey=True, squeeze=False
     )
-    floor = norms.loc[norms[column] > 0, column].min()
     for row, moment in zip(axes, moments, strict=True):
         for axis, family in zip(row, families, strict=True):
             for depth, color, dash in zip(
@@ -136,10 +136,10 @@ def gradient_norms(norms: pd.DataFrame, dataset: str, column: str = "rms") -> Fi
                 part = norms.query("moment == @moment and model == @family and depth == @depth")
                 if part.empty:
                     continue
-                clipped = np.log(part[column].clip(lower=floor))
-                mean = np.exp(clipped.groupby(part["layer"]).mean())
+                logarithms = np.log(part[column].where(part[column] > 0))  # 0 has none: a gap
+                mean = np.exp(logarithms.groupby(part["layer"]).mean())
                 position = (mean.index - 1) / max(1, mean.index.max() - 1)
-                axis.plot(position, mean, dash, color=color, label=f"{depth}")
+                axis.plot(position, mean, linestyle=dash, color=color, label=f"{depth}")
             axis.set_yscale("log")
             axis.set_title(f"{family}, {moment}", fontsize="small")
     for axis in axes[-1]:
@@ -148,7 +148,7 @@ def gradient_norms(norms: pd.DataFrame, dataset: str, column: str = "rms") -> Fi
         axis.set_ylabel("gradient, root mean square" if column == "rms" else "gradient norm")
     axes[0, -1].legend(title="layers or blocks", fontsize="x-small", title_fontsize="x-small", loc="best")
     seeds = norms["seed"].nunique()
-    figure.suptitle(f"{dataset}: loss gradient by layer, geometric mean over n = {seeds} seeds", fontsize="medium")
+    figure.suptitle(f"{dataset}: loss gradient by layer, geometric mean, n = {seeds}", fontsize="medium")
     return figure
 
 
@@ -156,7 +156,7 @@ def image_grid(
     images: torch.Tensor, titles: Sequence[str] | None = None, columns: int = 8, title: str = "", size: float = 1.1
 ) -> Figure:
     """Images (uint8, or float from 0 to 255; images × channels × height × width) in a grid, each with its title."""
-    rows = -(-len(images) // columns)
+    rows = max(1, -(-len(images) // columns))
     height = size * (1.35 if titles else 1.05) * rows + (0.4 if title else 0)
     figure, axes = plt.subplots(rows, columns, figsize=(size * columns, height), squeeze=False)
     for axis in axes.flat:
@@ -196,7 +196,7 @@ def forest(differences: Mapping[str, Summary], title: str, xlabel: str) -> Figur
             f"{100 * difference.mean:+.2f}, n = {difference.n}",
             (100 * difference.mean, row), (0, 7), textcoords="offset points", ha="center", fontsize="x-small",
         )  # fmt: skip
-        axis.set_ylim(len(differences) - 0.5, -0.7)
+    axis.set_ylim(len(differences) - 0.5, -0.7)
     axis.axvline(0, color="0.4", linewidth=1)
     axis.set_yticks(range(len(differences)), labels=list(differences))
     axis.set_xlabel(xlabel)

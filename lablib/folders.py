@@ -76,7 +76,8 @@ def _class_names(folder: Path) -> list[str]:
                 f"{folder} has no folder {part!r}; a data set needs train/<class>/ and test/<class>/ with images"
             )
     names, test_names = (
-        sorted(entry.name for entry in (folder / part).iterdir() if entry.is_dir()) for part in ("train", "test")
+        sorted(entry.name for entry in (folder / part).iterdir() if entry.is_dir() and entry.name[0] != ".")
+        for part in ("train", "test")
     )
     if names != test_names:
         only = sorted(set(names) ^ set(test_names))
@@ -89,7 +90,8 @@ def _class_names(folder: Path) -> list[str]:
 def _image_files(place: Path) -> list[tuple[str, int, int]]:
     """Name, bytes and time (nanoseconds) of each image in a folder, in the order of their names."""
     with os.scandir(place) as entries:
-        images = [entry for entry in entries if os.path.splitext(entry.name)[1].lower() in _IMAGE_SUFFIXES]
+        files = [entry for entry in entries if entry.name[0] != "."]  # such as ._1.jpg, which is no image
+        images = [entry for entry in files if os.path.splitext(entry.name)[1].lower() in _IMAGE_SUFFIXES]
     if not images:
         raise ValueError(f"class {place.name!r} is empty: no image in {place}; add images or delete the folder")
     status = {entry.name: entry.stat() for entry in images}

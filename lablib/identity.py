@@ -3,7 +3,7 @@
 import hashlib
 import json
 from functools import partial
-from types import CodeType, FunctionType
+from types import CellType, CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -82,10 +82,10 @@ def _is_own(cls: type) -> bool:
 
 
 def _code_digests(cls: type) -> list[str]:
-    """One digest for each of a class and its bases that is a notebook's own."""
+    """One digest for each of a class and its bases that is a notebook's own: its methods and class attributes."""
     classes = [c for c in cls.__mro__ if _is_own(c)]
-    functions = [{n: _content(f.__code__) for n, f in vars(c).items() if isinstance(f, FunctionType)} for c in classes]
-    return [_digest_of(sorted(named.items())) for named in functions if named]
+    contents = [{n: _content(v) for n, v in vars(c).items() if not n.startswith("__") or callable(v)} for c in classes]
+    return [_digest_of(sorted(content.items())) for content in contents if content]
 
 
 def _attributes_digest(module: nn.Module) -> str:
@@ -94,20 +94,43 @@ def _attributes_digest(module: nn.Module) -> str:
     return _digest_of({name: _content(value) for name, value in public.items()})
 
 
-def _content(value: Any) -> Any:
+def _content(value: Any, depth: int = 0) -> Any:
     """A value without what differs between two processes: addresses, files, line numbers, the order of sets."""
+    if depth > 20:  # a function may refer to itself
+        return "..."
+    if isinstance(value, (staticmethod, classmethod)):
+        return _content(value.__func__, depth + 1)
+    if isinstance(value, property):
+        return [_content(function, depth + 1) for function in (value.fget, value.fset, value.fdel)]
     if isinstance(value, FunctionType):
-        return _content(value.__code__)
+        enclosed = [_enclosed(cell) for cell in value.__closure__ or ()]
+        parts = [
+            value.__code__,
+            value.__defaults__,
+            value.__kwdefaults__,
+            getattr(value, "__wrapped__", None),
+            enclosed,
+        ]
+        return [_content(part, depth + 1) for part in parts]
     if isinstance(value, CodeType):
-        constants = tuple(_content(constant) for constant in value.co_consts)
-        return value.co_code.hex(), value.co_names, value.co_varnames, constants
+        constants = [_content(constant, depth + 1) for constant in value.co_consts]
+        return [value.co_code.hex(), value.co_names, value.co_varnames, constants]
+    if isinstance(value, dict):
+        return sorted((str(key), _content(item, depth + 1)) for key, item in value.items())
     if isinstance(value, (set, frozenset)):
-        return sorted(repr(_content(item)) for item in value)
+        return sorted(repr(_content(item, depth + 1)) for item in value)
     if isinstance(value, (tuple, list)):
-        return [_content(item) for item in value]
+        return [_content(item, depth + 1) for item in value]
     if value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
         return value
-    return getattr(value, "__qualname__", type(value).__qualname__)
+    return getattr(value, "__name__", type(value).__name__)  # a qualified name is lost on the way to a worker
+
+
+def _enclosed(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not filled yet
+        return None
 
 
 def _digest_of(content: Any) -> str:

@@ -52,7 +52,7 @@ class BatchMeter:
 
     def losses(self) -> dict[str, torch.Tensor]:
         """Each loss by batch, float64 on the CPU."""
-        return {name: torch.stack([batch[name] for batch in self._losses]).double().cpu() for name in self._losses[0]}
+        return {name: torch.stack([batch[name] for batch in self._losses]).cpu().double() for name in self._losses[0]}
 
     def means(self) -> dict[str, float]:
         """Each loss and the accuracy as means over images."""

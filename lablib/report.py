@@ -34,9 +34,10 @@ def tables(results: Path) -> dict[str, str]:
 def by_depth(table: pd.DataFrame) -> pd.DataFrame:
     """Test accuracy in percent, families in rows and depths in columns."""
     family, depth = table["model"].str.rsplit("-", n=1).str
-    cells = (100 * table["test_accuracy_mean"]).map("{:.2f}".format)
-    if table["test_accuracy_ci95"].notna().any():
-        cells += " ± " + (100 * table["test_accuracy_ci95"]).map("{:.2f}".format)
+    cells = [
+        _with_interval(f"{100 * mean:.2f}", ci95)
+        for mean, ci95 in zip(table["test_accuracy_mean"], table["test_accuracy_ci95"], strict=True)
+    ]
     wide = pd.DataFrame({"model": family, "depth": depth.astype(int), "cell": cells})
     wide = wide.pivot(index="model", columns="depth", values="cell").loc[family.unique()]
     return wide.rename_axis(columns=None)
@@ -44,10 +45,14 @@ def by_depth(table: pd.DataFrame) -> pd.DataFrame:
 
 def readable_differences(table: pd.DataFrame) -> pd.DataFrame:
     """Paired differences in percentage points, with interval and p-value."""
-    points = (100 * table["mean"]).map("{:+.2f}".format) + " ± " + (100 * table["ci95"]).map("{:.2f}".format)
-    p_value = table["p_value"].map(lambda p: "< 0.001" if p < 0.001 else f"{p:.3f}")
+    points = [_with_interval(f"{100 * m:+.2f}", ci95) for m, ci95 in zip(table["mean"], table["ci95"], strict=True)]
+    p_value = table["p_value"].map(lambda p: "–" if pd.isna(p) else "< 0.001" if p < 0.001 else f"{p:.3f}")
     columns = {"rate": table["schedule"], "ResidualMLP less MLP, points": points, "p": p_value, "n": table["n"]}
     return pd.DataFrame(columns).set_index(table["depth"].rename("layers or blocks"))
+
+
+def _with_interval(mean: str, ci95: float) -> str:
+    return mean if pd.isna(ci95) else f"{mean} ± {100 * ci95:.2f}"
 
 
 def markdown(table: pd.DataFrame) -> str:

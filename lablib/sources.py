@@ -107,29 +107,38 @@ def _load_torchvision(key: str, data_dir: Path, size, channels) -> ImageData:
 
 
 def _missing_or_damaged(class_name: str, data_dir: Path, error: Exception) -> Exception:
-    resources = getattr(
-        getattr(torchvision.datasets, class_name), "resources", []
-    )  # MNIST and its like tell their files
-    where = data_dir / class_name / "raw" if resources else data_dir
-    if damaged := _first_damaged(where, resources):
+    where, files = _expected_files(class_name, data_dir)
+    if damaged := _first_damaged(where, files):
         return OSError(
             f"{class_name} in {where} cannot be read, since one of its files is damaged: {damaged}. Delete that file "
             f"and put a good copy there ({type(error).__name__}: {error})"
         )
-    looked_for = f"{', '.join(file for file, _ in resources)} in {where}" if resources else f"its files in {where}"
+    looked_for = ", ".join(name for name, _ in files) or "its files"
     return FileNotFoundError(
-        f"{class_name} is not at hand: looked for {looked_for}, and downloading it failed "
+        f"{class_name} is not at hand: looked for {looked_for} in {where}, and downloading it failed "
         f"({type(error).__name__}: {error}). Put the files there or connect to a network; "
         "dataset = 'digits' needs neither"
     )
 
 
-def _first_damaged(raw: Path, resources: list[tuple[str, str]]) -> Path | None:
-    for file, md5 in resources:
-        packed, unpacked = raw / file, raw / file.removesuffix(".gz")
-        if packed.exists() and not torchvision.datasets.utils.check_integrity(str(packed), md5):
-            return packed
-        if unpacked.exists():
+def _expected_files(class_name: str, data_dir: Path) -> tuple[Path, list[tuple[str, str]]]:
+    """Where torchvision keeps a data set, and the names and MD5 sums of its files, as far as its class tells them."""
+    cls = getattr(torchvision.datasets, class_name)
+    if hasattr(cls, "train_list"):  # CIFAR and STL
+        return data_dir / cls.base_folder, [(name, md5) for name, md5 in [*cls.train_list, *cls.test_list]]
+    if class_name == "SVHN":
+        return data_dir, [tuple(cls.split_list[part][1:]) for part in ("train", "test")]
+    if hasattr(cls, "resources") and class_name != "EMNIST":  # EMNIST inherits MNIST's list and has other files
+        return data_dir / class_name / "raw", list(cls.resources)
+    return data_dir, []
+
+
+def _first_damaged(where: Path, files: list[tuple[str, str]]) -> Path | None:
+    for name, md5 in files:
+        file, unpacked = where / name, where / name.removesuffix(".gz")
+        if file.exists() and not torchvision.datasets.utils.check_integrity(str(file), md5):
+            return file
+        if unpacked != file and unpacked.exists():
             try:
                 torchvision.datasets.mnist.read_sn3_pascalvincent_tensor(str(unpacked))
             except Exception:
@@ -142,9 +151,11 @@ def _dataset_tensors(dataset, name: str, size, channels) -> list[torch.Tensor]:
     labels = getattr(dataset, "targets", getattr(dataset, "labels", None))
     pixels = getattr(dataset, "data", None)
     if labels is None or pixels is None:
-        samples = [dataset[i] for i in range(len(dataset))]
-        labels = [label for _, label in samples]
-        pictures = [prepared(image, size, channels) for image, _ in samples]
+        pictures, labels = [], []
+        for index in range(len(dataset)):
+            image, label = dataset[index]
+            pictures.append(prepared(image, size, channels))
+            labels.append(label)
         images = stacked(pictures, lambda i: f"{name}, image {i}")
     else:
         pixels = torch.as_tensor(pixels)

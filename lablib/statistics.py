@@ -16,7 +16,7 @@ from lablib.experiment import Experiment
 class Summary:
     """Mean of n values, their sample standard deviation, and the half-width of the mean's 95 % interval (Student t).
 
-    With one value there is no spread to see: `std` and `ci95` are None, and the text says so.
+    One value shows no spread: `std` and `ci95` are None, and the text says so. Nor do equal ones: `ci95` is None.
     """
 
     mean: float
@@ -24,10 +24,13 @@ class Summary:
     ci95: float | None
     n: int
 
+    def _why(self) -> str:
+        return f"n = {self.n}: {'one seed shows' if self.n == 1 else 'all the same, which shows'} no spread"
+
     def percent(self) -> str:
         """As text, for a share such as an accuracy: '98.35 ± 0.12 % (n = 5)'."""
         if self.ci95 is None:
-            return f"{100 * self.mean:.2f} % (n = 1: one seed shows no spread)"
+            return f"{100 * self.mean:.2f} % ({self._why()})"
         return f"{100 * self.mean:.2f} ± {100 * self.ci95:.2f} % (n = {self.n})"
 
 
@@ -43,8 +46,7 @@ class PairedDifference(Summary):
     def points(self) -> str:
         """As text, in percentage points: '+0.25 ± 0.10 points (n = 5, p = 0.003)'."""
         if self.ci95 is None:
-            why = "one seed shows" if self.n == 1 else "all the same, which shows"
-            return f"{100 * self.mean:+.2f} points (n = {self.n}: {why} no spread)"
+            return f"{100 * self.mean:+.2f} points ({self._why()})"
         p = "p < 0.001" if self.p_value < 0.001 else f"p = {self.p_value:.3f}"
         return f"{100 * self.mean:+.2f} ± {100 * self.ci95:.2f} points (n = {self.n}, {p})"
 
@@ -72,6 +74,8 @@ def summarise(values: Sequence[float]) -> Summary:
     if n == 1:
         return Summary(mean, None, None, 1)
     std = float(array.std(ddof=1))
+    if std < 1e-12:  # equal counts, which differ by rounding at most
+        return Summary(mean, std, None, n)
     return Summary(mean, std, float(stats.t.ppf(0.975, n - 1)) * std / math.sqrt(n), n)
 
 
@@ -82,7 +86,7 @@ def paired_difference(first: Mapping[int, float], second: Mapping[int, float]) -
         raise ValueError(f"no seed in common: {sorted(first)} and {sorted(second)}")
     differences = np.array([first[seed] - second[seed] for seed in seeds])
     summary = summarise(differences)
-    if summary.std is None or summary.std < 1e-12:  # accuracies of equal counts differ by rounding at most
+    if summary.ci95 is None:
         return PairedDifference(summary.mean, summary.std, None, summary.n, None)
     p_value = float(stats.ttest_1samp(differences, 0).pvalue)
     return PairedDifference(summary.mean, summary.std, summary.ci95, summary.n, p_value)
@@ -158,11 +162,11 @@ def readable_table(table: pd.DataFrame, reference: Mapping[str, float] | None = 
         rows.append(
             {
                 "model": row["model"],
-                "parameters": f"{row['parameters']:,}",
+                "parameters": f"{int(row['parameters']):,}",
                 "validation accuracy": _percent(row["val_accuracy_mean"], None),
                 "test accuracy": test,
                 "reference": f"{100 * reference[row['model']]:.2f} %" if row["model"] in (reference or {}) else "",
-                "n": str(row["seeds"]),
+                "n": str(int(row["seeds"])),
                 "epochs": f"{row['epochs_mean']:.0f}",
                 "seconds a run": f"{row['seconds_mean']:.0f}",
             }

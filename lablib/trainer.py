@@ -142,7 +142,9 @@ class StreamlinedTrainer(transformers.Trainer):
         """The config's optimizer in its plain form, weight decay on every parameter."""
         if self.optimizer is None:
             config = self.config
-            more = {"momentum": 0.9} if config.optimizer == "sgd" else {}
+            more = {"betas": (self.args.adam_beta1, self.args.adam_beta2), "eps": self.args.adam_epsilon}
+            if config.optimizer == "sgd":
+                more = {"momentum": 0.9}
             parameters = (model or self.model).parameters()
             self.optimizer = _OPTIMIZERS[config.optimizer](
                 parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True, **more
@@ -157,9 +159,8 @@ class StreamlinedTrainer(transformers.Trainer):
 
     def _get_grad_norm(self, model, grad_norm=None):
         # Upstream computes the norm in each step (a tenth of a small MLP's time) and logs it once an epoch.
-        steps = len(self.callback_handler.train_dataloader)
-        last = (self.state.global_step + 1) * self.args.gradient_accumulation_steps % steps == 0
-        if last or self.args.logging_strategy != "epoch":
+        steps = math.ceil(len(self.callback_handler.train_dataloader) / self.args.gradient_accumulation_steps)
+        if (self.state.global_step + 1) % steps == 0:
             return super()._get_grad_norm(model, grad_norm)
         return grad_norm
 
@@ -191,7 +192,7 @@ def resolve_bf16(config: TrainingConfig, model: nn.Module) -> bool:
         return config.precision == "bf16"
     if not any(isinstance(module, nn.Conv2d) for module in model.modules()):
         return False
-    if config.device.startswith("cuda") or (config.device == "auto" and torch.cuda.is_available()):
+    if config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available()):
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_amx_tile_supported()
 

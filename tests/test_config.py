@@ -259,3 +259,9 @@ def test_both_ways_to_say_off_have_one_identity():
 def test_a_whole_number_and_the_same_float_have_one_identity_as_json(name):
     whole, fraction = TrainingConfig(**{name: 1}), TrainingConfig(**{name: 1.0})
     assert json.dumps(whole.identity()) == json.dumps(fraction.identity())
+
+
+@pytest.mark.parametrize("name", ["optim", "optim_args", "label_smoothing_factor"])
+def test_a_training_argument_that_would_do_nothing_is_refused(name):
+    with pytest.raises(ValueError, match=f"{name}.* would do nothing: lablib's own optimizer and loss"):
+        TrainingConfig(training_arguments={name: 0.1})

@@ -4,6 +4,7 @@ import gc
 import os
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import joblib
 import pandas as pd
@@ -219,19 +220,19 @@ def test_an_experiment_without_models_or_seeds_is_refused(models, seeds, words, 
 def test_an_interruption_by_hand_passes_through_and_keeps_what_is_finished(config, tiny_data):
     class Interrupted(StreamlinedTrainer):
         def train(self, *args, **kwargs):
-            if self.config.seed == 1 and not resumed:
+            if self.config.seed == 1 and not state.resumed:
                 raise KeyboardInterrupt
-            trained.append(self.config.seed)
+            state.trained.append(self.config.seed)
             return super().train(*args, **kwargs)
 
-    trained, resumed = [], False
+    state = SimpleNamespace(trained=[], resumed=False)
     narrow = {"narrow": MODELS["narrow"]}
     with pytest.raises(KeyboardInterrupt):
         experiment(narrow, config, tiny_data, [0, 1, 2], trainer_class=Interrupted)
-    assert trained == [0]
-    resumed = True
+    assert state.trained == [0]
+    state.resumed = True
     result = experiment(narrow, config, tiny_data, [0, 1, 2], trainer_class=Interrupted)
-    assert trained == [0, 1, 2]
+    assert state.trained == [0, 1, 2]
     assert list(result.values("narrow")) == [0, 1, 2]
 
 
@@ -284,3 +285,19 @@ def test_a_damaged_run_is_reported_by_whichever_process_finds_it(config, tiny_da
     for key, run in before.runs.items():
         assert after.runs[key].history[-1]["val_loss"] == run.history[-1]["val_loss"]
         assert run.path == run_path(narrow["narrow"], replace(config, seed=key[1]), tiny_data)
+
+
+class Dies(MLP):
+    def forward(self, images):
+        os._exit(1)
+
+
+def test_a_worker_that_dies_loses_no_finished_run_and_is_reported(config, tiny_data, two_cores):
+    models = {"narrow": MODELS["narrow"], "dies": lambda: Dies((4,), image_shape=(1, 6, 6), num_classes=3)}
+    experiment({"narrow": MODELS["narrow"]}, config, tiny_data, [0])
+    with pytest.warns(UserWarning, match="failed"):
+        result = experiment(models, config, tiny_data, [0, 1], jobs=2)
+    assert ("narrow", 0) in result.runs
+    assert {("dies", 0), ("dies", 1)} <= set(result.failures)
+    assert all("Terminated" in error for error in result.failures.values())
+    assert len(result.runs) + len(result.failures) == 4

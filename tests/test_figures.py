@@ -187,7 +187,7 @@ def test_gradient_norms_are_geometric_means_over_seeds_by_relative_position():
 
 def test_gradient_norms_name_axes_data_set_depths_and_n():
     figure = drawn(figures.gradient_norms(gradient_table(), "tiny"))
-    assert figure.get_suptitle() == "tiny: loss gradient by layer, geometric mean over n = 3 seeds"
+    assert figure.get_suptitle() == "tiny: loss gradient by layer, geometric mean, n = 3"
     assert [axis.get_xlabel() for axis in figure.axes[2:]] == ["position (0: first layer, 1: last)"] * 2
     assert figure.axes[0].get_ylabel() == "gradient, root mean square"
     legend = figure.axes[1].get_legend()
@@ -198,11 +198,12 @@ def test_gradient_norms_name_axes_data_set_depths_and_n():
     np.testing.assert_allclose(norm.axes[0].get_lines()[0].get_ydata(), 7)
 
 
-def test_a_gradient_of_0_is_drawn_at_the_smallest_one_seen():
+def test_a_gradient_of_0_is_a_gap():
     table = gradient_table(depths=(2,), moments=("before training",))
     table.loc[(table["model"] == "plain") & (table["layer"] == 1), "rms"] = 0.0
     line = drawn(figures.gradient_norms(table, "tiny")).axes[0].get_lines()[0]
-    assert line.get_ydata()[0] == pytest.approx(table.loc[table["rms"] > 0, "rms"].min())
+    assert np.isnan(line.get_ydata()[0])
+    assert (line.get_ydata()[1:] > 0).all()
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -281,3 +282,15 @@ def test_a_figure_saved_or_drawn_twice_is_the_same_file(tmp_path, suffix):
     assert first == anew
     figures.save(figures.loss_curves(table, "val_loss", "other"), paths[2])
     assert paths[2].read_bytes() != first
+
+
+def test_depths_and_models_are_told_apart_by_six_line_styles():
+    names = [f"model {index}" for index in range(6)]
+    axis = figures.loss_curves(histories({name: [2] for name in names}), "val_loss", "tiny").axes[0]
+    assert len({(line.get_linestyle(), str(line._dash_pattern)) for line in axis.get_lines()}) == 6
+
+
+def test_an_image_grid_without_images_is_an_empty_figure():
+    figure = drawn(figures.image_grid(torch.zeros(0, 1, 4, 4), [], title="tiny: nothing wrong"))
+    assert figure.get_suptitle() == "tiny: nothing wrong"
+    assert not any(axis.get_images() for axis in figure.axes)

@@ -99,3 +99,10 @@ def test_the_cache_is_no_image_and_no_class(folder):
     load_data(folder)
     assert load_data(folder).class_names == ("cat", "dog")
     assert len(load_data(folder).train_labels) == 6
+
+
+def test_what_begins_with_a_dot_is_neither_class_nor_image(folder):
+    before = load_data(folder)
+    (folder / "train" / ".ipynb_checkpoints").mkdir()
+    (folder / "test" / "cat" / "._0.png").write_bytes(b"what a Mac leaves behind")
+    assert load_data(folder).fingerprint == before.fingerprint

@@ -1,4 +1,6 @@
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -51,3 +53,9 @@ def test_the_tested_versions_are_within_the_ranges():
 def test_the_repositorys_address_stands_in_one_place():
     texts = [path.read_text() for path in [*ROOT.glob("*.md"), *ROOT.glob("*.ipynb"), *ROOT.glob("*.toml")]]
     assert sum(text.count("OWNER/REPOSITORY") for text in texts) == 1
+
+
+def test_lablib_is_imported_without_what_only_notebooks_need():
+    blocked = "import sys; sys.modules.update(dict.fromkeys(['wandb', 'papermill', 'nbval', 'kornia', 'IPython']))"
+    result = subprocess.run([sys.executable, "-c", f"{blocked}; import lablib"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr

@@ -5,7 +5,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from lablib.report import by_depth, filled, main, markdown, tables
+from lablib.report import by_depth, filled, main, markdown, readable_differences, tables
 
 ROOT = Path(__file__).parent.parent
 
@@ -59,6 +59,14 @@ def test_depths_become_columns_in_their_order_and_families_keep_theirs():
     assert list(wide.index) == ["MLP", "A"]
     assert wide.loc["MLP", 2] == "98.00 ± 0.10"
     assert wide.loc["A", 16] == "12.35 ± 0.00"
+
+
+def test_where_there_is_no_interval_none_is_written():
+    depth = pd.DataFrame({"model": ["MLP-2"], "test_accuracy_mean": [0.1135], "test_accuracy_ci95": [float("nan")]})
+    assert by_depth(depth).loc["MLP", 2] == "11.35"
+    row = {"schedule": "cosine", "depth": 2, "mean": 0.001, "ci95": float("nan"), "n": 1, "p_value": float("nan")}
+    differences = readable_differences(pd.DataFrame([row]))
+    assert differences.loc[2].tolist() == ["cosine", "+0.10", "–", 1]
 
 
 def test_a_markdown_table_has_its_index_in_front():

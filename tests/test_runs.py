@@ -572,3 +572,38 @@ def test_two_processes_that_want_the_same_run_train_it_once(config, tiny_data, t
     assert int(trained_in) in (one_process, other_process)
     assert one == other
     assert load_run(one.path) == one
+
+
+def scaled(**attributes):
+    return lambda: type("Net", (MLP,), attributes)((4,), image_shape=(1, 6, 6), num_classes=3)
+
+
+def gained(gain: float):
+    return scaled(forward=lambda self, images, gain=gain: gain * MLP.forward(self, images))
+
+
+def enclosed(constant: float):
+    return scaled(forward=lambda self, images: constant * MLP.forward(self, images))
+
+
+def decorated(factor: str):
+    body = {"2": lambda self, x: MLP.forward(self, x) * 2, "3": lambda self, x: MLP.forward(self, x) * 3}[factor]
+    return scaled(forward=torch.enable_grad()(body))
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (scaled(scale=1), scaled(scale=5)),
+        (gained(1.0), gained(2.0)),
+        (enclosed(1.0), enclosed(2.0)),
+        (decorated("2"), decorated("3")),
+        (scaled(half=staticmethod(lambda x: x / 2)), scaled(half=staticmethod(lambda x: x / 3))),
+        (scaled(size=property(lambda self: 1)), scaled(size=property(lambda self: 2))),
+        (scaled(table={"a": 1}), scaled(table={"a": 2})),
+    ],
+    ids=["attribute", "default", "closure", "decorated", "static", "property", "dict"],
+)
+def test_another_piece_of_a_notebooks_code_makes_another_run(one, other, config, tiny_data):
+    assert run_path(one, config, tiny_data) != run_path(other, config, tiny_data)
+    assert run_path(one, config, tiny_data) == run_path(one, config, tiny_data)

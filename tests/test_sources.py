@@ -374,3 +374,27 @@ def test_classes_that_only_one_part_has_are_named(tmp_path, part):
     (tmp_path / part / "fox").rename(tmp_path / part / "wolf")
     with pytest.raises(ValueError, match=r"same classes, but only one of them has \['fox', 'wolf'\]"):
         load_data(tmp_path)
+
+
+def test_a_damaged_file_of_cifar_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "download", no_network)
+    folder = tmp_path / torchvision.datasets.CIFAR10.base_folder
+    folder.mkdir()
+    (folder / "data_batch_3").write_bytes(b"half of it")
+    with pytest.raises(OSError, match="is damaged") as caught:
+        load_data("cifar10", tmp_path)
+    assert str(folder / "data_batch_3") in str(caught.value)
+    (folder / "data_batch_3").unlink()
+    with pytest.raises(FileNotFoundError, match=r"looked for data_batch_1, .*test_batch in .*cifar-10-batches-py"):
+        load_data("cifar10", tmp_path)
+
+
+def no_network(self):
+    raise OSError("no network")
+
+
+def test_emnists_files_are_not_taken_for_mnists(tmp_path, monkeypatch):
+    monkeypatch.setattr(torchvision.datasets.EMNIST, "download", no_network)
+    with pytest.raises(FileNotFoundError) as caught:
+        load_data("emnist", tmp_path)
+    assert "train-images" not in str(caught.value)

@@ -286,3 +286,9 @@ def test_a_readable_table_shows_failures_and_one_seed_without_an_interval(tiny_d
     assert str(readable.loc["plain", "n"]) == "1"
     assert readable.loc["residual", "test accuracy"] == "failed: seed 0: RuntimeError: y"
     assert readable.loc["residual", "parameters"] == ""
+
+
+def test_equal_values_show_no_spread():
+    summary = summarise([0.1135, 0.1135, 0.1135])
+    assert summary.ci95 is None
+    assert summary.percent() == "11.35 % (n = 3: all the same, which shows no spread)"

@@ -688,3 +688,10 @@ def test_an_epoch_that_a_callback_breaks_off_does_not_rewrite_the_one_before(bui
     whole.train()
     broken_off.train()
     assert timeless(broken_off)[:2] == timeless(whole)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw"])
+def test_adams_betas_and_epsilon_are_passed_through(build, optimizer):
+    passed = {"adam_beta1": 0.5, "adam_beta2": 0.75, "adam_epsilon": 1e-4}
+    (group,) = build(config(optimizer=optimizer, training_arguments=passed)).create_optimizer().param_groups
+    assert (group["betas"], group["eps"]) == ((0.5, 0.75), 1e-4)
