@@ -33,7 +33,7 @@ def tables(results: Path) -> dict[str, str]:
 
 def by_depth(table: pd.DataFrame) -> pd.DataFrame:
     """Test accuracy in percent, families in rows and depths in columns."""
-    family, depth = table["model"].str.rsplit("-", n=1).str
+    family, depth = table["model"].str.rpartition("-")[0], table["model"].str.rpartition("-")[2]
     cells = [
         _with_interval(f"{100 * mean:.2f}", ci95)
         for mean, ci95 in zip(table["test_accuracy_mean"], table["test_accuracy_ci95"], strict=True)
