@@ -65,7 +65,7 @@ def markdown(table: pd.DataFrame) -> str:
 def filled(text: str, results: Path) -> str:
     """A text with the tables between its markers written anew. Raises ValueError for a table without its place."""
     for name, table in tables(results).items():
-        text, count = re.subn(_MARKED.format(name=name), rf"\g<1>{table}\g<2>", text, flags=re.DOTALL)
+        text, count = re.subn(_MARKED.format(name=name), rf"\g<1>\n{table}\n\g<2>", text, flags=re.DOTALL)
         if count != 1:
             raise ValueError(f"the README needs '<!-- table: {name} -->' and '<!-- end -->' once; it has them {count}×")
     return text
