@@ -33,7 +33,7 @@ lint: .venv/test
 FULL := -p dataset mnist -p epochs 60 -p batch_size 256 -p seeds 5 -p depth_seeds 3 -p jobs 2 \
 	-p output_dir runs -p figures_dir images -p results_dir results
 
-full: .venv/lab ## the published experiment on MNIST (about an hour and a half on 2 cores); writes results/ and images/
+full: .venv/lab ## the published experiment on MNIST (about two hours on 2 cores); writes results/ and images/
 	@$(PAPERMILL) Lab1_MLPs.ipynb results/Lab1_MLPs.ipynb $(FULL)
 	@$(MAKE) --no-print-directory readme
 
