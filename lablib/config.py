@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 OPTIMIZERS = ("adam", "adamw", "sgd")
@@ -45,6 +46,7 @@ class TrainingConfig:
     warmup_fraction: float = 0.0  # part of all steps in which the rate rises linearly from 0
     max_grad_norm: float | None = None  # None: gradients are not clipped
     validation_split: float = 0.1  # part of the training set, stratified by class
+    max_train_images: int | None = None  # train on no more than this many of the rest, the classes' shares kept
     early_stopping_patience: int | None = 10  # epochs without improvement; None or 0: never
     early_stopping_metric: str = "accuracy"  # on the validation part; it also chooses the best epoch
     rotation_degrees: float = 10.0  # an angle from [-r, r] an image
@@ -77,6 +79,8 @@ class TrainingConfig:
         if self.max_grad_norm is not None:
             self._check_number("max_grad_norm", "None or a number above 0", lambda x: x > 0)
         self._check_number("validation_split", "a number above 0 and below 1", lambda x: 0 < x < 1)
+        if self.max_train_images is not None:
+            self._check_int("max_train_images", 1, "None or ")
         if self.early_stopping_patience is not None:
             self._check_int("early_stopping_patience", 0, "None, or ")
             if self.early_stopping_patience == 0:
@@ -171,7 +175,7 @@ class TrainingConfig:
             "seed": self.seed,
             "data_seed": self.seed,
             "bf16": bf16,
-            "use_cpu": self.device == "cpu",
+            "use_cpu": self.device == "cpu" or (self.device == "auto" and not _has_accelerator()),
             "eval_strategy": "epoch",
             "save_strategy": "epoch",
             "logging_strategy": "epoch",
@@ -206,6 +210,10 @@ class TrainingConfig:
         defaults = {f.name: f.default for f in dataclasses.fields(self)} | {"training_arguments": {}}
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return {k: v for k, v in values.items() if k not in NOT_IDENTITY and v != defaults[k]}
+
+
+def _has_accelerator() -> bool:
+    return torch.cuda.is_available() or torch.backends.mps.is_available()
 
 
 def _listed(choices: tuple[str, ...]) -> str:

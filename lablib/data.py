@@ -155,3 +155,20 @@ def stratified_split(labels: torch.Tensor, validation_split: float, seed: int) -
     if any(len(labels[part].unique()) < len(classes) for part in (train, validation)):
         raise error
     return train, validation
+
+
+def stratified_subset(indices: torch.Tensor, labels: torch.Tensor, size: int | None, seed: int) -> torch.Tensor:
+    """At most `size` of some indices, sorted, each class with its share; all of them if size is None.
+
+    `labels` are those of the whole set. Raises ValueError for a size that leaves a class without an image.
+    """
+    if size is None or size >= len(indices):
+        return indices
+    classes = len(labels[indices].unique())
+    if size < classes or len(indices) - size < classes:
+        raise ValueError(
+            f"max_train_images = {size} of {len(indices)} training images in {classes} classes leaves a class without "
+            f"an image; write a number from {classes} to {len(indices) - classes}, or None for all"
+        )
+    chosen, _ = train_test_split(indices.numpy(), train_size=size, stratify=labels[indices].numpy(), random_state=seed)
+    return torch.from_numpy(np.sort(chosen))

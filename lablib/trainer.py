@@ -1,7 +1,5 @@
 """StreamlinedTrainer: one training of one model on one data set, on top of transformers.Trainer."""
 
-import contextlib
-import ctypes
 import gc
 import json
 import math
@@ -21,7 +19,8 @@ from transformers.trainer_utils import PredictionOutput, get_last_checkpoint
 
 from lablib.augmentation import augment
 from lablib.config import TrainingConfig
-from lablib.data import ImageBatches, ImageData, stratified_split
+from lablib.data import ImageBatches, ImageData, stratified_split, stratified_subset
+from lablib.hardware import check_device, fits, keep_freed_memory, memory_format, resolve_bf16
 from lablib.metrics import BatchMeter, cross_entropy, evaluation_metrics
 
 # accelerate collects garbage whenever a training starts; what has been imported so far is none and need not be
@@ -56,20 +55,22 @@ class StreamlinedTrainer(transformers.Trainer):
         callbacks: Sequence[TrainerCallback] = (),
         checkpoint_dir: str | None = None,
     ):
-        _check_device(config.device)
+        check_device(config.device)
         _warn_of_services(config)
-        _keep_freed_memory()
+        keep_freed_memory()
         self.config, self.data = config, data
         if checkpoint_dir is None:
             checkpoint_dir = tempfile.mkdtemp(prefix="lablib-")
             weakref.finalize(self, shutil.rmtree, checkpoint_dir, ignore_errors=True)
         args = config.to_training_arguments(checkpoint_dir, bf16=resolve_bf16(config, model))
         args._n_gpu = min(args.n_gpu, 1)  # or Trainer multiplies the batch by the GPUs it sees
-        device = args.device if _fits(data, args.device) else torch.device("cpu")
+        device = args.device if fits(data, args.device) else torch.device("cpu")
         images, labels = data.train_images.to(device), data.train_labels.to(device)
         train, validation = stratified_split(data.train_labels, config.validation_split, config.seed)
+        train = stratified_subset(train, data.train_labels, config.max_train_images, config.seed)
         patience = config.early_stopping_patience
         stopping = [EarlyStoppingCallback(patience)] if patience else []
+        self._memory_format = memory_format(model)
         super().__init__(
             model=model,
             args=args,
@@ -111,7 +112,7 @@ class StreamlinedTrainer(transformers.Trainer):
         pixels = images.to(torch.float32)
         if training:
             pixels = augment(pixels, config.rotation_degrees, config.translation_fraction, config.horizontal_flip)
-        return pixels * self._scale + self._offset
+        return (pixels * self._scale + self._offset).contiguous(memory_format=self._memory_format)
 
     def outputs(self, model: nn.Module, images: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """What the losses are made of, for images as a model takes them: logits, or a tuple that begins with them."""
@@ -183,27 +184,6 @@ class StreamlinedTrainer(transformers.Trainer):
         return means | {"seconds": seconds}
 
 
-def resolve_bf16(config: TrainingConfig, model: nn.Module) -> bool:
-    """Whether a run computes in bfloat16: by the config, or where it is faster.
-
-    That is, for convolutions on a processor with AMX or a GPU with bfloat16 units; small linear layers gain nothing.
-    """
-    if config.precision != "auto":
-        return config.precision == "bf16"
-    if not any(isinstance(module, nn.Conv2d) for module in model.modules()):
-        return False
-    if config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available()):
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_amx_tile_supported()
-
-
-def _check_device(device: str):
-    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not present.get(device, True):
-        there = ", ".join(["'auto'", "'cpu'", *(repr(name) for name in present if present[name])])
-        raise ValueError(f"device = {device!r}, but this machine has none that PyTorch can use; write one of {there}")
-
-
 def _warn_of_services(config: TrainingConfig):
     for name in ("use_wandb", "use_telegram_notifications"):
         if getattr(config, name):
@@ -215,26 +195,6 @@ def _stopped_after(checkpoint: str) -> int | None:
     state = json.loads((Path(checkpoint) / "trainer_state.json").read_bytes())
     control = state.get("stateful_callbacks", {}).get("TrainerControl", {}).get("args", {})
     return round(state["epoch"]) if control.get("should_training_stop") else None
-
-
-def _fits(data: ImageData, device: torch.device) -> bool:
-    """Whether the training images may live on the device: in half of the memory that is free there."""
-    if device.type != "cuda":
-        return True
-    free, _ = torch.cuda.mem_get_info(device)
-    return data.train_images.nbytes < free / 2
-
-
-def _keep_freed_memory():
-    """Let glibc keep the memory of freed tensors for the next step.
-
-    By default it returns each block above its threshold to the system, and every step pays for the page faults again:
-    ten times the price of an elementwise operation on a batch of MNIST. Elsewhere than on glibc this does nothing.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-3, 1 << 28)  # M_MMAP_THRESHOLD, bytes
-        libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD, bytes
 
 
 def _as_it_is(batch):

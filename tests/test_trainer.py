@@ -21,7 +21,7 @@ from lablib import MLP, ImageData, StreamlinedTrainer, TrainingConfig, stratifie
 from lablib.data import ImageBatches
 from lablib.metrics import evaluation_metrics, history
 from lablib.runs import build_seeded
-from lablib.trainer import NonFiniteLossError, resolve_bf16
+from lablib.trainer import NonFiniteLossError
 
 VALIDATION_SPLIT = 0.25  # of tiny_data's 36 images: 27 + 9
 STEPS = 4  # an epoch, in batches of 8, 8, 8 and 3
@@ -534,14 +534,6 @@ def test_bf16_computes_in_bfloat16_and_leaves_nothing_behind(build, tiny_data):
     after.train()
     assert same_bits(before.model.state_dict(), after.model.state_dict())
     assert not same_bits(before.model.state_dict(), in_bf16.model.state_dict())
-
-
-def test_the_precision_asked_for_is_taken_and_small_linear_layers_stay_in_fp32():
-    convolution = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten())
-    for model in (convolution, small_mlp()):
-        assert resolve_bf16(config(precision="bf16"), model)
-        assert not resolve_bf16(config(precision="fp32"), model)
-    assert not resolve_bf16(config(precision="auto"), small_mlp())
 
 
 # Interrupting, and going on

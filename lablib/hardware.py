@@ -1,0 +1,61 @@
+"""What a machine can do for a training: its devices, its precision, its memory."""
+
+import contextlib
+import ctypes
+
+import torch
+from torch import nn
+
+from lablib.config import TrainingConfig
+from lablib.data import ImageData
+
+
+def resolve_bf16(config: TrainingConfig, model: nn.Module) -> bool:
+    """Whether a run computes in bfloat16: by the config, or where it is faster.
+
+    That is, for convolutions on a processor or GPU with bfloat16 units (AMX or AVX-512 BF16 on x86), which take half to
+    two thirds of the time; small linear layers gain nothing.
+    """
+    if config.precision != "auto":
+        return config.precision == "bf16"
+    if not has_convolutions(model):
+        return False
+    if config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available()):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
+def memory_format(model: nn.Module) -> torch.memory_format:
+    """How images lie in memory where a model is fastest: channels last for convolutions."""
+    return torch.channels_last if has_convolutions(model) else torch.contiguous_format
+
+
+def has_convolutions(model: nn.Module) -> bool:
+    return any(isinstance(module, nn.Conv2d) for module in model.modules())
+
+
+def check_device(device: str):
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not present.get(device, True):
+        there = ", ".join(["'auto'", "'cpu'", *(repr(name) for name in present if present[name])])
+        raise ValueError(f"device = {device!r}, but this machine has none that PyTorch can use; write one of {there}")
+
+
+def fits(data: ImageData, device: torch.device) -> bool:
+    """Whether the training images may live on the device: in half of the memory that is free there."""
+    if device.type != "cuda":
+        return True
+    free, _ = torch.cuda.mem_get_info(device)
+    return data.train_images.nbytes < free / 2
+
+
+def keep_freed_memory():
+    """Let glibc keep the memory of freed tensors for the next step.
+
+    By default it returns each block above its threshold to the system, and every step pays for the page faults again:
+    ten times the price of an elementwise operation on a batch of MNIST. Elsewhere than on glibc this does nothing.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-3, 1 << 28)  # M_MMAP_THRESHOLD, bytes
+        libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD, bytes
