@@ -1,13 +1,18 @@
-"""What a model costs: multiply-adds, bytes on disk, time for a batch."""
+"""What a model costs: multiply-adds, bytes on disk and in memory, time for a batch."""
 
 import statistics
 import time
-from collections.abc import Sequence
+import weakref
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from itertools import product
 
 import pandas as pd
 import safetensors.torch
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from lablib.diagnostics import eval_mode
@@ -31,25 +36,78 @@ def bytes_on_disk(model: nn.Module) -> int:
 
 
 @torch.no_grad()
-def latency(
-    model: nn.Module, image_shape: Sequence[int], batch_sizes: Sequence[int] = (1, 128), repeats: int = 50
-) -> pd.DataFrame:
-    """Time of a forward pass, one row a batch size: batch, milliseconds (median), images_per_second, device, threads.
+def peak_memory(model: nn.Module, image_shape: Sequence[int], batch: int = 128) -> int:
+    """Bytes of the tensors that live at the same time in a forward pass, at most: the images and what is made of them.
 
-    The model is measured in eval mode where it is, in its own precision, after a warm-up of a fifth of the repeats.
-    Raises ValueError for fewer than one repeat.
+    Weights are not counted (`bytes_on_disk` gives them), nor is an operation's own scratch memory. `image_shape` is
+    (channels, height, width); the model is in eval mode where it is.
     """
-    if repeats < 1:
-        raise ValueError(f"repeats = {repeats}, but it must be a whole number above 0")
-    device = next(model.parameters()).device
+    images = torch.zeros(batch, *image_shape, device=next(model.parameters()).device)
+    with eval_mode(model), _LiveBytes() as live:
+        model(images)
+    return images.nbytes + live.peak
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Adds up the storages of the tensors that operations return, as long as one of a storage's tensors lives."""
+
+    def __init__(self):
+        super().__init__()
+        self.peak, self._bytes, self._users = 0, 0, Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        given = {tensor.untyped_storage().data_ptr() for tensor in tree_leaves((args, kwargs)) if _is_tensor(tensor)}
+        for tensor in filter(_is_tensor, tree_leaves(result)):
+            storage = tensor.untyped_storage()
+            pointer, size = storage.data_ptr(), storage.nbytes()
+            if pointer in given and not self._users[pointer]:
+                continue  # a view of the images or of a weight
+            if not self._users[pointer]:
+                self._bytes += size
+                self.peak = max(self.peak, self._bytes)
+            self._users[pointer] += 1
+            weakref.finalize(tensor, self._forget, pointer, size)
+        return result
+
+    def _forget(self, pointer: int, size: int):
+        self._users[pointer] -= 1
+        if not self._users[pointer]:
+            self._bytes -= size
+
+
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, torch.Tensor)
+
+
+@torch.no_grad()
+def latency(
+    models: Mapping[str, nn.Module],
+    image_shape: Sequence[int],
+    batch_sizes: Sequence[int] = (1, 128),
+    repeats: int = 10,
+    rounds: int = 5,
+) -> pd.DataFrame:
+    """Time of a forward pass, a row for each model and batch size.
+
+    Columns: model, batch, milliseconds (median), images_per_second, device, threads. The models take turns for some
+    `rounds`, so that a machine that is busy for a while slows all of them alike; a turn is `repeats` passes, after two
+    to warm up. They are measured in eval mode where they are, in their own precision.
+    Raises ValueError for fewer than one repeat or round.
+    """
+    if min(repeats, rounds) < 1:
+        raise ValueError(f"repeats = {repeats} and rounds = {rounds}, but both must be whole numbers above 0")
+    seconds = defaultdict(list)
+    for _, batch, (name, model) in product(range(rounds), batch_sizes, models.items()):
+        images = torch.zeros(batch, *image_shape, device=next(model.parameters()).device)
+        with eval_mode(model):
+            seconds[name, batch] += [_timed(model, images) for _ in range(2 + repeats)][2:]
     rows = []
-    with eval_mode(model):
-        for batch in batch_sizes:
-            images = torch.zeros(batch, *image_shape, device=device)
-            seconds = [_timed(model, images) for _ in range(repeats // 5 + repeats)][repeats // 5 :]
-            median = statistics.median(seconds)
-            rows.append({"batch": batch, "milliseconds": 1e3 * median, "images_per_second": batch / median})
-    return pd.DataFrame(rows).assign(device=device.type, threads=torch.get_num_threads())
+    for (name, batch), times in seconds.items():
+        median = statistics.median(times)
+        row = {"model": name, "batch": batch, "milliseconds": 1e3 * median, "images_per_second": batch / median}
+        rows.append(row | {"device": next(models[name].parameters()).device.type})
+    return pd.DataFrame(rows).assign(threads=torch.get_num_threads())
 
 
 def _timed(model: nn.Module, images: torch.Tensor) -> float:

@@ -74,28 +74,28 @@ def experiment(
     seeds: Iterable[int],
     *,
     jobs: int = 1,
-    trainer_class: TrainerClass | Mapping[int, TrainerClass] = StreamlinedTrainer,
+    trainer_class: TrainerClass
+    | Mapping[int, TrainerClass]
+    | Mapping[tuple[str, int], TrainerClass] = StreamlinedTrainer,
 ) -> Experiment:
     """Train each model with each seed, or load the runs that are finished.
 
     `models` gives for each name a function without arguments that builds the network. `jobs` runs go side by side
     through joblib, each with its share of the threads; `joblib.parallel_config` sends them elsewhere. A trainer that
-    needs more arguments, such as a teacher, is a `functools.partial` with them, or one such for each seed. A run that
-    fails is reported by a warning and in the experiment's `failures`; the others go on.
+    needs more arguments, such as a teacher, is a `functools.partial` with them, or one by seed or by (model, seed).
+    A run that fails is reported by a warning and in the experiment's `failures`; the others go on.
     """
     models, seeds = dict(models), tuple(dict.fromkeys(seeds))
     if not models or not seeds:
         raise ValueError(f"an experiment needs a model and a seed; it has {len(models)} models and {len(seeds)} seeds")
     if isinstance(jobs, bool) or not isinstance(jobs, int) or jobs == 0:
         raise ValueError(f"jobs = {jobs!r}, but it must be a whole number: runs side by side, or -1 for one a core")
-    trainers = trainer_class if isinstance(trainer_class, Mapping) else dict.fromkeys(seeds, trainer_class)
-    if missing := [seed for seed in seeds if seed not in trainers]:
-        raise ValueError(f"trainer_class has no trainer for the seeds {missing}; it has some for {sorted(trainers)}")
+    trainers = _by_run(trainer_class, [(name, seed) for name in models for seed in seeds])
     result = Experiment(data, config, models, seeds)
     pending = {}
-    for key in ((name, seed) for name in models for seed in seeds):
+    for key in trainers:
         try:
-            path = run_path(models[key[0]], replace(config, seed=key[1]), data, trainers[key[1]])
+            path = run_path(models[key[0]], replace(config, seed=key[1]), data, trainers[key])
             run = load_or_set_aside(path)
         except Exception as error:
             _report_failure(result, key, *_described(error))
@@ -106,17 +106,26 @@ def experiment(
             pending[key] = path
     if pending:
         _train_pending(result, pending, jobs, trainers)
-        order = [(name, seed) for name in models for seed in seeds]
-        result.runs = {key: result.runs[key] for key in order if key in result.runs}
+        result.runs = {key: result.runs[key] for key in trainers if key in result.runs}
     return result
 
 
-def _train_pending(result: Experiment, pending: dict, jobs: int, trainers: Mapping[int, TrainerClass]):
+def _by_run(trainer_class: TrainerClass | Mapping, runs: list[tuple[str, int]]) -> dict[tuple[str, int], TrainerClass]:
+    """The trainer of each run (model, seed), in the order of the runs."""
+    if not isinstance(trainer_class, Mapping):
+        return dict.fromkeys(runs, trainer_class)
+    trainers = {run: trainer_class.get(run, trainer_class.get(run[1])) for run in runs}
+    if missing := [run for run, trainer in trainers.items() if trainer is None]:
+        raise ValueError(f"trainer_class has no trainer for {missing}; it has some for {list(trainer_class)}")
+    return trainers
+
+
+def _train_pending(result: Experiment, pending: dict, jobs: int, trainers: Mapping[tuple[str, int], TrainerClass]):
     jobs = min(joblib.effective_n_jobs(jobs), len(pending))
     threads = max(1, joblib.cpu_count() // jobs) if jobs > 1 else None
     tasks = (
         joblib.delayed(_train_one)(
-            key, result.models[key[0]], replace(result.config, seed=key[1]), result.data, trainers[key[1]], threads
+            key, result.models[key[0]], replace(result.config, seed=key[1]), result.data, trainers[key], threads
         )
         for key in pending
     )

@@ -149,8 +149,12 @@ class PlainBlock(BasicBlock):
     """torchvision's BasicBlock with its shortcut cut: the same two convolutions and nothing added to them."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.relu(self.bn1(self.conv1(x)))
-        return self.relu(self.bn2(self.conv2(x)))
+        out = self.conv1(x)
+        out = self.bn1(out)
+        out = self.relu(out)
+        out = self.conv2(out)
+        out = self.bn2(out)
+        return self.relu(out)
 
 
 class ResidualCNN(_CNN, PyTorchModelHubMixin):

@@ -2,19 +2,31 @@
 
 import ast
 import difflib
-from collections.abc import Collection
+from collections.abc import Container
+from dataclasses import dataclass
 from typing import Any, get_args, get_origin
 
 _EXAMPLES = {int: "a whole number such as 3", float: "a number such as 0.001", str: "a string"}
 _EXAMPLES |= {bool: "True or False", list: "a list such as [2, 4, 8]"}
 
 
-def check_parameters(namespace: dict[str, Any], **allowed: Collection) -> None:
+@dataclass(frozen=True)
+class Between:
+    """The numbers from `low` to `high`, both allowed."""
+
+    low: float
+    high: float
+
+    def __contains__(self, value: float) -> bool:
+        return self.low <= value <= self.high
+
+
+def check_parameters(namespace: dict[str, Any], **allowed: Container) -> None:
     """Refuse parameters of the wrong type, out of range, or unknown; `namespace` is the notebook's `globals()`.
 
     Known are the annotated names of the cell tagged `parameters`, each of the type of its annotation. `allowed` gives
-    for some of them what they may be: a range, or a collection of values. Unknown are names that papermill injected
-    (`-p epoch 3`) and the cell does not have.
+    for some of them what they may be: a range, `Between` two numbers, or a collection of values. Unknown are names that
+    papermill injected (`-p epoch 3`) and the cell does not have.
 
     Raises ValueError that lists every fault and says what to write instead.
     """
@@ -45,7 +57,7 @@ def _unknown(name: str, annotations: dict) -> str:
     return f"there is no parameter {name!r}.{hint} There are: {', '.join(annotations)}"
 
 
-def _fault(name: str, value: Any, kind: type, allowed: dict[str, Collection]) -> str | None:
+def _fault(name: str, value: Any, kind: type, allowed: dict[str, Container]) -> str | None:
     base = get_origin(kind) or kind
     wanted = _wanted(base, allowed.get(name))
     fits = _is_a(value, base)
@@ -70,9 +82,12 @@ def _is_a(value: Any, kind: type) -> bool:
     return isinstance(value, (int, float) if kind is float else kind)
 
 
-def _wanted(base: type, allowed: Collection | None) -> str:
+def _wanted(base: type, allowed: Container | None) -> str:
     if isinstance(allowed, range):
         text = f"a whole number from {allowed.start} to {allowed.stop - 1}"
+        return f"a list of one or more, each {text}" if base is list else text
+    if isinstance(allowed, Between):
+        text = f"a number from {allowed.low:g} to {allowed.high:g}"
         return f"a list of one or more, each {text}" if base is list else text
     if allowed is not None:
         return "one of " + ", ".join(repr(value) for value in allowed)

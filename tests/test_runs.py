@@ -190,6 +190,7 @@ CHANGED = {
     "warmup_fraction": 0.1,
     "max_grad_norm": 1.0,
     "validation_split": 0.3,
+    "max_train_images": 10,
     "early_stopping_patience": 3,
     "early_stopping_metric": "loss",
     "rotation_degrees": 0.0,

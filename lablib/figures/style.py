@@ -1,0 +1,33 @@
+"""The look of the lab's figures, and their files."""
+
+from pathlib import Path
+
+import seaborn as sns
+from matplotlib.figure import Figure
+
+MARKERS = ("o", "s", "^", "D", "v", "P")
+DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 4)))
+_STYLE = {
+    "figure.constrained_layout.use": True,
+    "figure.dpi": 110,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "legend.frameon": False,
+    "svg.hashsalt": "lablib",  # the same figure gives the same file
+    "savefig.dpi": 150,
+}
+
+
+def use_style():
+    """Set the lab's look for all figures of a notebook, with colours that colour-blind readers tell apart."""
+    sns.set_theme(context="notebook", style="ticks", palette="colorblind", rc=_STYLE)
+
+
+def save(figure: Figure, *paths: str | Path) -> Figure:
+    """Write a figure to each path, in the format of its suffix, without a date, so that it is reproducible."""
+    for path in map(Path, paths):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    return figure
