@@ -17,9 +17,10 @@ help: ## list the targets
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[lab,test]'
 	@touch $@
 
-lab: .venv/lab ## run the notebooks on the built-in digits, no network needed (about a minute); writes out/
+lab: .venv/lab ## run the notebooks on the built-in digits, no network needed (about four minutes); writes out/
 	@$(PAPERMILL) Lab1_MLPs.ipynb out/Lab1_MLPs.ipynb
-	@echo "executed notebook: out/Lab1_MLPs.ipynb"
+	@$(PAPERMILL) Lab1_CNNs.ipynb out/Lab1_CNNs.ipynb
+	@echo "executed notebooks: $$(ls out/*.ipynb | tr '\n' ' ')"
 	@echo "tables:            $$(ls out/results/*.csv | tr '\n' ' ')"
 	@echo "figures:           $$(ls out/images/* | tr '\n' ' ')"
 

@@ -164,11 +164,19 @@ def stratified_subset(indices: torch.Tensor, labels: torch.Tensor, size: int | N
     """
     if size is None or size >= len(indices):
         return indices
-    classes = len(labels[indices].unique())
-    if size < classes or len(indices) - size < classes:
+    classes, counts = labels[indices].unique(return_counts=True)
+    shares = counts.double() * size / len(indices)
+    sizes = shares.floor().long()
+    largest_rests = (shares - sizes).argsort(descending=True, stable=True)[: size - int(sizes.sum())]
+    sizes[largest_rests] += 1
+    if sizes.min() < 1:
         raise ValueError(
-            f"max_train_images = {size} of {len(indices)} training images in {classes} classes leaves a class without "
-            f"an image; write a number from {classes} to {len(indices) - classes}, or None for all"
+            f"max_train_images = {size} of {len(indices)} training images in {len(classes)} classes leaves a class "
+            "without an image; write a larger number, or None for all"
         )
-    chosen, _ = train_test_split(indices.numpy(), train_size=size, stratify=labels[indices].numpy(), random_state=seed)
-    return torch.from_numpy(np.sort(chosen))
+    generator = torch.Generator().manual_seed(seed)
+    chosen = []
+    for label, count in zip(classes, sizes.tolist(), strict=True):
+        of_class = indices[labels[indices] == label]
+        chosen.append(of_class[torch.randperm(len(of_class), generator=generator)[:count]])
+    return torch.cat(chosen).sort().values

@@ -25,9 +25,27 @@ def resolve_bf16(config: TrainingConfig, model: nn.Module) -> bool:
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
-def memory_format(model: nn.Module) -> torch.memory_format:
-    """How images lie in memory where a model is fastest: channels last for convolutions."""
-    return torch.channels_last if has_convolutions(model) else torch.contiguous_format
+def memory_format(model: nn.Module, device: torch.device) -> torch.memory_format:
+    """How images lie in memory where a model is fastest: channels last for convolutions.
+
+    Not so on a processor for a network with strided 1 × 1 convolutions of fewer than 16 channels: oneDNN (to 3.13 at
+    least) then writes past its workspace, which ruins gradients or ends the process
+    (https://github.com/uxlfoundation/oneDNN/issues/6035).
+    """
+    if device.type not in ("cpu", "cuda") or not has_convolutions(model):
+        return torch.contiguous_format
+    if device.type == "cpu" and any(_overflows(module) for module in model.modules()):
+        return torch.contiguous_format
+    return torch.channels_last
+
+
+def _overflows(module: nn.Module) -> bool:
+    return (
+        isinstance(module, nn.Conv2d)
+        and set(module.kernel_size) == {1}
+        and max(module.stride) > 1
+        and module.in_channels // module.groups < 16
+    )
 
 
 def has_convolutions(model: nn.Module) -> bool:

@@ -17,8 +17,8 @@ class Between:
     low: float
     high: float
 
-    def __contains__(self, value: float) -> bool:
-        return self.low <= value <= self.high
+    def __contains__(self, value: object) -> bool:
+        return isinstance(value, (int, float)) and self.low <= value <= self.high
 
 
 def check_parameters(namespace: dict[str, Any], **allowed: Container) -> None:
@@ -72,7 +72,8 @@ def _fault(name: str, value: Any, kind: type, allowed: dict[str, Container]) -> 
     if isinstance(value, str) and base is bool:
         hint = f"; with papermill: -p {name} True, with a capital T"
     elif isinstance(value, str) and base is list:
-        hint = f"; with papermill: -y '{name}: [2, 4, 8]'"
+        example = "[0.5, 1]" if isinstance(allowed.get(name), Between) else "[2, 4, 8]"
+        hint = f"; with papermill: -y '{name}: {example}'"
     return f"{name} = {value!r}: write {wanted}{hint}"
 
 

@@ -10,7 +10,7 @@ from sklearn.model_selection import StratifiedShuffleSplit
 from torch.utils.data import DataLoader
 
 from lablib import ImageData, stratified_split
-from lablib.data import ImageBatches
+from lablib.data import ImageBatches, stratified_subset
 
 UNEQUAL = torch.arange(4).repeat_interleave(torch.tensor([83, 41, 29, 11]))
 
@@ -83,6 +83,67 @@ def test_a_split_that_is_not_refused_has_every_class_in_both_parts(rare):
     assert parts is not None or rare < 20
     for part in parts or ():
         assert (part >= 100).any()  # where the rare class begins
+
+
+@pytest.mark.parametrize("size", [40, 100, 117])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_subset_has_the_size_that_is_asked_for_and_each_class_its_share_to_within_one_image(size, seed):
+    train, _ = stratified_split(UNEQUAL, 0.25, seed=0)
+    subset = stratified_subset(train, UNEQUAL, size, seed)
+    assert len(subset) == len(subset.unique()) == size
+    assert torch.isin(subset, train).all()
+    assert torch.equal(subset, subset.sort().values)
+    exact = torch.bincount(UNEQUAL[train]) * size / len(train)
+    assert ((torch.bincount(UNEQUAL[subset], minlength=4) - exact).abs() <= 1).all()
+
+
+def test_a_subset_is_the_same_for_one_seed_and_another_for_another(digits):
+    train, _ = stratified_split(digits.train_labels, 0.1, seed=0)
+    first, again, other = (stratified_subset(train, digits.train_labels, 200, seed) for seed in (5, 5, 6))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_a_subset_leaves_its_indices_and_the_global_random_states_alone():
+    indices = torch.arange(0, 164, 2)
+    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    subset = stratified_subset(indices, UNEQUAL, 40, seed=0)
+    assert (subset % 2 == 0).all()
+    assert torch.equal(indices, torch.arange(0, 164, 2))
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    assert np.array_equal(np.random.get_state()[1], numpy_state)  # noqa: NPY002
+
+
+@pytest.mark.parametrize("size", [None, 123, 124, 10**6])
+def test_a_subset_of_no_size_or_of_at_least_all_is_all(size):
+    train, _ = stratified_split(UNEQUAL, 0.25, seed=0)
+    assert len(train) == 123
+    assert torch.equal(stratified_subset(train, UNEQUAL, size, seed=0), train)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_subset_smaller_than_the_number_of_classes_is_refused(size):
+    with pytest.raises(ValueError, match="leaves a class without an image; write a larger number") as caught:
+        stratified_subset(torch.arange(164), UNEQUAL, size, seed=0)
+    assert f"max_train_images = {size} of 164 training images in 4 classes" in str(caught.value)
+
+
+@pytest.mark.parametrize("size", [4, 5])
+def test_a_subset_in_which_a_rare_class_would_have_no_image_is_refused(size):
+    with pytest.raises(ValueError, match=f"max_train_images = {size} of 164 .* leaves a class without an image"):
+        stratified_subset(torch.arange(164), UNEQUAL, size, seed=0)
+
+
+def test_a_subset_may_hold_the_only_image_of_a_class():
+    labels = torch.tensor([0] * 10 + [1])
+    assert stratified_subset(torch.arange(11), labels, 6, seed=0)[-1] == 10
+
+
+@pytest.mark.parametrize("size", [161, 163])
+def test_a_subset_of_nearly_all_is_taken(size):
+    subset = stratified_subset(torch.arange(164), UNEQUAL, size, seed=0)
+    assert len(subset) == size
+    assert (torch.bincount(UNEQUAL[subset], minlength=4) >= torch.tensor([83, 41, 29, 11]) - 3).all()
 
 
 @pytest.mark.parametrize("part", ["train", "test"])

@@ -209,7 +209,7 @@ def test_an_experiment_distils_with_a_teacher_for_each_seed_and_keeps_the_terms(
     histories = distilled.histories()
     assert {"train_soft_loss", "train_hard_loss", "val_soft_loss", "val_hard_loss"} <= set(histories.columns)
     assert distilled.runs["student", 0].path != distilled.runs["student", 1].path
-    with pytest.raises(ValueError, match=r"no trainer for the seeds \[2\]"):
+    with pytest.raises(ValueError, match=r"no trainer for \[\('student', 2\)\]"):
         experiment(students, knobs, tiny_data, (0, 2), trainer_class=trainers)
 
 

@@ -12,7 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from lablib import MLP, Experiment, StreamlinedTrainer, TrainingConfig, experiment
+from lablib import MLP, Experiment, KnowledgeDistillationTrainer, StreamlinedTrainer, TrainingConfig, experiment
 from lablib.experiment import initial_model
 from lablib.runs import build_seeded, run_path, train_or_load
 
@@ -164,6 +164,129 @@ def test_only_what_is_missing_is_trained_and_the_order_stays(finished, tiny_data
     assert list(result.runs) == list(finished.runs)
 
 
+# A trainer for each run
+
+
+class Marking(StreamlinedTrainer):
+    """Notes which trainer had which run."""
+
+    mark, trained = "", []
+
+    def train(self, *args, **kwargs):
+        self.trained.append((self.mark, sum(p.numel() for p in self.model.parameters()), self.config.seed))
+        return super().train(*args, **kwargs)
+
+
+def marking(mark: str) -> type[Marking]:
+    return type(f"Marking{mark.title()}", (Marking,), {"mark": mark})
+
+
+NARROW, WIDE = (sum(p.numel() for p in build().parameters()) for build in MODELS.values())
+
+
+@pytest.mark.parametrize(
+    ("trainers", "expected"),
+    [
+        ({0: "a", 1: "b"}, ["a", "b", "a", "b"]),
+        ({1: "b", 0: "a", 7: "never"}, ["a", "b", "a", "b"]),
+        (
+            {(name, seed): f"{name}{seed}" for name in MODELS for seed in SEEDS},
+            ["narrow0", "narrow1", "wide0", "wide1"],
+        ),
+        ({("wide", 1): "special", 0: "a", 1: "b"}, ["a", "b", "a", "special"]),
+        ({("narrow", 0): "x", ("narrow", 1): "y", 0: "a", ("wide", 1): "z"}, ["x", "y", "a", "z"]),
+    ],
+    ids=["by seed", "by seed in another order", "by run", "a run before its seed", "mixed"],
+)
+def test_each_run_gets_its_own_trainer_by_run_or_else_by_seed(trainers, expected, config, tiny_data):
+    Marking.trained.clear()
+    classes = {key: marking(mark) for key, mark in trainers.items()}
+    result = experiment(MODELS, replace(config, num_epochs=1), tiny_data, SEEDS, trainer_class=classes)
+    runs = [(NARROW, 0), (NARROW, 1), (WIDE, 0), (WIDE, 1)]
+    assert Marking.trained == [(mark, *run) for mark, run in zip(expected, runs, strict=True)]
+    assert not result.failures
+    assert list(result.runs) == [("narrow", 0), ("narrow", 1), ("wide", 0), ("wide", 1)]
+
+
+@pytest.mark.parametrize(
+    ("keys", "missing"),
+    [
+        ([0], "[('narrow', 1), ('wide', 1)]"),
+        ([("wide", 0), ("wide", 1), 0], "[('narrow', 1)]"),
+        ([("narrow", 0), ("narrow", 1), ("other", 0), ("other", 1)], "[('wide', 0), ('wide', 1)]"),
+        (["narrow", "wide"], "[('narrow', 0), ('narrow', 1), ('wide', 0), ('wide', 1)]"),
+        ([], "[('narrow', 0), ('narrow', 1), ('wide', 0), ('wide', 1)]"),
+    ],
+)
+def test_a_run_without_a_trainer_is_refused_by_name_before_anything_is_trained(
+    keys, missing, config, tiny_data, no_training
+):
+    with pytest.raises(ValueError, match="trainer_class has no trainer for ") as caught:
+        experiment(MODELS, config, tiny_data, SEEDS, trainer_class=dict.fromkeys(keys, StreamlinedTrainer))
+    assert f"no trainer for {missing}; it has some for {keys}" in str(caught.value)
+
+
+CELLS = {f"T = {T}, α = {alpha}": (T, alpha) for T in (1, 4) for alpha in (0.5, 1.0)}
+
+
+def grid(config, data, jobs: int = 1) -> Experiment:
+    """One student for each temperature and alpha, taught by a teacher of its seed, and one without a teacher."""
+    teachers = {seed: build_seeded(MODELS["wide"], 10 + seed) for seed in SEEDS}
+    trainers = {
+        (name, seed): partial(KnowledgeDistillationTrainer, teacher=teachers[seed], temperature=T, alpha=alpha)
+        for name, (T, alpha) in CELLS.items()
+        for seed in SEEDS
+    }
+    trainers |= {("no teacher", seed): StreamlinedTrainer for seed in SEEDS}
+    students = dict.fromkeys([*CELLS, "no teacher"], MODELS["narrow"])
+    return experiment(students, config, data, SEEDS, jobs=jobs, trainer_class=trainers)
+
+
+@pytest.fixture(scope="module")
+def distilled(tiny_data, tmp_path_factory) -> Experiment:
+    return grid(config_in(tmp_path_factory.mktemp("grid")), tiny_data)
+
+
+def test_a_grid_of_students_and_one_without_a_teacher_are_trained_in_one_call(distilled, finished):
+    assert not distilled.failures
+    assert list(distilled.runs) == [(name, seed) for name in [*CELLS, "no teacher"] for seed in SEEDS]
+    assert len({run.path for run in distilled.runs.values()}) == 10
+    weights = {(run.path / "model.safetensors").read_bytes() for run in distilled.runs.values()}
+    assert len(weights) == 10
+    for seed in SEEDS:  # as if it had been trained without the others
+        assert timeless(distilled.runs["no teacher", seed]) == timeless(finished.runs["narrow", seed])
+
+
+def test_the_losses_of_a_grid_are_weighted_by_the_alpha_of_each_cell(distilled):
+    histories = distilled.histories()
+    for name, (_, alpha) in CELLS.items():
+        rows = histories[histories["model"] == name]
+        assert len(rows) == 4
+        for part in ("train", "val"):
+            expected = alpha * rows[f"{part}_soft_loss"] + (1 - alpha) * rows[f"{part}_hard_loss"]
+            assert rows[f"{part}_loss"].tolist() == pytest.approx(expected.tolist(), rel=1e-4)
+    alone = histories[histories["model"] == "no teacher"]
+    assert alone[["train_soft_loss", "val_soft_loss"]].isna().all(axis=None)
+    assert alone["train_loss"].notna().all()
+
+
+def test_a_grid_is_loaded_by_the_next_call(distilled, tiny_data, no_training):
+    again = grid(distilled.config, tiny_data)
+    assert again.runs == distilled.runs
+
+
+def test_a_cell_of_a_grid_is_as_if_it_were_trained_alone_with_the_teacher_of_its_seed(distilled, tiny_data, tmp_path):
+    name, (temperature, alpha) = "T = 4, α = 0.5", CELLS["T = 4, α = 0.5"]
+    knobs = replace(config_in(tmp_path), seed=1)
+    losses = []
+    for teachers_seed in (10, 11):
+        teacher = build_seeded(MODELS["wide"], teachers_seed)
+        trainer = partial(KnowledgeDistillationTrainer, teacher=teacher, temperature=temperature, alpha=alpha)
+        losses.append(timeless(train_or_load(MODELS["narrow"], knobs, tiny_data, trainer_class=trainer)))
+    assert losses[1] == timeless(distilled.runs[name, 1])
+    assert losses[0] != losses[1]
+
+
 # Failures
 
 
@@ -273,6 +396,15 @@ def test_jobs_side_by_side_give_the_same_bits_and_a_failure_loses_no_other(finis
     for key, run in finished.runs.items():
         assert timeless(side_by_side.runs[key]) == timeless(run)
     assert {run.result["threads"] for run in side_by_side.runs.values()} == {1}
+
+
+def test_a_grid_of_trainers_side_by_side_gives_the_same_bits(distilled, config, tiny_data, two_cores):
+    side_by_side = grid(config, tiny_data, jobs=2)
+    assert not side_by_side.failures
+    assert list(side_by_side.runs) == list(distilled.runs)
+    for key, run in distilled.runs.items():
+        assert timeless(side_by_side.runs[key]) == timeless(run)
+        assert side_by_side.runs[key].path.name == run.path.name
 
 
 def test_a_damaged_run_is_reported_by_whichever_process_finds_it(config, tiny_data, two_cores):

@@ -1,16 +1,22 @@
 """What a machine can do: precision, memory format, devices."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
 
 from lablib import MLP, StreamlinedTrainer, TrainingConfig
 from lablib.hardware import memory_format, resolve_bf16
-from lablib.models import SimpleCNN
+from lablib.models import ResidualCNN, SimpleCNN
 
 
 def config(**knobs) -> TrainingConfig:
     return TrainingConfig(num_epochs=1, device="cpu", **knobs)
+
+
+CPU = torch.device("cpu")
 
 
 def small_cnn() -> nn.Module:
@@ -36,8 +42,8 @@ def test_auto_takes_bf16_for_convolutions_where_the_processor_has_units_for_it(a
 
 
 def test_images_come_channels_last_for_convolutions_and_contiguous_for_linear_layers(tiny_data):
-    assert memory_format(small_cnn()) == torch.channels_last
-    assert memory_format(small_mlp()) == torch.contiguous_format
+    assert memory_format(small_cnn(), CPU) == torch.channels_last
+    assert memory_format(small_mlp(), CPU) == torch.contiguous_format
     coloured = torch.stack([tiny_data.train_images[:4]] * 3, dim=1).squeeze(2)
     model = SimpleCNN(1, width=2, image_shape=(3, 6, 6), num_classes=3)
     trainer = StreamlinedTrainer(model, config(), tiny_data)
@@ -45,3 +51,43 @@ def test_images_come_channels_last_for_convolutions_and_contiguous_for_linear_la
         images = trainer.prepare_images(coloured, training)
         assert images.is_contiguous(memory_format=torch.channels_last)
         assert not images.is_contiguous()
+
+
+@pytest.mark.parametrize(("width", "expected"), [(8, torch.contiguous_format), (16, torch.channels_last)])
+def test_narrow_projections_stay_contiguous_on_a_processor_where_onednn_would_write_past_its_memory(width, expected):
+    model = ResidualCNN(2, width)
+    assert memory_format(model, CPU) == expected
+    assert memory_format(model, torch.device("cuda")) == torch.channels_last
+    assert memory_format(ResidualCNN(2, width, shortcut=False), CPU) == torch.channels_last  # it has no projections
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("width", [3, 16])
+def test_the_gradients_of_a_residual_network_are_those_of_float64(width, precision):
+    """In a process of its own, since what this guards against would end it."""
+    code = f"""
+import torch
+from torch.nn import functional as F
+from lablib.hardware import memory_format
+from lablib.models import ResidualCNN
+
+torch.manual_seed(0)
+torch.set_num_threads(2)
+model = ResidualCNN(2, {width}).eval()  # running statistics, so that rounding is not magnified
+images, labels = torch.randn(27, 3, 32, 32), torch.arange(27) % 10
+exact = model.double()
+F.cross_entropy(exact(images.double()), labels).backward()
+expected = {{name: p.grad.float() for name, p in exact.named_parameters()}}
+model = exact.float()
+images = images.contiguous(memory_format=memory_format(model, torch.device("cpu")))
+for _ in range(20):
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16, enabled={precision == "bf16"}):
+        loss = F.cross_entropy(model(images), labels)
+    loss.backward()
+    for name, p in model.named_parameters():
+        error = (p.grad - expected[name]).norm() / expected[name].norm()
+        assert error < {0.25 if precision == "bf16" else 1e-4}, (name, error)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]

@@ -1,38 +1,24 @@
-"""The notebook, run as people run it: through papermill, with parameters of their own."""
+"""The notebooks, run as people run them: through papermill, with parameters of their own."""
 
 import json
 import re
 import subprocess
 import sys
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import nbformat
 import pytest
 
 ROOT = Path(__file__).parent.parent
-NOTEBOOK = "Lab1_MLPs.ipynb"
 MACHINE_PATH = re.compile(r"(?<![\w.])/(home|root|work|tmp|opt|mnt|Users|content)/\w|[A-Z]:\\\\Users")
+MLPS, CNNS = NOTEBOOKS = ("Lab1_MLPs.ipynb", "Lab1_CNNs.ipynb")
 TINY = ["-p", "epochs", "1", "-p", "seeds", "1", "-p", "jobs", "1"]
-
-
-def papermill(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess:
-    folders = {"output_dir": "runs", "figures_dir": "images", "results_dir": "results"}
-    places = [part for name, folder in folders.items() for part in ("-p", name, str(tmp_path / folder))]
-    command = [sys.executable, "-m", "papermill", NOTEBOOK, str(tmp_path / "out.ipynb"), "--kernel", "python3"]
-    return subprocess.run([*command, *places, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=600)
-
-
-@pytest.fixture(scope="module")
-def executed(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("notebook")
-    result = papermill(folder, *TINY)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return folder
-
-
-def test_it_runs_with_small_parameters_and_leaves_its_tables_and_figures(executed):
-    figures = {path.name for path in (executed / "images").iterdir()}
-    assert figures >= {
+TINY_CNNS = [*TINY, "-p", "width", "2", "-p", "teacher_depth", "3", "-p", "grid_images", "100"]
+TINY_CNNS += ["-y", "{depths: [2, 3], grid_temperatures: [1, 4], grid_alphas: [0.5]}"]
+ARGUMENTS = {MLPS: TINY, CNNS: TINY_CNNS}
+FIGURES = {
+    MLPS: {
         "first_mlp_train.png",
         "first_mlp_val.png",
         "comparison_mlp_residual_train.svg",
@@ -42,68 +28,152 @@ def test_it_runs_with_small_parameters_and_leaves_its_tables_and_figures(execute
         "accuracy_by_depth.png",
         "gradient_norms.png",
         "mlp_residual_differences.png",
-    }
-    tables = {path.name for path in (executed / "results").iterdir()}
-    assert tables >= {
-        "mlps_digits.csv",
-        "mlps_digits_cosine.csv",
-        "mlps_digits_depth.csv",
-        "mlps_digits_differences.csv",
-    }
-    header = (executed / "results" / "mlps_digits.csv").read_text().splitlines()[0]
-    assert header == (
-        "model,dataset,parameters,seeds,val_accuracy_mean,val_accuracy_std,"
-        "test_accuracy_mean,test_accuracy_std,test_accuracy_ci95,epochs_mean,seconds_mean"
+    },
+    CNNS: {
+        "cnn_comparison_train.svg",
+        "cnn_comparison_val.svg",
+        "cnn_accuracy_by_depth.png",
+        "cnn_differences.png",
+        "cnn_accuracy_by_cost.png",
+        "teacher_answers.png",
+        "distillation_terms.png",
+        "knowledge_distl_result.png",
+        "distillation_grid.png",
+        "reliability.png",
+    },
+}
+COLUMNS = (
+    "model,dataset,parameters,seeds,val_accuracy_mean,val_accuracy_std,"
+    "test_accuracy_mean,test_accuracy_std,test_accuracy_ci95,epochs_mean,seconds_mean"
+)
+TABLES = {
+    MLPS: {
+        "mlps_digits.csv": COLUMNS,
+        "mlps_digits_cosine.csv": COLUMNS,
+        "mlps_digits_depth.csv": COLUMNS,
+        "mlps_digits_differences.csv": "schedule,depth,mean,std,ci95,n,p_value",
+    },
+    CNNS: {
+        "cnns_digits.csv": f"{COLUMNS},width,depth",
+        "distillation_digits.csv": f"{COLUMNS},width,depth,role,temperature,alpha,gain_mean,gain_ci95",
+    },
+}
+
+
+def papermill(notebook: str, folder: Path, *arguments: str) -> subprocess.Popen:
+    """A running papermill, which keeps everything that it writes in a folder."""
+    folders = {"output_dir": "runs", "figures_dir": "images", "results_dir": "results"}
+    places = [part for name, below in folders.items() for part in ("-p", name, str(folder / below))]
+    command = [sys.executable, "-m", "papermill", notebook, str(folder / "out.ipynb"), "--kernel", "python3"]
+    return subprocess.Popen(
+        [*command, *places, *arguments], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
 
 
-def test_its_conclusions_are_computed_and_name_the_data_set(executed):
-    notebook = nbformat.read(executed / "out.ipynb", as_version=4)
+def finished(process: subprocess.Popen) -> tuple[int, str]:
+    """Exit status and what it wrote to stderr."""
+    try:
+        _, said = process.communicate(timeout=600)
+    finally:
+        process.kill()
+    return process.returncode, said
+
+
+@pytest.fixture(scope="module")
+def executed(tmp_path_factory) -> dict[str, Path]:
+    """Both notebooks, side by side: the folder that each has written to."""
+    folders = {notebook: tmp_path_factory.mktemp("notebook") for notebook in NOTEBOOKS}
+    running = [papermill(notebook, folder, *ARGUMENTS[notebook]) for notebook, folder in folders.items()]
+    for status, said in map(finished, running):
+        assert status == 0, said[-3000:]
+    return folders
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS)
+def test_it_runs_with_small_parameters_and_leaves_its_tables_and_figures(executed, notebook):
+    figures = {path.name for path in (executed[notebook] / "images").iterdir()}
+    assert figures >= FIGURES[notebook]
+    tables = {path.name: path.read_text().splitlines()[0] for path in (executed[notebook] / "results").glob("*.csv")}
+    assert tables == TABLES[notebook]
+
+
+@pytest.mark.parametrize(
+    ("notebook", "questions"),
+    [
+        (MLPS, ["Does the shortcut help?", "Is it the gradient?", "Recommendation for digits"]),
+        (CNNS, ["Depth, parameters, or the shortcut?", "Does the teacher help?", "Recommendation for digits"]),
+    ],
+)
+def test_its_conclusions_are_computed_and_name_the_data_set(executed, notebook, questions):
     said = [
         output["data"]["text/markdown"]
-        for cell in notebook.cells
+        for cell in nbformat.read(executed[notebook] / "out.ipynb", as_version=4).cells
         for output in cell.get("outputs", [])
         if "text/markdown" in output.get("data", {})
     ]
     assert len(said) >= 5
-    assert any("Does the shortcut help?" in text and "digits" in text and "n = 1" in text for text in said)
+    for question in questions:
+        assert any(question in text and "digits" in text for text in said)
+    assert any("n = 1" in text for text in said)
 
 
 def test_a_second_run_loads_every_run_and_changes_no_table(executed):
-    before = {path: path.read_bytes() for path in (executed / "results").iterdir()}
-    stores = {path: path.stat().st_mtime_ns for path in (executed / "runs").glob("*/result.json")}
-    result = papermill(executed, *TINY)
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert {path: path.read_bytes() for path in (executed / "results").iterdir()} == before
-    assert {path: path.stat().st_mtime_ns for path in (executed / "runs").glob("*/result.json")} == stores
+    def tables_and_runs():
+        files = [path for folder in executed.values() for path in sorted(folder.glob("results/*.csv"))]
+        stores = [path for folder in executed.values() for path in sorted(folder.glob("runs/*/result.json"))]
+        assert len(stores) > 10
+        return {path: path.read_bytes() for path in files}, {path: path.stat().st_mtime_ns for path in stores}
+
+    before = tables_and_runs()
+    running = [papermill(notebook, folder, *ARGUMENTS[notebook]) for notebook, folder in executed.items()]
+    for status, said in map(finished, running):
+        assert status == 0, said[-3000:]
+    assert tables_and_runs() == before
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["-p", "epochs", "two"], "epochs = 'two': write a whole number"),
-        (["-p", "epochs", "0"], "epochs = 0: write a whole number from 1"),
-        (["-p", "dataset", "mnits"], "did you mean 'mnist'?"),
-        (["-p", "epoch", "3"], "there is no parameter 'epoch'. Did you mean 'epochs'?"),
-    ],
-)
-def test_a_wrong_parameter_stops_it_before_anything_is_trained(tmp_path, arguments, words):
-    result = papermill(tmp_path, *arguments)
-    assert result.returncode != 0
-    assert words in result.stderr
-    assert not (tmp_path / "runs").exists()
+WRONG = {
+    "a word for a number": (MLPS, ["-p", "epochs", "two"], "epochs = 'two': write a whole number"),
+    "no epochs": (MLPS, ["-p", "epochs", "0"], "epochs = 0: write a whole number from 1"),
+    "a misspelt data set": (MLPS, ["-p", "dataset", "mnits"], "did you mean 'mnist'?"),
+    "a misspelt parameter": (MLPS, ["-p", "epoch", "3"], "there is no parameter 'epoch'. Did you mean 'epochs'?"),
+    "an alpha above 1": (CNNS, ["-p", "alpha", "1.5"], "alpha = 1.5: write a number from 0 to 1"),
+    "a teacher that is not trained": (CNNS, ["-p", "teacher_depth", "5"], "teacher_depth = 5: write one of 2, 3, 4"),
+    "more depth than pixels": (CNNS, ["-p", "image_size", "8"], "too small for depth 4"),
+}
 
 
-def test_the_parameters_cell_is_tagged_and_explained():
-    notebook = nbformat.read(ROOT / NOTEBOOK, as_version=4)
-    (cell,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
+@pytest.fixture(scope="module")
+def refused(tmp_path_factory) -> dict[str, tuple[int, str, Path]]:
+    """Exit status, what it said, and the folder that it might have written to; four at a time."""
+    folders = {name: tmp_path_factory.mktemp("wrong") for name in WRONG}
+    with ThreadPool(4) as pool:
+        answers = pool.map(
+            lambda name: finished(papermill(WRONG[name][0], folders[name], *WRONG[name][1])), list(WRONG)
+        )
+    return {name: (*answer, folders[name]) for name, answer in zip(WRONG, answers, strict=True)}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_parameter_stops_it_before_anything_is_trained(refused, name):
+    status, said, folder = refused[name]
+    assert status != 0
+    assert WRONG[name][2] in said
+    assert not (folder / "runs").exists()
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS)
+def test_the_parameters_cell_is_tagged_and_explained(notebook):
+    cells = nbformat.read(ROOT / notebook, as_version=4).cells
+    (cell,) = [cell for cell in cells if "parameters" in cell.metadata.get("tags", [])]
     names = [line.split(":")[0] for line in cell.source.splitlines()]
     assert names[0] == "dataset"
     assert {"data_dir", "epochs", "batch_size", "learning_rate", "lr_schedule", "seeds", "jobs"} <= set(names)
-    assert {"output_dir", "figures_dir"} <= set(names)
+    assert {"output_dir", "figures_dir", "results_dir"} <= set(names)
+    if notebook == CNNS:
+        assert {"depths", "width", "temperature", "alpha", "teacher_depth", "student_depth"} <= set(names)
 
 
-@pytest.mark.parametrize("path", [NOTEBOOK, *(str(p.relative_to(ROOT)) for p in ROOT.glob("results/*.ipynb"))])
+@pytest.mark.parametrize("path", [*NOTEBOOKS, *(str(p.relative_to(ROOT)) for p in ROOT.glob("results/*.ipynb"))])
 def test_a_committed_notebook_is_free_of_absolute_paths_and_of_errors(path):
     text = (ROOT / path).read_text()
     notebook = json.loads(text)

@@ -1,8 +1,10 @@
 """A notebook's parameters: what is refused, and with which words."""
 
+import math
+
 import pytest
 
-from lablib.parameters import check_parameters
+from lablib.parameters import Between, check_parameters
 
 CELL = """
 dataset: str = "digits"
@@ -108,3 +110,75 @@ def test_names_that_other_cells_assign_are_no_parameters():
 def test_a_namespace_without_annotated_parameters_says_which_cell_to_run():
     with pytest.raises(ValueError, match="no annotated parameters; run its cell tagged 'parameters' first"):
         check_parameters({"epochs": 3})
+
+
+# Between two numbers
+
+GRID_CELL = """
+alpha: float = 0.7
+alphas: list[float] = [0.1, 0.9]
+side: int = 32
+"""
+GRID_ALLOWED = {"alpha": Between(0, 1), "alphas": Between(0, 1), "side": Between(8, 64.5)}
+
+
+def grid(**values) -> dict:
+    namespace = {"In": ["", GRID_CELL]}
+    exec(GRID_CELL, namespace)
+    return namespace | values
+
+
+@pytest.mark.parametrize("value", [0, 0.0, 1e-9, 0.5, 1, 1.0])
+def test_a_number_between_the_two_or_one_of_them_is_taken(value):
+    assert value in Between(0, 1)
+    check_parameters(grid(alpha=value, alphas=[value, 0.5]), **GRID_ALLOWED)
+
+
+@pytest.mark.parametrize("value", [-1e-9, -1, 1.0001, 2, 20, math.inf, -math.inf, math.nan])
+def test_a_number_that_is_not_between_the_two_is_refused_alone_and_in_a_list(value):
+    assert value not in Between(0, 1)
+    for name in ("alpha", "alphas"):
+        with pytest.raises(ValueError, match=f"cannot be used:\n- {name} = "):
+            check_parameters(grid(**{name: value if name == "alpha" else [0.5, value]}), **GRID_ALLOWED)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"alpha": 1.5}, "alpha = 1.5: write a number from 0 to 1"),
+        ({"alpha": True}, "alpha = True: write a number from 0 to 1"),
+        ({"alpha": "0.5"}, "alpha = '0.5': write a number from 0 to 1"),
+        ({"alpha": None}, "alpha = None: write a number from 0 to 1"),
+        ({"alpha": [0.5]}, "alpha = [0.5]: write a number from 0 to 1"),
+        ({"alphas": [0.5, 1.5]}, "alphas = [0.5, 1.5]: write a list of one or more, each a number from 0 to 1"),
+        ({"alphas": [False]}, "alphas = [False]: write a list of one or more, each a number from 0 to 1"),
+        ({"alphas": ["0.5"]}, "alphas = ['0.5']: write a list of one or more, each a number from 0 to 1"),
+        ({"alphas": []}, "alphas = []: write a list of one or more, each a number from 0 to 1"),
+        ({"alphas": 0.5}, "alphas = 0.5: write a list of one or more, each a number from 0 to 1"),
+        ({"side": 7}, "side = 7: write a number from 8 to 64.5"),
+        ({"side": 65}, "side = 65: write a number from 8 to 64.5"),
+    ],
+)
+def test_what_is_not_between_the_two_is_refused_with_both_of_them(values, words):
+    with pytest.raises(ValueError, match="cannot be used") as caught:
+        check_parameters(grid(**values), **GRID_ALLOWED)
+    assert str(caught.value).partition("\n- ")[2] == words
+
+
+def test_a_string_in_place_of_numbers_between_the_two_is_refused_with_papermills_way_to_write_a_list():
+    with pytest.raises(ValueError, match=r"each a number from 0 to 1; with papermill: -y 'alphas: \[0.5, 1\]'"):
+        check_parameters(grid(alphas="[0.5]"), **GRID_ALLOWED)
+
+
+def test_the_type_counts_also_where_a_number_lies_between_the_two():
+    with pytest.raises(ValueError, match=r"side = 32\.0: write a number from 8 to 64\.5"):
+        check_parameters(grid(side=32.0), **GRID_ALLOWED)
+
+
+@pytest.mark.parametrize("value", [True, "0.5"])
+def test_what_is_no_number_is_refused_in_a_list_whose_annotation_does_not_say_of_what(value):
+    namespace = {"__annotations__": {"alphas": list}, "alphas": [0.5, value]}
+    with pytest.raises(
+        ValueError, match=r"alphas = \[0.5, .*\]: write a list of one or more, each a number from 0 to 1"
+    ):
+        check_parameters(namespace, alphas=Between(0, 1))

@@ -7,6 +7,7 @@ import math
 import time
 import warnings
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +18,10 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import TrainerCallback
 
-from lablib import MLP, ImageData, StreamlinedTrainer, TrainingConfig, stratified_split
-from lablib.data import ImageBatches
+from lablib import MLP, ImageData, ResidualCNN, SimpleCNN, StreamlinedTrainer, TrainingConfig, stratified_split
+from lablib.data import ImageBatches, stratified_subset
 from lablib.metrics import evaluation_metrics, history
-from lablib.runs import build_seeded
+from lablib.runs import build_seeded, run_path
 from lablib.trainer import NonFiniteLossError
 
 VALIDATION_SPLIT = 0.25  # of tiny_data's 36 images: 27 + 9
@@ -234,6 +235,49 @@ def test_augment_is_called_once_for_each_training_image_and_epoch_and_never_in_e
     trainer.evaluate()
     trainer.test()
     assert len(calls) == 2 * STEPS
+
+
+def test_at_most_so_many_training_images_are_seen_in_an_epoch_the_same_in_each(build, tiny_data):
+    model = small_mlp(model_class=InputsKept)
+    trainer = build(config(max_train_images=15, **NOTHING_RANDOM), model)
+    trainer.train()
+    train, validation = stratified_split(tiny_data.train_labels, VALIDATION_SPLIT, seed=0)
+    chosen = stratified_subset(train, tiny_data.train_labels, 15, seed=0)
+    assert torch.bincount(tiny_data.train_labels[chosen]).tolist() == [5, 5, 5]
+    in_training = model.shown[True]
+    assert [len(batch) for batch in in_training] == [8, 7] * 2
+    # normalised by the statistics of the whole training set
+    expected = np.sort(normalised(tiny_data.train_images[chosen], tiny_data).sum((1, 2, 3)))
+    for epoch in (in_training[:2], in_training[2:]):
+        np.testing.assert_allclose(np.sort(torch.cat(epoch).double().sum((1, 2, 3)).numpy()), expected, atol=1e-4)
+    in_validation = [normalised(tiny_data.train_images[validation], tiny_data)] * 2  # all of them, in each epoch
+    np.testing.assert_allclose(
+        torch.cat(model.shown[False]).numpy(), np.concatenate(in_validation), rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("most", [27, 1000])
+def test_a_limit_that_is_no_limit_trains_to_the_same_bits(most, build):
+    with_limit, without = build(config(max_train_images=most)), build(config())
+    assert len(with_limit.train_dataset) == len(without.train_dataset) == 27
+    with_limit.train()
+    without.train()
+    assert same_bits(with_limit.model.state_dict(), without.model.state_dict())
+
+
+def test_a_limit_gives_other_weights_and_another_identity(build, tiny_data):
+    limited, unlimited = build(config(max_train_images=15)), build(config())
+    limited.train()
+    unlimited.train()
+    assert not same_bits(limited.model.state_dict(), unlimited.model.state_dict())
+    paths = {run_path(small_mlp, config(max_train_images=most), tiny_data) for most in (15, 18, None)}
+    assert len(paths) == 3
+    assert run_path(small_mlp, config(max_train_images=None), tiny_data) == run_path(small_mlp, config(), tiny_data)
+
+
+def test_a_limit_below_the_number_of_classes_is_refused_before_the_training(build):
+    with pytest.raises(ValueError, match="max_train_images = 2 of 27 training images in 3 classes"):
+        build(config(max_train_images=2))
 
 
 # When it stops
@@ -559,6 +603,42 @@ def test_a_resumed_training_ends_like_one_that_was_not_interrupted(optimizer, bu
     assert same_bits(undisturbed.model.state_dict(), resumed.model.state_dict())
     assert timeless(undisturbed) == timeless(resumed)
     assert len(timeless(resumed)) == 4
+
+
+COLOURS = {"image_shape": (3, 8, 8), "num_classes": 3}
+
+
+@pytest.fixture(scope="module")
+def colourful() -> ImageData:
+    """24 + 6 images of 8 × 8 coloured pixels in 3 classes, told apart by their brightest channel."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(30) % 3
+    images = torch.randint(0, 120, (30, 3, 8, 8), generator=generator, dtype=torch.uint8)
+    images[torch.arange(30), labels] += 100
+    return ImageData("colourful", images[:24], labels[:24], images[24:], labels[24:], ("red", "green", "blue"))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("network", [partial(SimpleCNN, 1, 4, **COLOURS), partial(ResidualCNN, 1, 4, **COLOURS)])
+def test_a_resumed_cnn_ends_like_one_that_was_not_interrupted_with_its_batch_norm_statistics(
+    network, precision, build, colourful, tmp_path
+):
+    knobs = config(num_epochs=3, precision=precision, lr_schedule="cosine", horizontal_flip=True, seed=4)
+    last_is_best = {"trainer_class": ScriptedTrainer, "script": [0.1, 0.2, 0.3]}
+
+    def build_cnn(knobs, **more):
+        return build(knobs, build_seeded(network, knobs.seed), colourful, **{**more, **last_is_best})
+
+    undisturbed = build_cnn(knobs)
+    undisturbed.train()
+    resumed = interrupted_and_resumed(build_cnn, knobs, 2, tmp_path / "interrupted")
+    assert same_bits(undisturbed.model.state_dict(), resumed.model.state_dict())
+    assert timeless(undisturbed) == timeless(resumed)
+    assert len(resumed.weights) == 2  # of the epochs after the interruption
+    statistics = resumed.model.stem[1]
+    assert statistics.num_batches_tracked == 3 * len(resumed.get_train_dataloader())
+    assert not same_bits(resumed.weights[0], resumed.weights[1])
+    assert not torch.equal(statistics.running_mean, resumed.weights[0]["stem.1.running_mean"])
 
 
 def test_a_resumed_training_remembers_patience_and_best_epoch(build, tmp_path):

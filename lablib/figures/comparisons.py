@@ -7,12 +7,11 @@ from itertools import cycle
 import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from lablib.figures.style import DASHES, MARKERS
+from lablib.figures.style import DASHES, MARKERS, end_at_100
 from lablib.statistics import Summary, summarise
 
 
@@ -47,8 +46,13 @@ def accuracy_by_cost(
     """
     figure, axes = plt.subplots(1, len(costs), figsize=(4.6 * len(costs) + 0.6, 4.2), sharey=True, squeeze=False)
     for axis, (label, by_network) in zip(axes[0], costs.items(), strict=True):
-        for (family, by_depth), color, dash, marker in zip(
-            values.items(), cycle(sns.color_palette()), cycle(DASHES), cycle(MARKERS), strict=False
+        for (family, by_depth), color, dash, marker, offset in zip(
+            values.items(),
+            cycle(sns.color_palette()),
+            cycle(DASHES),
+            cycle(MARKERS),
+            cycle(((6, -11), (-11, -11), (6, 5))),
+            strict=False,
         ):
             depths = sorted(by_depth)
             x = [by_network[family, depth] for depth in depths]
@@ -58,7 +62,7 @@ def accuracy_by_cost(
             axis.errorbar(x, means, errors, color=color, linestyle=dash, marker=marker, capsize=3, label=family)
             for position, mean, depth in zip(x, means, depths, strict=True):
                 axis.annotate(
-                    str(depth), (position, mean), (5, -11), textcoords="offset points", fontsize="x-small", color=color
+                    str(depth), (position, mean), offset, textcoords="offset points", fontsize="x-small", color=color
                 )
         axis.set_xscale("log")
         axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -67,7 +71,7 @@ def accuracy_by_cost(
         axis.tick_params(axis="x", labelsize="small")
         axis.set_xlabel(label)
     axes[0, 0].set_ylabel("test accuracy (%)")
-    _end_at_100(axes[0, 0])
+    end_at_100(axes[0, 0])
     axes[0, -1].legend(fontsize="small")
     n = sorted({len(accuracies) for by_depth in values.values() for accuracies in by_depth.values()})
     seeds = f"n = {n[0]}" if len(n) == 1 else f"n = {n[0]} to {n[-1]}"
@@ -79,12 +83,6 @@ def _short(value: float, position: int) -> str:
     if value >= 1e6:
         return f"{value / 1e6:g} M"
     return f"{value / 1e3:g} k" if value >= 1e3 else f"{value:g}"
-
-
-def _end_at_100(axis: Axes):
-    """Let no axis of percentages go beyond 100 because an interval does, nor below 0."""
-    low, high = axis.get_ylim()
-    axis.set_ylim(max(low, 0), min(high, 101))
 
 
 def distillation_bars(
@@ -102,8 +100,8 @@ def distillation_bars(
     for position, (name, summary) in enumerate(summaries.items()):
         error = None if summary.ci95 is None else 100 * summary.ci95
         left.bar(position, 100 * summary.mean, width=0.65, yerr=error, capsize=5, color=colors[position], label=name)
-        spread = "" if error is None else f" ± {error:.2f}"
-        text = f"{100 * summary.mean:.2f}{spread} %"
+        spread = "" if error is None else f"\n± {error:.2f}"
+        text = f"{100 * summary.mean:.2f} %{spread}"
         left.text(position, 45 * summary.mean, text, ha="center", color="white", weight="bold", fontsize="small")
         right.errorbar(position, 100 * summary.mean, error, fmt="_", markersize=26, capsize=5, color=colors[position])
     left.axhline(100 * chance, color="0.4", linewidth=1, linestyle=":")
@@ -113,12 +111,10 @@ def distillation_bars(
     for seed in seeds:
         right.plot(
             positions, [100 * by_seed[seed] for by_seed in values.values()], color="0.45", linewidth=1, marker=".",
-            label="one seed" if seed == seeds[0] else None,
         )  # fmt: skip
-    right.set(title="the same, close up")
+    right.set(title="the same, close up (a thin line: one seed)")
     right.margins(x=0.2)
-    _end_at_100(right)
-    right.legend(fontsize="small")
+    end_at_100(right)
     ticks = [name.replace(", ", "\n") + f"\n{parameters[name]:,} parameters" for name in values]
     for axis in (left, right):
         axis.set_xticks(positions, labels=ticks)

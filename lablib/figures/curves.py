@@ -11,7 +11,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lablib.figures.style import DASHES, MARKERS
+from lablib.figures.style import DASHES, MARKERS, end_at_100
 from lablib.statistics import summarise
 
 
@@ -99,6 +99,8 @@ def accuracy_by_depth(
     for (family, by_depth), color, dash, marker in zip(
         values.items(), cycle(sns.color_palette()), cycle(DASHES), cycle(MARKERS), strict=False
     ):
+        if not by_depth:
+            continue  # all of its runs failed
         depths = sorted(by_depth)
         summaries = [summarise(by_depth[depth]) for depth in depths]
         means = [100 * s.mean for s in summaries]
@@ -110,6 +112,8 @@ def accuracy_by_depth(
         axis.axhline(100 * chance, color="0.4", linewidth=1, linestyle=":")
         axis.text(0.01, 100 * chance, "guessing", va="bottom", color="0.4", transform=axis.get_yaxis_transform())
         axis.set_ylim(0, 103)
+    else:
+        end_at_100(axis)
     axis.set_xscale("log", base=2)
     ticks = sorted({depth for by_depth in values.values() for depth in by_depth})
     axis.set_xticks(ticks, labels=[str(tick) for tick in ticks])

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import seaborn as sns
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 MARKERS = ("o", "s", "^", "D", "v", "P")
@@ -31,3 +32,9 @@ def save(figure: Figure, *paths: str | Path) -> Figure:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
     return figure
+
+
+def end_at_100(axis: Axes):
+    """Let no axis of percentages go beyond 100 because an interval does, nor below 0."""
+    low, high = axis.get_ylim()
+    axis.set_ylim(max(low, 0), min(high, 101))

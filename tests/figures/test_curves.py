@@ -1,57 +1,13 @@
-"""Every figure draws, and shows the numbers that it was given."""
+"""Lines by epoch, layer and depth show the numbers that they were given."""
 
-import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
-import seaborn as sns
-import torch
+from drawing import bar_ends, by_epoch, drawn, histories, interval_in_percent, legend_texts
 from matplotlib.colors import to_rgb
 from scipy import stats
 
 from lablib import figures
-from lablib.statistics import Summary, summarise
-
-
-@pytest.fixture(autouse=True)
-def _the_labs_style_and_no_figure_left_open():
-    with matplotlib.rc_context():
-        figures.use_style()
-        yield
-    plt.close("all")
-
-
-def drawn(figure):
-    """The figure, after everything in it has been rendered once."""
-    figure.canvas.draw()
-    return figure
-
-
-def legend_texts(axis) -> list[str]:
-    return [text.get_text() for text in axis.get_legend().get_texts()]
-
-
-def histories(models: dict[str, list[int]]) -> pd.DataFrame:
-    """Noise for each model and seed, of so many epochs each."""
-    generator = np.random.default_rng(0)
-    rows = [
-        {"model": model, "seed": seed, "epoch": epoch, "val_loss": generator.random(), "val_accuracy": 0.9}
-        for model, lengths in models.items()
-        for seed, length in enumerate(lengths)
-        for epoch in range(1, length + 1)
-    ]
-    return pd.DataFrame(rows)
-
-
-def by_epoch(table: pd.DataFrame, model: str, epochs: int) -> np.ndarray:
-    """val_loss, seeds × epochs."""
-    parts = [part.sort_values("epoch")["val_loss"] for _, part in table[table["model"] == model].groupby("seed")]
-    return np.stack([part.to_numpy()[:epochs] for part in parts])
-
-
-def test_the_style_takes_the_colours_that_colour_blind_readers_tell_apart():
-    assert sns.color_palette() == sns.color_palette("colorblind")
 
 
 def test_loss_curves_are_the_means_over_seeds_to_the_end_of_the_shortest():
@@ -120,6 +76,79 @@ def test_a_panel_whose_models_all_failed_is_empty_and_no_more():
     assert not figure.axes[1].get_lines()
 
 
+def test_depths_and_models_are_told_apart_by_six_line_styles():
+    names = [f"model {index}" for index in range(6)]
+    axis = figures.loss_curves(histories({name: [2] for name in names}), "val_loss", "tiny").axes[0]
+    assert len({(line.get_linestyle(), str(line._dash_pattern)) for line in axis.get_lines()}) == 6
+
+
+ALPHA = 0.75
+TERMS = ["total", "teacher: α · T² · KL", "labels: (1 − α) · cross-entropy"]
+
+
+def distillation_history(lengths: list[int]) -> pd.DataFrame:
+    """A distilled student's loss by seed and epoch: terms that are noise, and their weighted sum."""
+    generator = np.random.default_rng(0)
+    rows = []
+    for seed, length in enumerate(lengths):
+        for epoch in range(1, length + 1):
+            row = {"seed": seed, "epoch": epoch}
+            for part in ("train", "val"):
+                soft, hard = generator.uniform(1, 2, 2)
+                row |= {f"{part}_soft_loss": soft, f"{part}_hard_loss": hard}
+                row[f"{part}_loss"] = ALPHA * soft + (1 - ALPHA) * hard
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def test_loss_terms_are_drawn_with_their_weights_so_that_they_add_up_to_the_total():
+    table = distillation_history([4, 3])
+    figure = drawn(figures.loss_terms(table.sample(frac=1, random_state=0), "tiny", ALPHA))
+    for axis, part in zip(figure.axes, ("train", "val"), strict=True):
+        total, soft, hard = axis.get_lines()
+        of_both = table[table["epoch"] <= 3].groupby("epoch")  # where the first of the seeds ends
+        for line, column, weight in ((total, "loss", 1), (soft, "soft_loss", 0.75), (hard, "hard_loss", 0.25)):
+            np.testing.assert_array_equal(line.get_xdata(), [1, 2, 3])
+            np.testing.assert_allclose(line.get_ydata(), weight * of_both[f"{part}_{column}"].mean())
+        np.testing.assert_allclose(soft.get_ydata() + hard.get_ydata(), total.get_ydata())
+
+
+def test_the_bands_of_loss_terms_are_one_standard_deviation_of_the_weighted_term():
+    table = distillation_history([3, 3, 3])
+    axis = drawn(figures.loss_terms(table, "tiny", ALPHA)).axes[1]
+    assert len(axis.collections) == 3
+    hard = 0.25 * table.pivot(index="epoch", columns="seed", values="val_hard_loss")
+    corners = axis.collections[2].get_paths()[0].vertices
+    for epoch in (1, 2, 3):
+        heights = corners[corners[:, 0] == epoch, 1]
+        assert heights.min() == pytest.approx(hard.loc[epoch].mean() - hard.loc[epoch].std())
+        assert heights.max() == pytest.approx(hard.loc[epoch].mean() + hard.loc[epoch].std())
+
+
+@pytest.mark.parametrize(
+    ("seeds", "title"),
+    [
+        (1, "tiny: the distilled student's loss, α = 0.75, n = 1"),
+        (2, "tiny: the distilled student's loss, α = 0.75, n = 2, band ± 1 standard deviation"),
+    ],
+)
+def test_loss_terms_name_their_parts_alpha_and_n_and_speak_of_a_band_only_where_there_is_one(seeds, title):
+    figure = drawn(figures.loss_terms(distillation_history([3] * seeds), "tiny", ALPHA))
+    left, right = figure.axes
+    assert figure.get_suptitle() == title
+    assert [len(axis.collections) for axis in figure.axes] == [0 if seeds == 1 else 3] * 2
+    assert [left.get_title(), right.get_title()] == ["training", "validation"]
+    assert [left.get_xlabel(), right.get_xlabel()] == ["epoch", "epoch"]
+    assert left.get_ylabel() == "contribution to the loss (nats)"
+    assert legend_texts(right) == TERMS
+    assert [line.get_label() for line in left.get_lines()] == TERMS
+    assert left.get_ylim() == right.get_ylim()
+    assert left.get_ylim()[0] == 0
+    for axis in figure.axes:
+        assert len({to_rgb(line.get_color()) for line in axis.get_lines()}) == 3
+        assert len({line.get_linestyle() for line in axis.get_lines()}) == 3
+
+
 ACCURACIES = {"plain": {2: [0.91, 0.93, 0.95], 8: [0.5, 0.7]}, "residual": {8: [0.9, 0.94, 0.92], 2: [0.96]}}
 
 
@@ -153,6 +182,51 @@ def test_accuracy_by_depth_names_its_axes_data_set_depths_and_the_share_of_guess
     assert [label.get_text() for label in axis.get_xticklabels()] == ["2", "8"]
     assert [text.get_text() for text in axis.texts] == ["guessing"]
     assert any(list(line.get_ydata()) == [10, 10] for line in axis.get_lines())
+
+
+NEAR = {"plain": {1: [0.81, 0.83], 4: [0.80, 0.82]}, "residual": {1: [0.84, 0.85], 4: [0.86]}}
+
+
+def test_accuracy_by_depth_without_the_share_of_guessing_shows_the_range_of_the_values_alone():
+    axis = drawn(figures.accuracy_by_depth(NEAR, "tiny")).axes[0]
+    ends = [end for container in axis.containers for bar in bar_ends(container) for end in bar]
+    assert len(ends) == 6
+    low, high = axis.get_ylim()
+    assert low < min(ends) < max(ends) < high
+    assert high - low < 1.3 * (max(ends) - min(ends))
+    assert not axis.texts
+    assert len(axis.containers) == 2
+    assert {line for line in axis.get_lines() if line.get_linestyle() != "None"} == {c[0] for c in axis.containers}
+    whole = drawn(figures.accuracy_by_depth(NEAR, "tiny", chance=0.1)).axes[0]
+    assert whole.get_ylim() == (0, 103)
+
+
+def test_accuracy_by_depth_without_the_share_of_guessing_shows_the_same_points_and_bars():
+    zoomed, whole = (drawn(figures.accuracy_by_depth(NEAR, "tiny", chance)).axes[0] for chance in (None, 0.1))
+    for one, other in zip(zoomed.containers, whole.containers, strict=True):
+        np.testing.assert_array_equal(one[0].get_xydata(), other[0].get_xydata())
+        assert bar_ends(one) == bar_ends(other)
+    first = [pytest.approx(tuple(interval_in_percent(values))) for values in NEAR["plain"].values()]
+    assert bar_ends(zoomed.containers[0]) == first
+
+
+def test_accuracy_by_depth_takes_another_name_for_what_depth_is():
+    axis = figures.accuracy_by_depth(NEAR, "tiny", xlabel="depth (stages)").axes[0]
+    assert axis.get_xlabel() == "depth (stages)"
+    assert figures.accuracy_by_depth(NEAR, "tiny").axes[0].get_xlabel() == "hidden layers or blocks"
+
+
+def test_the_zoomed_axis_of_accuracy_by_depth_ends_near_100_percent_where_an_interval_goes_beyond():
+    values = {"plain": {1: [0.99, 1.0], 2: [0.98, 0.99]}}
+    assert interval_in_percent([0.99, 1.0])[1] > 105
+    axis = drawn(figures.accuracy_by_depth(values, "tiny")).axes[0]
+    assert 100 <= axis.get_ylim()[1] <= 103
+
+
+def test_accuracy_by_depth_draws_the_others_where_all_runs_of_a_family_failed():
+    axis = drawn(figures.accuracy_by_depth(NEAR | {"failed": {}}, "tiny")).axes[0]
+    assert legend_texts(axis)[:2] == ["plain (n = 2)", "residual (n = 1 to 2)"]
+    assert list(axis.containers[1][0].get_ydata()) == pytest.approx([84.5, 86])
 
 
 def gradient_table(depths=(2, 3), moments=("before training", "after training")) -> pd.DataFrame:
@@ -204,93 +278,3 @@ def test_a_gradient_of_0_is_a_gap():
     line = drawn(figures.gradient_norms(table, "tiny")).axes[0].get_lines()[0]
     assert np.isnan(line.get_ydata()[0])
     assert (line.get_ydata()[1:] > 0).all()
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
-def test_an_image_grid_shows_every_image_with_its_title(channels, dtype):
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (5, channels, 4, 6), generator=generator, dtype=torch.uint8)
-    titles = [f"image {index}" for index in range(5)]
-    figure = drawn(figures.image_grid(images.to(dtype), titles, columns=3, title="tiny: mistakes"))
-    assert figure.get_suptitle() == "tiny: mistakes"
-    assert len(figure.axes) == 6
-    assert [axis.get_title() for axis in figure.axes] == [*titles, ""]
-    shown = [axis.get_images()[0] for axis in figure.axes[:5]]
-    assert not figure.axes[5].get_images()
-    for image, picture in zip(images, shown, strict=True):
-        expected = image.permute(1, 2, 0).numpy() / 255
-        np.testing.assert_allclose(picture.get_array(), expected.squeeze(-1) if channels == 1 else expected, atol=1e-6)
-        assert picture.get_clim() == (0, 1)
-
-
-def test_an_image_grid_needs_no_titles_and_clips_what_is_out_of_range():
-    images = torch.tensor([-20.0, 100.0, 300.0]).view(3, 1, 1, 1).expand(3, 1, 2, 2)
-    figure = drawn(figures.image_grid(images))
-    shown = [axis.get_images()[0].get_array() for axis in figure.axes[:3]]
-    np.testing.assert_allclose([picture[0, 0] for picture in shown], [0, 100 / 255, 1], atol=1e-6)
-    assert len(figure.axes) == 8
-
-
-def test_a_confusion_matrix_writes_all_counts_and_colours_the_mistakes():
-    matrix = np.array([[50, 1, 0], [2, 40, 3], [0, 7, 30]])
-    figure = drawn(figures.confusion_matrix(matrix, ("cat", "dog", "fox"), "tiny: seed 0"))
-    axis, bar = figure.axes
-    assert [int(text.get_text()) for text in axis.texts] == matrix.flatten().tolist()
-    colours = axis.collections[0].get_array()
-    np.testing.assert_array_equal(np.reshape(colours, (3, 3)), [[0, 1, 0], [2, 0, 3], [0, 7, 0]])
-    assert (axis.get_xlabel(), axis.get_ylabel()) == ("predicted", "true")
-    assert bar.get_ylabel() == "mistaken images"
-    assert axis.get_title() == "tiny: seed 0"
-    for labels in (axis.get_xticklabels(), axis.get_yticklabels()):
-        assert [label.get_text() for label in labels] == ["cat", "dog", "fox"]
-
-
-def test_a_forest_shows_each_difference_with_its_interval_and_n_beside_no_difference():
-    values = {"2 layers": [0.01, 0.02, 0.015], "8 layers": [-0.2, -0.1]}
-    differences = {name: summarise(v) for name, v in values.items()} | {"16 layers": Summary(0.05, None, None, 1)}
-    axis = drawn(figures.forest(differences, "tiny: residual less plain", "difference (percentage points)")).axes[0]
-    assert axis.get_title() == "tiny: residual less plain"
-    assert axis.get_xlabel() == "difference (percentage points)"
-    assert [label.get_text() for label in axis.get_yticklabels()] == ["2 layers", "8 layers", "16 layers"]
-    assert [text.get_text() for text in axis.texts] == ["+1.50, n = 3", "-15.00, n = 2", "+5.00, n = 1"]
-    assert any(list(line.get_xdata()) == [0, 0] for line in axis.get_lines())
-    assert axis.get_ylim()[0] > axis.get_ylim()[1]  # the first on top
-    bars = [container[2] for container in axis.containers]
-    for row, (value, (bar,)) in enumerate(zip(values.values(), bars[:2], strict=True)):
-        interval = stats.t.interval(0.95, len(value) - 1, np.mean(value), stats.sem(value))
-        np.testing.assert_allclose(bar.get_segments()[0], [[100 * end, row] for end in interval])
-    assert bars[2] == ()
-
-
-def test_save_writes_png_and_svg_and_makes_the_folder(tmp_path):
-    figure = figures.forest({"a": summarise([0.1, 0.2])}, "tiny", "points")
-    png, svg = tmp_path / "new" / "forest.png", tmp_path / "new" / "forest.svg"
-    assert figures.save(figure, png, str(svg)) is figure
-    assert png.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    assert b"<svg" in svg.read_bytes()
-
-
-@pytest.mark.parametrize("suffix", ["svg", "png"])
-def test_a_figure_saved_or_drawn_twice_is_the_same_file(tmp_path, suffix):
-    paths = [tmp_path / f"{name}.{suffix}" for name in ("first", "again", "anew")]
-    table = histories({"plain": [3, 3], "residual": [3]})
-    figures.save(figures.loss_curves(table, "val_loss", "tiny"), *paths[:2])
-    figures.save(figures.loss_curves(table, "val_loss", "tiny"), paths[2])
-    first, again, anew = (path.read_bytes() for path in paths)
-    assert first == again
-    assert first == anew
-    figures.save(figures.loss_curves(table, "val_loss", "other"), paths[2])
-    assert paths[2].read_bytes() != first
-
-
-def test_depths_and_models_are_told_apart_by_six_line_styles():
-    names = [f"model {index}" for index in range(6)]
-    axis = figures.loss_curves(histories({name: [2] for name in names}), "val_loss", "tiny").axes[0]
-    assert len({(line.get_linestyle(), str(line._dash_pattern)) for line in axis.get_lines()}) == 6
-
-
-def test_an_image_grid_without_images_is_an_empty_figure():
-    figure = drawn(figures.image_grid(torch.zeros(0, 1, 4, 4), [], title="tiny: nothing wrong"))
-    assert figure.get_suptitle() == "tiny: nothing wrong"
-    assert not any(axis.get_images() for axis in figure.axes)
