@@ -19,7 +19,8 @@ _MARKED = r"(<!-- table: {name} -->\n).*?(<!-- end -->)"
 def tables(results: Path) -> dict[str, str]:
     """Markdown tables by name, from the CSV files in a folder. Raises FileNotFoundError if one is missing."""
     read = {path.stem: pd.read_csv(path) for path in sorted(results.glob("*.csv"))}
-    wanted = ("mlps_mnist", "mlps_mnist_cosine", "mlps_mnist_depth", "mlps_mnist_differences")
+    mlps = ("mlps_mnist", "mlps_mnist_cosine", "mlps_mnist_depth", "mlps_mnist_differences")
+    wanted = (*mlps, "cnns_cifar10-jpeg", "distillation_cifar10-jpeg")
     missing = [f"{name}.csv" for name in wanted if name not in read]
     if missing:
         raise FileNotFoundError(f"{results} lacks {', '.join(missing)}; `make full` writes them")
@@ -28,6 +29,8 @@ def tables(results: Path) -> dict[str, str]:
         "mlps_mnist_cosine": markdown(readable_table(read["mlps_mnist_cosine"])),
         "mlps_mnist_depth": markdown(by_depth(read["mlps_mnist_depth"])),
         "mlps_mnist_differences": markdown(readable_differences(read["mlps_mnist_differences"])),
+        "cnns_cifar10-jpeg": markdown(readable_table(read["cnns_cifar10-jpeg"])),
+        "distillation_cifar10-jpeg": markdown(readable_distillation(read["distillation_cifar10-jpeg"])),
     }
 
 
@@ -49,6 +52,19 @@ def readable_differences(table: pd.DataFrame) -> pd.DataFrame:
     p_value = table["p_value"].map(lambda p: "–" if pd.isna(p) else "< 0.001" if p < 0.001 else f"{p:.3f}")
     columns = {"rate": table["schedule"], "ResidualMLP less MLP, points": points, "p": p_value, "n": table["n"]}
     return pd.DataFrame(columns).set_index(table["depth"].rename("layers or blocks"))
+
+
+def readable_distillation(table: pd.DataFrame) -> pd.DataFrame:
+    """Teacher, baseline and distilled student, with the gain over the baseline and the reference figures."""
+    by_model = dict(zip(table["model"], table["role"].map(reference.CIFAR10_DISTILLATION), strict=True))
+    readable = readable_table(table, by_model)
+    gains = [
+        "" if pd.isna(mean) else _with_interval(f"{100 * mean:+.2f}", ci95)
+        for mean, ci95 in zip(table["gain_mean"], table["gain_ci95"], strict=True)
+    ]
+    readable.insert(readable.columns.get_loc("test accuracy") + 1, "gain, points", gains)
+    readable.insert(0, "role", table["role"].to_list())
+    return readable
 
 
 def _with_interval(mean: str, ci95: float) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from lablib.report import by_depth, filled, main, markdown, readable_differences, tables
+from lablib.report import by_depth, filled, main, markdown, readable_differences, readable_distillation, tables
 
 ROOT = Path(__file__).parent.parent
 
@@ -72,3 +72,21 @@ def test_where_there_is_no_interval_none_is_written():
 def test_a_markdown_table_has_its_index_in_front():
     table = pd.DataFrame({"n": [5]}, index=pd.Index(["MLP-2"], name="model"))
     assert markdown(table) == "| model | n |\n| --- | --- |\n| MLP-2 | 5 |\n"
+
+
+def test_a_distillations_table_has_roles_gain_and_reference():
+    row = {"dataset": "tiny", "seeds": 3, "val_accuracy_mean": 0.8, "val_accuracy_std": 0.01, "epochs_mean": 9.0}
+    row |= {"test_accuracy_std": 0.01, "test_accuracy_ci95": 0.02, "seconds_mean": 60.0, "parameters": 5}
+    roles = {"ResidualCNN-4": ("teacher", 0.82), "ResidualCNN-2": ("baseline", 0.78), "Distilled-2": ("distilled", 0.8)}
+    table = pd.DataFrame(
+        [{"model": m, "role": role, "test_accuracy_mean": mean, **row} for m, (role, mean) in roles.items()]
+    )
+    nan = float("nan")
+    table = table.assign(gain_mean=[nan, nan, 0.02], gain_ci95=[nan, nan, 0.004])
+    readable = readable_distillation(table)
+    assert readable["role"].tolist() == ["teacher", "baseline", "distilled"]
+    assert readable["gain, points"].tolist() == ["", "", "+2.00 ± 0.40"]
+    assert readable["reference"].tolist() == ["81.64 %", "78.33 %", "80.95 %"]
+    assert readable["test accuracy"].tolist() == ["82.00 ± 2.00 %", "78.00 ± 2.00 %", "80.00 ± 2.00 %"]
+    one_seed = readable_distillation(table.assign(gain_ci95=nan))
+    assert one_seed["gain, points"].tolist() == ["", "", "+2.00"]

@@ -27,6 +27,7 @@ def forest(differences: Mapping[str, Summary], title: str, xlabel: str) -> Figur
             (100 * difference.mean, row), (0, 7), textcoords="offset points", ha="center", fontsize="x-small",
         )  # fmt: skip
     axis.set_ylim(len(differences) - 0.5, -0.7)
+    axis.margins(x=0.12)
     axis.axvline(0, color="0.4", linewidth=1)
     axis.set_yticks(range(len(differences)), labels=list(differences))
     axis.set_xlabel(xlabel)
