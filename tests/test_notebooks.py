@@ -1,6 +1,7 @@
 """The notebooks, run as people run them: through papermill, with parameters of their own."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -65,8 +66,14 @@ def papermill(notebook: str, folder: Path, *arguments: str) -> subprocess.Popen:
     folders = {"output_dir": "runs", "figures_dir": "images", "results_dir": "results"}
     places = [part for name, below in folders.items() for part in ("-p", name, str(folder / below))]
     command = [sys.executable, "-m", "papermill", notebook, str(folder / "out.ipynb"), "--kernel", "python3"]
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # several run side by side
     return subprocess.Popen(
-        [*command, *places, *arguments], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        [*command, *places, *arguments],
+        cwd=ROOT,
+        env=one_thread,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
