@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from lablib.secret import Secret, looks_like_a_token
+
 OPTIMIZERS = ("adam", "adamw", "sgd")
 LR_SCHEDULES = ("constant", "cosine")
 EARLY_STOPPING_METRICS = ("accuracy", "loss")
@@ -24,8 +26,12 @@ NOT_IDENTITY = (
     "wandb_project",
     "wandb_group",
     "wandb_tags",
+    "wandb_watch",
     "use_telegram_notifications",
     "telegram_additional_info",
+    "telegram_every_run",
+    "telegram_bot_token",
+    "telegram_chat_id",
 )
 
 
@@ -60,11 +66,16 @@ class TrainingConfig:
     wandb_project: str = "residual-and-distillation-lab"
     wandb_group: str | None = None
     wandb_tags: tuple[str, ...] = ()
+    wandb_watch: bool = False  # also log histograms of gradients and parameters, which takes time
     use_telegram_notifications: bool = False
     telegram_additional_info: str = ""
+    telegram_every_run: bool = False  # a message for each run of an experiment too, not only one at its end
+    telegram_bot_token: Secret | str | None = None  # None: from the environment, TELEGRAM_BOT_TOKEN; kept as a Secret
+    telegram_chat_id: str | int | None = None  # None: from the environment, TELEGRAM_CHAT_ID
     training_arguments: dict[str, Any] = field(default_factory=dict)  # any further transformers.TrainingArguments
 
     def __post_init__(self):
+        self._check_credentials()  # before anything that may show the config
         if isinstance(self.wandb_tags, list):
             object.__setattr__(self, "wandb_tags", tuple(self.wandb_tags))
         if isinstance(self.output_dir, Path):
@@ -101,7 +112,9 @@ class TrainingConfig:
             self._check_text("wandb_group", "None or ")
         if not isinstance(self.wandb_tags, tuple) or not all(isinstance(tag, str) for tag in self.wandb_tags):
             raise self._error("wandb_tags", "a tuple or list of strings")
+        self._check_bool("wandb_watch")
         self._check_bool("use_telegram_notifications")
+        self._check_bool("telegram_every_run")
         if not isinstance(self.telegram_additional_info, str):
             raise self._error("telegram_additional_info", "a string")
         self._check_training_arguments()
@@ -133,6 +146,20 @@ class TrainingConfig:
     def _check_text(self, name: str, also: str = ""):
         if not isinstance(getattr(self, name), str) or not getattr(self, name):
             raise self._error(name, f"{also}a string that is not empty")
+
+    def _check_credentials(self):
+        token, chat = self.telegram_bot_token, self.telegram_chat_id
+        if isinstance(token, str) and token:
+            object.__setattr__(self, "telegram_bot_token", Secret(token))
+        elif token is not None and not isinstance(token, Secret):
+            if token:
+                object.__setattr__(self, "telegram_bot_token", "…")  # whatever it is, no error shows it
+            raise self._error("telegram_bot_token", "None or a string that is not empty")
+        if isinstance(chat, str) and looks_like_a_token(chat):
+            object.__setattr__(self, "telegram_chat_id", "…")
+            raise ValueError("TrainingConfig: telegram_chat_id looks like a bot's token; it is the number of a chat")
+        if chat is not None and (isinstance(chat, bool) or not isinstance(chat, (str, int)) or chat == ""):
+            raise self._error("telegram_chat_id", "None, or the number or name of a chat")
 
     def _check_training_arguments(self):
         if not isinstance(self.training_arguments, dict):

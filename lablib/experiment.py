@@ -3,6 +3,7 @@
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -15,6 +16,7 @@ from lablib.config import TrainingConfig
 from lablib.data import ImageData
 from lablib.progress import RunProgress
 from lablib.runs import Run, build_seeded, load_or_set_aside, run_path, train_or_load
+from lablib.secret import redacted
 from lablib.trainer import StreamlinedTrainer
 
 TrainerClass = type[StreamlinedTrainer] | partial
@@ -83,7 +85,8 @@ def experiment(
     `models` gives for each name a function without arguments that builds the network. `jobs` runs go side by side
     through joblib, each with its share of the threads; `joblib.parallel_config` sends them elsewhere. A trainer that
     needs more arguments, such as a teacher, is a `functools.partial` with them, or one by seed or by (model, seed).
-    A run that fails is reported by a warning and in the experiment's `failures`; the others go on.
+    A run that fails is reported by a warning and in the experiment's `failures`; the others go on. Telegram gets one
+    message at the end, with the config's `telegram_every_run` one a run too; none if all runs are loaded.
     """
     models, seeds = dict(models), tuple(dict.fromkeys(seeds))
     if not models or not seeds:
@@ -92,22 +95,32 @@ def experiment(
         raise ValueError(f"jobs = {jobs!r}, but it must be a whole number: runs side by side, or -1 for one a core")
     trainers = _by_run(trainer_class, [(name, seed) for name in models for seed in seeds])
     result = Experiment(data, config, models, seeds)
-    pending = {}
-    for key in trainers:
-        try:
-            path = run_path(models[key[0]], replace(config, seed=key[1]), data, trainers[key])
-            run = load_or_set_aside(path)
-        except Exception as error:
-            _report_failure(result, key, *_described(error))
-            continue
-        if run:
-            result.runs[key] = run
-        else:
-            pending[key] = path
-    if pending:
-        _train_pending(result, pending, jobs, trainers)
-        result.runs = {key: result.runs[key] for key in trainers if key in result.runs}
+    with _messages(result) as messages:
+        pending = {}
+        for key in trainers:
+            try:
+                path = run_path(models[key[0]], replace(config, seed=key[1]), data, trainers[key])
+                run = load_or_set_aside(path)
+            except Exception as error:
+                _report_failure(result, key, *_described(error))
+                continue
+            if run:
+                result.runs[key] = run
+            else:
+                pending[key] = path
+        if pending:
+            _train_pending(result, pending, jobs, trainers, messages)
+            result.runs = {key: result.runs[key] for key in trainers if key in result.runs}
     return result
+
+
+def _messages(result: Experiment):
+    """What tells a chat of an experiment, or None; it is imported only where it is switched on."""
+    if not result.config.use_telegram_notifications:
+        return nullcontext()
+    from lablib.telegram import ExperimentMessages
+
+    return ExperimentMessages(result)
 
 
 def _by_run(trainer_class: TrainerClass | Mapping, runs: list[tuple[str, int]]) -> dict[tuple[str, int], TrainerClass]:
@@ -120,12 +133,17 @@ def _by_run(trainer_class: TrainerClass | Mapping, runs: list[tuple[str, int]]) 
     return trainers
 
 
-def _train_pending(result: Experiment, pending: dict, jobs: int, trainers: Mapping[tuple[str, int], TrainerClass]):
+def _train_pending(
+    result: Experiment, pending: dict, jobs: int, trainers: Mapping[tuple[str, int], TrainerClass], messages
+):
+    if messages:
+        messages.begin(pending)
+    config = replace(result.config, use_telegram_notifications=False)  # the experiment speaks for its runs
     jobs = min(joblib.effective_n_jobs(jobs), len(pending))
     threads = max(1, joblib.cpu_count() // jobs) if jobs > 1 else None
     tasks = (
         joblib.delayed(_train_one)(
-            key, result.models[key[0]], replace(result.config, seed=key[1]), result.data, trainers[key], threads
+            key, result.models[key[0]], replace(config, seed=key[1]), result.data, trainers[key], threads
         )
         for key in pending
     )
@@ -140,18 +158,22 @@ def _train_pending(result: Experiment, pending: dict, jobs: int, trainers: Mappi
                 else:
                     _report_failure(result, key, *error)
                 progress.finished("{}, seed {}".format(*key))
+                if messages:
+                    messages.run_ended(key)
         except Exception as error:  # a worker died, and joblib gives up the rest; what is finished is in the store
             for key in pending.keys() - result.failures.keys():
                 if run := load_or_set_aside(pending[key]):
                     result.runs[key] = run
                 else:
                     _report_failure(result, key, *_described(error))
+                if messages:
+                    messages.run_ended(key)
 
 
 def _described(error: Exception) -> tuple[str, str]:
-    """An error in one line, and with its traceback."""
-    first_line = next(iter(str(error).splitlines()), "")
-    return f"{type(error).__name__}: {first_line}", "".join(traceback.format_exception(error))
+    """An error in one line, and with its traceback; both are printed and sent, so without tokens."""
+    first_line = redacted(next(iter(str(error).splitlines()), ""))
+    return f"{type(error).__name__}: {first_line}", redacted("".join(traceback.format_exception(error)))
 
 
 def _report_failure(result: Experiment, key: tuple[str, int], line: str, trace: str):

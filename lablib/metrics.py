@@ -79,6 +79,15 @@ def history(log: list[dict]) -> list[dict]:
     return [{"epoch": epoch, **row} for epoch, row in sorted(rows.items()) if "train_loss" in row and "val_loss" in row]
 
 
+def best_row(rows: list[dict], metric: str) -> dict:
+    """The row of `history` with the best validation "accuracy" or "loss", whose weights a trainer restores.
+
+    It is the first of equals, as the trainer keeps it.
+    """
+    best = max if metric == "accuracy" else min
+    return best(rows, key=lambda row: row[f"val_{metric}"])
+
+
 def _measured(entry: dict, prefix: str) -> list[str]:
     names = [name.removeprefix(prefix) for name in entry if name.startswith(prefix)]
     return [name for name in names if name == "accuracy" or name.endswith("loss")]

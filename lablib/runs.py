@@ -22,7 +22,7 @@ from lablib.config import TrainingConfig
 from lablib.data import ImageData
 from lablib.files import write_atomically
 from lablib.identity import digest, identity
-from lablib.metrics import history
+from lablib.metrics import best_row, history
 from lablib.trainer import StreamlinedTrainer
 
 
@@ -133,7 +133,12 @@ def _train(path: Path, build_model, config, data, trainer_class, callbacks) -> R
     write_atomically(path / "identity.json", json.dumps(described, indent=1).encode())
     checkpoints = path / "checkpoints"
     trainer = trainer_class(
-        model, config=config, data=data, callbacks=[*callbacks, _HistoryWriter(path)], checkpoint_dir=str(checkpoints)
+        model,
+        config=config,
+        data=data,
+        callbacks=[*callbacks, _HistoryWriter(path)],
+        checkpoint_dir=str(checkpoints),
+        run_name=path.name,
     )
     trainer.train(resume_from_checkpoint=_last_checkpoint(checkpoints))
     rows = history(trainer.state.log_history)
@@ -156,19 +161,18 @@ def _train(path: Path, build_model, config, data, trainer_class, callbacks) -> R
 
 def _result(trainer: StreamlinedTrainer, rows: list[dict]) -> dict[str, Any]:
     config = trainer.config
-    metric, best = f"val_{config.early_stopping_metric}", max if config.early_stopping_metric == "accuracy" else min
-    best_row = best(rows, key=lambda row: row[metric])  # the first of equals, as the trainer keeps it
+    best = best_row(rows, config.early_stopping_metric)
     test = trainer.test()
     return {
         "model": type(trainer.model).__name__,
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
         "dataset": trainer.data.name,
         "seed": config.seed,
-        "val_accuracy": best_row["val_accuracy"],
-        "val_loss": best_row["val_loss"],
+        "val_accuracy": best["val_accuracy"],
+        "val_loss": best["val_loss"],
         "test_accuracy": test["test_accuracy"],
         "test_loss": test["test_loss"],
-        "best_epoch": best_row["epoch"],
+        "best_epoch": best["epoch"],
         "epochs": len(rows),
         "seconds": rows[-1]["seconds"],
         "device": trainer.args.device.type,

@@ -6,7 +6,6 @@ import math
 import shutil
 import tempfile
 import time
-import warnings
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from lablib.config import TrainingConfig
 from lablib.data import ImageBatches, ImageData, stratified_split, stratified_subset
 from lablib.hardware import check_device, fits, keep_freed_memory, memory_format, resolve_bf16
 from lablib.metrics import BatchMeter, cross_entropy, evaluation_metrics
+from lablib.services import ServiceCallback
 
 # accelerate collects garbage whenever a training starts; what has been imported so far is none and need not be
 # searched, which saves half a second a run
@@ -43,6 +43,7 @@ class StreamlinedTrainer(transformers.Trainer):
     checkpoints, `torchrun`) this can do too.
 
     `checkpoint_dir` is where checkpoints go; without one they lie in a temporary folder that goes with the trainer.
+    `run_name` is what Weights & Biases and Telegram call it.
     Raises ValueError for a device that is not there, and NonFiniteLossError, naming epoch and step, when the training
     loss is NaN or infinite.
     """
@@ -54,11 +55,12 @@ class StreamlinedTrainer(transformers.Trainer):
         data: ImageData,
         callbacks: Sequence[TrainerCallback] = (),
         checkpoint_dir: str | None = None,
+        run_name: str | None = None,
     ):
         check_device(config.device)
-        _warn_of_services(config)
         keep_freed_memory()
         self.config, self.data = config, data
+        self.run_name = run_name or type(model).__name__
         if checkpoint_dir is None:
             checkpoint_dir = tempfile.mkdtemp(prefix="lablib-")
             weakref.finalize(self, shutil.rmtree, checkpoint_dir, ignore_errors=True)
@@ -82,6 +84,8 @@ class StreamlinedTrainer(transformers.Trainer):
         )
         if args.disable_tqdm:
             self.remove_callback(PrinterCallback)
+        for callback in _services(self):
+            self.add_callback(callback)
         mean, std = (s.to(args.device).view(-1, 1, 1) for s in data.channel_statistics)
         self._scale, self._offset = 1 / (255 * std), -mean / std
         self._since_last_log = BatchMeter()
@@ -96,7 +100,13 @@ class StreamlinedTrainer(transformers.Trainer):
             self.args.num_train_epochs = epochs  # or one more epoch would begin before the stop is noticed
         self._since_last_log.forget()
         self._clock = time.perf_counter()
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        try:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        except BaseException as error:
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, ServiceCallback):
+                    callback.on_train_failed(error)
+            raise
 
     def test(self) -> dict[str, float]:
         """Loss and accuracy on the test set, with the present weights: after `train()`, those of the best epoch."""
@@ -184,10 +194,18 @@ class StreamlinedTrainer(transformers.Trainer):
         return means | {"seconds": seconds}
 
 
-def _warn_of_services(config: TrainingConfig):
-    for name in ("use_wandb", "use_telegram_notifications"):
-        if getattr(config, name):
-            warnings.warn(f"{name}=True, but this version of lablib sends nothing yet; training goes on", stacklevel=3)
+def _services(trainer: StreamlinedTrainer) -> list[ServiceCallback]:
+    """The callbacks of the services that are switched on; nothing of the others is imported."""
+    callbacks = []
+    if trainer.config.use_wandb:
+        from lablib.tracking import WandbCallback
+
+        callbacks.append(WandbCallback(trainer))
+    if trainer.config.use_telegram_notifications:
+        from lablib.telegram import TelegramCallback
+
+        callbacks.append(TelegramCallback(trainer))
+    return callbacks
 
 
 def _stopped_after(checkpoint: str) -> int | None:

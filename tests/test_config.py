@@ -8,6 +8,7 @@ import pytest
 from transformers import TrainingArguments
 
 from lablib import TrainingConfig
+from lablib.secret import Secret
 
 DEFAULTS = {
     "num_epochs": 60,
@@ -33,8 +34,12 @@ DEFAULTS = {
     "wandb_project": "residual-and-distillation-lab",
     "wandb_group": None,
     "wandb_tags": (),
+    "wandb_watch": False,
     "use_telegram_notifications": False,
     "telegram_additional_info": "",
+    "telegram_every_run": False,
+    "telegram_bot_token": None,
+    "telegram_chat_id": None,
     "training_arguments": {},
 }
 
@@ -63,8 +68,12 @@ REFUSED = {
     "wandb_project": ("a string that is not empty", ["", None]),
     "wandb_group": ("None or a string that is not empty", ["", 3]),
     "wandb_tags": ("a tuple or list of strings", ["tag", (1,), None]),
+    "wandb_watch": ("True or False", [1, "all", None]),
     "use_telegram_notifications": ("True or False", [1, "yes", None]),
     "telegram_additional_info": ("a string", [None, 3]),
+    "telegram_every_run": ("True or False", [1, "yes", None]),
+    "telegram_bot_token": ("None or a string that is not empty", ["", 0, False, b""]),  # others are not shown
+    "telegram_chat_id": ("None, or the number or name of a chat", ["", True, 4.2, ["42"]]),
     "training_arguments": ("a dict of transformers.TrainingArguments fields", [None, [("adam_beta1", 0.8)], "x"]),
 }
 
@@ -75,8 +84,12 @@ NO_INFLUENCE = {
     "wandb_project": "another",
     "wandb_group": "group",
     "wandb_tags": ("tag",),
+    "wandb_watch": True,
     "use_telegram_notifications": True,
     "telegram_additional_info": "on the old laptop",
+    "telegram_every_run": True,
+    "telegram_bot_token": "1:token",
+    "telegram_chat_id": 42,
 }
 INFLUENCE = {
     "num_epochs": 61,
@@ -153,6 +166,13 @@ def test_a_path_becomes_text_and_a_list_of_tags_a_tuple(tmp_path):
     config = TrainingConfig(output_dir=tmp_path, wandb_tags=["a", "b"])
     assert config.output_dir == str(tmp_path)
     assert config.wandb_tags == ("a", "b")
+
+
+def test_a_bots_token_is_kept_as_a_secret_and_stays_the_same_in_a_replacement():
+    config = TrainingConfig(telegram_bot_token="1:token", telegram_chat_id=-42)
+    assert isinstance(config.telegram_bot_token, Secret)
+    assert dataclasses.replace(config, seed=1).telegram_bot_token.reveal() == "1:token"
+    assert TrainingConfig(telegram_bot_token=Secret("1:token"), telegram_chat_id=-42) == config
 
 
 def test_a_config_cannot_be_changed_and_its_replacement_is_checked_too():

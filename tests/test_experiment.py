@@ -11,10 +11,12 @@ import pandas as pd
 import pytest
 import safetensors.torch
 import torch
+from bot_api import BotApi
 
 from lablib import MLP, Experiment, KnowledgeDistillationTrainer, StreamlinedTrainer, TrainingConfig, experiment
 from lablib.experiment import initial_model
 from lablib.runs import build_seeded, run_path, train_or_load
+from lablib.telegram import TelegramNotifier
 
 tiny_mlp = partial(MLP, image_shape=(1, 6, 6), num_classes=3)
 MODELS = {"narrow": partial(tiny_mlp, (4,)), "wide": lambda: tiny_mlp((8,))}
@@ -417,6 +419,33 @@ def test_a_damaged_run_is_reported_by_whichever_process_finds_it(config, tiny_da
     for key, run in before.runs.items():
         assert after.runs[key].history[-1]["val_loss"] == run.history[-1]["val_loss"]
         assert run.path == run_path(narrow["narrow"], replace(config, seed=key[1]), tiny_data)
+
+
+@pytest.mark.parametrize("every_run", [False, True])
+def test_workers_that_do_not_know_the_token_leave_the_messages_to_the_experiment(
+    every_run, config, tiny_data, two_cores, monkeypatch
+):
+    class Silent(StreamlinedTrainer):
+        def __init__(self, *args, config, **kwargs):
+            if config.use_telegram_notifications or config.telegram_bot_token.reveal() is not None:
+                raise AssertionError("a worker would send messages, or knows the token")
+            super().__init__(*args, config=config, **kwargs)
+
+    knobs = replace(
+        config,
+        use_telegram_notifications=True,
+        telegram_every_run=every_run,
+        telegram_bot_token="123456789:AAq7Zk-Wm3xVt9Rb_Ls5Yc2Hd8Fg4Jn6PqE",
+        telegram_chat_id=42,
+    )
+    with BotApi() as api:
+        monkeypatch.setattr(TelegramNotifier.__init__, "__defaults__", (None, None, api.url, 10))
+        result = experiment({"narrow": MODELS["narrow"]}, knobs, tiny_data, SEEDS, jobs=2, trainer_class=Silent)
+    assert not result.failures
+    heads = [request.fields["caption"].split("\n")[0] for request in api.requests]
+    runs = [f"narrow on tiny, seed {seed}: training finished" for seed in SEEDS] if every_run else []
+    assert sorted(heads) == sorted([*runs, "Experiment on tiny: finished"])
+    assert heads[-1] == "Experiment on tiny: finished"
 
 
 class Dies(MLP):

@@ -55,8 +55,16 @@ def test_the_repositorys_address_stands_in_one_place():
     assert sum(text.count("OWNER/REPOSITORY") for text in texts) == 1
 
 
-def test_lablib_is_imported_without_what_only_its_extras_bring():
+def test_lablib_is_imported_without_what_only_its_extras_bring_and_trains_without_its_services(tmp_path):
     names = ["wandb", "papermill", "nbval", "kornia", "IPython", "torchmetrics", "onnx", "onnxscript", "onnxruntime"]
-    code = f"import sys; sys.modules.update(dict.fromkeys({names})); import lablib, lablib.export"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    code = f"""
+import sys
+sys.modules.update(dict.fromkeys({names}))
+import lablib, lablib.export
+from lablib import MLP, StreamlinedTrainer, TrainingConfig, load_data
+StreamlinedTrainer(MLP((4,)), TrainingConfig(num_epochs=1, batch_size=999, device="cpu"), load_data("digits")).train()
+services = [name for name in sys.modules if name.startswith(("lablib.tracking", "lablib.telegram", "wandb."))]
+assert not services, services
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 0, result.stderr

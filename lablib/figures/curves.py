@@ -16,16 +16,23 @@ from lablib.statistics import summarise
 
 
 def loss_curves(
-    histories: pd.DataFrame, column: str, dataset: str, groups: Mapping[str, Sequence[str]] | None = None
+    histories: pd.DataFrame,
+    column: str,
+    dataset: str,
+    groups: Mapping[str, Sequence[str]] | None = None,
+    figure: Figure | None = None,
 ) -> Figure:
     """A metric by epoch: the mean over seeds, and a band of one standard deviation where there are several.
 
     `histories` has the columns model, seed, epoch and `column`. `groups` names panels and the models in each. A mean
-    ends where the first of its seeds ends, since beyond that it would be of other runs.
+    ends where the first of its seeds ends, since beyond that it would be of other runs. An empty `figure` that is given
+    is drawn into, such as one that pyplot does not show.
     """
     groups = groups or {"": list(histories["model"].unique())}
-    width = 6.4 if len(groups) == 1 else 3.6 * len(groups) + 1
-    figure, axes = plt.subplots(1, len(groups), figsize=(width, 4), sharey=True, squeeze=False)
+    size = (6.4 if len(groups) == 1 else 3.6 * len(groups) + 1, 4)
+    figure = plt.figure(figsize=size) if figure is None else figure
+    figure.set_size_inches(size)
+    axes = figure.subplots(1, len(groups), sharey=True, squeeze=False)
     for axis, (title, models) in zip(axes[0], groups.items(), strict=True):
         for model, color, dash in zip(models, cycle(sns.color_palette()), cycle(DASHES), strict=False):
             of_model = histories[histories["model"] == model]

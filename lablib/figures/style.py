@@ -1,8 +1,10 @@
 """The look of the lab's figures, and their files."""
 
 from pathlib import Path
+from typing import Any
 
 import seaborn as sns
+from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -24,6 +26,12 @@ _STYLE = {
 def use_style():
     """Set the lab's look for all figures of a notebook, with colours that colour-blind readers tell apart."""
     sns.set_theme(context="notebook", style="ticks", palette="colorblind", rc=_STYLE)
+
+
+def lab_style() -> dict[str, Any]:
+    """The same look for `matplotlib.rc_context`: for some figures, and no others."""
+    colors = cycler(color=sns.color_palette("colorblind"))
+    return {**sns.plotting_context("notebook"), **sns.axes_style("ticks"), **_STYLE, "axes.prop_cycle": colors}
 
 
 def save(figure: Figure, *paths: str | Path) -> Figure:

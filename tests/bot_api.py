@@ -1,0 +1,143 @@
+"""A Bot API on loopback: it keeps what it is sent, and answers as a script says."""
+
+import email
+import email.policy
+import json
+import os
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import parse_qs
+
+BOT = {"id": 123456789, "is_bot": True, "first_name": "Lab Bot", "username": "lab_bot"}
+
+
+@dataclass
+class Request:
+    """One request as it arrived: the path's token and method, form fields as text, files as (name, type, bytes)."""
+
+    path: str
+    content_type: str
+    body: bytes
+    fields: dict[str, str] = field(default_factory=dict)
+    files: dict[str, tuple[str, str, bytes]] = field(default_factory=dict)
+    at: float = field(default_factory=time.monotonic)
+
+    @property
+    def token(self) -> str:
+        return self.path.split("/")[1].removeprefix("bot")
+
+    @property
+    def method(self) -> str:
+        return self.path.split("/")[2]
+
+    def __post_init__(self):
+        if self.content_type.startswith("multipart/form-data"):
+            header = f"Content-Type: {self.content_type}\r\n\r\n".encode()
+            message = email.message_from_bytes(header + self.body, policy=email.policy.HTTP)
+            for part in message.iter_parts():
+                name, content = part.get_param("name", header="content-disposition"), part.get_payload(decode=True)
+                if (filename := part.get_filename()) is None:
+                    self.fields[name] = content.decode()
+                else:
+                    self.files[name] = (filename, part.get_content_type(), content)
+        else:
+            self.fields = {key: value for key, (value,) in parse_qs(self.body.decode(), keep_blank_values=True).items()}
+
+
+Answer = Callable[["_Handler"], None]
+
+
+def reply(status: int, content: dict | bytes, **headers: str) -> Answer:
+    """Answer with a status and JSON, or with bytes as they are."""
+    body = content if isinstance(content, bytes) else json.dumps(content).encode()
+
+    def answer(handler: "_Handler"):
+        handler.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            handler.send_header(name.replace("_", "-"), value)
+        handler.end_headers()
+        handler.wfile.write(body)
+
+    return answer
+
+
+def error(status: int, description: str, **more) -> Answer:
+    """Refuse as the Bot API does."""
+    return reply(status, {"ok": False, "error_code": status, "description": description, **more})
+
+
+def taken(handler: "_Handler"):
+    """Answer as the Bot API does when all is well."""
+    result = BOT if handler.path.endswith("/getMe") else {"message_id": 1}
+    reply(200, {"ok": True, "result": result})(handler)
+
+
+def reset(handler: "_Handler"):
+    """Begin an answer and break the connection."""
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{")
+    handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    os.close(handler.connection.detach())
+
+
+def hang(handler: "_Handler"):
+    """Say nothing for as long as the server lives."""
+    handler.server.closing.wait()
+
+
+def drip(handler: "_Handler"):
+    """Send a header that does not end, a byte now and then, so that no single wait is long."""
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\nX-Long: ")
+    while not handler.server.closing.wait(0.02):
+        handler.wfile.write(b"x")
+
+
+class BotApi:
+    """A server at `url`, as a context manager, with the `requests` that came; `script` answers the next ones."""
+
+    def __init__(self, *script: Answer):
+        self.requests: list[Request] = []
+        self.script = list(script)
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
+        self._server.daemon_threads = True
+        self._server.api, self._server.closing = self, threading.Event()
+        self._server.handle_error = lambda *args: None  # a client that went away
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+
+    def __enter__(self):
+        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
+        return self
+
+    def __exit__(self, *exception):
+        self._server.closing.set()
+        self._server.shutdown()
+        self._server.server_close()
+
+    def methods(self) -> list[str]:
+        return [request.method for request in self.requests]
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self):
+        api = self.server.api
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        api.requests.append(Request(self.path, self.headers.get("Content-Type") or "", body))
+        (api.script.pop(0) if api.script else taken)(self)
+
+    do_GET = do_POST
+
+    def log_message(self, *args):
+        pass
+
+
+def closed_port() -> str:
+    """An address where nobody listens."""
+    with socket.socket() as taken_and_left:
+        taken_and_left.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{taken_and_left.getsockname()[1]}"
