@@ -16,9 +16,11 @@ import warnings
 from functools import partial
 
 import cloudpickle
+import nbformat
 import pytest
 import torch
 from bot_api import BotApi, closed_port, drip, error, hang, reply, reset
+from nbclient import NotebookClient
 from transformers import TrainerCallback
 
 from lablib import MLP, TrainingConfig, experiment, train_or_load
@@ -344,3 +346,28 @@ def test_an_experiment_leaves_no_trace_of_the_token(tiny_data, tmp_path, trace, 
     (failed,) = trace.warned
     assert "the run of 'broken' with seed 0 failed" in str(failed.message)
     assert trace() == []
+
+
+def test_an_executed_notebook_shows_nothing_of_the_token(tmp_path, monkeypatch):
+    with BotApi(*[error(401, f"Unauthorized: /bot{TOKEN}")] * 5) as api:
+        sources = [
+            "from lablib import MLP, StreamlinedTrainer, TrainingConfig, load_data\n"
+            "from lablib.telegram import TelegramNotifier\n"
+            f"TelegramNotifier.__init__.__defaults__ = (None, None, {api.url!r}, 10)\n"
+            "TelegramNotifier.deadline = 0.2",
+            "notifier = TelegramNotifier()\nprint(notifier, vars(notifier))\nnotifier",
+            "notifier.check()",  # fails: its traceback is an output, with what IPython makes of it
+            "config = TrainingConfig(num_epochs=1, use_telegram_notifications=True)\n"
+            "trainer = StreamlinedTrainer(MLP((4,)), config, load_data('digits'))\n"
+            "trainer.train()\nconfig",
+        ]
+        notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources])
+        monkeypatch.setenv("TELEGRAM_BOT_TOKEN", TOKEN)
+        monkeypatch.setenv("TELEGRAM_CHAT_ID", "42")
+        NotebookClient(notebook, kernel_name="python3", allow_errors=True, timeout=120).execute()
+        assert api.requests[0].token == TOKEN
+    outputs = [output for cell in notebook.cells for output in cell.outputs]
+    (failure,) = [output for output in outputs if output.output_type == "error"]
+    assert failure.ename == "TelegramError"
+    assert any("Telegram: 401" in output.get("text", "") for output in outputs)  # the training's one warning
+    assert not leaks(nbformat.writes(notebook))
