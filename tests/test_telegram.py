@@ -736,3 +736,8 @@ def test_the_picture_of_many_models_shows_the_best_in_validation(monkeypatch):
 )
 def test_a_duration_is_said_as_people_say_it(seconds, text):
     assert messages.duration(seconds) == text
+
+
+def test_an_errors_long_message_is_cut_after_tokens_were_taken_out_of_it():
+    text = messages.described(ValueError("x" * 485 + TOKEN + "." * 100))
+    assert text == "ValueError: " + "x" * 485 + "…" + "." * 14 + "…"
