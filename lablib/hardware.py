@@ -1,7 +1,9 @@
 """What a machine can do for a training: its devices, its precision, its memory."""
 
 import contextlib
+import copy
 import ctypes
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -25,18 +27,29 @@ def resolve_bf16(config: TrainingConfig, model: nn.Module) -> bool:
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
-def memory_format(model: nn.Module, device: torch.device) -> torch.memory_format:
+def memory_format(model: nn.Module, device: torch.device, image_shape: Sequence[int]) -> torch.memory_format:
     """How images lie in memory where a model is fastest: channels last for convolutions.
 
     Not so on a processor for a network with strided 1 × 1 convolutions of fewer than 16 channels: oneDNN (to 3.13 at
     least) then writes past its workspace, which ruins gradients or ends the process
-    (https://github.com/uxlfoundation/oneDNN/issues/6035).
+    (https://github.com/uxlfoundation/oneDNN/issues/6035). Nor for a model that does not take such images, as one that
+    flattens its features with `view` does not; it is tried. `image_shape` is (channels, height, width).
     """
     if device.type not in ("cpu", "cuda") or not has_convolutions(model):
         return torch.contiguous_format
     if device.type == "cpu" and any(_overflows(module) for module in model.modules()):
         return torch.contiguous_format
-    return torch.channels_last
+    return torch.channels_last if _takes_channels_last(model, image_shape) else torch.contiguous_format
+
+
+@torch.no_grad()
+def _takes_channels_last(model: nn.Module, image_shape: Sequence[int]) -> bool:
+    trial = copy.deepcopy(model).cpu().eval()
+    try:
+        trial(torch.zeros(2, *image_shape).contiguous(memory_format=torch.channels_last))
+    except RuntimeError:
+        return False
+    return True
 
 
 def _overflows(module: nn.Module) -> bool:

@@ -72,7 +72,7 @@ class StreamlinedTrainer(transformers.Trainer):
         train = stratified_subset(train, data.train_labels, config.max_train_images, config.seed)
         patience = config.early_stopping_patience
         stopping = [EarlyStoppingCallback(patience)] if patience else []
-        self._memory_format = memory_format(model, args.device)
+        self._memory_format = memory_format(model, args.device, data.image_shape)
         super().__init__(
             model=model,
             args=args,

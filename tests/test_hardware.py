@@ -2,12 +2,13 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
-from lablib import MLP, StreamlinedTrainer, TrainingConfig
+from lablib import MLP, ImageData, StreamlinedTrainer, TrainingConfig
 from lablib.hardware import memory_format, resolve_bf16
 from lablib.models import ResidualCNN, SimpleCNN
 
@@ -17,6 +18,12 @@ def config(**knobs) -> TrainingConfig:
 
 
 CPU = torch.device("cpu")
+RGB = (3, 32, 32)
+
+
+def coloured(data: ImageData) -> ImageData:
+    images = {part: getattr(data, part).repeat(1, 3, 1, 1) for part in ("train_images", "test_images")}
+    return replace(data, **images)
 
 
 def small_cnn() -> nn.Module:
@@ -42,13 +49,12 @@ def test_auto_takes_bf16_for_convolutions_where_the_processor_has_units_for_it(a
 
 
 def test_images_come_channels_last_for_convolutions_and_contiguous_for_linear_layers(tiny_data):
-    assert memory_format(small_cnn(), CPU) == torch.channels_last
-    assert memory_format(small_mlp(), CPU) == torch.contiguous_format
-    coloured = torch.stack([tiny_data.train_images[:4]] * 3, dim=1).squeeze(2)
-    model = SimpleCNN(1, width=2, image_shape=(3, 6, 6), num_classes=3)
-    trainer = StreamlinedTrainer(model, config(), tiny_data)
+    assert memory_format(small_cnn(), CPU, (1, 6, 6)) == torch.channels_last
+    assert memory_format(small_mlp(), CPU, (1, 6, 6)) == torch.contiguous_format
+    data = coloured(tiny_data)
+    trainer = StreamlinedTrainer(SimpleCNN(1, width=2, image_shape=(3, 6, 6), num_classes=3), config(), data)
     for training in (True, False):
-        images = trainer.prepare_images(coloured, training)
+        images = trainer.prepare_images(data.train_images[:4], training)
         assert images.is_contiguous(memory_format=torch.channels_last)
         assert not images.is_contiguous()
 
@@ -56,9 +62,30 @@ def test_images_come_channels_last_for_convolutions_and_contiguous_for_linear_la
 @pytest.mark.parametrize(("width", "expected"), [(8, torch.contiguous_format), (16, torch.channels_last)])
 def test_narrow_projections_stay_contiguous_on_a_processor_where_onednn_would_write_past_its_memory(width, expected):
     model = ResidualCNN(2, width)
-    assert memory_format(model, CPU) == expected
-    assert memory_format(model, torch.device("cuda")) == torch.channels_last
-    assert memory_format(ResidualCNN(2, width, shortcut=False), CPU) == torch.channels_last  # it has no projections
+    assert memory_format(model, CPU, RGB) == expected
+    assert memory_format(model, torch.device("cuda"), RGB) == torch.channels_last
+    assert (
+        memory_format(ResidualCNN(2, width, shortcut=False), CPU, RGB) == torch.channels_last
+    )  # it has no projections
+
+
+class ViewingCNN(nn.Module):
+    """As students write it: `view` needs features that are contiguous."""
+
+    def __init__(self):
+        super().__init__()
+        self.convolution, self.classifier = nn.Conv2d(3, 4, 3), nn.Linear(4 * 4 * 4, 3)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.classifier(self.convolution(images).view(len(images), -1))
+
+
+def test_a_model_that_takes_no_images_with_channels_last_trains_on_contiguous_ones(tiny_data):
+    model = ViewingCNN()
+    with pytest.raises(RuntimeError, match="view"):
+        model(torch.zeros(2, 3, 6, 6).contiguous(memory_format=torch.channels_last))
+    assert memory_format(model, CPU, (3, 6, 6)) == torch.contiguous_format
+    StreamlinedTrainer(model, config(), coloured(tiny_data)).train()
 
 
 def test_the_gradients_of_a_residual_network_are_those_of_float64():
@@ -80,7 +107,7 @@ for width in (3, 16):
     F.cross_entropy(model(images.double()), labels).backward()
     expected = {name: p.grad.float() for name, p in model.named_parameters()}
     model = model.float()
-    images = images.contiguous(memory_format=memory_format(model, torch.device("cpu")))
+    images = images.contiguous(memory_format=memory_format(model, torch.device("cpu"), (3, 32, 32)))
     for bf16, _ in product((False, True), range(5)):
         model.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
