@@ -1,5 +1,6 @@
-"""Small data that several test files share."""
+"""What several test files share: small data, and quick starts of trainings."""
 
+import gc
 from pathlib import Path
 
 import matplotlib
@@ -44,3 +45,11 @@ def tiny_data() -> ImageData:
         return images, labels
 
     return ImageData("tiny", *part(12), *part(6), ("top", "middle", "bottom"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_collections():
+    """Each training begins with a collection of garbage, which would look through all of PyTorch every time."""
+    gc.freeze()
+    yield
+    gc.unfreeze()

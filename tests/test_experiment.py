@@ -1,6 +1,5 @@
 """Experiments: all runs, side by side or one after the other, whatever becomes of one of them."""
 
-import gc
 import os
 from dataclasses import replace
 from functools import partial
@@ -21,14 +20,6 @@ from lablib.telegram import TelegramNotifier
 tiny_mlp = partial(MLP, image_shape=(1, 6, 6), num_classes=3)
 MODELS = {"narrow": partial(tiny_mlp, (4,)), "wide": lambda: tiny_mlp((8,))}
 SEEDS = (0, 1)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_collections():
-    """Each training begins with a collection of garbage, which would look through all of PyTorch every time."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def config_in(folder) -> TrainingConfig:

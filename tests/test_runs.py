@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import gc
 import json
 import os
 import shutil
@@ -30,14 +29,6 @@ FILES = ["history.jsonl", "identity.json", "model.safetensors", "result.json"]
 side_by_side = joblib.Parallel(n_jobs=2, batch_size=1, mmap_mode="c")
 
 tiny_mlp = partial(MLP, (8,), image_shape=(1, 6, 6), num_classes=3)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_collections():
-    """Each training begins with a collection of garbage, which would look through all of PyTorch every time."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import dataclasses
-import gc
 import io
 import json
 import logging
@@ -33,14 +32,6 @@ TOKEN = f"123456789:{SECRET}"
 PIECES = [SECRET[start : start + 6] for start in range(len(SECRET) - 5)]
 
 tiny_mlp = partial(MLP, (4,), image_shape=(1, 6, 6), num_classes=3)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_collections():
-    """Each training begins with a collection of garbage, which would look through all of PyTorch every time."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

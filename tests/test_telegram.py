@@ -2,7 +2,6 @@
 
 import asyncio
 import copy
-import gc
 import logging
 import os
 import struct
@@ -33,14 +32,6 @@ PNG = b"\x89PNG\r\n\x1a\n--boundary\r\n\r\n\x00\xff" + bytes(range(256)) * 20
 
 tiny_mlp = partial(MLP, image_shape=(1, 6, 6), num_classes=3)
 MODELS = {"narrow": partial(tiny_mlp, (4,)), "wide": partial(tiny_mlp, (8,))}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_collections():
-    """Each training begins with a collection of garbage, which would look through all of PyTorch every time."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

@@ -57,14 +57,6 @@ def normalised(images: torch.Tensor, data: ImageData) -> np.ndarray:
     return (images.numpy() / 255 - mean) / std
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _quick_collections():
-    """Each training begins with a collection of garbage, which would look through all of PyTorch every time."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 @pytest.fixture
 def build(tmp_path, tiny_data):
     """A trainer of a small MLP on the tiny data, its checkpoints in a folder of its own."""
