@@ -2,15 +2,18 @@
 
 import dataclasses
 import gc
+import importlib
 import json
 import os
 import subprocess
 import sys
 import threading
 import warnings
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import joblib
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
@@ -59,6 +62,17 @@ def _offline(tmp_path_factory):
         gc.freeze()  # each training begins with a collection of garbage
         yield
         gc.unfreeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def workers(_offline):
+    """Two worker processes, which import what a training needs while the other tests run."""
+    imported = partial(importlib.import_module, "lablib.tracking")
+    parallel = joblib.Parallel(n_jobs=2, mmap_mode="c")
+    starting = threading.Thread(target=parallel, args=([joblib.delayed(imported)() for _ in range(2)],))
+    starting.start()
+    yield starting
+    starting.join()
 
 
 def config(folder: Path, **knobs) -> TrainingConfig:
@@ -336,7 +350,8 @@ def test_a_training_anew_with_the_same_trainer_is_another_run(tmp_path, tiny_dat
     assert ids[0] != ids[1] == ids[2]
 
 
-def test_side_by_side_each_run_of_an_experiment_is_a_run_of_its_own(tmp_path, tiny_data):
+def test_side_by_side_each_run_of_an_experiment_is_a_run_of_its_own(tmp_path, tiny_data, workers):
+    workers.join()
     offline = {name: value for name, value in os.environ.items() if name.startswith("WANDB_")}
 
     def build() -> MLP:
