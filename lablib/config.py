@@ -21,6 +21,7 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 # What has no influence on the science of a run: who is told about it, and where its files lie.
 NOT_IDENTITY = (
     "output_dir",
+    "checkpoint_seconds",
     "device",
     "use_wandb",
     "wandb_project",
@@ -61,7 +62,9 @@ class TrainingConfig:
     precision: str = "auto"  # "bf16" is autocast; "auto" takes it for convolutions where the hardware is fast at it
     device: str = "auto"  # cuda, else mps, else cpu
     seed: int = 0  # split, initial weights, order of the images, augmentation, dropout
+    deterministic: bool = False  # the same bits each time on a GPU too, which takes longer; a CPU gives them anyway
     output_dir: str = "runs"  # the run store
+    checkpoint_seconds: float = 300.0  # at most, between two checkpoints within an epoch; each epoch ends with one
     use_wandb: bool = False
     wandb_project: str = "residual-and-distillation-lab"
     wandb_group: str | None = None
@@ -105,7 +108,9 @@ class TrainingConfig:
         self._check_int("seed", 0)
         if self.seed >= 2**32:
             raise self._error("seed", "a whole number below 2**32")
+        self._check_bool("deterministic")
         self._check_text("output_dir")
+        self._check_number("checkpoint_seconds", "a number above 0", lambda x: x > 0)
         self._check_bool("use_wandb")
         self._check_text("wandb_project")
         if self.wandb_group is not None:

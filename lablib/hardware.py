@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import ctypes
+import os
 from collections.abc import Sequence
 
 import torch
@@ -70,6 +71,27 @@ def check_device(device: str):
     if not present.get(device, True):
         there = ", ".join(["'auto'", "'cpu'", *(repr(name) for name in present if present[name])])
         raise ValueError(f"device = {device!r}, but this machine has none that PyTorch can use; write one of {there}")
+
+
+@contextlib.contextmanager
+def deterministic_algorithms(wanted: bool):
+    """PyTorch's deterministic algorithms, which give the same bits each time on a GPU and take longer.
+
+    https://pytorch.org/docs/stable/notes/randomness.html; the settings are as before at the end.
+    """
+    if not wanted:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    cudnn = torch.backends.cudnn
+    before = torch.are_deterministic_algorithms_enabled(), cudnn.deterministic, cudnn.benchmark
+    torch.use_deterministic_algorithms(True)
+    cudnn.deterministic, cudnn.benchmark = True, False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        cudnn.deterministic, cudnn.benchmark = before[1:]
 
 
 def fits(data: ImageData, device: torch.device) -> bool:

@@ -38,6 +38,18 @@ class BatchMeter:
     def __len__(self) -> int:
         return len(self._sizes)
 
+    def state(self) -> dict:
+        """All that was collected, as JSON takes it; the numbers come back as they were."""
+        losses = {name: values.tolist() for name, values in self.losses().items()} if self._sizes else {}
+        return {"sizes": self._sizes, "correct": self._hits(), "losses": losses}
+
+    def restore(self, state: dict):
+        """Go on from what `state` gave."""
+        self.forget()
+        self._sizes, self._correct = list(state["sizes"]), [torch.tensor(hits) for hits in state["correct"]]
+        losses = {name: torch.tensor(values, dtype=torch.float64) for name, values in state["losses"].items()}
+        self._losses = [{name: values[batch] for name, values in losses.items()} for batch in range(len(self))]
+
     def forget(self):
         """Begin anew."""
         self._sizes: list[int] = []
@@ -52,13 +64,24 @@ class BatchMeter:
 
     def losses(self) -> dict[str, torch.Tensor]:
         """Each loss by batch, float64 on the CPU."""
-        return {name: torch.stack([batch[name] for batch in self._losses]).cpu().double() for name in self._losses[0]}
+        return {name: _gathered([batch[name] for batch in self._losses]) for name in self._losses[0]}
 
     def means(self) -> dict[str, float]:
         """Each loss and the accuracy as means over images."""
         sizes = torch.tensor(self._sizes)
         means = {name: ((values * sizes).sum() / sizes.sum()).item() for name, values in self.losses().items()}
-        return means | {"accuracy": torch.stack(self._correct).sum().item() / sizes.sum().item()}
+        return means | {"accuracy": sum(self._hits()) / sizes.sum().item()}
+
+    def _hits(self) -> list[int]:
+        return _gathered(self._correct).long().tolist() if self._correct else []
+
+
+def _gathered(values: list[torch.Tensor]) -> torch.Tensor:
+    """Some scalars as float64 on the CPU, with one wait for each device that they are on."""
+    by_kind: dict[tuple, list[torch.Tensor]] = {}
+    for value in values:  # those of a checkpoint come first, on the CPU
+        by_kind.setdefault((value.device, value.dtype), []).append(value)
+    return torch.cat([torch.stack(group).cpu().double() for group in by_kind.values()])
 
 
 def history(log: list[dict]) -> list[dict]:

@@ -2,10 +2,12 @@
 
 import hashlib
 import json
+import os
 import platform
 import shutil
 import warnings
 from collections.abc import Callable
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -14,10 +16,11 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from torch import nn
 from transformers import TrainerCallback
 
+from lablib.checkpoints import check_room
 from lablib.config import TrainingConfig
 from lablib.data import ImageData
 from lablib.files import write_atomically
@@ -96,9 +99,25 @@ def train_or_load(
     this one waits for it and loads what it finds.
     """
     path = run_path(build_model, config, data, trainer_class)
-    path.mkdir(parents=True, exist_ok=True)
-    with _lock(path):
-        return load_or_set_aside(path) or _train(path, build_model, config, data, trainer_class, callbacks)
+    task = (path, build_model, config, data, trainer_class, callbacks)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        return _train_or_load_together(*task)
+    if run := load_or_set_aside(path):
+        return run
+    with _locked(path):
+        return load_or_set_aside(path) or _train(*task)
+
+
+def _train_or_load_together(path: Path, build_model, config, *more) -> Run:
+    """Where several processes train one run (`torchrun`), the first of them looks after the store."""
+    first = config.to_training_arguments(str(path)).process_index == 0
+    with _locked(path) if first else nullcontext():
+        finished = [first and load_or_set_aside(path) is not None]
+        torch.distributed.broadcast_object_list(finished)
+        if not finished[0]:
+            _train(path, build_model, config, *more)
+        torch.distributed.barrier()
+    return load_run(path)
 
 
 def load_or_set_aside(path: Path) -> Run | None:
@@ -106,7 +125,7 @@ def load_or_set_aside(path: Path) -> Run | None:
     try:
         return load_run(path)
     except DamagedRunError:
-        with _lock(path):
+        with _locked(path):
             return _load_or_rename(path)
 
 
@@ -122,16 +141,27 @@ def _load_or_rename(path: Path) -> Run | None:
         return None
 
 
-def _lock(path: Path) -> FileLock:
-    return FileLock(path.with_name(path.name + ".lock"), is_singleton=True)  # one process may take it twice
+@contextmanager
+def _locked(path: Path):
+    """Hold a run's lock; the system releases it when the process ends, however it ends."""
+    check_room(path.parent, 0)
+    lock = FileLock(path.with_name(path.name + ".lock"), is_singleton=True)  # one process may take it twice
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"another process is at the run {path.name}; waiting for it", flush=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
-def _train(path: Path, build_model, config, data, trainer_class, callbacks) -> Run:
+def _train(path: Path, build_model, config, data, trainer_class, callbacks) -> Run | None:
+    checkpoints = path / "checkpoints"
     path.mkdir(parents=True, exist_ok=True)
     model = build_seeded(build_model, config.seed)
-    described = identity(model, config, data, trainer_class)
-    write_atomically(path / "identity.json", json.dumps(described, indent=1).encode())
-    checkpoints = path / "checkpoints"
+    described = json.dumps(identity(model, config, data, trainer_class), indent=1).encode()
     trainer = trainer_class(
         model,
         config=config,
@@ -140,18 +170,25 @@ def _train(path: Path, build_model, config, data, trainer_class, callbacks) -> R
         checkpoint_dir=str(checkpoints),
         run_name=path.name,
     )
-    trainer.train(resume_from_checkpoint=_last_checkpoint(checkpoints))
+    first = trainer.is_world_process_zero()
+    if first:
+        for leftover in path.glob("*.partial"):  # of a process that was killed
+            leftover.unlink()
+        write_atomically(path / "identity.json", described)
+    trainer.train(resume_from_checkpoint=trainer.newest_checkpoint())
     rows = history(trainer.state.log_history)
+    result = _result(trainer, rows)
+    if not first:
+        return None
     files = {
         "model.safetensors": safetensors.torch.save(
             {name: tensor.contiguous().cpu() for name, tensor in trainer.model.state_dict().items()}
         ),
         "history.jsonl": _json_lines(rows),
-        "identity.json": (path / "identity.json").read_bytes(),
+        "identity.json": described,
     }
     for name, content in files.items():
         write_atomically(path / name, content)
-    result = _result(trainer, rows)
     sums = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
     result["sha256"] = {"result": _result_digest(result), **sums}
     write_atomically(path / "result.json", json.dumps(result, indent=1).encode())
@@ -180,7 +217,7 @@ def _result(trainer: StreamlinedTrainer, rows: list[dict]) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "versions": {name: version(name) for name in ("lablib", "torch", "transformers")}
         | {"python": platform.python_version()},
-    }
+    } | ({"notes": trainer.notes} if trainer.notes else {})
 
 
 class _HistoryWriter(TrainerCallback):
@@ -192,26 +229,6 @@ class _HistoryWriter(TrainerCallback):
     def on_evaluate(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
             write_atomically(self.path, _json_lines(history(state.log_history)), sync=False)
-
-
-def _last_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that was written to its end (trainer_state.json is the last of its files).
-
-    It names the checkpoint of the best epoch by a path; that is brought up to date, as the store may have been moved.
-    """
-    for path in sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]), reverse=True):
-        try:
-            state = json.loads((path / "trainer_state.json").read_bytes())
-        except (OSError, ValueError):
-            continue
-        best = folder / Path(state["best_model_checkpoint"] or path).name
-        if not (best / "model.safetensors").exists():
-            continue
-        write_atomically(
-            path / "trainer_state.json", json.dumps(state | {"best_model_checkpoint": str(best)}, indent=2).encode()
-        )
-        return str(path)
-    return None
 
 
 def _result_digest(result: dict[str, Any]) -> str:

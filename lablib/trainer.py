@@ -1,26 +1,33 @@
 """StreamlinedTrainer: one training of one model on one data set, on top of transformers.Trainer."""
 
 import gc
-import json
 import math
 import shutil
 import tempfile
 import time
 import weakref
 from collections.abc import Sequence
-from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from torch import nn
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
-from transformers.trainer_utils import PredictionOutput, get_last_checkpoint
+from transformers.trainer_utils import PredictionOutput
 
 from lablib.augmentation import augment
 from lablib.config import TrainingConfig
 from lablib.data import ImageBatches, ImageData, stratified_split, stratified_subset
-from lablib.hardware import check_device, fits, keep_freed_memory, memory_format, resolve_bf16
+from lablib.hardware import (
+    check_device,
+    deterministic_algorithms,
+    fits,
+    keep_freed_memory,
+    memory_format,
+    resolve_bf16,
+)
 from lablib.metrics import BatchMeter, cross_entropy, evaluation_metrics
+from lablib.resuming import ResumableTrainer
 from lablib.services import ServiceCallback
 
 # accelerate collects garbage whenever a training starts; what has been imported so far is none and need not be
@@ -34,13 +41,13 @@ class NonFiniteLossError(ArithmeticError):
     """The training loss became NaN or infinite."""
 
 
-class StreamlinedTrainer(transformers.Trainer):
+class StreamlinedTrainer(ResumableTrainer):
     """Trains, validates each epoch, stops early and restores the best weights; `.test()` then sees the test set.
 
     The training set is split by class into a training and a validation part. Augmentation and normalisation happen in
     the training step, on the device: what is random there is in a checkpoint's random state, so that a resumed run
-    draws what the uninterrupted one would have drawn. Whatever a `transformers.Trainer` can do (callbacks,
-    checkpoints, `torchrun`) this can do too.
+    draws what the uninterrupted one would have drawn (see `ResumableTrainer`). Whatever a `transformers.Trainer` can do
+    (callbacks, checkpoints, `torchrun`) this can do too.
 
     `checkpoint_dir` is where checkpoints go; without one they lie in a temporary folder that goes with the trainer.
     `run_name` is what Weights & Biases and Telegram call it.
@@ -73,6 +80,7 @@ class StreamlinedTrainer(transformers.Trainer):
         patience = config.early_stopping_patience
         stopping = [EarlyStoppingCallback(patience)] if patience else []
         self._memory_format = memory_format(model, args.device, data.image_shape)
+        self.checkpoint_seconds = config.checkpoint_seconds
         super().__init__(
             model=model,
             args=args,
@@ -92,21 +100,27 @@ class StreamlinedTrainer(transformers.Trainer):
         self._clock = time.perf_counter()
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        """Train to the end or to the early stop and load the best epoch's weights; see `transformers.Trainer.train`."""
+        """Train to the end or to the early stop and load the best epoch's weights; see `ResumableTrainer.train`."""
         transformers.set_seed(self.args.seed)
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True
-        if isinstance(resume_from_checkpoint, str) and (epochs := _stopped_after(resume_from_checkpoint)):
-            self.args.num_train_epochs = epochs  # or one more epoch would begin before the stop is noticed
         self._since_last_log.forget()
         self._clock = time.perf_counter()
-        try:
+        with deterministic_algorithms(self.config.deterministic):
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        except BaseException as error:
-            for callback in self.callback_handler.callbacks:
-                if isinstance(callback, ServiceCallback):
-                    callback.on_train_failed(error)
-            raise
+
+    def training_failed(self, error: BaseException) -> None:
+        """Tell the services."""
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, ServiceCallback):
+                callback.on_train_failed(error)
+
+    def progress(self) -> dict[str, Any]:
+        """What has been measured since the last epoch's end, and the seconds since then."""
+        return {"measured": self._since_last_log.state(), "seconds": time.perf_counter() - self._clock}
+
+    def restore_progress(self, progress: dict[str, Any]) -> None:
+        """Go on measuring where the checkpoint was written."""
+        self._since_last_log.restore(progress["measured"])
+        self._clock = time.perf_counter() - progress["seconds"]
 
     def test(self) -> dict[str, float]:
         """Loss and accuracy on the test set, with the present weights: after `train()`, those of the best epoch."""
@@ -206,13 +220,6 @@ def _services(trainer: StreamlinedTrainer) -> list[ServiceCallback]:
 
         callbacks.append(TelegramCallback(trainer))
     return callbacks
-
-
-def _stopped_after(checkpoint: str) -> int | None:
-    """After how many epochs a training had ended when it wrote a checkpoint; None if it was to go on."""
-    state = json.loads((Path(checkpoint) / "trainer_state.json").read_bytes())
-    control = state.get("stateful_callbacks", {}).get("TrainerControl", {}).get("args", {})
-    return round(state["epoch"]) if control.get("should_training_stop") else None
 
 
 def _as_it_is(batch):

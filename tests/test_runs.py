@@ -189,10 +189,12 @@ CHANGED = {
     "horizontal_flip": True,
     "precision": "fp32",
     "seed": 1,
+    "deterministic": True,
     "training_arguments": {"adam_beta1": 0.5},
 }
 INDIFFERENT = {
     "output_dir": "elsewhere",
+    "checkpoint_seconds": 1.0,
     "device": "auto",
     "use_wandb": True,
     "wandb_project": "other",

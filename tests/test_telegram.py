@@ -475,7 +475,7 @@ def test_a_training_gives_the_same_bits_whatever_telegram_does(api, config, tiny
 @pytest.mark.parametrize(
     ("step", "place", "resume"),
     [
-        (2, "at epoch 1 of 3", "It can be started again; no epoch was finished."),
+        (2, "at epoch 1 of 3", "It can be started again; it has no checkpoint yet."),
         (2 * STEPS + 1, "at epoch 3 of 3", "It can be resumed: it goes on after epoch 2, its last checkpoint."),
     ],
 )
@@ -644,7 +644,7 @@ def test_each_run_is_told_if_asked_for(api, config, tiny_data):
     assert broken.split("\n")[2:] == [
         "at epoch 1 of 2",
         "ArithmeticError: no forward with …",
-        "It can be started again; no epoch was finished.",
+        "It can be started again; it has no checkpoint yet.",
     ]
     assert end.startswith("Experiment on tiny: finished\nruns: 1 trained, 0 loaded, 1 failed")
 

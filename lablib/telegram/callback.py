@@ -8,6 +8,7 @@ import warnings
 from functools import cached_property
 from pathlib import Path
 
+from lablib.checkpoints import checkpoints_in
 from lablib.metrics import best_row, history
 from lablib.secret import redacted
 from lablib.services import ServiceCallback, harmless, learning_curves
@@ -157,10 +158,9 @@ class ExperimentMessages:
             warnings.warn(f"Telegram: {reason}; the experiment goes on without it", stacklevel=4)
 
 
-def _checkpoint_epoch(folder: str | Path) -> int:
-    """After how many epochs the last whole checkpoint in a folder was written; 0 if there is none."""
-    epochs = [0]
-    for file in Path(folder).glob("checkpoint-*/trainer_state.json"):
+def _checkpoint_epoch(folder: str | Path) -> float:
+    """After how many epochs the last checkpoint in a folder was written; 0 if there is none."""
+    for path in checkpoints_in(Path(folder)):
         with contextlib.suppress(OSError, ValueError):
-            epochs.append(round(json.loads(file.read_bytes())["epoch"]))
-    return max(epochs)
+            return json.loads((path / "trainer_state.json").read_bytes())["epoch"]
+    return 0

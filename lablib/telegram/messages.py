@@ -27,11 +27,11 @@ def of_run(title: str, run_name: str, result: Mapping[str, Any], info: str = "")
     return _joined(lines, info)
 
 
-def of_failed_run(headline: str, run_name: str, place: str, error: str, resumes_after: int, info: str = "") -> str:
-    """A training that did not end well; `resumes_after` is the epoch of its last checkpoint, 0 without one."""
-    resume = f"It can be resumed: it goes on after epoch {resumes_after}, its last checkpoint."
+def of_failed_run(headline: str, run_name: str, place: str, error: str, resumes_after: float, info: str = "") -> str:
+    """A training that did not end well; `resumes_after`: the epochs of its last checkpoint, 0 without one."""
+    resume = f"It can be resumed: it goes on after epoch {resumes_after:.3g}, its last checkpoint."
     if not resumes_after:
-        resume = "It can be started again; no epoch was finished."
+        resume = "It can be started again; it has no checkpoint yet."
     return _joined([headline, f"run: {run_name}", place, error, resume], info)
 
 
@@ -71,7 +71,7 @@ def of_stopped_experiment(result, error: BaseException, places: Sequence[str], s
 
 def outcome(error: BaseException) -> str:
     """Whether a person stopped it or an error did."""
-    return "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+    return "interrupted" if isinstance(error, (KeyboardInterrupt, SystemExit)) else "failed"
 
 
 def described(error: BaseException) -> str:

@@ -1,0 +1,252 @@
+"""ResumableTrainer: a transformers.Trainer that goes on from a checkpoint as if it had never stopped."""
+
+import json
+import platform
+import shutil
+import time
+import warnings
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+import transformers
+from safetensors import SafetensorError
+from transformers import TrainerCallback
+from transformers.trainer_pt_utils import safe_globals
+
+from lablib.checkpoints import (
+    DamagedCheckpointError,
+    check_room,
+    describe_failed_write,
+    discard_unfinished,
+    keep_newest,
+    newest_usable,
+    seal,
+    unfinished,
+    verify,
+)
+from lablib.interruption import SIGNALS, Interruption
+
+_BEST = "best_model.safetensors"
+_COST = 0.01  # at most this part of the time goes into the checkpoints within an epoch
+_STEPS_BETWEEN_DECISIONS = 50  # of several processes, which have to agree
+
+
+class ResumableTrainer(transformers.Trainer):
+    """Its checkpoints appear whole or not at all, hold all that the training depends on, and are checked before use.
+
+    There is one at each epoch's end and, within an epoch, one every `checkpoint_seconds`, or less often where that
+    would cost more than a hundredth of the time. Each holds weights, optimizer, schedule, random states, position,
+    history, early stopping's counter, and the best epoch's weights, so that none depends on another one. SIGINT and
+    SIGTERM end the step, write a checkpoint and leave.
+
+    `notes` says what keeps a resumed training from being the one that was begun: other versions, another precision or
+    device. Nothing is unpickled. Subclasses add to `progress` and take it back in `restore_progress`.
+    """
+
+    checkpoint_seconds = 300.0
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.notes: list[str] = []
+        self._interruption = Interruption(() if self.args.world_size > 1 else SIGNALS)
+        self._best_weights: dict[str, torch.Tensor] | None = None
+        self._writing = False
+        self.add_callback(_CheckpointCallback(self._interruption, self.checkpoint_seconds))
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """Train, or go on from a checkpoint: a path, or True for the newest that can be used.
+
+        Raises DamagedCheckpointError if the checkpoint of a path is damaged or cannot be loaded, ValueError if True
+        finds none, and OSError if the folder of the checkpoints has no room or cannot be written to.
+        """
+        folder = Path(self.args.output_dir)
+        check_room(folder, 3 * self._checkpoint_bytes())  # two are kept, and one is written
+        if self.is_world_process_zero():
+            discard_unfinished(folder)
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = self.newest_checkpoint()
+            if resume_from_checkpoint is None:
+                raise ValueError(f"there is no checkpoint in {folder} to go on from; train without resuming")
+        self.notes, self._best_weights = [], None
+        if resume_from_checkpoint:
+            self._check(Path(resume_from_checkpoint))
+            self._restore(Path(resume_from_checkpoint))
+        with self._interruption:
+            try:
+                return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+            except BaseException as error:
+                self.training_failed(error)
+                raise
+
+    def newest_checkpoint(self) -> Path | None:
+        """The newest checkpoint that can be gone on from, or None; those that cannot be used are set aside."""
+        chosen = [None]
+        if self.is_world_process_zero():
+            chosen = [newest_usable(Path(self.args.output_dir), self._check)]
+        if self.args.world_size > 1:
+            torch.distributed.broadcast_object_list(chosen)
+        return chosen[0]
+
+    def progress(self) -> dict[str, Any]:
+        """What a subclass needs to go on within an epoch, as JSON takes it."""
+        return {}
+
+    def restore_progress(self, progress: dict[str, Any]) -> None:
+        """Take back what `progress` gave."""
+
+    def training_failed(self, error: BaseException) -> None:
+        """Called when the training ends with an exception, an interruption included."""
+
+    # Writing
+
+    def _save_checkpoint(self, model, trial):
+        folder = Path(self.args.output_dir)
+        target = folder / f"checkpoint-{self.state.global_step}"
+        written = unfinished(folder) / target.name
+        self._writing = True
+        try:
+            super()._save_checkpoint(model, trial)
+            self._write_progress(written)
+            self.accelerator.wait_for_everyone()
+            if self.is_world_process_zero():
+                seal(written, target)
+                keep_newest(folder, max(2, self.args.save_total_limit or 2))
+            self.accelerator.wait_for_everyone()
+        except (OSError, SafetensorError, RuntimeError) as error:
+            shutil.rmtree(unfinished(folder), ignore_errors=True)
+            raise describe_failed_write(error, target, self._checkpoint_bytes()) from error
+        finally:
+            self._writing = False
+            self.state.best_model_checkpoint = str(folder)  # each checkpoint in it has the best weights
+
+    def _get_output_dir(self, trial):
+        folder = super()._get_output_dir(trial)
+        return str(unfinished(Path(folder))) if self._writing else folder
+
+    def _write_progress(self, folder: Path):
+        saved = {
+            "environment": self._environment(),
+            "notes": self.notes,
+            "progress": self.progress(),
+        }
+        (folder / f"lablib_{self.args.process_index}.json").write_text(json.dumps(saved))
+        if self.is_world_process_zero() and self._best_weights and self.state.best_global_step < self.state.global_step:
+            weights = {name: tensor.contiguous().cpu() for name, tensor in self._best_weights.items()}
+            safetensors.torch.save_file(weights, folder / _BEST)
+
+    def _determine_best_metric(self, metrics, trial):
+        better = super()._determine_best_metric(metrics, trial)
+        if better:
+            self._best_weights = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
+        return better
+
+    def _load_best_model(self):
+        self.model.load_state_dict(self._best_weights)
+
+    def _checkpoint_bytes(self) -> int:
+        """About the size of a checkpoint: the weights, the best epoch's, and the optimizer's two moments."""
+        return 4 * sum(t.numel() * t.element_size() for t in self.model.state_dict().values()) + 2**20
+
+    def _environment(self) -> dict[str, str]:
+        precision = "bf16" if self.args.bf16 else "fp16" if self.args.fp16 else "fp32"
+        versions = {name: version(name) for name in ("lablib", "torch", "transformers")}
+        return versions | {"python": platform.python_version(), "precision": precision, "device": self.args.device.type}
+
+    # Going on
+
+    def _check(self, checkpoint: Path):
+        """Raises DamagedCheckpointError for one that is damaged or that this model and these versions cannot load."""
+        verify(checkpoint)
+        try:
+            state = json.loads((checkpoint / "trainer_state.json").read_bytes())
+            json.loads((checkpoint / "lablib_0.json").read_bytes())["progress"]
+            expected = {name: tensor.shape for name, tensor in self.model.state_dict().items()}
+            for file in {"model.safetensors", _best_file(state)}:
+                shapes = {name: tensor.shape for name, tensor in safetensors.torch.load_file(checkpoint / file).items()}
+                if shapes != expected:
+                    raise ValueError(f"{file} holds the weights of another architecture")
+            with safe_globals():
+                for file in ("optimizer.pt", "scheduler.pt", *(p.name for p in checkpoint.glob("rng_state*.pth"))):
+                    torch.load(checkpoint / file, map_location="cpu", weights_only=True)
+        except Exception as error:
+            reason = str(error).partition("\n")[0]
+            raise DamagedCheckpointError(f"{checkpoint} cannot be loaded: {type(error).__name__}: {reason}") from error
+
+    def _restore(self, checkpoint: Path):
+        state = json.loads((checkpoint / "trainer_state.json").read_bytes())
+        if state.get("best_global_step"):
+            self._best_weights = safetensors.torch.load_file(checkpoint / _best_file(state))
+        if epochs := _stopped_after(state):
+            self.args.num_train_epochs = epochs  # or one more epoch would begin before the stop is noticed
+        saved = checkpoint / f"lablib_{self.args.process_index}.json"
+        if not saved.exists():
+            raise DamagedCheckpointError(
+                f"{checkpoint} was written by fewer processes than the {self.args.world_size} that are to go on from "
+                "it; start as many as before"
+            )
+        saved = json.loads(saved.read_bytes())
+        self.notes = saved["notes"]
+        self._compare(saved["environment"], checkpoint)
+        self.restore_progress(saved["progress"])
+
+    def _compare(self, before: dict[str, str], checkpoint: Path):
+        now = self._environment()
+        changed = [name for name in now if now[name] != before.get(name)]
+        if changed:
+            was, is_ = (", ".join(f"{name} {values.get(name)}" for name in changed) for values in (before, now))
+            note = f"resumed at step {checkpoint.name.rpartition('-')[2]} with {is_}, begun with {was}"
+            self.notes = [*self.notes, note]
+            warnings.warn(f"{checkpoint}: {note}; the result will carry this note", stacklevel=4)
+
+    def _init_training_state(self, *args, **kwargs):
+        position = super()._init_training_state(*args, **kwargs)
+        self.state.best_model_checkpoint = str(self.args.output_dir) if self._best_weights else None
+        return position
+
+
+class _CheckpointCallback(TrainerCallback):
+    """Asks for a checkpoint within an epoch where one is due, and leaves after it if that was asked for."""
+
+    def __init__(self, interruption: Interruption, seconds: float):
+        self.interruption, self.seconds = interruption, seconds
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.last, self.cost, self.asked_at = time.monotonic(), 0.0, None
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.epoch == round(state.epoch):
+            return  # the epoch's own checkpoint follows, after its validation
+        if self.interruption.asked or self._is_due(args, state):
+            control.should_save = True
+            self.asked_at = time.monotonic()
+
+    def on_save(self, args, state, control, **kwargs):
+        self.last = time.monotonic()
+        if self.asked_at is not None:
+            self.cost, self.asked_at = self.last - self.asked_at, None
+        self.interruption.leave()
+
+    def _is_due(self, args, state) -> bool:
+        if args.world_size > 1 and state.global_step % _STEPS_BETWEEN_DECISIONS:
+            return False
+        due = time.monotonic() - self.last >= max(self.seconds, self.cost / _COST)
+        if args.world_size > 1:
+            decision = torch.tensor(due, device=args.device)
+            torch.distributed.broadcast(decision, src=0)
+            due = bool(decision)
+        return due
+
+
+def _best_file(state: dict) -> str:
+    """The file with the best epoch's weights; the checkpoint of the best epoch itself needs no other."""
+    later = (state.get("best_global_step") or 0) not in (0, state["global_step"])
+    return _BEST if later else "model.safetensors"
+
+
+def _stopped_after(state: dict) -> int | None:
+    """After how many epochs a training had ended when it wrote a checkpoint; None if it was to go on."""
+    control = state.get("stateful_callbacks", {}).get("TrainerControl", {}).get("args", {})
+    return round(state["epoch"]) if control.get("should_training_stop") else None
