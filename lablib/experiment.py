@@ -1,5 +1,7 @@
 """An experiment: some models × some seeds -> their runs, trained side by side where there are cores for it."""
 
+import os
+import signal
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -14,6 +16,7 @@ from torch import nn
 
 from lablib.config import TrainingConfig
 from lablib.data import ImageData
+from lablib.interruption import Interruption, leave_with
 from lablib.progress import RunProgress
 from lablib.runs import Run, build_seeded, load_or_set_aside, run_path, train_or_load
 from lablib.secret import redacted
@@ -141,27 +144,32 @@ def _train_pending(
     config = replace(result.config, use_telegram_notifications=False)  # the experiment speaks for its runs
     jobs = min(joblib.effective_n_jobs(jobs), len(pending))
     threads = max(1, joblib.cpu_count() // jobs) if jobs > 1 else None
+    interruption = Interruption([signal.SIGINT])  # which workers get too: they are waited for, to write a checkpoint
     tasks = (
         joblib.delayed(_train_one)(
-            key, result.models[key[0]], replace(config, seed=key[1]), result.data, trainers[key], threads
+            key, result.models[key[0]], replace(config, seed=key[1]), result.data, trainers[key], threads, os.getpid()
         )
         for key in pending
+        if not interruption.asked
     )
     # mmap_mode "c": the workers share the images' memory, and may write to their own copy
     parallel = joblib.Parallel(n_jobs=jobs, return_as="generator_unordered", mmap_mode="c", pre_dispatch=jobs)
     names = {f"{name}, seed {seed}": path for (name, seed), path in pending.items()}
-    with RunProgress(names, result.config.num_epochs, finished=len(result.runs)) as progress:
+    with RunProgress(names, result.config.num_epochs, finished=len(result.runs)) as progress, interruption:
         try:
             for key, run, error in parallel(tasks):
                 if run is not None:
                     result.runs[key] = run
+                elif error is None:
+                    interruption.ask()
+                    continue
                 else:
                     _report_failure(result, key, *error)
                 progress.finished("{}, seed {}".format(*key))
                 if messages:
                     messages.run_ended(key)
         except Exception as error:  # a worker died, and joblib gives up the rest; what is finished is in the store
-            for key in pending.keys() - result.failures.keys():
+            for key in () if interruption.asked else pending.keys() - result.failures.keys():
                 if run := load_or_set_aside(pending[key]):
                     result.runs[key] = run
                 else:
@@ -181,7 +189,9 @@ def _report_failure(result: Experiment, key: tuple[str, int], line: str, trace: 
     warnings.warn(f"the run of {key[0]!r} with seed {key[1]} failed:\n{trace}", stacklevel=4)
 
 
-def _train_one(key, build_model, config, data, trainer_class, threads: int | None):
+def _train_one(key, build_model, config, data, trainer_class, threads: int | None, parent: int):
+    """A run's key, the run, and its error; neither if it was interrupted in a worker process."""
+    leave_with(parent)
     before = torch.get_num_threads()
     if threads is not None:
         torch.set_num_threads(threads)
@@ -189,6 +199,10 @@ def _train_one(key, build_model, config, data, trainer_class, threads: int | Non
         return key, train_or_load(build_model, config, data, trainer_class=trainer_class), None
     except Exception as error:
         return key, None, _described(error)
+    except KeyboardInterrupt:
+        if os.getpid() == parent:
+            raise
+        return key, None, None
     finally:
         torch.set_num_threads(before)
 

@@ -36,6 +36,7 @@ LOGGED = (
     "translation_fraction",
     "horizontal_flip",
     "seed",
+    "deterministic",
 )
 _BINS = 64  # of a histogram
 _OFFLINE = "WANDB_MODE=offline keeps the run on this machine, without an account"

@@ -29,7 +29,9 @@ DEFAULTS = {
     "precision": "auto",
     "device": "auto",
     "seed": 0,
+    "deterministic": False,
     "output_dir": "runs",
+    "checkpoint_seconds": 300.0,
     "use_wandb": False,
     "wandb_project": "residual-and-distillation-lab",
     "wandb_group": None,
@@ -63,7 +65,9 @@ REFUSED = {
     "precision": ("one of 'auto', 'fp32', 'bf16'", ["fp16", 32, None]),
     "device": ("one of 'auto', 'cpu', 'cuda', 'mps'", ["gpu", "cuda:1", 0, None]),
     "seed": ("a whole number of at least 0", [-1, 0.5, True, "0", None]),
+    "deterministic": ("True or False", [1, "no", None]),
     "output_dir": ("a string that is not empty", ["", None, 3]),
+    "checkpoint_seconds": ("a number above 0", [0, -1, math.nan, math.inf, "300", None]),
     "use_wandb": ("True or False", [1, "yes", None]),
     "wandb_project": ("a string that is not empty", ["", None]),
     "wandb_group": ("None or a string that is not empty", ["", 3]),
@@ -79,6 +83,7 @@ REFUSED = {
 
 NO_INFLUENCE = {
     "output_dir": "elsewhere",
+    "checkpoint_seconds": 60.0,
     "device": "cpu",
     "use_wandb": True,
     "wandb_project": "another",
@@ -109,6 +114,7 @@ INFLUENCE = {
     "horizontal_flip": True,
     "precision": "fp32",
     "seed": 1,
+    "deterministic": True,
     "training_arguments": {"adam_beta1": 0.8},
 }
 

@@ -1,5 +1,6 @@
 """The run store: what makes two runs the same, and what survives interruptions, damage and company."""
 
+import contextlib
 import copy
 import dataclasses
 import json
@@ -350,9 +351,13 @@ def test_a_checkpoint_that_was_half_written_is_passed_over(lost, config, tiny_da
         (newest / "model.safetensors").write_bytes(b"")
     else:
         state.write_bytes(state.read_bytes()[:50])
-    run = train_or_load(tiny_mlp, config, tiny_data, callbacks=(epochs,))
-    assert epochs.begun[-1] == 4
-    assert epochs.begun[0] < 4
+    with pytest.warns(
+        UserWarning,
+        match=rf"checkpoint-{3 * STEPS} cannot be used: .*(trainer_state.json|model.safetensors) has .*set aside",
+    ):
+        run = train_or_load(tiny_mlp, config, tiny_data, callbacks=(epochs,))
+    assert epochs.begun == [3, 4]
+    assert (run.path / "set-aside" / f"checkpoint-{3 * STEPS}-1").is_dir()
     assert timeless(run) == timeless(undisturbed())
 
 
@@ -510,19 +515,20 @@ def test_wherever_the_writing_breaks_off_no_half_file_counts(config, tiny_data, 
         nonlocal calls
         calls += 1
         if calls > limit:
-            os.ftruncate(descriptor, 7)  # what a full disk or a crash may leave
+            with contextlib.suppress(OSError):  # a folder is not cut
+                os.ftruncate(descriptor, 7)  # what a full disk or a crash may leave
             raise KeyboardInterrupt
         return sync(descriptor)
 
     monkeypatch.setattr(os, "fsync", break_off)
     interruptions, run = 0, None
-    while run is None and limit < 20:
+    while run is None and limit < 100:
         calls = 0
         try:
             run = train_or_load(tiny_mlp, config, tiny_data)
         except KeyboardInterrupt:
             interruptions += 1
-            limit += 1
+            limit += 2
             assert load_run(path) is None
             for file in path.glob("*.json"):
                 json.loads(file.read_bytes())

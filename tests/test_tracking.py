@@ -32,6 +32,7 @@ ONLY_HERE = {  # fields of TrainingConfig that W&B is not told as they are
     "precision",  # what it was resolved to is
     "device",
     "output_dir",
+    "checkpoint_seconds",
     "use_wandb",
     "wandb_project",
     "wandb_group",

@@ -140,7 +140,7 @@ class ExperimentMessages:
         return file.exists() and file.stat().st_mtime > self._began - 1
 
     def _place(self, path: Path) -> str:
-        return messages.place(_checkpoint_epoch(path / "checkpoints") + 1, self._config.num_epochs)
+        return messages.place(int(_checkpoint_epoch(path / "checkpoints")) + 1, self._config.num_epochs)
 
     @property
     def _info(self) -> str:
