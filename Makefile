@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help lab test full full-mlps full-cnns readme lint clean
+.PHONY: help lab test torture full full-mlps full-cnns readme lint clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -30,6 +30,9 @@ test: .venv/test lint ## check the style, run the tests and the notebooks
 lint: .venv/test
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+
+torture: .venv/test ## kill runs, break their writes, and compare; writes results/reliability.md (some minutes)
+	@$(BIN)/python tests/torture.py --out results/reliability.md
 
 # the data set as a name (cifar10, downloaded) or a folder; more epochs and seeds cost time in proportion
 CIFAR ?= data/cifar10-jpeg

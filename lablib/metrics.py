@@ -113,4 +113,5 @@ def best_row(rows: list[dict], metric: str) -> dict:
 
 def _measured(entry: dict, prefix: str) -> list[str]:
     names = [name.removeprefix(prefix) for name in entry if name.startswith(prefix)]
-    return [name for name in names if name == "accuracy" or name.endswith("loss")]
+    measured = [name for name in names if name == "accuracy" or name.endswith("loss")]
+    return sorted(measured, key=lambda name: (name != "loss", name == "accuracy", name))  # one order, resumed or not

@@ -1,0 +1,54 @@
+"""The short form of `make torture`: runs are killed, writes fail, and the results are those of undisturbed runs."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TORTURE = Path(__file__).with_name("torture.py")
+SMALL = ["--images", "300", "--epochs", "2"]
+
+
+def torture(*options: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(TORTURE), *SMALL, *options]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def report() -> str:
+    process = torture("--only", "MLP", "--kills", "4", "--faults", "6")
+    assert process.returncode == 0, process.stdout + process.stderr
+    return process.stdout
+
+
+def test_a_run_that_was_killed_four_times_ends_bitwise_the_same(report):
+    assert "| MLP | 1 | 1 | 1 | 1 | none |" in report
+
+
+def test_each_fault_was_noticed_and_the_run_ended_the_same(report):
+    rows = [line.split("|")[1:-1] for line in report.splitlines() if line.startswith("| ") and ":" not in line]
+    faults = {
+        name.strip(): [int(n) for n in numbers]
+        for name, *numbers in rows
+        if len(numbers) == 3 and "1" <= numbers[0].strip() <= "9"
+    }
+    assert sum(injected for injected, _, _ in faults.values()) == 6 + 2 * 6
+    assert all(injected == noticed == same for injected, noticed, same in faults.values())
+
+
+def test_the_comparison_can_fail(tmp_path):
+    """A resume that forgets the optimizer's state is found out."""
+    forgetful = tmp_path / "sitecustomize.py"
+    forgetful.write_text(
+        "import transformers\ntransformers.Trainer._load_optimizer_and_scheduler = lambda self, checkpoint: None\n"
+    )
+    script = (
+        f"import sys; sys.path.insert(0, {str(TORTURE.parent)!r}); exec(open({str(forgetful)!r}).read()); import torture; "
+        f"sys.exit(torture.main({[*SMALL, '--only', 'MLP', '--kills', '1', '--faults', '1']!r}))"
+    )
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    assert process.returncode == 1
+    assert "weights" in process.stderr
