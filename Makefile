@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help lab test torture full full-mlps full-cnns readme lint clean
+.PHONY: help lab test torture full full-mlps full-cnns readme runs clean-runs lint clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -56,6 +56,15 @@ full-cnns: .venv/lab ## the published experiment on CIFAR-10 (about an hour on 2
 
 readme: .venv/lab ## write the tables of results/ into the README
 	@$(BIN)/python -m lablib.report
+
+RUNS ?= runs
+FINISHED ?= 0
+
+runs: .venv/lab ## list the runs of the store with their states; RUNS=out/runs: those of make lab
+	@$(BIN)/python -m lablib.store --output-dir "$(RUNS)"
+
+clean-runs: .venv/lab ## delete interrupted and damaged runs, after asking; FINISHED=1: finished ones too
+	@$(BIN)/python -m lablib.store clean --output-dir "$(RUNS)" $(if $(filter 1,$(FINISHED)),--finished)
 
 clean: ## delete out/, what make lab wrote; the published runs in runs/ stay
 	rm -rf out
