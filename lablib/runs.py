@@ -123,10 +123,13 @@ def _train_or_load_together(path: Path, build_model, config, *more) -> Run:
 def load_or_set_aside(path: Path) -> Run | None:
     """A finished run, or None; a damaged one is reported by a warning and moved out of the way."""
     try:
-        return load_run(path)
+        run = load_run(path)
     except DamagedRunError:
         with _locked(path):
             return _load_or_rename(path)
+    if run:
+        shutil.rmtree(path / "checkpoints", ignore_errors=True)  # where the process ended before it could
+    return run
 
 
 def _load_or_rename(path: Path) -> Run | None:
