@@ -42,7 +42,7 @@ def _quick_and_alone(monkeypatch, tmp_path):
     """No credentials of whoever runs the tests, short waits, and every file below tmp_path."""
     for name in ("TELEGRAM_BOT_TOKEN", "TELEGRAM_CHAT_ID"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(TelegramNotifier, "deadline", 0.1)
+    monkeypatch.setattr(TelegramNotifier, "deadline", 0.2)
     monkeypatch.setattr(TelegramNotifier, "pause", 0.01)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.chdir(tmp_path)
@@ -357,7 +357,7 @@ CELLS = [
     "from lablib import MLP, StreamlinedTrainer, TrainingConfig, load_data\n"
     "from lablib.telegram import TelegramNotifier\n"
     "TelegramNotifier.__init__.__defaults__ = (None, None, {url!r}, 10)\n"
-    "TelegramNotifier.deadline = 0.1",
+    "TelegramNotifier.deadline = 0.2",
     "notifier = TelegramNotifier()\nprint(notifier, vars(notifier))\nnotifier",
     "notifier.check()",  # fails: its traceback is an output, with what IPython makes of it
     "config = TrainingConfig(num_epochs=1, use_telegram_notifications=True)\n"
