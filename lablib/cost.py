@@ -2,8 +2,7 @@
 
 import statistics
 import time
-import weakref
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import product
 
@@ -11,11 +10,10 @@ import pandas as pd
 import safetensors.torch
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from lablib.diagnostics import eval_mode
+from lablib.memory import LiveBytes
 
 
 @torch.no_grad()
@@ -43,41 +41,9 @@ def peak_memory(model: nn.Module, image_shape: Sequence[int], batch: int = 128) 
     (channels, height, width); the model is in eval mode where it is.
     """
     images = torch.zeros(batch, *image_shape, device=next(model.parameters()).device)
-    with eval_mode(model), _LiveBytes() as live:
+    with eval_mode(model), LiveBytes([images, *model.parameters(), *model.buffers()]) as live:
         model(images)
     return images.nbytes + live.peak
-
-
-class _LiveBytes(TorchDispatchMode):
-    """Adds up the storages of the tensors that operations return, as long as one of a storage's tensors lives."""
-
-    def __init__(self):
-        super().__init__()
-        self.peak, self._bytes, self._users = 0, 0, Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        given = {tensor.untyped_storage().data_ptr() for tensor in tree_leaves((args, kwargs)) if _is_tensor(tensor)}
-        for tensor in filter(_is_tensor, tree_leaves(result)):
-            storage = tensor.untyped_storage()
-            pointer, size = storage.data_ptr(), storage.nbytes()
-            if pointer in given and not self._users[pointer]:
-                continue  # a view of the images or of a weight
-            if not self._users[pointer]:
-                self._bytes += size
-                self.peak = max(self.peak, self._bytes)
-            self._users[pointer] += 1
-            weakref.finalize(tensor, self._forget, pointer, size)
-        return result
-
-    def _forget(self, pointer: int, size: int):
-        self._users[pointer] -= 1
-        if not self._users[pointer]:
-            self._bytes -= size
-
-
-def _is_tensor(value: object) -> bool:
-    return isinstance(value, torch.Tensor)
 
 
 @torch.no_grad()

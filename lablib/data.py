@@ -32,7 +32,8 @@ class ImageData:
         if self.train_images.shape[1:] != self.test_images.shape[1:]:
             raise ValueError(
                 f"{self.name}: the training images are {tuple(self.train_images.shape[1:])} and the test images "
-                f"{tuple(self.test_images.shape[1:])} (channels, height, width); they must be of one size"
+                f"{tuple(self.test_images.shape[1:])} (channels, height, width); they must be of one size, "
+                "as load_data(..., image_size=32, channels=3) makes them"
             )
         if len(self.class_names) < 2:
             raise ValueError(f"{self.name} has {len(self.class_names)} class; a classifier needs at least two")
@@ -41,12 +42,18 @@ class ImageData:
         if images.dtype != torch.uint8 or images.ndim != 4:
             raise ValueError(
                 f"{self.name}: the {part} images are {images.dtype} of shape {tuple(images.shape)}; "
-                "they must be torch.uint8, images × channels × height × width"
+                f"they must be torch.uint8, images × channels × height × width{_conversion(images)}"
+            )
+        if 0 in images.shape[1:]:
+            raise ValueError(
+                f"{self.name}: the {part} images have no pixels: their channels, height and width are "
+                f"{tuple(images.shape[1:])}, and each must be 1 or more"
             )
         if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
             raise ValueError(
                 f"{self.name}: the {part} labels are {labels.dtype} of shape {tuple(labels.shape)}; "
-                f"they must be torch.int64, one for each of the {len(images)} images"
+                f"they must be torch.int64, one for each of the {len(images)} images; "
+                "torch.as_tensor(labels).long() makes such of whole numbers"
             )
         counts = np.bincount(labels.clamp(min=0).numpy(), minlength=len(self.class_names))
         if len(counts) > len(self.class_names) or (len(labels) and labels.min() < 0):
@@ -56,7 +63,10 @@ class ImageData:
             )
         for name, count in zip(self.class_names, counts, strict=True):
             if count == 0:
-                raise ValueError(f"{self.name}: class {name!r} has no {part} images; each class needs some")
+                raise ValueError(
+                    f"{self.name}: class {name!r} has no {part} images; each class needs some; "
+                    "add images, or take the class out and number the others anew"
+                )
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -110,6 +120,24 @@ class ImageData:
         self,
     ) -> dict[str, np.ndarray]:  # kept, since joblib recognises an array that it has seen by its identity
         return {k: v.numpy() for k, v in self._fields.items() if isinstance(v, torch.Tensor)}
+
+
+def _conversion(images: torch.Tensor) -> str:
+    """How images of another type become uint8, as the end of an error's message."""
+    if not isinstance(images, torch.Tensor):
+        return "; torch.from_numpy(images) makes a tensor of an array"
+    if images.dtype == torch.uint8:
+        return "; images.unsqueeze(1) gives grey images their channel" if images.ndim == 3 else ""
+    if images.is_floating_point() and not (finite := images.isfinite()).all():
+        bad = [name for name, found in (("NaN", images.isnan()), ("infinite values", images.isinf())) if found.any()]
+        number = int((~finite).reshape(len(images), -1).any(1).sum())
+        return f". {number} of them hold {' and '.join(bad)}: repair or leave out these first"
+    low, high = (images.min().item(), images.max().item()) if images.numel() else (0, 0)
+    if (images.is_floating_point() or images.dtype == torch.bool) and low >= 0 and high <= 1:
+        return "; write (255 * images).round().to(torch.uint8) for values from 0 to 1 as these are"
+    if low >= 0 and high <= 255:
+        return "; write images.round().to(torch.uint8) for values from 0 to 255 as these are"
+    return f"; scale these from {low:g} to {high:g} to 0 to 255, and write images.round().to(torch.uint8)"
 
 
 class ImageBatches(Dataset):

@@ -109,7 +109,13 @@ def expected_calibration_error(probabilities: torch.Tensor, labels: torch.Tensor
 
 
 def agreement(first: torch.Tensor, second: torch.Tensor) -> float:
-    """Share of images for which two models' logits or probabilities (images × classes) name the same class."""
+    """Share of images for which two models' logits or probabilities (images × classes) name the same class.
+
+    Raises ValueError for two shapes.
+    """
     if first.shape != second.shape:
-        raise ValueError(f"predictions of shapes {tuple(first.shape)} and {tuple(second.shape)} cannot be compared")
+        raise ValueError(
+            f"predictions of shapes {tuple(first.shape)} and {tuple(second.shape)} cannot be compared; "
+            "both must be images × classes, for the same images and classes"
+        )
     return (first.argmax(1) == second.argmax(1)).double().mean().item()

@@ -55,13 +55,17 @@ class Experiment:
         """A model with the best epoch's weights of one of its runs (of the first seed by default), in eval mode."""
         seed = self.seeds[0] if seed is None else seed
         if (model, seed) not in self.runs:
-            raise KeyError(f"no finished run of {model!r} with seed {seed}: {self.failures.get((model, seed), '')}")
+            why = self.failures.get((model, seed)) or f"there are those of {sorted(self.runs)}"
+            raise KeyError(f"no finished run of {model!r} with seed {seed}: {why}")
         return self.runs[model, seed].load_weights(self.models[model]())
 
     def __or__(self, other: "Experiment") -> "Experiment":
         """Both experiments' models and runs as one; the seeds are those of either."""
         if other.data.fingerprint != self.data.fingerprint:
-            raise ValueError(f"experiments on {self.data.name} and {other.data.name} cannot be joined")
+            raise ValueError(
+                f"experiments on {self.data.name} and {other.data.name} cannot be joined; "
+                "both must be on the same images and labels"
+            )
         return Experiment(
             self.data,
             self.config,

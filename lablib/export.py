@@ -39,7 +39,10 @@ def export_onnx(model: nn.Module, path: str | Path, image_shape: Sequence[int]) 
     graph = program.model.graph
     if any([str(size) for size in value.shape[:1]] != ["batch"] for value in (*graph.inputs, *graph.outputs)):
         # the exporter would fix the batch size in silence
-        raise ValueError(f"{type(model).__name__} does not give one row of logits an image for batches of any size")
+        raise ValueError(
+            f"{type(model).__name__} does not give one row of logits an image for batches of any size; "
+            "its forward must keep the first dimension of its images as it is"
+        )
     for node in graph.all_nodes():
         node.metadata_props.clear()  # stack traces, with the paths of this machine
     path = Path(path)

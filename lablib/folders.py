@@ -11,7 +11,7 @@ import numpy as np
 import safetensors
 import safetensors.torch
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from lablib.data import ImageData
 from lablib.files import write_atomically
@@ -81,7 +81,10 @@ def _class_names(folder: Path) -> list[str]:
     )
     if names != test_names:
         only = sorted(set(names) ^ set(test_names))
-        raise ValueError(f"{folder}: train and test must have the same classes, but only one of them has {only}")
+        raise ValueError(
+            f"{folder}: train and test must have the same classes, but only one of them has {only}; "
+            "add or delete these folders"
+        )
     if len(names) < 2:
         raise ValueError(f"{folder}/train has {len(names)} class folder ({names}); a classifier needs at least two")
     return names
@@ -118,9 +121,15 @@ def _read_all(paths: list[Path], size: Size, channels: int | None) -> torch.Tens
         try:
             with Image.open(path) as image:
                 image.load()  # or nothing but the header would be read before the file is closed
-                return prepared(image, size, channels)
-        except (OSError, UnidentifiedImageError, SyntaxError) as error:
+                mode, ready = image.mode, prepared(image, size, channels)
+        except Exception as error:  # Pillow's decoders raise many kinds
             raise OSError(f"{path} is damaged or no image ({error}); replace or delete it") from error
+        if mode[0] in "IF":  # Pillow would cut off what is above 255
+            raise ValueError(
+                f"{path} has pixels of 16 or 32 bits (Pillow's mode {mode!r}); scale them to 0 to 255 and save the "
+                "image with 8 bits a channel"
+            )
+        return ready
 
     with ThreadPoolExecutor() as pool:  # decoding runs outside of Python's lock
         return stacked(list(pool.map(read, paths)), lambda index: str(paths[index]))

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import ctypes
+import gc
 import os
 from collections.abc import Sequence
 
@@ -112,3 +113,18 @@ def keep_freed_memory():
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-3, 1 << 28)  # M_MMAP_THRESHOLD, bytes
         libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD, bytes
+
+
+def return_freed_memory():
+    """Give back to the system what is kept of freed tensors, and from now on keep none: the way where memory is scarce.
+
+    What glibc keeps falls into pieces, so that a training would take up to twice the memory of its tensors.
+    """
+    gc.collect()
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD, bytes
+        libc.mallopt(-1, 1 << 20)  # M_TRIM_THRESHOLD, bytes
+        libc.malloc_trim(0)

@@ -73,9 +73,11 @@ class ResumableTrainer(transformers.Trainer):
         self.notes, self._best_weights = [], None
         if resume_from_checkpoint:
             self._check(Path(resume_from_checkpoint))
-            self._restore(Path(resume_from_checkpoint))
         with self._interruption:
             try:
+                self.before_training()
+                if resume_from_checkpoint:
+                    self._restore(Path(resume_from_checkpoint))
                 return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
             except BaseException as error:
                 self.training_failed(error)
@@ -89,6 +91,9 @@ class ResumableTrainer(transformers.Trainer):
         if self.args.world_size > 1:
             torch.distributed.broadcast_object_list(chosen)
         return chosen[0]
+
+    def before_training(self) -> None:
+        """Called when the training is about to begin; what it raises ends it."""
 
     def progress(self) -> dict[str, Any]:
         """What a subclass needs to go on within an epoch, as JSON takes it."""

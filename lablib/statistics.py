@@ -83,7 +83,7 @@ def paired_difference(first: Mapping[int, float], second: Mapping[int, float]) -
     """First less second over the seeds that both have. Raises ValueError if they have none in common."""
     seeds = sorted(first.keys() & second.keys())
     if not seeds:
-        raise ValueError(f"no seed in common: {sorted(first)} and {sorted(second)}")
+        raise ValueError(f"no seed in common: {sorted(first)} and {sorted(second)}; train both with the same seeds")
     differences = np.array([first[seed] - second[seed] for seed in seeds])
     summary = summarise(differences)
     if summary.ci95 is None:

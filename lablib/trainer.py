@@ -26,6 +26,7 @@ from lablib.hardware import (
     memory_format,
     resolve_bf16,
 )
+from lablib.memory import check_batch_fits
 from lablib.metrics import BatchMeter, cross_entropy, evaluation_metrics
 from lablib.resuming import ResumableTrainer
 from lablib.services import ServiceCallback
@@ -52,7 +53,7 @@ class StreamlinedTrainer(ResumableTrainer):
     `checkpoint_dir` is where checkpoints go; without one they lie in a temporary folder that goes with the trainer.
     `run_name` is what Weights & Biases and Telegram call it.
     Raises ValueError for a device that is not there, and NonFiniteLossError, naming epoch and step, when the training
-    loss is NaN or infinite.
+    loss is NaN or infinite. `train` raises BatchTooLargeError, before it begins, when a batch does not fit into memory.
     """
 
     def __init__(
@@ -102,10 +103,14 @@ class StreamlinedTrainer(ResumableTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """Train to the end or to the early stop and load the best epoch's weights; see `ResumableTrainer.train`."""
         transformers.set_seed(self.args.seed)
-        self._since_last_log.forget()
-        self._clock = time.perf_counter()
         with deterministic_algorithms(self.config.deterministic):
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def before_training(self) -> None:
+        """Try a batch, and begin to measure. Raises BatchTooLargeError if the batch does not fit into memory."""
+        check_batch_fits(self)
+        self._since_last_log.forget()
+        self._clock = time.perf_counter()
 
     def training_failed(self, error: BaseException) -> None:
         """Tell the services."""

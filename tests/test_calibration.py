@@ -53,3 +53,10 @@ def test_agreement_is_the_share_of_the_same_class():
     assert agreement(first, torch.tensor([[1.0, 0.0]] * 4)) == 0.5
     with pytest.raises(ValueError, match=r"shapes \(4, 2\) and \(4, 3\)"):
         agreement(first, torch.zeros(4, 3))
+
+
+def test_predictions_of_different_shapes_are_not_compared():
+    words = "cannot be compared; both must be images × classes, for the same images and classes"
+    for other in (torch.zeros(5, 4), torch.zeros(6, 3)):
+        with pytest.raises(ValueError, match=rf"predictions of shapes \(5, 3\) and \({len(other)}, .* {words}"):
+            agreement(torch.zeros(5, 3), other)

@@ -54,7 +54,7 @@ def test_smaller_images_are_refused_with_the_smallest_size(network):
 @pytest.mark.parametrize("network", [SimpleCNN, ResidualCNN])
 @pytest.mark.parametrize("bad", [{"depth": 0}, {"depth": True}, {"depth": 2.0}, {"depth": 1, "width": -1}])
 def test_a_depth_or_width_that_is_no_number_above_0_is_refused(network, bad):
-    with pytest.raises(ValueError, match="must be a whole number above 0"):
+    with pytest.raises(ValueError, match=f"{list(bad)[-1]} = .*, but it must be a whole number above 0"):
         network(**bad)
 
 

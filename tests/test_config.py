@@ -292,5 +292,12 @@ def test_a_whole_number_and_the_same_float_have_one_identity_as_json(name):
 
 @pytest.mark.parametrize("name", ["optim", "optim_args", "label_smoothing_factor"])
 def test_a_training_argument_that_would_do_nothing_is_refused(name):
-    with pytest.raises(ValueError, match=f"{name}.* would do nothing: lablib's own optimizer and loss"):
+    with pytest.raises(ValueError, match=f"has {name!r}, which would do nothing") as caught:
         TrainingConfig(training_arguments={name: 0.1})
+    assert ", which would do nothing: lablib's own optimizer and loss take its place" in str(caught.value)
+
+
+def test_a_token_in_the_chats_place_is_refused():
+    words = "TrainingConfig: telegram_chat_id looks like a bot's token; it is the number of a chat"
+    with pytest.raises(ValueError, match=words):
+        TrainingConfig(telegram_chat_id="123456:" + 35 * "A")

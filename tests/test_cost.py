@@ -216,5 +216,6 @@ def test_the_models_take_turns_so_that_a_busy_while_slows_all_of_them(monkeypatc
 
 @pytest.mark.parametrize(("repeats", "rounds"), [(0, 5), (10, 0), (-1, 1)])
 def test_no_repeats_and_no_rounds_are_refused(repeats, rounds):
-    with pytest.raises(ValueError, match=f"repeats = {repeats} and rounds = {rounds}, but both must be whole numbers"):
+    words = f"repeats = {repeats} and rounds = {rounds}, but both must be whole numbers above 0"
+    with pytest.raises(ValueError, match=words):
         latency({"mlp": MLP((2,))}, (1, 28, 28), repeats=repeats, rounds=rounds)

@@ -9,8 +9,9 @@ import torch
 from sklearn.model_selection import StratifiedShuffleSplit
 from torch.utils.data import DataLoader
 
-from lablib import ImageData, stratified_split
+from lablib import MLP, ImageData, SimpleCNN, StreamlinedTrainer, TrainingConfig, stratified_split
 from lablib.data import ImageBatches, stratified_subset
+from lablib.metrics import history
 
 UNEQUAL = torch.arange(4).repeat_interleave(torch.tensor([83, 41, 29, 11]))
 
@@ -64,7 +65,7 @@ def test_a_split_is_scikit_learns():
     ],
 )
 def test_too_few_images_for_a_split_are_refused(labels, validation_split):
-    with pytest.raises(ValueError, match="each part needs an image of each class") as caught:
+    with pytest.raises(ValueError, match=r"each part needs an image of each class; add images or change it$") as caught:
         stratified_split(labels, validation_split, seed=0)
     assert f"{len(labels)} images" in str(caught.value)
     assert f"validation_split = {validation_split}" in str(caught.value)
@@ -125,7 +126,8 @@ def test_a_subset_of_no_size_or_of_at_least_all_is_all(size):
 def test_a_subset_smaller_than_the_number_of_classes_is_refused(size):
     with pytest.raises(ValueError, match="leaves a class without an image; write a larger number") as caught:
         stratified_subset(torch.arange(164), UNEQUAL, size, seed=0)
-    assert f"max_train_images = {size} of 164 training images in 4 classes" in str(caught.value)
+    assert f"max_train_images = {size} of 164 training images in 4 classes leaves" in str(caught.value)
+    assert "classes leaves a class without an image; write a larger number, or None for all" in str(caught.value)
 
 
 @pytest.mark.parametrize("size", [4, 5])
@@ -150,7 +152,11 @@ def test_a_subset_of_nearly_all_is_taken(size):
 @pytest.mark.parametrize(
     ("field", "change", "words"),
     [
-        ("images", lambda x: x.float(), r"images are torch.float32 .*must be torch.uint8, images × channels"),
+        (
+            "images",
+            lambda x: x.float(),
+            r"images are torch.float32 .*; they must be torch.uint8, images × channels × height × width",
+        ),
         ("images", lambda x: x[:, 0], r"images are torch.uint8 of shape \(\d+, 6, 6\); they must be"),
         ("labels", lambda x: x.int(), r"labels are torch.int32 .*must be torch.int64, one for each of the \d+ images"),
         ("labels", lambda x: x[:-1], r"labels are torch.int64 of shape \(\d+,\); they must be .*one for each"),
@@ -167,14 +173,127 @@ def test_parts_that_do_not_fit_together_are_refused_by_name_and_part(tiny_data, 
     assert part in str(caught.value)
 
 
+def floats(images: torch.Tensor, low: float, high: float) -> torch.Tensor:
+    return torch.linspace(low, high, images.numel()).view(images.shape)
+
+
+def with_nan(images: torch.Tensor, *values: float) -> torch.Tensor:
+    images = images.float() / 255
+    images[: len(values), 0, 0, 0] = torch.tensor(values)
+    return images
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            lambda x: x.double() / 255,
+            r"torch.float64 .*; write \(255 \* images\).round\(\).to\(torch.uint8\) for values",
+        ),
+        (
+            lambda x: x > 99,
+            r"torch.bool .*; write \(255 \* images\).round\(\).to\(torch.uint8\) for values from 0 to 1",
+        ),
+        (lambda x: floats(x, 0, 255), r"; write images.round\(\).to\(torch.uint8\) for values from 0 to 255"),
+        (lambda x: x.int(), r"torch.int32 .*; write images.round\(\).to\(torch.uint8\) for values from 0 to 255"),
+        (lambda x: floats(x, -1, 1), r"; scale these from -1 to 1 to 0 to 255, and write images.round\(\)"),
+        (lambda x: x.long() * 257, r"; scale these from 0 to \d+ to 0 to 255, and write images.round\(\)"),
+        (lambda x: with_nan(x, np.nan, np.nan), r"\. 2 of them hold NaN: repair or leave out these first"),
+        (lambda x: with_nan(x, np.inf), r"\. 1 of them hold infinite values: repair or leave out"),
+        (lambda x: with_nan(x, np.nan, 0, -np.inf), r"\. 2 of them hold NaN and infinite values: repair"),
+        (lambda x: x[:, 0], r"; images.unsqueeze\(1\) gives grey images their channel"),
+        (lambda x: x.numpy(), r"images are uint8 of shape .*; torch.from_numpy\(images\) makes a tensor"),
+        (lambda x: x[..., :0], r"images have no pixels: .* \(1, 6, 0\), and each must be 1 or more"),
+        (lambda x: x[:, :0], r"images have no pixels: their channels, height and width are \(0, 6, 6\)"),
+    ],
+)
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_images_that_are_no_uint8_images_are_refused_with_the_way_to_convert_them(tiny_data, part, change, words):
+    with pytest.raises(ValueError, match=rf"tiny: the {part} .*{words}"):
+        replace(tiny_data, **{f"{part}_images": change(getattr(tiny_data, f"{part}_images"))})
+
+
+@pytest.mark.parametrize(
+    ("high", "convert"),
+    [(1, lambda images: (255 * images).round().to(torch.uint8)), (255, lambda images: images.round().to(torch.uint8))],
+)
+def test_images_that_are_converted_as_the_error_says_are_the_original_ones(tiny_data, high, convert):
+    images = convert(tiny_data.train_images.float() * (high / 255))
+    assert replace(tiny_data, train_images=images).fingerprint == tiny_data.fingerprint
+
+
+def test_labels_that_are_converted_as_the_error_says_are_taken(tiny_data):
+    labels = tiny_data.train_labels.numpy().astype(np.int32)
+    with pytest.raises(ValueError, match="labels are int32 of shape") as caught:
+        replace(tiny_data, train_labels=labels)
+    assert "of the 36 images; torch.as_tensor(labels).long() makes such of whole numbers" in str(caught.value)
+    assert replace(tiny_data, train_labels=torch.as_tensor(labels).long()).fingerprint == tiny_data.fingerprint
+
+
+def test_one_image_is_too_few_and_so_is_one_a_class(tiny_data):
+    words = "images; each class needs some; add images, or take the class out and number the others anew"
+    with pytest.raises(ValueError, match=f"tiny: class 'middle' has no train {words}"):
+        replace(tiny_data, train_images=tiny_data.train_images[:1], train_labels=tiny_data.train_labels[:1])
+    three = replace(tiny_data, train_images=tiny_data.train_images[:3], train_labels=tiny_data.train_labels[:3])
+    with pytest.raises(ValueError, match=r"3 images, 1 of the rarest of 3 classes, cannot be split .*; add images or"):
+        StreamlinedTrainer(MLP((4,), image_shape=(1, 6, 6), num_classes=3), TrainingConfig(device="cpu"), three)
+
+
+def trained(data: ImageData, model, **knobs) -> StreamlinedTrainer:
+    defaults = {"num_epochs": 2, "batch_size": 8, "validation_split": 0.25, "device": "cpu"}
+    trainer = StreamlinedTrainer(model, TrainingConfig(**{**defaults, **knobs}), data)
+    trainer.train()
+    return trainer
+
+
+def mlp_and_cnn(channels: int) -> list[torch.nn.Module]:
+    shape = (channels, 6, 6)
+    return [MLP((4,), image_shape=shape, num_classes=3), SimpleCNN(1, 4, image_shape=shape, num_classes=3)]
+
+
+@pytest.mark.parametrize("value", [0, 255])
+@pytest.mark.parametrize("network", [0, 1])
+def test_images_that_are_all_the_same_train_to_finite_figures_at_chance(tiny_data, network, value):
+    flat = {name: torch.full_like(getattr(tiny_data, name), value) for name in ("train_images", "test_images")}
+    trainer = trained(
+        replace(tiny_data, **flat), mlp_and_cnn(1)[network], rotation_degrees=0.0, translation_fraction=0.0
+    )
+    rows = history(trainer.state.log_history)
+    assert len(rows) == 2
+    assert np.isfinite([value for row in rows for value in row.values()]).all()
+    assert trainer.test()["test_accuracy"] == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize("network", [0, 1])
+def test_a_constant_channel_beside_others_trains_to_finite_figures(tiny_data, network):
+    def with_constant(images):
+        return torch.cat([images, torch.full_like(images, 200)], dim=1)
+
+    images = {name: with_constant(getattr(tiny_data, name)) for name in ("train_images", "test_images")}
+    trainer = trained(replace(tiny_data, **images), mlp_and_cnn(2)[network], num_epochs=10, learning_rate=0.02)
+    rows = history(trainer.state.log_history)
+    assert np.isfinite([value for row in rows for value in row.values()]).all()
+    assert trainer.test()["test_accuracy"] > 0.6  # by the other channel
+
+
+def test_a_training_set_smaller_than_a_batch_trains_in_one_step_an_epoch(tiny_data):
+    trainer = trained(tiny_data, mlp_and_cnn(1)[0], batch_size=4096)
+    assert trainer.state.global_step == 2
+    assert len(history(trainer.state.log_history)) == 2
+
+
 def test_an_empty_part_is_refused(tiny_data):
     with pytest.raises(ValueError, match="class 'top' has no test images"):
         replace(tiny_data, test_images=tiny_data.test_images[:0], test_labels=tiny_data.test_labels[:0])
 
 
 def test_training_and_test_images_of_different_sizes_are_refused(tiny_data):
-    with pytest.raises(ValueError, match=r"training images are \(1, 6, 6\) and the test images \(1, 6, 5\)"):
+    with pytest.raises(ValueError, match=r"training images are \(1, 6, 6\) and the test images \(1, 6, 5\)") as caught:
         replace(tiny_data, test_images=tiny_data.test_images[..., :5])
+    way_out = (
+        "(channels, height, width); they must be of one size, as load_data(..., image_size=32, channels=3) makes them"
+    )
+    assert way_out in str(caught.value)
 
 
 def test_a_data_set_of_one_class_is_refused(tiny_data):

@@ -161,12 +161,12 @@ def test_only_the_students_weights_are_trained_and_saved(tiny_data, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"alpha": -0.1}, "alpha = -0.1, but it must be a number from 0"),
-        ({"alpha": 1.1}, "alpha = 1.1, but it must be a number from 0"),
-        ({"alpha": "0.5"}, "alpha = '0.5', but it must be a number from 0"),
-        ({"temperature": 0}, "temperature = 0, but it must be a number above 0"),
-        ({"temperature": -4.0}, "temperature = -4.0, but it must be a number above 0"),
-        ({"temperature": float("inf")}, "temperature = inf, but it must be a number above 0"),
+        ({"alpha": -0.1}, "alpha = -0.1, but it must be a number from 0 (labels only) to 1 (teacher only)"),
+        ({"alpha": 1.1}, "alpha = 1.1, but it must be a number from 0 (labels only) to 1 (teacher only)"),
+        ({"alpha": "0.5"}, "alpha = '0.5', but it must be a number from 0 (labels only) to 1 (teacher only)"),
+        ({"temperature": 0}, "temperature = 0, but it must be a number above 0, such as 4"),
+        ({"temperature": -4.0}, "temperature = -4.0, but it must be a number above 0, such as 4"),
+        ({"temperature": float("inf")}, "temperature = inf, but it must be a number above 0, such as 4"),
     ],
 )
 def test_a_wrong_alpha_or_temperature_is_refused(tiny_data, arguments, words):
@@ -177,9 +177,13 @@ def test_a_wrong_alpha_or_temperature_is_refused(tiny_data, arguments, words):
 
 def test_a_teacher_that_does_not_fit_is_refused(tiny_data):
     student = network(1)
-    with pytest.raises(ValueError, match="the teacher is the student"):
+    with pytest.raises(
+        ValueError, match="the teacher is the student; give a network of its own, trained before, as the teacher"
+    ):
         KnowledgeDistillationTrainer(student, student, config(), tiny_data)
-    with pytest.raises(ValueError, match="the student has 3 classes and the teacher 4"):
+    with pytest.raises(
+        ValueError, match="the student has 3 classes and the teacher 4; both must have those of tiny, 3"
+    ):
         KnowledgeDistillationTrainer(student, network(2, num_classes=4), config(), tiny_data)
 
 

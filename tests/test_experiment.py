@@ -108,7 +108,9 @@ def test_a_trained_model_has_the_weights_of_its_run(finished):
         assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in stored.items())
     first = finished.trained_model("wide").state_dict()
     assert torch.equal(first["classifier.bias"], finished.trained_model("wide", 0).state_dict()["classifier.bias"])
-    with pytest.raises(KeyError, match="no finished run of 'wide' with seed 7"):
+    with pytest.raises(
+        KeyError, match=r"no finished run of 'wide' with seed 7: there are those of \[.*\('wide', 1\)\]"
+    ):
         finished.trained_model("wide", 7)
 
 
@@ -128,7 +130,9 @@ def test_experiments_on_the_same_data_can_be_joined(finished, tiny_data, no_trai
     assert both.seeds == (0, 1)
     assert list(both.histories().model) == ["narrow", "narrow", "wide", "wide"]
     darker = replace(tiny_data, name="darker", train_images=tiny_data.train_images // 2)
-    with pytest.raises(ValueError, match="tiny and darker cannot be joined"):
+    with pytest.raises(
+        ValueError, match="tiny and darker cannot be joined; both must be on the same images and labels"
+    ):
         narrow | Experiment(darker, finished.config, {}, ())
 
 
@@ -321,15 +325,16 @@ def test_a_failed_run_is_tried_again_by_the_next_call(config, tiny_data):
 
 @pytest.mark.parametrize("jobs", [0, 1.5, "2", True, None])
 def test_a_number_of_jobs_that_is_none_is_refused(jobs, config, tiny_data, no_training):
-    with pytest.raises(ValueError, match=r"jobs = .*whole number"):
+    with pytest.raises(ValueError, match=f"jobs = {jobs!r}") as caught:
         experiment(MODELS, config, tiny_data, SEEDS, jobs=jobs)
+    assert ", but it must be a whole number: runs side by side, or -1 for one a core" in str(caught.value)
 
 
 @pytest.mark.parametrize(
     ("models", "seeds", "words"), [({}, SEEDS, "0 models and 2 seeds"), (MODELS, [], "2 models and 0 seeds")]
 )
 def test_an_experiment_without_models_or_seeds_is_refused(models, seeds, words, config, tiny_data):
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=f"an experiment needs a model and a seed; it has {words}"):
         experiment(models, config, tiny_data, seeds)
 
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from lablib import folders, load_data
+from lablib import MLP, TrainingConfig, folders, load_data
+from lablib.runs import run_path
 
 
 @pytest.fixture
@@ -63,6 +64,22 @@ def test_a_folder_that_changes_is_decoded_anew_and_its_old_cache_goes(folder, mo
     assert len(calls) == 2
     assert after.fingerprint != before.fingerprint
     assert len(caches(folder)) == 1
+
+
+def test_a_run_on_a_folder_that_has_changed_is_another_run(folder):
+    def path():
+        return run_path(lambda: MLP((4,), image_shape=(3, 5, 4), num_classes=2), TrainingConfig(), load_data(folder))
+
+    before = path()
+    assert path() == before
+    image = folder / "train" / "cat" / "0.png"
+    content = image.read_bytes()
+    Image.fromarray(np.zeros((5, 4, 3), dtype=np.uint8)).save(image)
+    os.utime(image, ns=(time.time_ns(), time.time_ns() + 1))
+    assert path() != before
+    image.write_bytes(content)
+    os.utime(image, ns=(time.time_ns(), time.time_ns() + 2))
+    assert path() == before  # it is the pixels that count
 
 
 def test_another_size_is_another_cache(folder, monkeypatch):

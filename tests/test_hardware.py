@@ -40,6 +40,18 @@ def test_the_precision_asked_for_is_taken(build):
     assert not resolve_bf16(config(precision="fp32"), build())
 
 
+@pytest.mark.parametrize(
+    ("device", "there", "listed"),
+    [("cuda", (False, False), "'auto', 'cpu'"), ("mps", (True, False), "'auto', 'cpu', 'cuda'")],
+)
+def test_a_device_that_is_not_there_is_refused_with_those_that_are(device, there, listed, monkeypatch, tiny_data):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there[0])
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: there[1])
+    words = f"device = '{device}', but this machine has none that PyTorch can use; write one of {listed}$"
+    with pytest.raises(ValueError, match=words):
+        StreamlinedTrainer(small_mlp(), TrainingConfig(device=device), tiny_data)
+
+
 @pytest.mark.parametrize(("amx", "avx512"), [(True, False), (False, True), (True, True), (False, False)])
 def test_auto_takes_bf16_for_convolutions_where_the_processor_has_units_for_it(amx, avx512, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)

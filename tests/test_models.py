@@ -131,7 +131,7 @@ def test_shortcuts_cost_nothing_where_all_widths_are_equal():
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("sizes", [(), (0,), (8, -1), (8.0,), ("8",), "8", (True,), (None,)])
 def test_hidden_sizes_that_are_no_positive_whole_numbers_are_refused(network, sizes):
-    with pytest.raises(ValueError, match="but it must be one or more whole numbers above 0") as caught:
+    with pytest.raises(ValueError, match=", but it must be one or more whole numbers above 0") as caught:
         network(sizes)
     assert f"hidden_sizes = {sizes!r}" in str(caught.value)
 

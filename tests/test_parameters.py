@@ -108,7 +108,9 @@ def test_names_that_other_cells_assign_are_no_parameters():
 
 
 def test_a_namespace_without_annotated_parameters_says_which_cell_to_run():
-    with pytest.raises(ValueError, match="no annotated parameters; run its cell tagged 'parameters' first"):
+    with pytest.raises(
+        ValueError, match="the notebook has no annotated parameters; run its cell tagged 'parameters' first"
+    ):
         check_parameters({"epochs": 3})
 
 

@@ -37,12 +37,12 @@ def test_a_readme_that_differs_is_written_anew_and_found_by_the_check(tmp_path, 
 
 
 def test_a_missing_table_is_named_with_the_command_that_writes_it(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"mlps_mnist\.csv.*`make full` writes them"):
+    with pytest.raises(FileNotFoundError, match=r"lacks mlps_mnist\.csv.*; `make full` writes them"):
         tables(tmp_path)
 
 
 def test_a_readme_without_a_place_for_a_table_is_refused():
-    with pytest.raises(ValueError, match=r"needs '<!-- table: mlps_mnist -->'"):
+    with pytest.raises(ValueError, match=r"needs '<!-- table: mlps_mnist -->' and '<!-- end -->' once; it has them 0×"):
         filled("nothing here", ROOT / "results")
 
 

@@ -86,7 +86,7 @@ def test_only_seeds_that_both_have_are_compared_each_with_its_own():
 
 
 def test_no_seed_in_common_is_refused_with_the_seeds_of_both():
-    with pytest.raises(ValueError, match=r"no seed in common: \[0, 1\] and \[2, 3\]"):
+    with pytest.raises(ValueError, match=r"no seed in common: \[0, 1\] and \[2, 3\]; train both with the same seeds"):
         paired_difference(by_seed([0.9, 0.8]), by_seed([0.9, 0.8], start=2))
 
 
@@ -260,7 +260,7 @@ def test_with_one_seed_the_best_is_recommended_and_failures_never(tiny_data):
     failures = {("residual", 0): "ValueError: x"}
     assert recommend(results_table(fake_experiment(tiny_data, runs, failures, seeds=(0,)))) == "plain"
     nothing = results_table(fake_experiment(tiny_data, {}, failures, seeds=(0,)))
-    with pytest.raises(ValueError, match="no model has a finished run"):
+    with pytest.raises(ValueError, match="no model has a finished run, so there is none to recommend"):
         recommend(nothing)
 
 

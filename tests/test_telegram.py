@@ -131,14 +131,17 @@ def test_arguments_come_before_the_environment_and_the_environment_before_colab(
 def test_missing_credentials_are_named_by_their_variables(arguments, named):
     with pytest.raises(TelegramError, match=named) as caught:
         TelegramNotifier(*arguments)
-    assert "Colab" in str(caught.value)
+    assert str(caught.value).endswith("in the environment, or as secrets of that name in Colab")
 
 
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        ((f"{TOKEN}/getMe?", CHAT), "TELEGRAM_BOT_TOKEN holds signs that no bot's token has"),
-        ((CHAT, TOKEN), "TELEGRAM_CHAT_ID looks like a bot's token"),
+        (
+            (f"{TOKEN}/getMe?", CHAT),
+            "TELEGRAM_BOT_TOKEN holds signs that no bot's token has; copy it anew from @BotFather",
+        ),
+        ((CHAT, TOKEN), "TELEGRAM_CHAT_ID looks like a bot's token; it is the number of a chat"),
         ((TOKEN, CHAT, "api.telegram.org"), "base_url must begin with https:// or http://"),
     ],
 )
@@ -687,7 +690,8 @@ def test_an_experiment_that_can_not_send_warns_once_and_tries_no_more(api, confi
         result = experiment({"narrow": MODELS["narrow"]}, knobs, tiny_data, [0, 1])
     assert len(result.runs) == 2
     (warning,) = caught
-    assert "403 Forbidden: bot was blocked by the user" in str(warning.message)
+    assert str(warning.message).startswith("Telegram: 403 Forbidden: bot was blocked by the user; ")
+    assert str(warning.message).endswith("; the experiment goes on without it")
     assert len(api.requests) == 1
 
 

@@ -220,6 +220,7 @@ def test_augment_is_called_once_for_each_training_image_and_epoch_and_never_in_e
         return pixels
 
     monkeypatch.setattr("lablib.trainer.augment", counting)
+    monkeypatch.setattr("lablib.trainer.check_batch_fits", lambda trainer: None)  # it augments a batch, too
     trainer = build(config(rotation_degrees=7.0, translation_fraction=0.3, horizontal_flip=True))
     trainer.train()
     assert [size for size, _, _ in calls] == [8, 8, 8, 3] * 2
@@ -310,7 +311,9 @@ def test_a_loss_that_is_not_finite_stops_the_training_and_names_epoch_and_step(s
 def test_the_step_of_a_nan_is_named_rightly_when_gradients_are_accumulated(build):
     model = small_mlp(model_class=BadLogits)
     model.bad_step = 1
-    with pytest.raises(NonFiniteLossError, match="epoch 1, step 1;"):
+    with pytest.raises(
+        NonFiniteLossError, match=r"epoch 1, step 1; a smaller learning_rate than 0.001 or max_grad_norm=1.0 may help"
+    ):
         build(config(training_arguments={"gradient_accumulation_steps": 2}), model).train()
 
 
@@ -461,6 +464,7 @@ def test_two_epochs_agree_with_a_plain_pytorch_loop(knobs, optimizer, build, tin
         return take(self, positions)
 
     monkeypatch.setattr(ImageBatches, "__getitems__", noting)
+    monkeypatch.setattr("lablib.trainer.check_batch_fits", lambda trainer: None)  # it takes a batch, too
     knobs = {"learning_rate": 0.01, "early_stopping_metric": "loss", **knobs, **NOTHING_RANDOM}
     trainer = build(config(**knobs), small_mlp(dropout=0.0))
     trainer.train()

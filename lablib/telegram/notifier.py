@@ -58,7 +58,7 @@ class TelegramNotifier:
             both = " and ".join(missing)
             raise TelegramError(f"set {both} in the environment, or as secrets of that name in Colab")
         if not all(sign.isascii() and (sign.isalnum() or sign in ":_-") for sign in token):
-            raise TelegramError("TELEGRAM_BOT_TOKEN holds signs that no bot's token has")
+            raise TelegramError("TELEGRAM_BOT_TOKEN holds signs that no bot's token has; copy it anew from @BotFather")
         if looks_like_a_token(chat):
             raise TelegramError("TELEGRAM_CHAT_ID looks like a bot's token; it is the number of a chat")
         if not base_url.startswith(("https://", "http://")):
@@ -179,7 +179,10 @@ class TelegramNotifier:
 
     def _reveal(self) -> str:
         if not (token := self._token.reveal()):
-            raise TelegramError("the bot's token stayed in the process that was told it")
+            raise TelegramError(
+                "the bot's token stayed in the process that was told it; "
+                "set TELEGRAM_BOT_TOKEN in this one's environment"
+            )
         return token
 
 
