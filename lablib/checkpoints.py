@@ -140,8 +140,8 @@ def describe_failed_write(error: Exception, target: Path, num_bytes: int) -> OSE
     free = _mebibytes(shutil.disk_usage(target.parent).free)
     return OSError(
         getattr(error, "errno", None) or errno.EIO,
-        f"{target} could not be written ({error}); it takes about {_mebibytes(num_bytes)}, and {free} are free there. "
-        "The checkpoints before it are as they were: mend that, run again, and the training goes on from the newest",
+        f"{target} could not be written ({error}); it takes {_mebibytes(num_bytes)}, and there is {free} of room. "
+        "The checkpoints before it are whole: mend that, and run again to go on from the newest",
     )
 
 

@@ -462,7 +462,7 @@ def test_a_damaged_run_is_reported_set_aside_and_trained_again(name, damage, con
     damage(before.path / name)
     damaged = {file.name: file.read_bytes() for file in before.path.iterdir()}
 
-    with pytest.warns(UserWarning, match="set aside") as caught:
+    with pytest.warns(UserWarning, match="The run is set aside as ") as caught:
         after = train_or_load(tiny_mlp, config, tiny_data)
     (message,) = [str(warning.message) for warning in caught]
     assert str(before.path / name) in message
