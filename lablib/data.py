@@ -1,6 +1,7 @@
 """A name or a folder -> ImageData (uint8 tensors in memory); and its parts: training, validation, test."""
 
 import hashlib
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,6 +10,8 @@ import numpy as np
 import torch
 from sklearn.model_selection import train_test_split
 from torch.utils.data import Dataset
+
+_TENSORS = ("train_images", "train_labels", "test_images", "test_labels")
 
 
 @dataclass(frozen=True)
@@ -80,8 +83,12 @@ class ImageData:
     @cached_property
     def channel_statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and standard deviation of the training images by channel, on the scale 0 to 1."""
-        pixels = self.train_images.transpose(0, 1).flatten(1)  # (channels, pixels of all images)
-        counts = torch.stack([torch.bincount(channel, minlength=256) for channel in pixels]).double()
+        counts = torch.zeros(len(self.train_images[0]), 256, dtype=torch.float64)
+        for images in self.train_images.split(
+            max(1, 2**21 // self.train_images[0].numel())
+        ):  # they may lie on the disk
+            pixels = images.transpose(0, 1).flatten(1)  # (channels, pixels of all images)
+            counts += torch.stack([torch.bincount(channel, minlength=256) for channel in pixels])
         values = torch.arange(256, dtype=torch.float64) / 255
         mean = (counts * values).sum(1) / counts.sum(1)
         variance = (counts * (values - mean[:, None]) ** 2).sum(1) / counts.sum(1)
@@ -101,6 +108,13 @@ class ImageData:
             digest.update(tensor.contiguous().numpy())
         return digest.hexdigest()
 
+    @classmethod
+    def from_arrays(cls, name: str, *arrays: np.ndarray, class_names: tuple[str, ...] = ()) -> "ImageData":
+        """From NumPy arrays, in the order of the fields; those that are mapped from a file stay there."""
+        data = cls(name, *map(_tensor, arrays), class_names)
+        data.__dict__["_arrays"] = dict(zip(_TENSORS, arrays, strict=True))
+        return data
+
     def __getstate__(self):
         # As arrays, joblib hands the images to its worker processes in a shared memory map instead of copying them.
         return {k: self._arrays[k] if isinstance(v, torch.Tensor) else v for k, v in self._fields.items()} | {
@@ -109,7 +123,7 @@ class ImageData:
 
     def __setstate__(self, state):
         for name, value in state.items():
-            self.__dict__[name] = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+            self.__dict__[name] = _tensor(value) if isinstance(value, np.ndarray) else value
 
     @property
     def _fields(self) -> dict:
@@ -138,6 +152,12 @@ def _conversion(images: torch.Tensor) -> str:
     if low >= 0 and high <= 255:
         return "; write images.round().to(torch.uint8) for values from 0 to 255 as these are"
     return f"; scale these from {low:g} to {high:g} to 0 to 255, and write images.round().to(torch.uint8)"
+
+
+def _tensor(array: np.ndarray) -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # nobody writes to it
+        return torch.from_numpy(array)
 
 
 class ImageBatches(Dataset):

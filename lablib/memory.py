@@ -68,7 +68,7 @@ def check_batch_fits(trainer) -> None:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that this process may still take on a device: of the machine, its control group and its own limit."""
+    """Bytes that this process may still take on a device: of the machine, its control group and its own limits."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device.type == "mps":
@@ -77,9 +77,11 @@ def free_memory(device: torch.device) -> int:
     with contextlib.suppress(ImportError):  # not on Windows
         import resource
 
-        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-        if limit != resource.RLIM_INFINITY:
-            free.append(limit - psutil.Process().memory_info().vms)
+        used = psutil.Process().memory_info()
+        for kind, taken in ((resource.RLIMIT_AS, used.vms), (resource.RLIMIT_DATA, getattr(used, "data", 0))):
+            limit, _ = resource.getrlimit(kind)
+            if limit != resource.RLIM_INFINITY:
+                free.append(limit - taken)
     return max(0, min(free))
 
 

@@ -1,5 +1,6 @@
 """StreamlinedTrainer: one training of one model on one data set, on top of transformers.Trainer."""
 
+import atexit
 import gc
 import math
 import shutil
@@ -34,7 +35,9 @@ from lablib.services import ServiceCallback
 # accelerate collects garbage whenever a training starts; what has been imported so far is none and need not be
 # searched, which saves half a second a run
 gc.freeze()
+atexit.register(gc.unfreeze)  # or extension modules report leaks when the process ends
 
+_EVALUATION_PIXELS = 2**22  # at most in a batch that is larger than the training's
 _OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
 
 
@@ -74,6 +77,8 @@ class StreamlinedTrainer(ResumableTrainer):
             weakref.finalize(self, shutil.rmtree, checkpoint_dir, ignore_errors=True)
         args = config.to_training_arguments(checkpoint_dir, bf16=resolve_bf16(config, model))
         args._n_gpu = min(args.n_gpu, 1)  # or Trainer multiplies the batch by the GPUs it sees
+        at_once = _EVALUATION_PIXELS // data.train_images[0].numel()
+        args.per_device_eval_batch_size = max(config.batch_size, min(args.per_device_eval_batch_size, at_once))
         device = args.device if fits(data, args.device) else torch.device("cpu")
         images, labels = data.train_images.to(device), data.train_labels.to(device)
         train, validation = stratified_split(data.train_labels, config.validation_split, config.seed)

@@ -1,4 +1,6 @@
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -7,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lablib import MLP, TrainingConfig, folders, load_data
+from lablib import MLP, TrainingConfig, experiment, folders, load_data
 from lablib.runs import run_path
 
 
@@ -109,7 +111,7 @@ def test_a_cache_that_cannot_be_written_is_left_out(folder, monkeypatch):
     monkeypatch.setattr(os, "replace", full)
     data = load_data(folder)
     assert data.image_shape == (3, 5, 4)
-    assert [cache for cache in caches(folder) if cache.suffix == ".safetensors"] == []
+    assert [cache for cache in caches(folder) if cache.suffix == ".npy"] == []
 
 
 def test_the_cache_is_no_image_and_no_class(folder):
@@ -123,3 +125,97 @@ def test_what_begins_with_a_dot_is_neither_class_nor_image(folder):
     (folder / "train" / ".ipynb_checkpoints").mkdir()
     (folder / "test" / "cat" / "._0.png").write_bytes(b"what a Mac leaves behind")
     assert load_data(folder).fingerprint == before.fingerprint
+
+
+# More than fits into memory
+
+
+def is_mapped(data) -> bool:
+    return isinstance(data._arrays["train_images"], np.memmap)
+
+
+def test_images_that_are_too_many_for_the_memory_stay_on_the_disk_and_are_the_same(folder, monkeypatch):
+    in_memory = load_data(folder)
+    assert not is_mapped(in_memory)
+    monkeypatch.setattr(folders, "_IN_MEMORY", 0)
+    again = load_data(folder)
+    (cache,) = caches(folder)
+    cache.unlink()
+    monkeypatch.setattr(folders, "_CHUNK", 3 * 60)  # bytes: three images
+    decoded = load_data(folder)
+    for data in (again, decoded):
+        assert is_mapped(data)
+        assert data.fingerprint == in_memory.fingerprint
+        assert all(
+            torch.equal(*both) for both in zip(data.channel_statistics, in_memory.channel_statistics, strict=True)
+        )
+    assert len(caches(folder)) == 1
+
+
+def test_runs_side_by_side_on_images_that_stay_on_the_disk_are_those_of_images_in_memory(folder, tmp_path, monkeypatch):
+    def train(store: str):
+        knobs = TrainingConfig(
+            num_epochs=2, batch_size=2, validation_split=0.4, device="cpu", output_dir=str(tmp_path / store)
+        )
+        models = {"mlp": lambda: MLP((4,), image_shape=(3, 5, 4), num_classes=2)}
+        return experiment(models, knobs, load_data(folder), seeds=(0, 1), jobs=2)
+
+    in_memory = train("memory")
+    monkeypatch.setattr(folders, "_IN_MEMORY", 0)
+    mapped = train("mapped")
+    assert is_mapped(mapped.data)
+    assert not mapped.failures
+    assert mapped.values("mlp") == in_memory.values("mlp")
+    assert mapped.values("mlp", "val_loss") == in_memory.values("mlp", "val_loss")
+
+
+def test_too_many_images_without_room_for_their_cache_are_refused(folder, monkeypatch):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(folders, "_IN_MEMORY", 0)
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(
+        OSError, match=r"GiB of pixels of .*pets do not fit in memory, and their cache cannot be"
+    ) as error:
+        load_data(folder)
+    assert "No space left on device" in str(error.value)
+    assert "make room or the folder writable, or write a smaller image_size" in str(error.value)
+    assert caches(folder) == []
+
+
+LIMITED = """
+import resource, sys, torch
+from pathlib import Path
+from lablib import MLP, StreamlinedTrainer, TrainingConfig, load_data
+torch.set_num_threads(1)
+
+def own_memory():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmData")))
+
+limit = 360 * 2**20
+resource.setrlimit(resource.RLIMIT_DATA, (own_memory() + limit, resource.RLIM_INFINITY))
+data = load_data(sys.argv[1], image_size=360, channels=3)
+assert data.train_images.nbytes > limit, data.train_images.nbytes
+config = TrainingConfig(num_epochs=1, batch_size=4, rotation_degrees=0, translation_fraction=0, device="cpu")
+trainer = StreamlinedTrainer(MLP((2,), image_shape=data.image_shape, num_classes=2), config, data)
+trainer.train()
+print(trainer.test()["test_accuracy"])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit of a process's own memory is Linux's")
+def test_a_folder_larger_than_the_memory_it_is_given_trains(tmp_path):
+    """490 MB of pixels with 380 MB of memory: solid colours, so that they are small files."""
+    for part, count in (("train", 1200), ("test", 60)):
+        for name, shade in (("dark", 60), ("light", 190)):
+            place = tmp_path / "large" / part / name
+            place.mkdir(parents=True)
+            for index in range(count // 2):
+                Image.new("RGB", (36, 36), (shade + index % 30,) * 3).save(place / f"{index}.jpg")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
+    command = [sys.executable, "-c", LIMITED, str(tmp_path / "large")]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert process.returncode == 0, process.stderr[-2000:]
+    assert float(process.stdout.split()[-1]) > 0.9

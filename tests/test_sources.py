@@ -316,7 +316,8 @@ def test_a_truncated_image_is_named(tmp_path, suffix, options):
     damaged = tmp_path / "test" / "fox" / f"damaged.{suffix}"
     # large enough for the cut to go through the pixels and leave the header whole
     pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(damaged)
+    for path in (damaged, *tmp_path.rglob("*.png")):
+        Image.fromarray(pixels).save(path)
     truncate(damaged)
     with pytest.raises(OSError, match=r"is damaged or no image \(.+\); replace or delete it") as caught:
         load_data(tmp_path, **options)
