@@ -2,8 +2,10 @@
 
 import atexit
 import gc
+import importlib.util
 import math
 import shutil
+import sys
 import tempfile
 import time
 import weakref
@@ -36,6 +38,10 @@ from lablib.services import ServiceCallback
 # searched, which saves half a second a run
 gc.freeze()
 atexit.register(gc.unfreeze)  # or extension modules report leaks when the process ends
+
+# accelerate looks for this package on the disk twice in each step; where it is not, Python shall know it at once
+if importlib.util.find_spec("lomo_optim") is None:
+    sys.modules["lomo_optim"] = None
 
 _EVALUATION_PIXELS = 2**22  # at most in a batch that is larger than the training's
 _OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
