@@ -1,6 +1,7 @@
 """A name or a folder -> ImageData (uint8 tensors in memory); and its parts: training, validation, test."""
 
 import hashlib
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from functools import cached_property
 import numpy as np
 import torch
 from sklearn.model_selection import train_test_split
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 
 _TENSORS = ("train_images", "train_labels", "test_images", "test_labels")
 
@@ -178,9 +179,31 @@ class ImageBatches(Dataset):
         return {key: value[0] for key, value in self.__getitems__([index]).items()}
 
     def __getitems__(self, positions: Sequence[int]) -> dict[str, torch.Tensor]:
-        chosen = self.indices[torch.tensor(positions, device=self.indices.device)]
+        chosen = self.indices[torch.as_tensor(positions).to(self.indices.device)]
         # index_select copies whole images; indexing with [] takes 20 times as long for uint8
         return {"images": self.images.index_select(0, chosen), "labels": self.labels.index_select(0, chosen)}
+
+
+class ShuffledBatches(Sampler):
+    """Batches of positions as tensors, in another order each epoch, which the seed and the epoch decide.
+
+    It is the order of accelerate's `SeedableRandomSampler`, without a Python number for each image.
+    """
+
+    def __init__(self, length: int, batch_size: int, seed: int):
+        self.length, self.batch_size, self.seed, self.epoch = length, batch_size, seed, 0
+        self.drop_last, self.sampler = False, self  # what accelerate asks a batch sampler for
+
+    def set_epoch(self, epoch: int):
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return math.ceil(self.length / self.batch_size)
+
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        yield from torch.randperm(self.length, generator=generator).split(self.batch_size)
+        self.epoch += 1
 
 
 def stratified_split(labels: torch.Tensor, validation_split: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:

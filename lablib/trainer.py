@@ -15,12 +15,13 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
 from transformers.trainer_utils import PredictionOutput
 
 from lablib.augmentation import augment
 from lablib.config import TrainingConfig
-from lablib.data import ImageBatches, ImageData, stratified_split, stratified_subset
+from lablib.data import ImageBatches, ImageData, ShuffledBatches, stratified_split, stratified_subset
 from lablib.hardware import (
     check_device,
     deterministic_algorithms,
@@ -145,6 +146,16 @@ class StreamlinedTrainer(ResumableTrainer):
     def predict_test(self) -> PredictionOutput:
         """Logits (images × classes), labels and metrics of the test set."""
         return self.predict(ImageBatches(self.data.test_images, self.data.test_labels), metric_key_prefix="test")
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As `transformers.Trainer.get_train_dataloader`; a single process gathers its batches by tensors."""
+        args = self.args
+        if args.world_size > 1 or args.dataloader_num_workers or args.dataloader_drop_last:
+            return super().get_train_dataloader()
+        batches = ShuffledBatches(len(self.train_dataset), self._train_batch_size, args.data_seed)
+        return self.accelerator.prepare(
+            DataLoader(self.train_dataset, batch_sampler=batches, collate_fn=self.data_collator)
+        )
 
     def prepare_images(self, images: torch.Tensor, training: bool) -> torch.Tensor:
         """uint8 images -> what the model sees: augmented if training, normalised by the training set's statistics."""

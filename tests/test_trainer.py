@@ -460,7 +460,7 @@ def test_two_epochs_agree_with_a_plain_pytorch_loop(knobs, optimizer, build, tin
 
     def noting(self, positions):
         if self is trainer.train_dataset:
-            order.append(self.indices[torch.tensor(positions)])
+            order.append(self.indices[positions])
         return take(self, positions)
 
     monkeypatch.setattr(ImageBatches, "__getitems__", noting)
