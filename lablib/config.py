@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from lablib.distributed import num_processes
 from lablib.secret import Secret, looks_like_a_token
 
 OPTIMIZERS = ("adam", "adamw", "sgd")
@@ -45,7 +46,7 @@ class TrainingConfig:
     """
 
     num_epochs: int = 60  # at most; early stopping may end a run sooner
-    batch_size: int = 256  # images
+    batch_size: int = 256  # images, of all processes together
     learning_rate: float = 1e-3
     optimizer: str = "adam"  # or "adamw", or "sgd" with momentum 0.9
     weight_decay: float = 0.0  # as the optimizer defines it: L2 for adam and sgd, decoupled for adamw
@@ -197,8 +198,8 @@ class TrainingConfig:
         return {
             "output_dir": output_dir,
             "num_train_epochs": self.num_epochs,
-            "per_device_train_batch_size": self.batch_size,
-            "per_device_eval_batch_size": max(self.batch_size, 1000),
+            "per_device_train_batch_size": self.batch_size // num_processes(),
+            "per_device_eval_batch_size": -(-max(self.batch_size, 1000) // num_processes()),
             "learning_rate": self.learning_rate,
             "weight_decay": self.weight_decay,
             "lr_scheduler_type": schedule,
@@ -222,7 +223,10 @@ class TrainingConfig:
         """The same knobs as `transformers.TrainingArguments`; checkpoints go to `output_dir`.
 
         `training_arguments` come last, so that they can set everything that this config does not.
+        Raises ValueError where several processes (`torchrun`) cannot share a batch out evenly.
         """
+        if self.batch_size % num_processes():
+            raise self._error("batch_size", f"a multiple of the number of processes, which is {num_processes()}")
         defaults = {
             "save_total_limit": 2,
             "restore_callback_states_from_checkpoint": True,  # or the patience would start anew on resume

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -16,6 +17,7 @@ from torch import nn
 
 from lablib.config import TrainingConfig
 from lablib.data import ImageData
+from lablib.distributed import is_first_process, num_processes
 from lablib.interruption import Interruption, leave_with
 from lablib.progress import RunProgress
 from lablib.runs import Run, build_seeded, load_or_set_aside, run_path, train_or_load
@@ -23,6 +25,8 @@ from lablib.secret import redacted
 from lablib.trainer import StreamlinedTrainer
 
 TrainerClass = type[StreamlinedTrainer] | partial
+
+_one_training = threading.Lock()  # of a process: PyTorch's random numbers are the process's, not a thread's
 
 
 @dataclass
@@ -90,7 +94,8 @@ def experiment(
     """Train each model with each seed, or load the runs that are finished.
 
     `models` gives for each name a function without arguments that builds the network. `jobs` runs go side by side
-    through joblib, each with its share of the threads; `joblib.parallel_config` sends them elsewhere. A trainer that
+    through joblib, each with its share of the threads; `joblib.parallel_config("dask")` sends them to a cluster, whose
+    workers need `output_dir` at the same path. A trainer that
     needs more arguments, such as a teacher, is a `functools.partial` with them, or one by seed or by (model, seed).
     A run that fails is reported by a warning and in the experiment's `failures`; the others go on. Telegram gets one
     message at the end, with the config's `telegram_every_run` one a run too; none if all runs are loaded.
@@ -100,6 +105,8 @@ def experiment(
         raise ValueError(f"an experiment needs a model and a seed; it has {len(models)} models and {len(seeds)} seeds")
     if isinstance(jobs, bool) or not isinstance(jobs, int) or jobs == 0:
         raise ValueError(f"jobs = {jobs!r}, but it must be a whole number: runs side by side, or -1 for one a core")
+    if jobs != 1 and num_processes() > 1:
+        raise ValueError(f"jobs = {jobs}, but {num_processes()} processes train each run together: write jobs=1")
     trainers = _by_run(trainer_class, [(name, seed) for name in models for seed in seeds])
     result = Experiment(data, config, models, seeds)
     with _messages(result) as messages:
@@ -107,7 +114,7 @@ def experiment(
         for key in trainers:
             try:
                 path = run_path(models[key[0]], replace(config, seed=key[1]), data, trainers[key])
-                run = load_or_set_aside(path)
+                run = load_or_set_aside(path) if num_processes() == 1 else None  # or all would have to agree
             except Exception as error:
                 _report_failure(result, key, *_described(error))
                 continue
@@ -123,7 +130,7 @@ def experiment(
 
 def _messages(result: Experiment):
     """What tells a chat of an experiment, or None; it is imported only where it is switched on."""
-    if not result.config.use_telegram_notifications:
+    if not result.config.use_telegram_notifications or not is_first_process():
         return nullcontext()
     from lablib.telegram import ExperimentMessages
 
@@ -146,8 +153,8 @@ def _train_pending(
     if messages:
         messages.begin(pending)
     config = replace(result.config, use_telegram_notifications=False)  # the experiment speaks for its runs
-    jobs = min(joblib.effective_n_jobs(jobs), len(pending))
-    threads = max(1, joblib.cpu_count() // jobs) if jobs > 1 else None
+    jobs = min(joblib.effective_n_jobs(jobs), jobs if jobs > 0 else len(pending), len(pending))
+    threads = max(1, joblib.cpu_count() // jobs) if jobs > 1 and _is_local() else None
     interruption = Interruption([signal.SIGINT])  # which workers get too: they are waited for, to write a checkpoint
     tasks = (
         joblib.delayed(_train_one)(
@@ -156,8 +163,10 @@ def _train_pending(
         for key in pending
         if not interruption.asked
     )
+    backend, _ = joblib.parallel.get_active_backend()
+    return_as = "generator_unordered" if backend.supports_return_generator else "list"
     # mmap_mode "c": the workers share the images' memory, and may write to their own copy
-    parallel = joblib.Parallel(n_jobs=jobs, return_as="generator_unordered", mmap_mode="c", pre_dispatch=jobs)
+    parallel = joblib.Parallel(n_jobs=jobs, return_as=return_as, mmap_mode="c", pre_dispatch=jobs)
     names = {f"{name}, seed {seed}": path for (name, seed), path in pending.items()}
     with RunProgress(names, result.config.num_epochs, finished=len(result.runs)) as progress, interruption:
         try:
@@ -182,6 +191,12 @@ def _train_pending(
                     messages.run_ended(key)
 
 
+def _is_local() -> bool:
+    """Whether joblib's runs are on this machine, so that its cores are what they share."""
+    backend, _ = joblib.parallel.get_active_backend()
+    return type(backend).__module__ == "joblib._parallel_backends"
+
+
 def _described(error: Exception) -> tuple[str, str]:
     """An error in one line, and with its traceback; both are printed and sent, so without tokens."""
     first_line = redacted(next(iter(str(error).splitlines()), ""))
@@ -200,7 +215,8 @@ def _train_one(key, build_model, config, data, trainer_class, threads: int | Non
     if threads is not None:
         torch.set_num_threads(threads)
     try:
-        return key, train_or_load(build_model, config, data, trainer_class=trainer_class), None
+        with _one_training:
+            return key, train_or_load(build_model, config, data, trainer_class=trainer_class), None
     except Exception as error:
         return key, None, _described(error)
     except KeyboardInterrupt:

@@ -76,6 +76,19 @@ class BatchMeter:
         return _gathered(self._correct).long().tolist() if self._correct else []
 
 
+def combined(states: list[dict]) -> dict:
+    """What several processes collected of the same batches, each of its own images, as if one had collected it."""
+    sizes = torch.tensor([state["sizes"] for state in states])  # (processes, batches)
+    correct = torch.tensor([state["correct"] for state in states])
+    means = {
+        name: torch.tensor([state["losses"][name] for state in states], dtype=torch.float64)
+        for name in states[0]["losses"]
+    }
+    total = sizes.sum(0)
+    losses = {name: ((values * sizes).sum(0) / total).tolist() for name, values in means.items()}
+    return {"sizes": total.tolist(), "correct": correct.sum(0).tolist(), "losses": losses}
+
+
 def _gathered(values: list[torch.Tensor]) -> torch.Tensor:
     """Some scalars as float64 on the CPU, with one wait for each device that they are on."""
     by_kind: dict[tuple, list[torch.Tensor]] = {}

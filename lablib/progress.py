@@ -7,6 +7,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from lablib.distributed import is_first_process
+
 
 class RunProgress:
     """A context manager that shows how many runs are finished and how far the current ones are.
@@ -20,6 +22,7 @@ class RunProgress:
         total = finished + len(paths)
         stream = sys.stderr if sys.stderr.isatty() else sys.stdout
         common = {"file": stream, "dynamic_ncols": stream.isatty(), "ncols": None if stream.isatty() else 110}
+        common["disable"] = not is_first_process()
         pause = 0.1 if stream.isatty() else 5.0  # seconds between two lines of a log
         self.runs = tqdm(
             total=total, initial=finished, desc="runs", unit="run", mininterval=pause, miniters=0, smoothing=0, **common

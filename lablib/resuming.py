@@ -11,7 +11,6 @@ from typing import Any
 
 import safetensors.torch
 import torch
-import transformers
 from safetensors import SafetensorError
 from transformers import TrainerCallback
 from transformers.trainer_pt_utils import safe_globals
@@ -27,6 +26,7 @@ from lablib.checkpoints import (
     unfinished,
     verify,
 )
+from lablib.distributed import DistributedTrainer
 from lablib.interruption import SIGNALS, Interruption
 
 _BEST = "best_model.safetensors"
@@ -34,7 +34,7 @@ _COST = 0.01  # at most this part of the time goes into the checkpoints within a
 _STEPS_BETWEEN_DECISIONS = 50  # of several processes, which have to agree
 
 
-class ResumableTrainer(transformers.Trainer):
+class ResumableTrainer(DistributedTrainer):
     """Its checkpoints appear whole or not at all, hold all that the training depends on, and are checked before use.
 
     There is one at each epoch's end and, within an epoch, one every `checkpoint_seconds`, or less often where that
@@ -42,8 +42,9 @@ class ResumableTrainer(transformers.Trainer):
     history, early stopping's counter, and the best epoch's weights, so that none depends on another one. SIGINT and
     SIGTERM end the step, write a checkpoint and leave.
 
-    `notes` says what keeps a resumed training from being the one that was begun: other versions, another precision or
-    device. Nothing is unpickled. Subclasses add to `progress` and take it back in `restore_progress`.
+    `notes` says what keeps a resumed training from being the one that was begun: other versions, another precision,
+    device or number of processes. Nothing is unpickled. Subclasses add to `progress` and take it back in
+    `restore_progress`.
     """
 
     checkpoint_seconds = 300.0
@@ -99,8 +100,8 @@ class ResumableTrainer(transformers.Trainer):
         """What a subclass needs to go on within an epoch, as JSON takes it."""
         return {}
 
-    def restore_progress(self, progress: dict[str, Any]) -> None:
-        """Take back what `progress` gave."""
+    def restore_progress(self, progress: list[dict[str, Any]]) -> None:
+        """Take back what `progress` gave in each of the processes that wrote the checkpoint."""
 
     def training_failed(self, error: BaseException) -> None:
         """Called when the training ends with an exception, an interruption included."""
@@ -158,7 +159,8 @@ class ResumableTrainer(transformers.Trainer):
     def _environment(self) -> dict[str, str]:
         precision = "bf16" if self.args.bf16 else "fp16" if self.args.fp16 else "fp32"
         versions = {name: version(name) for name in ("lablib", "torch", "transformers")}
-        return versions | {"python": platform.python_version(), "precision": precision, "device": self.args.device.type}
+        here = {"precision": precision, "device": self.args.device.type, "processes": str(self.args.world_size)}
+        return versions | {"python": platform.python_version()} | here
 
     # Going on
 
@@ -167,7 +169,8 @@ class ResumableTrainer(transformers.Trainer):
         verify(checkpoint)
         try:
             state = json.loads((checkpoint / "trainer_state.json").read_bytes())
-            json.loads((checkpoint / "lablib_0.json").read_bytes())["progress"]
+            for file in ("lablib_0.json", *_progress_files(checkpoint)):
+                json.loads((checkpoint / file).read_bytes())["progress"]
             expected = {name: tensor.shape for name, tensor in self.model.state_dict().items()}
             for file in {"model.safetensors", _best_file(state)}:
                 shapes = {name: tensor.shape for name, tensor in safetensors.torch.load_file(checkpoint / file).items()}
@@ -186,16 +189,10 @@ class ResumableTrainer(transformers.Trainer):
             self._best_weights = safetensors.torch.load_file(checkpoint / _best_file(state))
         if epochs := _stopped_after(state):
             self.args.num_train_epochs = epochs  # or one more epoch would begin before the stop is noticed
-        saved = checkpoint / f"lablib_{self.args.process_index}.json"
-        if not saved.exists():
-            raise DamagedCheckpointError(
-                f"{checkpoint} was written by fewer processes than the {self.args.world_size} that are to go on from "
-                "it; start as many as before"
-            )
-        saved = json.loads(saved.read_bytes())
-        self.notes = saved["notes"]
-        self._compare(saved["environment"], checkpoint)
-        self.restore_progress(saved["progress"])
+        saved = [json.loads((checkpoint / name).read_bytes()) for name in _progress_files(checkpoint)]
+        self.notes = saved[0]["notes"]
+        self._compare({"processes": str(len(saved))} | saved[0]["environment"], checkpoint)
+        self.restore_progress([of_process["progress"] for of_process in saved])
 
     def _compare(self, before: dict[str, str], checkpoint: Path):
         now = self._environment()
@@ -243,6 +240,11 @@ class _CheckpointCallback(TrainerCallback):
             torch.distributed.broadcast(decision, src=0)
             due = bool(decision)
         return due
+
+
+def _progress_files(checkpoint: Path) -> list[str]:
+    """One for each process that wrote the checkpoint, in their order."""
+    return [f"lablib_{process}.json" for process in range(len(list(checkpoint.glob("lablib_*.json"))))]
 
 
 def _best_file(state: dict) -> str:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import platform
 import shutil
 import warnings
@@ -23,6 +22,7 @@ from transformers import TrainerCallback
 from lablib.checkpoints import check_room
 from lablib.config import TrainingConfig
 from lablib.data import ImageData
+from lablib.distributed import num_processes
 from lablib.files import write_atomically
 from lablib.identity import digest, identity
 from lablib.metrics import best_row, history
@@ -100,7 +100,7 @@ def train_or_load(
     """
     path = run_path(build_model, config, data, trainer_class)
     task = (path, build_model, config, data, trainer_class, callbacks)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if num_processes() > 1:
         return _train_or_load_together(*task)
     if run := load_or_set_aside(path):
         return run
@@ -217,6 +217,7 @@ def _result(trainer: StreamlinedTrainer, rows: list[dict]) -> dict[str, Any]:
         "seconds": rows[-1]["seconds"],
         "device": trainer.args.device.type,
         "precision": "bf16" if trainer.args.bf16 else "fp32",
+        "processes": trainer.args.world_size,
         "threads": torch.get_num_threads(),
         "versions": {name: version(name) for name in ("lablib", "torch", "transformers")}
         | {"python": platform.python_version()},

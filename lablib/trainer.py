@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
 from transformers.trainer_utils import PredictionOutput
@@ -22,6 +23,7 @@ from transformers.trainer_utils import PredictionOutput
 from lablib.augmentation import augment
 from lablib.config import TrainingConfig
 from lablib.data import ImageBatches, ImageData, ShuffledBatches, stratified_split, stratified_subset
+from lablib.distributed import process_seed
 from lablib.hardware import (
     check_device,
     deterministic_algorithms,
@@ -31,7 +33,7 @@ from lablib.hardware import (
     resolve_bf16,
 )
 from lablib.memory import check_batch_fits
-from lablib.metrics import BatchMeter, cross_entropy, evaluation_metrics
+from lablib.metrics import BatchMeter, combined, cross_entropy, evaluation_metrics
 from lablib.resuming import ResumableTrainer
 from lablib.services import ServiceCallback
 
@@ -114,7 +116,7 @@ class StreamlinedTrainer(ResumableTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """Train to the end or to the early stop and load the best epoch's weights; see `ResumableTrainer.train`."""
-        transformers.set_seed(self.args.seed)
+        transformers.set_seed(process_seed(self.args.seed, self.args.process_index))
         with deterministic_algorithms(self.config.deterministic):
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
@@ -134,10 +136,14 @@ class StreamlinedTrainer(ResumableTrainer):
         """What has been measured since the last epoch's end, and the seconds since then."""
         return {"measured": self._since_last_log.state(), "seconds": time.perf_counter() - self._clock}
 
-    def restore_progress(self, progress: dict[str, Any]) -> None:
+    def restore_progress(self, progress: list[dict[str, Any]]) -> None:
         """Go on measuring where the checkpoint was written."""
-        self._since_last_log.restore(progress["measured"])
-        self._clock = time.perf_counter() - progress["seconds"]
+        measured = [of_process["measured"] for of_process in progress]
+        if len(measured) != self.args.world_size:  # now the first process has it all
+            total = combined(measured)
+            measured = [total] + [tree_map(lambda value: 0, total)] * (self.args.world_size - 1)
+        self._since_last_log.restore(measured[self.args.process_index])
+        self._clock = time.perf_counter() - progress[0]["seconds"]
 
     def test(self) -> dict[str, float]:
         """Loss and accuracy on the test set, with the present weights: after `train()`, those of the best epoch."""
@@ -161,7 +167,7 @@ class StreamlinedTrainer(ResumableTrainer):
         """uint8 images -> what the model sees: augmented if training, normalised by the training set's statistics."""
         config = self.config
         pixels = images.to(torch.float32)
-        if training:
+        if training and len(pixels):
             pixels = augment(pixels, config.rotation_degrees, config.translation_fraction, config.horizontal_flip)
         return (pixels * self._scale + self._offset).contiguous(memory_format=self._memory_format)
 
@@ -177,10 +183,14 @@ class StreamlinedTrainer(ResumableTrainer):
         """The loss of one batch; in training, of its augmented images."""
         labels = inputs["labels"]
         outputs = self.outputs(model, self.prepare_images(inputs["images"], model.training))
+        logits = outputs[0] if isinstance(outputs, tuple) else outputs
         losses = self.losses(outputs, labels)
+        if len(labels) == 0:  # the others have all of the last batch, and this process's part in the step is nothing
+            losses = dict.fromkeys(losses, 0 * logits.sum())
         if model.training:
-            self._since_last_log.add(losses, outputs[0] if isinstance(outputs, tuple) else outputs, labels)
-        return (losses["loss"], outputs) if return_outputs else losses["loss"]
+            self._since_last_log.add(losses, logits, labels)
+        loss = losses["loss"] * inputs.get("weight", 1)
+        return (loss, outputs) if return_outputs else loss
 
     @torch.no_grad()
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
@@ -217,7 +227,8 @@ class StreamlinedTrainer(ResumableTrainer):
         return grad_norm
 
     def _training_metrics(self) -> dict[str, float]:
-        losses = self._since_last_log.losses()["loss"]  # the only time in an epoch that the device is waited for
+        measured = self._measured_by_all()  # the only time in an epoch that the device is waited for
+        losses = measured.losses()["loss"]
         finite = losses.isfinite()
         if not finite.all():
             first = int((~finite).nonzero()[0])
@@ -227,12 +238,22 @@ class StreamlinedTrainer(ResumableTrainer):
                 f"the training loss is {losses[first].item()} at epoch {math.ceil(self.state.epoch)}, step {step}; "
                 f"a smaller learning_rate than {self.config.learning_rate:g} or max_grad_norm=1.0 may help"
             )
-        means = self._since_last_log.means()
+        means = measured.means()
         self._since_last_log.forget()
         now = time.perf_counter()
         before = max((entry.get("seconds", 0.0) for entry in self.state.log_history), default=0.0)
         seconds, self._clock = before + now - self._clock, now
         return means | {"seconds": seconds}
+
+    def _measured_by_all(self) -> BatchMeter:
+        """What all processes measured since the last log, of which each has its own images only."""
+        if self.args.world_size == 1:
+            return self._since_last_log
+        states = [None] * self.args.world_size
+        torch.distributed.all_gather_object(states, self._since_last_log.state())
+        whole = BatchMeter()
+        whole.restore(combined(states))
+        return whole
 
 
 def _services(trainer: StreamlinedTrainer) -> list[ServiceCallback]:

@@ -121,7 +121,7 @@ from transformers import TrainerCallback
 
 class Die(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
-        if os.environ.get("DIE") and args.process_index == 1 and state.global_step == 8:
+        if os.environ.get("DIE") and args.process_index == 1 and state.global_step == STEPS + 3:
             os.kill(os.getpid(), signal.SIGKILL)
 
 run = train_or_load(mlp, config, data, callbacks=(Die(),))
@@ -164,7 +164,7 @@ def test_torchrun_ends_when_a_process_dies_and_goes_on_exactly(tmp_path):
     killed = subprocess.run(command, env=QUIET | {"DIE": "1"}, capture_output=True, text=True, timeout=300)
     assert killed.returncode != 0
     assert time.monotonic() - began < 60
-    assert list((tmp_path / "runs").glob("*/checkpoints/checkpoint-5")), killed.stderr[-3000:]
+    assert list((tmp_path / "runs").glob("*/checkpoints/checkpoint-9")), killed.stderr[-3000:]
     resumed = subprocess.run(command, env=QUIET, capture_output=True, text=True, timeout=300)
     assert said(resumed) == [True, 3], resumed.stderr[-3000:]
 

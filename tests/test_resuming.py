@@ -303,15 +303,21 @@ def test_a_damaged_checkpoint_that_is_asked_for_by_name_is_refused(build, tmp_pa
         build("here").train(resume_from_checkpoint=str(checkpoint))
 
 
-def test_more_processes_than_wrote_a_checkpoint_cannot_go_on_from_it(build, tmp_path):
+def test_another_number_of_processes_goes_on_with_what_all_have_measured_and_a_note(build, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         build("here", At(1, press_ctrl_c)).train()
     checkpoint = tmp_path / "here" / "checkpoint-1"
-    (checkpoint / "lablib_0.json").rename(checkpoint / "lablib_1.json")
-    with pytest.raises(
-        DamagedCheckpointError, match=r"fewer processes than the 1 that are to go on from it; start as many as before"
-    ):
-        build("here")._restore(checkpoint)
+    saved = json.loads((checkpoint / "lablib_0.json").read_text())
+    saved["environment"]["processes"] = "2"
+    for process in (0, 1):
+        (checkpoint / f"lablib_{process}.json").write_text(json.dumps(saved))
+    trainer = build("here")
+    with pytest.warns(UserWarning, match=r"resumed at step 1 with processes 1, begun with processes 2"):
+        trainer._restore(checkpoint)
+    before, after = saved["progress"]["measured"], trainer.progress()["measured"]
+    assert after["sizes"] == [2 * size for size in before["sizes"]]
+    assert after["correct"] == [2 * hits for hits in before["correct"]]
+    assert after["losses"] == before["losses"]
 
 
 def test_a_disk_that_is_full_stops_the_training_and_leaves_the_checkpoints_before(build, tmp_path, monkeypatch):

@@ -1,0 +1,117 @@
+"""`python -m lablib`, in this process and under torchrun."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from torch import nn
+
+from lablib import ResidualCNN, TrainingConfig, load_data, train_or_load
+from lablib.__main__ import main
+
+SMALL = ["--num-epochs", "1", "--max-train-images", "150", "--device", "cpu", "--image-size", "8"]
+
+
+class Linear(nn.Sequential):
+    """A model that is not lablib's."""
+
+    def __init__(self):
+        super().__init__(nn.Flatten(), nn.Linear(64, 10))
+
+
+@pytest.fixture
+def run(tmp_path, capsys):
+    """Runs the command with some options, and gives what it prints last."""
+
+    def run(*options: str) -> dict:
+        main([*options, *SMALL, "--output-dir", str(tmp_path / "runs")])
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    return run
+
+
+@pytest.fixture
+def refusal(tmp_path, capsys):
+    """Runs the command with options that are not allowed, and gives the last line that it prints."""
+
+    def refusal(*options: str) -> str:
+        with pytest.raises(SystemExit) as exit:
+            main([*options, "--output-dir", str(tmp_path / "runs")])
+        assert exit.value.code == 2
+        assert not (tmp_path / "runs").exists()
+        return capsys.readouterr().err.splitlines()[-1]
+
+    return refusal
+
+
+def test_the_command_trains_the_run_that_the_same_config_loads(run, tmp_path):
+    said = run("ResidualCNN", "--depth", "1", "--width", "4", "--shortcut", "False", "--horizontal-flip", "True")
+    knobs = TrainingConfig(
+        num_epochs=1, max_train_images=150, device="cpu", horizontal_flip=True, output_dir=str(tmp_path / "runs")
+    )
+    data = load_data("digits", image_size=8)
+    loaded = train_or_load(lambda: ResidualCNN(1, 4, data.image_shape, 10, shortcut=False), knobs, data)
+    assert said == {"path": str(loaded.path), **loaded.result}
+    assert [path.name for path in (tmp_path / "runs").iterdir() if path.is_dir()] == [loaded.path.name]
+
+
+def test_a_run_teaches_another_one(run):
+    teacher = run("ResidualMLP", "--hidden-sizes", "16", "16", "--learning-rate", "1e-2")
+    student = run("MLP", "--hidden-sizes", "8", "--teacher", teacher["path"], "--alpha", "0.5")
+    with open(f"{student['path']}/identity.json", encoding="utf-8") as file:
+        trainer = json.load(file)["trainer"]
+    assert trainer["class"] == "KnowledgeDistillationTrainer"
+    assert trainer["arguments"]["alpha"] == 0.5
+    assert trainer["arguments"]["teacher"]["class"] == "ResidualMLP"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["MLP", "--batch-size", "many"], "TrainingConfig: batch_size = 'many', but batch_size must be a whole number"),
+        (["MLP", "--optimizer", "lion"], "optimizer must be one of 'adam', 'adamw', 'sgd'"),
+        (["MLP", "--depth", "2"], "MLP has no --depth; it has --dropout, --hidden-sizes"),
+        (["SimpleCNN"], "SimpleCNN needs --depth"),
+        (["SimpleCNN", "--depth", "9"], "too small for depth 9"),
+        (["MLP", "--data", "mnits"], "did you mean 'mnist'?"),
+        (["MLP", "--teacher", "nowhere"], "teacher = nowhere, but there is no finished run"),
+        (["VGG"], "invalid choice: 'VGG'"),
+    ],
+)
+def test_what_is_not_allowed_is_refused_with_its_reason(refusal, options, words):
+    assert words in refusal(*options)
+
+
+def test_a_teacher_of_a_class_that_the_command_does_not_know_is_refused(refusal, tmp_path):
+    knobs = TrainingConfig(num_epochs=1, max_train_images=150, device="cpu", output_dir=str(tmp_path / "others"))
+    teacher = train_or_load(Linear, knobs, load_data("digits", image_size=8)).path
+    assert "is a Linear, but it must be one of MLP, ResidualMLP, SimpleCNN" in refusal("MLP", "--teacher", str(teacher))
+
+
+def test_every_knob_is_an_option_with_its_comment_and_no_token_is(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--early-stopping-patience VALUE epochs without improvement; None or 0: never (default: 10)" in text
+    assert "--telegram-chat-id" in text
+    assert "token VALUE" not in text
+
+
+def test_two_processes_train_a_run_from_the_command_line_and_one_loads_it(run, tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "lablib"]
+    options = ["MLP", "--hidden-sizes", "8", "--batch-size", "64"]
+    process = subprocess.run(
+        [*torchrun, *options, *SMALL, "--output-dir", tmp_path / "runs"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    lines = [line for line in process.stdout.splitlines() if line.startswith("{")]
+    assert len(lines) == 1
+    together = json.loads(lines[0])
+    assert together["processes"] == 2
+    assert run(*options) == together
