@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help lab test torture full full-mlps full-cnns readme runs clean-runs lint clean
+.PHONY: help lab test torture bench full full-mlps full-cnns readme runs clean-runs lint clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -30,6 +30,13 @@ test: .venv/test lint ## check the style, run the tests and the notebooks
 lint: .venv/test
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+
+.venv/bench: .venv/lab
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[lab,bench]'
+	@touch $@
+
+bench: .venv/bench ## measure the speed beside other ways of training; writes results/benchmark-* (about 12 minutes)
+	@$(BIN)/python -m benchmarks $(BENCH)
 
 torture: .venv/test ## kill runs, break their writes, and compare; writes results/reliability.md (some minutes)
 	@$(BIN)/python tests/torture.py --out results/reliability.md
