@@ -95,10 +95,10 @@ def experiment(
 
     `models` gives for each name a function without arguments that builds the network. `jobs` runs go side by side
     through joblib, each with its share of the threads; `joblib.parallel_config("dask")` sends them to a cluster, whose
-    workers need `output_dir` at the same path. A trainer that
-    needs more arguments, such as a teacher, is a `functools.partial` with them, or one by seed or by (model, seed).
-    A run that fails is reported by a warning and in the experiment's `failures`; the others go on. Telegram gets one
-    message at the end, with the config's `telegram_every_run` one a run too; none if all runs are loaded.
+    workers need `output_dir` at the same path. A trainer that needs more arguments, such as a teacher, is a
+    `functools.partial` with them, or one by seed or by (model, seed). A run that fails is reported by a warning and in
+    the experiment's `failures`; the others go on. Telegram gets one message at the end, with the config's
+    `telegram_every_run` one a run too; none if all runs are loaded.
     """
     models, seeds = dict(models), tuple(dict.fromkeys(seeds))
     if not models or not seeds:

@@ -5,6 +5,7 @@ import platform
 import shutil
 import time
 import warnings
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -134,7 +135,7 @@ class ResumableTrainer(DistributedTrainer):
 
     def _write_progress(self, folder: Path):
         saved = {
-            "environment": self._environment(),
+            "environment": self._environment,
             "notes": self.notes,
             "progress": self.progress(),
         }
@@ -156,6 +157,7 @@ class ResumableTrainer(DistributedTrainer):
         """About the size of a checkpoint: the weights, the best epoch's, and the optimizer's two moments."""
         return 4 * sum(t.numel() * t.element_size() for t in self.model.state_dict().values()) + 2**20
 
+    @cached_property
     def _environment(self) -> dict[str, str]:
         precision = "bf16" if self.args.bf16 else "fp16" if self.args.fp16 else "fp32"
         versions = {name: version(name) for name in ("lablib", "torch", "transformers")}
@@ -195,7 +197,7 @@ class ResumableTrainer(DistributedTrainer):
         self.restore_progress([of_process["progress"] for of_process in saved])
 
     def _compare(self, before: dict[str, str], checkpoint: Path):
-        now = self._environment()
+        now = self._environment
         changed = [name for name in now if now[name] != before.get(name)]
         if changed:
             was, is_ = (", ".join(f"{name} {values.get(name)}" for name in changed) for values in (before, now))
