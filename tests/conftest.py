@@ -1,6 +1,7 @@
 """What several test files share: small data, and quick starts of trainings."""
 
 import gc
+import signal
 from pathlib import Path
 
 import matplotlib
@@ -13,6 +14,14 @@ matplotlib.use("Agg")
 torch.set_num_threads(1)  # the tests' batches are too small to share out
 
 DATA_DIR = Path(__file__).parents[1] / "data"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _ctrl_c():
+    """Ctrl-C raises KeyboardInterrupt, also where the tests were started in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

@@ -40,6 +40,7 @@ def findings(run):
 """
 
 EXPERIMENT = """
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which is ignored in the background
 store = Path(sys.argv[1])
 
 class Slow(StreamlinedTrainer):

@@ -446,5 +446,7 @@ def test_wrong_arguments_are_refused(arguments, said, capsys):
     ],
 )
 def test_make_lists_and_cleans(arguments, expected):
-    said = subprocess.run(["make", "-n", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    said = subprocess.run(
+        ["make", "--no-print-directory", "-n", *arguments], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     assert said.splitlines()[-1].strip().endswith(expected)
