@@ -194,7 +194,7 @@ def own_memory():
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmData")))
 
-limit = 360 * 2**20
+limit = 430 * 2**20
 resource.setrlimit(resource.RLIMIT_DATA, (own_memory() + limit, resource.RLIM_INFINITY))
 data = load_data(sys.argv[1], image_size=360, channels=3)
 assert data.train_images.nbytes > limit, data.train_images.nbytes
@@ -207,7 +207,7 @@ print(trainer.test()["test_accuracy"])
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit of a process's own memory is Linux's")
 def test_a_folder_larger_than_the_memory_it_is_given_trains(tmp_path):
-    """490 MB of pixels with 380 MB of memory: solid colours, so that they are small files."""
+    """490 MB of pixels with 450 MB of memory: solid colours, so that they are small files."""
     for part, count in (("train", 1200), ("test", 60)):
         for name, shade in (("dark", 60), ("light", 190)):
             place = tmp_path / "large" / part / name
