@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -72,22 +73,14 @@ def findings(tmp_path_factory) -> dict[int, dict]:
     """What the same script found with one and with two processes."""
     folder = tmp_path_factory.mktemp("together")
     (folder / "script.py").write_text(RUNS)
-    commands = {
-        1: [sys.executable],
-        2: [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"],
-    }
-    return {
-        number: said(
-            subprocess.run(
-                [*command, folder / "script.py", folder / str(number)],
-                env=QUIET,
-                capture_output=True,
-                text=True,
-                timeout=200,
-            )
-        )
-        for number, command in commands.items()
-    }
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
+    def run(number: int) -> dict:
+        command = [sys.executable, *(torchrun if number > 1 else []), folder / "script.py", folder / str(number)]
+        return said(subprocess.run(command, env=QUIET, capture_output=True, text=True, timeout=200))
+
+    with ThreadPoolExecutor() as pool:
+        return dict(zip((1, 2), pool.map(run, (1, 2)), strict=True))
 
 
 @pytest.mark.parametrize("model", ["mlp", "cnn"])

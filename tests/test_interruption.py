@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -147,10 +148,35 @@ def said(process: subprocess.CompletedProcess):
     return json.loads(lines[-1].removeprefix("said "))
 
 
-def test_workers_end_with_a_checkpoint_on_ctrl_c_and_when_their_parent_is_killed(tmp_path):
-    command = [sys.executable, script(tmp_path, TRAINING, EXPERIMENT), tmp_path / "runs"]
-    process = subprocess.run(command, env=QUIET, capture_output=True, text=True, timeout=300)
-    findings = said(process)
+def run(*command, **more: str) -> subprocess.CompletedProcess:
+    return subprocess.run(command, env=QUIET | more, capture_output=True, text=True, timeout=300)
+
+
+def interrupt_an_experiment(folder: Path) -> dict:
+    return said(run(sys.executable, script(folder, TRAINING, EXPERIMENT), folder / "runs"))
+
+
+def kill_one_of_two_and_resume(folder: Path) -> tuple[subprocess.CompletedProcess, float, bool, list]:
+    """The run of which a process dies, its seconds, whether it left a checkpoint; what the run after it said."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*torchrun, script(folder, TRAINING, TOGETHER), folder / "runs"]
+    began = time.monotonic()
+    killed = run(*command, DIE="1")
+    seconds = time.monotonic() - began
+    left = any((folder / "runs").glob("*/checkpoints/checkpoint-9"))
+    return killed, seconds, left, said(run(*command))
+
+
+@pytest.fixture(scope="module")
+def side_by_side(tmp_path_factory):
+    """Both take long and wait much."""
+    with ThreadPoolExecutor() as pool:
+        tasks = (interrupt_an_experiment, kill_one_of_two_and_resume)
+        yield {task: pool.submit(task, tmp_path_factory.mktemp(task.__name__)) for task in tasks}
+
+
+def test_workers_end_with_a_checkpoint_on_ctrl_c_and_when_their_parent_is_killed(side_by_side):
+    findings = side_by_side[interrupt_an_experiment].result()
     assert findings["ctrl-c"]["status"] == 130
     for death in ("ctrl-c", "kill -9"):
         for reached, kept in zip(findings[death]["reached"], findings[death]["kept"], strict=True):
@@ -158,16 +184,12 @@ def test_workers_end_with_a_checkpoint_on_ctrl_c_and_when_their_parent_is_killed
     assert findings["same"] == [True, True]
 
 
-def test_torchrun_ends_when_a_process_dies_and_goes_on_exactly(tmp_path):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29517"]
-    command = [*torchrun, script(tmp_path, TRAINING, TOGETHER), tmp_path / "runs"]
-    began = time.monotonic()
-    killed = subprocess.run(command, env=QUIET | {"DIE": "1"}, capture_output=True, text=True, timeout=300)
+def test_torchrun_ends_when_a_process_dies_and_goes_on_exactly(side_by_side):
+    killed, seconds, left_a_checkpoint, resumed = side_by_side[kill_one_of_two_and_resume].result()
     assert killed.returncode != 0
-    assert time.monotonic() - began < 60
-    assert list((tmp_path / "runs").glob("*/checkpoints/checkpoint-9")), killed.stderr[-3000:]
-    resumed = subprocess.run(command, env=QUIET, capture_output=True, text=True, timeout=300)
-    assert said(resumed) == [True, 3], resumed.stderr[-3000:]
+    assert seconds < 60
+    assert left_a_checkpoint, killed.stderr[-3000:]
+    assert resumed == [True, 3]
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,15 +12,30 @@ TORTURE = Path(__file__).with_name("torture.py")
 SMALL = ["--images", "300", "--epochs", "2"]
 
 
-def torture(*options: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(TORTURE), *SMALL, *options]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+FORGETFUL = f"""
+import sys, torture, transformers
+transformers.Trainer._load_optimizer_and_scheduler = lambda self, checkpoint: None
+sys.exit(torture.main({[*SMALL, "--only", "MLP", "--kills", "1", "--faults", "1"]!r}))
+"""
+
+
+def run(*command: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TORTURE.parent)}
+    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture(scope="module")
-def report() -> str:
-    process = torture("--only", "MLP", "--kills", "4", "--faults", "6")
+def processes():
+    """The torture, and one of a resume that forgets the optimizer's state, side by side."""
+    with ThreadPoolExecutor() as pool:
+        torture = pool.submit(run, str(TORTURE), *SMALL, "--only", "MLP", "--kills", "4", "--faults", "6")
+        forgetful = pool.submit(run, "-c", FORGETFUL)
+        return torture.result(), forgetful.result()
+
+
+@pytest.fixture(scope="module")
+def report(processes) -> str:
+    process, _ = processes
     assert process.returncode == 0, process.stdout + process.stderr
     return process.stdout
 
@@ -35,17 +51,7 @@ def test_each_fault_was_noticed_and_the_run_ended_the_same(report):
     assert all(injected == noticed == same for injected, noticed, same in faults)
 
 
-def test_the_comparison_can_fail():
-    """A resume that forgets the optimizer's state is found out."""
-    options = [*SMALL, "--only", "MLP", "--kills", "1", "--faults", "1"]
-    script = (
-        "import sys, torture, transformers\n"
-        "transformers.Trainer._load_optimizer_and_scheduler = lambda self, checkpoint: None\n"
-        f"sys.exit(torture.main({options!r}))"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(TORTURE.parent)}
-    process = subprocess.run(
-        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert process.returncode == 1
-    assert "'differences': ['weights'" in process.stderr
+def test_the_comparison_can_fail(processes):
+    _, forgetful = processes
+    assert forgetful.returncode == 1
+    assert "'differences': ['weights'" in forgetful.stderr
