@@ -2,6 +2,7 @@
 
 import copy
 import math
+from functools import cached_property
 
 import torch
 from torch import nn
@@ -9,6 +10,7 @@ from torch.nn import functional as F
 
 from lablib.config import TrainingConfig
 from lablib.data import ImageData
+from lablib.identity import weights_digest
 from lablib.trainer import StreamlinedTrainer
 
 
@@ -64,6 +66,11 @@ class KnowledgeDistillationTrainer(StreamlinedTrainer):
         self.temperature, self.alpha = float(temperature), float(alpha)
         super().__init__(student, config, data, **trainer_arguments)
         self.teacher = copy.deepcopy(teacher).to(self.args.device).requires_grad_(False).eval()
+
+    @cached_property
+    def environment(self) -> dict[str, str]:
+        """As `ResumableTrainer.environment`, with the teacher's weights: one that is resumed should have the same."""
+        return super().environment | {"teacher": weights_digest(self.teacher)[:12]}
 
     def outputs(self, model: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Student's and teacher's logits (batch × classes each) for the same images, in the same precision."""

@@ -51,18 +51,23 @@ def describe_model(model: nn.Module) -> dict[str, Any]:
     arguments = getattr(model, "_hub_mixin_config", None)
     own = [module for module in model.modules() if _is_own(type(module))]
     code = {digest for module in own for digest in [*_code_digests(type(module)), _attributes_digest(module)]}
-    weights = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        weights.update(name.encode())
-        weights.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return {
         "class": type(model).__name__,
         "arguments": arguments if isinstance(arguments, dict) else None,
         "layers": repr(model),
         "frozen": [name for name, parameter in model.named_parameters() if not parameter.requires_grad],
         "code": sorted(code),
-        "initial_weights": weights.hexdigest(),
+        "initial_weights": weights_digest(model),
     }
+
+
+def weights_digest(model: nn.Module) -> str:
+    """SHA-256 over the names and bytes of a model's parameters and buffers."""
+    weights = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        weights.update(name.encode())
+        weights.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return weights.hexdigest()
 
 
 def describe_trainer(trainer: type | partial) -> dict[str, Any]:

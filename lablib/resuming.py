@@ -30,6 +30,8 @@ from lablib.checkpoints import (
 from lablib.distributed import DistributedTrainer
 from lablib.interruption import SIGNALS, Interruption
 
+VERSIONS = ("lablib", "torch", "transformers", "python")
+
 _BEST = "best_model.safetensors"
 _COST = 0.01  # at most this part of the time goes into the checkpoints within an epoch
 _STEPS_BETWEEN_DECISIONS = 50  # of several processes, which have to agree
@@ -127,7 +129,8 @@ class ResumableTrainer(DistributedTrainer):
             raise describe_failed_write(error, target, self._checkpoint_bytes()) from error
         finally:
             self._writing = False
-            self.state.best_model_checkpoint = str(folder)  # each checkpoint in it has the best weights
+            if self._best_weights is not None:
+                self.state.best_model_checkpoint = str(folder)  # each checkpoint in it has them
 
     def _get_output_dir(self, trial):
         folder = super()._get_output_dir(trial)
@@ -135,7 +138,7 @@ class ResumableTrainer(DistributedTrainer):
 
     def _write_progress(self, folder: Path):
         saved = {
-            "environment": self._environment,
+            "environment": self.environment,
             "notes": self.notes,
             "progress": self.progress(),
         }
@@ -158,11 +161,14 @@ class ResumableTrainer(DistributedTrainer):
         return 4 * sum(t.numel() * t.element_size() for t in self.model.state_dict().values()) + 2**20
 
     @cached_property
-    def _environment(self) -> dict[str, str]:
+    def environment(self) -> dict[str, str]:
+        """What a resumed training should find as it was: `VERSIONS`, precision, device, number of processes."""
         precision = "bf16" if self.args.bf16 else "fp16" if self.args.fp16 else "fp32"
-        versions = {name: version(name) for name in ("lablib", "torch", "transformers")}
         here = {"precision": precision, "device": self.args.device.type, "processes": str(self.args.world_size)}
-        return versions | {"python": platform.python_version()} | here
+        return {name: version(name) for name in VERSIONS if name != "python"} | {
+            "python": platform.python_version(),
+            **here,
+        }
 
     # Going on
 
@@ -197,7 +203,7 @@ class ResumableTrainer(DistributedTrainer):
         self.restore_progress([of_process["progress"] for of_process in saved])
 
     def _compare(self, before: dict[str, str], checkpoint: Path):
-        now = self._environment
+        now = self.environment
         changed = [name for name in now if now[name] != before.get(name)]
         if changed:
             was, is_ = (", ".join(f"{name} {values.get(name)}" for name in changed) for values in (before, now))

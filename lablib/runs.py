@@ -2,14 +2,12 @@
 
 import hashlib
 import json
-import platform
 import shutil
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,7 @@ from lablib.distributed import num_processes
 from lablib.files import write_atomically
 from lablib.identity import digest, identity
 from lablib.metrics import best_row, history
+from lablib.resuming import VERSIONS
 from lablib.trainer import StreamlinedTrainer
 
 
@@ -216,11 +215,10 @@ def _result(trainer: StreamlinedTrainer, rows: list[dict]) -> dict[str, Any]:
         "epochs": len(rows),
         "seconds": rows[-1]["seconds"],
         "device": trainer.args.device.type,
-        "precision": "bf16" if trainer.args.bf16 else "fp32",
+        "precision": trainer.environment["precision"],
         "processes": trainer.args.world_size,
         "threads": torch.get_num_threads(),
-        "versions": {name: version(name) for name in ("lablib", "torch", "transformers")}
-        | {"python": platform.python_version()},
+        "versions": {name: trainer.environment[name] for name in VERSIONS},
     } | ({"notes": trainer.notes} if trainer.notes else {})
 
 

@@ -4,7 +4,6 @@ import contextlib
 import inspect
 import io
 import os
-import platform
 import secrets
 import sys
 import time
@@ -16,6 +15,7 @@ import torch
 
 from lablib.files import write_atomically
 from lablib.metrics import best_row, history
+from lablib.resuming import VERSIONS
 from lablib.services import ServiceCallback, harmless, learning_curves
 
 # The fields of a TrainingConfig that are logged. All others stay here, whatever is added: among them are secrets.
@@ -203,7 +203,7 @@ def described(trainer) -> dict:
         **{k: v for k, v in config.training_arguments.items() if isinstance(v, (bool, int, float))},
         **{name: getattr(trainer, name) for name in ("temperature", "alpha") if hasattr(trainer, name)},
         "trainer": type(trainer).__name__,
-        "precision": "bf16" if trainer.args.bf16 else "fp32",
+        "precision": trainer.environment["precision"],
         "device": torch.cuda.get_device_name() if trainer.args.device.type == "cuda" else trainer.args.device.type,
         "model": {
             "class": type(model).__name__,
@@ -216,8 +216,7 @@ def described(trainer) -> dict:
             "image_shape": list(data.image_shape),
             "classes": list(data.class_names),
         },
-        "versions": {name: version(name) for name in ("lablib", "torch", "transformers", "wandb")}
-        | {"python": platform.python_version()},
+        "versions": {name: trainer.environment[name] for name in VERSIONS} | {"wandb": version("wandb")},
     }
 
 

@@ -17,7 +17,7 @@ import transformers
 from torch import nn
 from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader
-from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
+from transformers import EarlyStoppingCallback, EvalPrediction, PrinterCallback, TrainerCallback
 from transformers.trainer_utils import PredictionOutput
 
 from lablib.augmentation import augment
@@ -51,7 +51,7 @@ _OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torc
 
 
 class NonFiniteLossError(ArithmeticError):
-    """The training loss became NaN or infinite."""
+    """A loss became NaN or infinite."""
 
 
 class StreamlinedTrainer(ResumableTrainer):
@@ -64,8 +64,8 @@ class StreamlinedTrainer(ResumableTrainer):
 
     `checkpoint_dir` is where checkpoints go; without one they lie in a temporary folder that goes with the trainer.
     `run_name` is what Weights & Biases and Telegram call it.
-    Raises ValueError for a device that is not there, and NonFiniteLossError, naming epoch and step, when the training
-    loss is NaN or infinite. `train` raises BatchTooLargeError, before it begins, when a batch does not fit into memory.
+    Raises ValueError for a device that is not there, and NonFiniteLossError, naming the epoch, when a loss is NaN or
+    infinite. `train` raises BatchTooLargeError, before it begins, when a batch does not fit into memory.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class StreamlinedTrainer(ResumableTrainer):
             train_dataset=ImageBatches(images, labels, train),
             eval_dataset=ImageBatches(images, labels, validation),
             data_collator=_as_it_is,
-            compute_metrics=lambda prediction: evaluation_metrics(prediction, self.losses),
+            compute_metrics=self._evaluated,
             callbacks=[*stopping, *callbacks],
         )
         if args.disable_tqdm:
@@ -234,16 +234,25 @@ class StreamlinedTrainer(ResumableTrainer):
             first = int((~finite).nonzero()[0])
             batches = self.args.gradient_accumulation_steps  # a step
             step = self.state.global_step - math.ceil(len(losses) / batches) + first // batches + 1
-            raise NonFiniteLossError(
-                f"the training loss is {losses[first].item()} at epoch {math.ceil(self.state.epoch)}, step {step}; "
-                f"a smaller learning_rate than {self.config.learning_rate:g} or max_grad_norm=1.0 may help"
-            )
+            raise self._not_finite(f"training loss is {losses[first].item()}", f", step {step}")
         means = measured.means()
         self._since_last_log.forget()
         now = time.perf_counter()
         before = max((entry.get("seconds", 0.0) for entry in self.state.log_history), default=0.0)
         seconds, self._clock = before + now - self._clock, now
         return means | {"seconds": seconds}
+
+    def _evaluated(self, prediction: EvalPrediction) -> dict[str, float]:
+        metrics = evaluation_metrics(prediction, self.losses)
+        if not math.isfinite(metrics["loss"]):
+            raise self._not_finite(f"loss of an evaluation is {metrics['loss']}")
+        return metrics
+
+    def _not_finite(self, what: str, where: str = "") -> NonFiniteLossError:
+        return NonFiniteLossError(
+            f"the {what} at epoch {math.ceil(self.state.epoch or 0)}{where}; "
+            f"a smaller learning_rate than {self.config.learning_rate:g} or max_grad_norm=1.0 may help"
+        )
 
     def _measured_by_all(self) -> BatchMeter:
         """What all processes measured since the last log, of which each has its own images only."""

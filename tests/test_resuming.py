@@ -375,6 +375,14 @@ def test_a_change_of_versions_or_precision_is_said_and_stays_with_the_result(cha
     assert note.startswith(f"resumed at step 2 with {now}")
 
 
+def test_another_teacher_than_the_one_that_it_was_begun_with_is_noted(build):
+    with pytest.raises(KeyboardInterrupt):
+        build("here", At(2, press_ctrl_c), trainer_class=distilling).train()
+    resumed = build("here", trainer_class=partial(distilling, teacher=build_seeded(tiny_mlp, 10)))
+    with pytest.warns(UserWarning, match=r"resumed at step 2 with teacher \w{12}, begun with teacher \w{12}"):
+        resumed.train(resume_from_checkpoint=True)
+
+
 def test_a_run_without_such_a_change_carries_no_note(config, tiny_data):
     with pytest.raises(KeyboardInterrupt):
         train_or_load(tiny_mlp, config, tiny_data, callbacks=(At(2, press_ctrl_c),))

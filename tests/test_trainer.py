@@ -576,6 +576,20 @@ def test_bf16_computes_in_bfloat16_and_leaves_nothing_behind(build, tiny_data):
     assert not same_bits(before.model.state_dict(), in_bf16.model.state_dict())
 
 
+class NaNWhenEvaluated(MLP):
+    def forward(self, images):
+        return super().forward(images) * (1 if self.training else float("nan"))
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "loss"])
+def test_an_evaluation_without_a_finite_loss_is_no_result(metric, build):
+    trainer = build(config(early_stopping_metric=metric), NaNWhenEvaluated((8,), image_shape=(1, 6, 6), num_classes=3))
+    with pytest.raises(
+        NonFiniteLossError, match=r"the loss of an evaluation is nan at epoch 1; a smaller learning_rate"
+    ):
+        trainer.train()
+
+
 # Interrupting, and going on
 
 
