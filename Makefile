@@ -24,8 +24,9 @@ lab: .venv/lab ## run the notebooks on the built-in digits, no network needed (a
 	@echo "tables:            $$(ls out/results/*.csv | tr '\n' ' ')"
 	@echo "figures:           $$(ls out/images/* | tr '\n' ' ')"
 
+# one worker a processor; each takes whole files, in their order, so that a file's fixtures are made once
 test: .venv/test lint ## check the style, run the tests and the notebooks
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/test
 	@$(BIN)/ruff check .
