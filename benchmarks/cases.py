@@ -1,10 +1,7 @@
 """What is trained: the networks, their data and their augmentation, the same for every rival."""
 
 import importlib
-import sys
-import types
 from dataclasses import dataclass, field
-from pathlib import Path
 
 VALIDATION_SPLIT = 0.1
 LEARNING_RATE = 1e-3
@@ -47,14 +44,6 @@ CASES = (
     Case("ResidualCNN-2", "ResidualCNN", {"depth": 2, "width": 16}, slow_images=2_560, fast_images=5_120, **_CIFAR),
     Case("ResidualCNN-4", "ResidualCNN", {"depth": 4, "width": 16}, slow_images=1_280, fast_images=2_560, **_CIFAR),
 )
-
-
-def without_the_trainer():
-    """Import of lablib only what a rival asks for (models, data, augmentation), not all that `import lablib` brings."""
-    if "lablib" not in sys.modules:
-        package = types.ModuleType("lablib")
-        package.__path__ = [str(Path(__file__).parents[1] / "lablib")]
-        sys.modules["lablib"] = package
 
 
 def load(case: Case, images: int | None):

@@ -2,14 +2,13 @@
 
 import warnings
 
-from benchmarks.cases import LEARNING_RATE, Case, build, load, without_the_trainer
+from benchmarks.cases import LEARNING_RATE, Case, build, load
 from benchmarks.gate import Gate
 from benchmarks.rivals import FOREVER
 
 
 def keras(gate: Gate, case: Case, images: int | None, workers: int, output_dir: str):
     """Compiled and fitted as the guides of Keras do it."""
-    without_the_trainer()
     warnings.simplefilter("ignore")
     import keras
 

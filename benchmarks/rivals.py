@@ -16,7 +16,6 @@ from benchmarks.cases import (
     Case,
     build,
     load,
-    without_the_trainer,
 )
 from benchmarks.gate import Gate
 
@@ -59,7 +58,6 @@ RIVALS = {
 
 def student(gate: Gate, case: Case, images: int | None, workers: int, output_dir: str):
     """The usual lab: a DataLoader over PIL images, and the loop of every tutorial."""
-    without_the_trainer()
     import torch
     from torch.nn import functional as F
 
@@ -97,7 +95,6 @@ def student(gate: Gate, case: Case, images: int | None, workers: int, output_dir
 
 def stock_trainer(gate: Gate, case: Case, images: int | None, workers: int, output_dir: str):
     """transformers.Trainer as it comes, over a data set that transforms one image at a time."""
-    without_the_trainer()
     import torch
     from torch import nn
     from torch.nn import functional as F
@@ -151,7 +148,6 @@ def stock_trainer(gate: Gate, case: Case, images: int | None, workers: int, outp
 
 def lightning(gate: Gate, case: Case, images: int | None, workers: int, output_dir: str):
     """PyTorch Lightning with the student lab's loaders."""
-    without_the_trainer()
     warnings.simplefilter("ignore")
     import logging
 
@@ -213,7 +209,6 @@ def lightning(gate: Gate, case: Case, images: int | None, workers: int, output_d
 
 def tight_loop(gate: Gate, case: Case, images: int | None, workers: int, output_dir: str):
     """What remains when all machinery is taken away: uint8 images in memory, batches by index, fused Adam."""
-    without_the_trainer()
     import torch
     from torch.nn import functional as F
 

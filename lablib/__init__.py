@@ -1,29 +1,30 @@
-"""The lab's machinery; a notebook imports what it needs from here."""
+"""The lab's machinery. What a notebook needs has its name here, and is loaded when it is asked for."""
 
-from lablib.config import TrainingConfig
-from lablib.data import ImageData, stratified_split
-from lablib.distillation import KnowledgeDistillationTrainer, distillation_loss
-from lablib.experiment import Experiment, experiment
-from lablib.models import MLP, ResidualBlock, ResidualCNN, ResidualMLP, SimpleCNN
-from lablib.runs import Run, train_or_load
-from lablib.sources import load_data
-from lablib.trainer import StreamlinedTrainer
+from importlib import import_module
 
-__all__ = [
-    "MLP",
-    "Experiment",
-    "ImageData",
-    "KnowledgeDistillationTrainer",
-    "ResidualBlock",
-    "ResidualCNN",
-    "ResidualMLP",
-    "Run",
-    "SimpleCNN",
-    "StreamlinedTrainer",
-    "TrainingConfig",
-    "distillation_loss",
-    "experiment",
-    "load_data",
-    "stratified_split",
-    "train_or_load",
-]
+_NAMES = {
+    "config": ("TrainingConfig",),
+    "data": ("ImageData", "stratified_split"),
+    "distillation": ("KnowledgeDistillationTrainer", "distillation_loss"),
+    "experiments": ("Experiment", "experiment"),
+    "models": ("MLP", "ResidualBlock", "ResidualCNN", "ResidualMLP", "SimpleCNN"),
+    "runs": ("Run", "train_or_load"),
+    "sources": ("load_data",),
+    "trainer": ("StreamlinedTrainer",),
+}
+_MODULES = {name: module for module, names in _NAMES.items() for name in names}
+
+__all__ = sorted(_MODULES)
+
+
+def __getattr__(name: str):
+    """PyTorch and transformers take seconds to import, which a list of runs or a wrong parameter need not wait for."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

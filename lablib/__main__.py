@@ -16,7 +16,7 @@ from lablib import models
 from lablib.config import TrainingConfig
 from lablib.data import ImageData
 from lablib.distillation import KnowledgeDistillationTrainer
-from lablib.distributed import is_first_process
+from lablib.processes import is_first_process
 from lablib.runs import load_run, train_or_load
 from lablib.sources import load_data
 from lablib.trainer import StreamlinedTrainer

@@ -5,13 +5,15 @@ import difflib
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import TrainingArguments
 
-from lablib.distributed import num_processes
+from lablib.processes import num_processes
 from lablib.secret import Secret, looks_like_a_token
+
+if TYPE_CHECKING:  # transformers takes seconds to import; only a training needs it
+    from transformers import TrainingArguments
 
 OPTIMIZERS = ("adam", "adamw", "sgd")
 LR_SCHEDULES = ("constant", "cosine")
@@ -170,6 +172,10 @@ class TrainingConfig:
     def _check_training_arguments(self):
         if not isinstance(self.training_arguments, dict):
             raise self._error("training_arguments", "a dict of transformers.TrainingArguments fields")
+        if not self.training_arguments:
+            return
+        from transformers import TrainingArguments
+
         known = {f.name for f in dataclasses.fields(TrainingArguments) if f.init}
         owned = self._own_arguments("", bf16=False)
         for name in self.training_arguments:
@@ -219,12 +225,14 @@ class TrainingConfig:
             "remove_unused_columns": False,
         }
 
-    def to_training_arguments(self, output_dir: str, *, bf16: bool = False) -> TrainingArguments:
+    def to_training_arguments(self, output_dir: str, *, bf16: bool = False) -> "TrainingArguments":
         """The same knobs as `transformers.TrainingArguments`; checkpoints go to `output_dir`.
 
         `training_arguments` come last, so that they can set everything that this config does not.
         Raises ValueError where several processes (`torchrun`) cannot share a batch out evenly.
         """
+        from transformers import TrainingArguments
+
         if self.batch_size % num_processes():
             raise self._error("batch_size", f"a multiple of the number of processes, which is {num_processes()}")
         defaults = {

@@ -2,10 +2,13 @@
 
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn import functional as F
-from transformers import EvalPrediction
+
+if TYPE_CHECKING:
+    from transformers import EvalPrediction
 
 Losses = Callable[[torch.Tensor | tuple[torch.Tensor, ...], torch.Tensor], dict[str, torch.Tensor]]
 
@@ -15,7 +18,7 @@ def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, torch
     return {"loss": F.cross_entropy(logits, labels)}
 
 
-def evaluation_metrics(prediction: EvalPrediction, losses: Losses = cross_entropy) -> dict[str, float]:
+def evaluation_metrics(prediction: "EvalPrediction", losses: Losses = cross_entropy) -> dict[str, float]:
     """The losses and the accuracy over all images, each counted once, in float64.
 
     Predictions are the logits, or a tuple that begins with them.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from lablib.distributed import is_first_process
+from lablib.processes import is_first_process
 
 
 class RunProgress:

@@ -20,10 +20,10 @@ from transformers import TrainerCallback
 from lablib.checkpoints import check_room
 from lablib.config import TrainingConfig
 from lablib.data import ImageData
-from lablib.distributed import num_processes
 from lablib.files import write_atomically
 from lablib.identity import digest, identity
 from lablib.metrics import best_row, history
+from lablib.processes import num_processes
 from lablib.resuming import VERSIONS
 from lablib.trainer import StreamlinedTrainer
 

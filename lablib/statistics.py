@@ -4,12 +4,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
-from lablib.experiment import Experiment
+if TYPE_CHECKING:
+    from lablib.experiments import Experiment
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def paired_difference(first: Mapping[int, float], second: Mapping[int, float]) -
     return PairedDifference(summary.mean, summary.std, summary.ci95, summary.n, p_value)
 
 
-def results_table(experiment: Experiment) -> pd.DataFrame:
+def results_table(experiment: "Experiment") -> pd.DataFrame:
     """One row a model; accuracies are fractions. A model whose runs failed has its error in the column `failed`."""
     rows = []
     for model in experiment.models:

@@ -23,7 +23,6 @@ from transformers.trainer_utils import PredictionOutput
 from lablib.augmentation import augment
 from lablib.config import TrainingConfig
 from lablib.data import ImageBatches, ImageData, ShuffledBatches, stratified_split, stratified_subset
-from lablib.distributed import process_seed
 from lablib.hardware import (
     check_device,
     deterministic_algorithms,
@@ -34,6 +33,7 @@ from lablib.hardware import (
 )
 from lablib.memory import check_batch_fits
 from lablib.metrics import BatchMeter, combined, cross_entropy, evaluation_metrics
+from lablib.processes import process_seed
 from lablib.resuming import ResumableTrainer
 from lablib.services import ServiceCallback
 

@@ -120,7 +120,7 @@ def test_a_run_whose_worker_is_killed_is_taken_over_from_its_checkpoint(findings
 
 
 def test_threads_of_one_worker_train_one_after_the_other(monkeypatch):
-    module = sys.modules["lablib.experiment"]
+    module = sys.modules["lablib.experiments"]
     running, most = [], []
 
     def training(*args, **kwargs):

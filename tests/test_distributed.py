@@ -11,7 +11,8 @@ import torch
 
 from lablib import MLP, TrainingConfig, experiment
 from lablib.data import ImageBatches
-from lablib.distributed import Share, process_seed
+from lablib.distributed import Share
+from lablib.processes import process_seed
 
 QUIET = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 

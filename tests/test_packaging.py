@@ -4,7 +4,10 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pytest
 import yaml
+
+import lablib
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -68,3 +71,25 @@ assert not services, services
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
+
+
+def test_what_takes_seconds_to_import_is_imported_when_it_is_asked_for():
+    code = """
+import sys
+import lablib, lablib.execute, lablib.parameters
+assert "torch" not in sys.modules
+from lablib import MLP, TrainingConfig, load_data, report
+TrainingConfig(num_epochs=3)
+assert not {"transformers.trainer", "accelerate"} & set(sys.modules)
+import lablib.experiments
+from lablib import experiment  # the function, whose module has been imported before it
+assert callable(experiment)
+assert all(getattr(lablib, name).__name__ == name and name in dir(lablib) for name in lablib.__all__)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_name_that_is_not_there_is_named():
+    with pytest.raises(AttributeError, match="module 'lablib' has no attribute 'no_such_name'"):
+        lablib.no_such_name  # noqa: B018

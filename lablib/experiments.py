@@ -17,8 +17,8 @@ from torch import nn
 
 from lablib.config import TrainingConfig
 from lablib.data import ImageData
-from lablib.distributed import is_first_process, num_processes
 from lablib.interruption import Interruption, leave_with
+from lablib.processes import is_first_process, num_processes
 from lablib.progress import RunProgress
 from lablib.runs import Run, build_seeded, load_or_set_aside, run_path, train_or_load
 from lablib.secret import redacted

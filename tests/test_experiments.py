@@ -13,7 +13,7 @@ import torch
 from bot_api import BotApi
 
 from lablib import MLP, Experiment, KnowledgeDistillationTrainer, StreamlinedTrainer, TrainingConfig, experiment
-from lablib.experiment import initial_model
+from lablib.experiments import initial_model
 from lablib.runs import build_seeded, run_path, train_or_load
 from lablib.telegram import TelegramNotifier
 
