@@ -2,12 +2,14 @@
 
 from statistics import median
 
+from benchmarks.aims import aims, best, ratio
+
 RIVAL_ORDER = ("student", "transformers", "lightning", "keras", "tight")
 
 
 def markdown(measured: dict) -> str:
     """The page of `results/benchmark-<device>.md` from the contents of its JSON file."""
-    sections = [_head(measured)]
+    sections = [_head(measured), *_aims(measured)]
     sections += [_case(case) for case in measured["cases"]]
     if measured["cases"]:
         sections += [_start_and_memory(measured["cases"]), _ratios(measured["cases"])]
@@ -20,12 +22,6 @@ def markdown(measured: dict) -> str:
     if "notebook" in measured:
         sections.append(_notebook(measured["notebook"]))
     return "\n\n".join([*sections, _notes(measured)]) + "\n"
-
-
-def best(entries: list[dict], rival: str, side_by_side: bool = False) -> dict | None:
-    """A rival's fastest variant in training; of lablib's, one run or the runs side by side."""
-    found = [e for e in entries if e["rival"] == rival and ("side by side" in e["variant"]) == side_by_side]
-    return max(found, key=lambda entry: median(entry["train"]), default=None)
 
 
 def table(columns: list[str], rows: list[list]) -> str:
@@ -54,6 +50,22 @@ def _head(measured: dict) -> str:
         "both count training images only. Starting and the first epoch, in which memory and kernels are set up, are "
         "not in them and are given apart."
     )
+
+
+def _aims(measured: dict) -> list[str]:
+    found = aims(measured)
+    if not found:
+        return []
+    lines = ["| aim | asked | measured | reached |", "| --- | ---: | ---: | --- |"]
+    lines += [
+        f"| {aim.text} | {aim.asked} | {aim.measured} | {'yes' if aim.reached else f'no: {aim.why}'.rstrip(': ')} |"
+        for aim in found
+    ]
+    return [
+        "## What was aimed at\n\nThe aims were set for 2 cores with AMX; of a way with several variants the fastest "
+        "one counts, unless its threads are named.",
+        "\n".join(lines),
+    ]
 
 
 def _case(case: dict) -> str:
@@ -106,7 +118,7 @@ def _times_of_lablib(entries: list[dict], entry: dict) -> str:
 
 
 def _ratio(entry: dict, other: dict) -> str:
-    return f"{median(entry['train']) / median(other['train']):.3g}"
+    return f"{ratio(entry, other):.3g}"
 
 
 def _ratios(cases: list[dict]) -> str:

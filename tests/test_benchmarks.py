@@ -4,6 +4,7 @@ import copy
 import getpass
 import json
 import platform
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 from benchmarks import machine
 from benchmarks.__main__ import main
+from benchmarks.aims import aims
 from benchmarks.cases import CASES, Case, build, load
 from benchmarks.contest import speeds
 from benchmarks.gate import Epoch
@@ -19,6 +21,8 @@ from benchmarks.keras_rival import keras_model
 from benchmarks.parts import profile
 from benchmarks.report import markdown
 from benchmarks.rivals import lablib_trainer
+from benchmarks.tried import Training, Way
+from benchmarks.tried import page as tried_page
 
 DIGITS = {"dataset": "digits", "batch_size": 64, "slow_images": 256, "fast_images": 256}
 CASE = Case("MLP-2", "MLP", {"hidden_sizes": (16,)}, translation_fraction=0.1, **DIGITS)
@@ -130,6 +134,11 @@ def test_the_page_has_a_section_for_each_part():
     assert "| 4 | 6.00 | 1.50 |" in text
     assert "15.0 s when all of its runs are finished" in text
     assert "Keras is left out" in text
+    assert "| a notebook whose runs are finished | < 20 s | 15.0 s | yes |" in text
+    assert (
+        "| memory beyond the data, from 1,000 to 1,000 images | hardly grows | 4 to 4 MiB, beside 3 of data | yes |"
+        in text
+    )
 
 
 def test_runs_side_by_side_count_from_the_first_begin_to_the_last_end():
@@ -196,3 +205,74 @@ def test_an_unknown_case_is_refused(capsys):
     with pytest.raises(SystemExit):
         main(["--cases", "MLP-3"])
     assert "MLP-3: allowed are MLP-2" in capsys.readouterr().err
+
+
+def test_the_aims_stand_beside_what_was_measured_and_say_why_one_is_missed():
+    def entry(rival, images_a_second, variant="one run, 1 thread"):
+        return {"rival": rival, "title": rival, "variant": variant, "train": [images_a_second]}
+
+    mlp = [entry("student", 100), entry("keras", 900), entry("tight", 1000), entry("lablib", 960)]
+    mlp.append(entry("lablib", 2500, "2 runs side by side"))
+    cnn = [entry("student", 100), entry("tight", 90), entry("lablib", 199)]
+    profile = {"case": "MLP-2", "ms_a_step": {"forward": 1.0, "data": 0.25, "Trainer's own": 0.5}}
+    measured = {"cases": [{"name": "MLP-2", "entries": mlp}, {"name": "ResidualCNN-2", "entries": cnn}]}
+    found = {aim.text: aim for aim in aims(measured | {"parts": [profile]})}
+    assert [aim.measured for aim in found.values()][:3] == ["9.6 times", "25 times", "0.96 times"]
+    assert [aim.reached for aim in found.values()] == [False, True, True, False, True, True, False]
+    assert "tight loop) it is 10 times" in next(iter(found.values())).why
+    assert found["every network, one run, beside each usual way"].measured == "1.07 times at least (MLP-2, keras)"
+    assert found["Trainer's own time in a step of MLP-2"].measured == "0.50 ms"
+    slower = aims({"cases": [{"name": "MLP-2", "entries": [entry("keras", 2), entry("lablib", 1)]}]})
+    assert [aim.reached for aim in slower] == [False]
+
+
+PLAIN = replace(CASE, arguments={"hidden_sizes": (16,), "dropout": 0.0})
+
+
+def trained(way: Way) -> torch.Tensor:
+    """The weights after an epoch."""
+    training = Training(PLAIN, way, 256)
+    torch.manual_seed(0)
+    assert training.epoch() > 0
+    return torch.cat([parameter.detach().flatten() for parameter in training.parameters])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"affine_grid": True}, {"ahead": True}, {"optimizer": "foreach"}, {"optimizer": "loop"}, {"keeps_memory": False}],
+    ids=str,
+)
+def test_ideas_that_only_cost_time_train_the_same(change):
+    torch.testing.assert_close(trained(Way(**change)), trained(Way()), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"separate_sampling": True}, {"augmentation": torch.bfloat16}, {"bf16": True}, {"channels_last": True}],
+    ids=str,
+)
+def test_ideas_that_round_train_nearly_the_same(change):
+    torch.testing.assert_close(trained(Way(**change)), trained(Way()), atol=0.02, rtol=0)
+
+
+def test_seeds_in_one_product_are_each_trained():
+    before = torch.cat([p.flatten() for p in Training(PLAIN, Way(seeds=3), 256).parameters])
+    after = trained(Way(seeds=3))
+    assert after.isfinite().all()
+    assert ((after - before).abs() > 0).float().mean() > 0.5
+
+
+def test_validation_trains_nothing():
+    assert torch.equal(trained(Way(validates=64)), trained(Way(validates=100)))
+
+
+def test_what_was_tried_has_a_page_with_ratios_and_what_compiling_costs():
+    tried = {"idea": "`torch.compile`", "network": "MLP-2", "outcome": "not kept", "usual": [100, 100, 50]}
+    tried |= {"changed": [200, 200, 200], "warm_up_seconds": 10.0}
+    described = {"processor": "A", "cores": 2, "python": "3", "versions": {"torch": "2"}}
+    measured = {"machine": described, "date": "2026-01-01", "rounds": 3, "ideas": [tried]}
+    text = tried_page(measured)
+    assert "| `torch.compile` | MLP-2 | 2.00 (2.00–4.00) |" in text
+    assert "takes 10 s more, which is earned back after 2,000 images" in text
+    tried["changed"] = [50, 50, 50]
+    assert "which is never earned back" in tried_page(measured)
