@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help lab test torture bench full full-mlps full-cnns readme runs clean-runs lint clean
+.PHONY: help lab test torture bench full full-mlps full-cnns readme record runs clean-runs lint clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -56,14 +56,17 @@ full: full-mlps full-cnns ## both published experiments; they write results/ and
 
 full-mlps: .venv/lab ## the published experiment on MNIST (about two hours on 2 cores)
 	@$(PAPERMILL) Lab1_MLPs.ipynb results/Lab1_MLPs.ipynb $(FULL)
-	@$(MAKE) --no-print-directory readme
+	@$(MAKE) --no-print-directory record readme
 
 full-cnns: .venv/lab ## the published experiment on CIFAR-10 (about an hour on 2 cores)
 	@$(PAPERMILL) Lab1_CNNs.ipynb results/Lab1_CNNs.ipynb $(FULL_CNNS)
-	@$(MAKE) --no-print-directory readme
+	@$(MAKE) --no-print-directory record readme
 
 readme: .venv/lab ## write the tables of results/ into the README
 	@$(BIN)/python -m lablib.report
+
+record: .venv/lab ## write results/runs.csv, every finished run of the store
+	@$(BIN)/python -m lablib.record
 
 RUNS ?= runs
 FINISHED ?= 0

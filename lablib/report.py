@@ -4,15 +4,27 @@ python -m lablib.report            write them
 python -m lablib.report --check    only say whether they are up to date
 """
 
+import json
 import re
 import sys
 from pathlib import Path
+from statistics import median
 
 import pandas as pd
 
 from lablib import reference
 from lablib.statistics import readable_table
 
+_BENCHMARK = "benchmark-cpu-2-cores.json"
+_WAYS = {
+    "student": "usual student lab",
+    "transformers": "transformers.Trainer",
+    "lightning": "Lightning",
+    "keras": "Keras",
+    "tight": "tight loop",
+    "lablib": "lablib, one run",
+    "side by side": "lablib, runs side by side",
+}
 _MARKED = r"(<!-- table: {name} -->\n).*?(<!-- end -->)"
 
 
@@ -24,6 +36,8 @@ def tables(results: Path) -> dict[str, str]:
     missing = [f"{name}.csv" for name in wanted if name not in read]
     if missing:
         raise FileNotFoundError(f"{results} lacks {', '.join(missing)}; `make full` writes them")
+    if not (results / _BENCHMARK).exists():
+        raise FileNotFoundError(f"{results} lacks {_BENCHMARK}; `make bench` writes it on a machine of 2 cores")
     return {
         "mlps_mnist": markdown(readable_table(read["mlps_mnist"], reference.MNIST)),
         "mlps_mnist_cosine": markdown(readable_table(read["mlps_mnist_cosine"])),
@@ -31,6 +45,7 @@ def tables(results: Path) -> dict[str, str]:
         "mlps_mnist_differences": markdown(readable_differences(read["mlps_mnist_differences"])),
         "cnns_cifar10-jpeg": markdown(readable_table(read["cnns_cifar10-jpeg"])),
         "distillation_cifar10-jpeg": markdown(readable_distillation(read["distillation_cifar10-jpeg"])),
+        "speed": speed(json.loads((results / _BENCHMARK).read_bytes())),
     }
 
 
@@ -65,6 +80,23 @@ def readable_distillation(table: pd.DataFrame) -> pd.DataFrame:
     readable.insert(readable.columns.get_loc("test accuracy") + 1, "gain, points", gains)
     readable.insert(0, "role", table["role"].to_list())
     return readable
+
+
+def speed(measured: dict) -> str:
+    """Training images a second by network and way of training, each in its fastest variant, and where and when."""
+    rows = {}
+    for case in measured["cases"]:
+        best: dict[str, float] = {}
+        for entry in case["entries"]:
+            way = _WAYS["side by side" if "side by side" in entry["variant"] else entry["rival"]]
+            best[way] = max(best.get(way, 0.0), median(entry["train"]))
+        rows[case["name"]] = {way: f"{best[way]:,.0f}" if way in best else "–" for way in _WAYS.values()}
+    table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("images a second")
+    machine = measured["machine"]
+    processor = " with ".join([machine["gpu"] or machine["processor"], *filter(None, [", ".join(machine["units"])])])
+    where = f"{processor}, {machine['cores']} cores, PyTorch {machine['versions']['torch']}"
+    epochs = f"the median of {measured['rounds']} epochs, in turns"
+    return f"{markdown(table)}\nMeasured on {measured['date']} on {where}: {epochs}.\n"
 
 
 def _with_interval(mean: str, ci95: float) -> str:

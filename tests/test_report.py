@@ -5,7 +5,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from lablib.report import by_depth, filled, main, markdown, readable_differences, readable_distillation, tables
+from lablib.report import by_depth, filled, main, markdown, readable_differences, readable_distillation, speed, tables
 
 ROOT = Path(__file__).parent.parent
 
@@ -39,6 +39,26 @@ def test_a_readme_that_differs_is_written_anew_and_found_by_the_check(tmp_path, 
 def test_a_missing_table_is_named_with_the_command_that_writes_it(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"lacks mlps_mnist\.csv.*; `make full` writes them"):
         tables(tmp_path)
+
+
+def test_a_missing_benchmark_is_named_with_the_command_that_writes_it(tmp_path):
+    for table in (ROOT / "results").glob("*.csv"):
+        shutil.copy(table, tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"lacks benchmark-cpu-2-cores\.json; `make bench` writes it on a"):
+        tables(tmp_path)
+
+
+def test_speeds_are_those_of_the_fastest_variant_with_machine_and_date():
+    def entry(rival, variant, *speeds):
+        return {"rival": rival, "variant": variant, "train": list(speeds)}
+
+    entries = [entry("student", "0 workers", 900, 1000, 5000), entry("student", "2 workers", 10, 20, 30)]
+    entries += [entry("lablib", "one run, 2 threads", 4000.4), entry("lablib", "2 runs side by side", 6000)]
+    machine = {"gpu": None, "processor": "A", "units": ["AMX"], "cores": 2, "versions": {"torch": "2.0"}}
+    measured = {"machine": machine, "date": "2026-01-01", "rounds": 3, "cases": [{"name": "MLP-2", "entries": entries}]}
+    table, line = speed(measured).strip().split("\n\n")
+    assert table.splitlines()[-1] == "| MLP-2 | 1,000 | – | – | – | – | 4,000 | 6,000 |"
+    assert line == "Measured on 2026-01-01 on A with AMX, 2 cores, PyTorch 2.0: the median of 3 epochs, in turns."
 
 
 def test_a_readme_without_a_place_for_a_table_is_refused():
