@@ -16,7 +16,7 @@ from lablib.statistics import Summary, summarise
 
 
 def forest(differences: Mapping[str, Summary], title: str, xlabel: str) -> Figure:
-    """Differences with their 95 % intervals, one a row, beside the line of no difference."""
+    """Differences, one a row, beside the line of no difference; where n > 1, with their 95 % intervals."""
     figure, axis = plt.subplots(figsize=(6.4, 0.6 * len(differences) + 1.4))
     for row, difference in enumerate(differences.values()):
         error = None if difference.ci95 is None else 100 * difference.ci95
@@ -30,7 +30,8 @@ def forest(differences: Mapping[str, Summary], title: str, xlabel: str) -> Figur
     axis.margins(x=0.12)
     axis.axvline(0, color="0.4", linewidth=1)
     axis.set_yticks(range(len(differences)), labels=list(differences))
-    axis.set_xlabel(xlabel)
+    intervals = any(difference.ci95 is not None for difference in differences.values())
+    axis.set_xlabel(f"{xlabel}, 95 % interval" if intervals else xlabel)
     axis.set_title(title, fontsize="medium")
     return figure
 

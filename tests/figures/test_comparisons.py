@@ -20,7 +20,7 @@ def test_a_forest_shows_each_difference_with_its_interval_and_n_beside_no_differ
     differences = {name: summarise(v) for name, v in values.items()} | {"16 layers": Summary(0.05, None, None, 1)}
     axis = drawn(figures.forest(differences, "tiny: residual less plain", "difference (percentage points)")).axes[0]
     assert axis.get_title() == "tiny: residual less plain"
-    assert axis.get_xlabel() == "difference (percentage points)"
+    assert axis.get_xlabel() == "difference (percentage points), 95 % interval"
     assert [label.get_text() for label in axis.get_yticklabels()] == ["2 layers", "8 layers", "16 layers"]
     assert [text.get_text() for text in axis.texts] == ["+1.50, n = 3", "-15.00, n = 2", "+5.00, n = 1"]
     assert any(list(line.get_xdata()) == [0, 0] for line in axis.get_lines())
@@ -30,6 +30,8 @@ def test_a_forest_shows_each_difference_with_its_interval_and_n_beside_no_differ
         interval = stats.t.interval(0.95, len(value) - 1, np.mean(value), stats.sem(value))
         np.testing.assert_allclose(bar.get_segments()[0], [[100 * end, row] for end in interval])
     assert bars[2] == ()
+    axis = drawn(figures.forest({"16 layers": Summary(0.05, None, None, 1)}, "tiny", "points")).axes[0]
+    assert axis.get_xlabel() == "points"  # one value has no interval to speak of
 
 
 # Accuracy by cost
