@@ -39,10 +39,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     file = out / f"benchmark-{machine.device_slug(measured['machine'])}"
+    if options.keep:
+        measured = kept(json.loads(file.with_suffix(".json").read_bytes()), measured)
     file.with_suffix(".json").write_text(json.dumps(measured, indent=1) + "\n")
     file.with_suffix(".md").write_text(markdown(measured))
     print(f"{file}.md and {file}.json, {measured['minutes']} minutes")
     return 0
+
+
+def kept(before: dict, measured: dict) -> dict:
+    """Earlier measurements with the parts that are new. Raises ValueError if the machine or a version is another."""
+    if before["machine"] != measured["machine"]:
+        raise ValueError(f"measured before on {before['machine']}, now on {measured['machine']}: leave --keep out")
+    minutes = round(before["minutes"] + measured["minutes"], 1)
+    new = {name: value for name, value in measured.items() if name in MEASURED or name == "parts"}
+    return before | new | {"minutes": minutes}
 
 
 def measure(
@@ -69,22 +80,22 @@ def measure(
     for case in cases:
         _say(f"{case.name}: {', '.join(present)}")
         measured["cases"].append(race(case, present, rounds, jobs, on_gpu, images))
-    if "ceiling" in what:
+    if "ceiling" in what and cases:
         _say("the ceiling")
         measured["ceiling"] = isolated(ceiling.rates)
         for case, result in zip(cases, measured["cases"], strict=True):
             result["demand"] = isolated(ceiling.demand, case)
-    if "profile" in what:
+    if "profile" in what and cases:
         _say("lablib's time by part")
         measured["parts"] = [
             isolated(parts.profile, case, images or case.fast_images, None if on_gpu or case.convolutional else 1)
             for case in cases
             if case.name in PROFILED
         ]
-    if "linearity" in what and cases:
+    if "linearity" in what:
         _say("cost against images, epochs and runs")
         sizes = (images, 2 * images) if images else (5_000, 50_000, 500_000)
-        measured["linearity"] = linearity.measure(cases[0], sizes, epochs=(1, 2, 4, 8), runs=(1, 2, 4))
+        measured["linearity"] = linearity.measure((cases or CASES)[0], sizes, epochs=(1, 2, 4, 8), runs=(1, 2, 4))
     if "notebook" in what:
         _say("a notebook, twice")
         measured["notebook"] = notebook.rerun_seconds("Lab1_MLPs.ipynb")
@@ -96,7 +107,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m benchmarks", description="How fast lablib is beside the usual ways."
     )
     names = [case.name for case in CASES]
-    parser.add_argument("--cases", type=_some_of(names), default=names, help=f"of {','.join(names)}")
+    parser.add_argument("--cases", type=_some_of(names), default=names, help=f"of {','.join(names)}, or none")
     parser.add_argument("--rivals", type=_some_of(RIVALS), default=list(RIVALS), help=f"of {','.join(RIVALS)}")
     parser.add_argument("--rounds", type=int, default=3, help="epochs of each rival after its first one")
     parser.add_argument("--images", type=int, help="training images an epoch, for quick trials")
@@ -104,6 +115,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--parts", type=_some_of(MEASURED), default=list(MEASURED), help=f"of {','.join(MEASURED)}, or none"
     )
+    parser.add_argument("--keep", action="store_true", help="keep what the page has of parts that are not measured")
     parser.add_argument("--out", default="results", help="the folder of the tables")
     return parser.parse_args(arguments)
 

@@ -43,31 +43,34 @@ class BatchMeter:
 
     def state(self) -> dict:
         """All that was collected, as JSON takes it; the numbers come back as they were."""
-        losses = {name: values.tolist() for name, values in self.losses().items()} if self._sizes else {}
+        losses = {name: values.tolist() for name, values in self.losses().items()}
         return {"sizes": self._sizes, "correct": self._hits(), "losses": losses}
 
     def restore(self, state: dict):
         """Go on from what `state` gave."""
         self.forget()
-        self._sizes, self._correct = list(state["sizes"]), [torch.tensor(hits) for hits in state["correct"]]
-        losses = {name: torch.tensor(values, dtype=torch.float64) for name, values in state["losses"].items()}
-        self._losses = [{name: values[batch] for name, values in losses.items()} for batch in range(len(self))]
+        self._sizes = list(state["sizes"])
+        self._correct = _Scalars(torch.tensor(state["correct"]))
+        self._losses = {
+            name: _Scalars(torch.tensor(values, dtype=torch.float64)) for name, values in state["losses"].items()
+        }
 
     def forget(self):
         """Begin anew."""
         self._sizes: list[int] = []
-        self._correct: list[torch.Tensor] = []
-        self._losses: list[dict[str, torch.Tensor]] = []
+        self._correct = _Scalars()
+        self._losses: dict[str, _Scalars] = {}
 
     def add(self, losses: dict[str, torch.Tensor], logits: torch.Tensor, labels: torch.Tensor):
         """Note one batch: its mean losses, its logits (batch × classes) and labels (batch)."""
         self._sizes.append(len(labels))
         self._correct.append((logits.detach().argmax(1) == labels).sum())
-        self._losses.append({name: loss.detach() for name, loss in losses.items()})
+        for name, loss in losses.items():
+            self._losses.setdefault(name, _Scalars()).append(loss.detach())
 
     def losses(self) -> dict[str, torch.Tensor]:
         """Each loss by batch, float64 on the CPU."""
-        return {name: _gathered([batch[name] for batch in self._losses]) for name in self._losses[0]}
+        return {name: scalars.gathered() for name, scalars in self._losses.items()}
 
     def means(self) -> dict[str, float]:
         """Each loss and the accuracy as means over images."""
@@ -76,7 +79,7 @@ class BatchMeter:
         return means | {"accuracy": sum(self._hits()) / sizes.sum().item()}
 
     def _hits(self) -> list[int]:
-        return _gathered(self._correct).long().tolist() if self._correct else []
+        return self._correct.gathered().long().tolist() if self._sizes else []
 
 
 def combined(states: list[dict]) -> dict:
@@ -92,12 +95,31 @@ def combined(states: list[dict]) -> dict:
     return {"sizes": total.tolist(), "correct": correct.sum(0).tolist(), "losses": losses}
 
 
-def _gathered(values: list[torch.Tensor]) -> torch.Tensor:
-    """Some scalars as float64 on the CPU, with one wait for each device that they are on."""
-    by_kind: dict[tuple, list[torch.Tensor]] = {}
-    for value in values:  # those of a checkpoint come first, on the CPU
-        by_kind.setdefault((value.device, value.dtype), []).append(value)
-    return torch.cat([torch.stack(group).cpu().double() for group in by_kind.values()])
+class _Scalars:
+    """Scalars on their device, in the order in which they came.
+
+    They are put together a few at a time: each by itself would hold its place between the tensors of a step, and the
+    memory that those leave would fall into pieces, so that an epoch of many steps takes more and more of it.
+    """
+
+    _TOGETHER = 64
+
+    def __init__(self, first: torch.Tensor | None = None):
+        self._parts = [] if first is None else [first]
+        self._latest: list[torch.Tensor] = []
+
+    def append(self, value: torch.Tensor):
+        self._latest.append(value)
+        if len(self._latest) == self._TOGETHER:
+            self._parts.append(torch.stack(self._latest))
+            self._latest = []
+
+    def gathered(self) -> torch.Tensor:
+        """All of them as float64 on the CPU, with one wait for each device that they are on."""
+        by_kind: dict[tuple, list[torch.Tensor]] = {}
+        for part in [*self._parts, *([torch.stack(self._latest)] if self._latest else [])]:
+            by_kind.setdefault((part.device, part.dtype), []).append(part)  # those of a checkpoint first, on the CPU
+        return torch.cat([torch.cat(parts).cpu().double() for parts in by_kind.values()])
 
 
 def history(log: list[dict]) -> list[dict]:

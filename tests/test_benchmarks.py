@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import machine
-from benchmarks.__main__ import main
+from benchmarks.__main__ import kept, main
 from benchmarks.aims import aims
 from benchmarks.cases import CASES, Case, build, load
 from benchmarks.contest import speeds
@@ -139,6 +139,15 @@ def test_the_page_has_a_section_for_each_part():
         "| memory beyond the data, from 1,000 to 1,000 images | hardly grows | 4 to 4 MiB, beside 3 of data | yes |"
         in text
     )
+
+
+def test_parts_measured_anew_take_the_place_of_the_old_ones_on_the_same_machine_only():
+    before = {"machine": {"cores": 2}, "cases": [1], "notebook": "slow", "linearity": "old", "minutes": 10.0}
+    now = {"machine": {"cores": 2}, "cases": [], "notebook": "quick", "minutes": 1.5}
+    merged = {"machine": {"cores": 2}, "cases": [1], "notebook": "quick", "linearity": "old", "minutes": 11.5}
+    assert kept(before, now) == merged
+    with pytest.raises(ValueError, match="leave --keep out"):
+        kept(before, now | {"machine": {"cores": 4}})
 
 
 def test_runs_side_by_side_count_from_the_first_begin_to_the_last_end():

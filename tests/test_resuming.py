@@ -1,6 +1,7 @@
 """A training that is interrupted anywhere goes on from its newest usable checkpoint and ends bitwise the same."""
 
 import errno
+import gc
 import json
 import os
 import signal
@@ -140,23 +141,39 @@ def test_there_is_one_at_each_epochs_end(build, tmp_path):
     assert seen == [[], [STEPS], [2 * STEPS, STEPS]]
 
 
-def test_the_measurements_of_half_an_epoch_come_back_as_they_were():
+@pytest.mark.parametrize(("batches", "cut"), [(8, 5), (65, 64), (200, 100)])
+def test_the_measurements_of_half_an_epoch_come_back_as_they_were(batches, cut):
     def add(meter, numbers):
         for number in numbers:
             loss = torch.tensor(1 / number)
             meter.add({"loss": loss, "soft_loss": loss / 3}, torch.eye(3) * number, torch.tensor([0, 1, number % 3]))
 
     whole, half = BatchMeter(), BatchMeter()
-    add(whole, range(1, 9))
-    add(half, range(1, 6))
+    add(whole, range(1, batches + 1))
+    add(half, range(1, cut + 1))
     other = BatchMeter()
     other.restore(json.loads(json.dumps(half.state())))
-    add(other, range(6, 9))
+    add(other, range(cut + 1, batches + 1))
     assert other.means() == whole.means()
-    assert len(other) == 8
+    assert whole.losses()["loss"].tolist() == [
+        torch.tensor(1 / number).double().item() for number in range(1, batches + 1)
+    ]
+    assert len(other) == batches
     empty = BatchMeter()
     empty.restore(json.loads(json.dumps(BatchMeter().state())))
     assert len(empty) == 0
+
+
+def test_the_measurements_of_many_batches_are_few_tensors():
+    def tensors() -> int:
+        return sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
+
+    meter, logits, labels = BatchMeter(), torch.eye(3), torch.tensor([0, 1, 2])
+    before = tensors()
+    for _ in range(1000):
+        meter.add({"loss": torch.tensor(0.5)}, logits, labels)
+    assert tensors() - before < 200
+    assert meter.means() == {"loss": 0.5, "accuracy": 1.0}
 
 
 # When
