@@ -8,9 +8,10 @@ _NAMES = {
     "distillation": ("KnowledgeDistillationTrainer", "distillation_loss"),
     "experiments": ("Experiment", "experiment"),
     "models": ("MLP", "ResidualBlock", "ResidualCNN", "ResidualMLP", "SimpleCNN"),
-    "runs": ("Run", "train_or_load"),
+    "runs": ("Run",),
     "sources": ("load_data",),
     "trainer": ("StreamlinedTrainer",),
+    "training": ("train_or_load",),
 }
 _MODULES = {name: module for module, names in _NAMES.items() for name in names}
 

@@ -20,11 +20,10 @@ from lablib.data import ImageData
 from lablib.interruption import Interruption, leave_with
 from lablib.processes import is_first_process, num_processes
 from lablib.progress import RunProgress
-from lablib.runs import Run, build_seeded, load_or_set_aside, run_path, train_or_load
+from lablib.runs import Run, build_seeded, load_or_set_aside, run_path
 from lablib.secret import redacted
-from lablib.trainer import StreamlinedTrainer
 
-TrainerClass = type[StreamlinedTrainer] | partial
+TrainerClass = type | partial | None  # a StreamlinedTrainer; None is that itself
 
 _one_training = threading.Lock()  # of a process: PyTorch's random numbers are the process's, not a thread's
 
@@ -87,18 +86,16 @@ def experiment(
     seeds: Iterable[int],
     *,
     jobs: int = 1,
-    trainer_class: TrainerClass
-    | Mapping[int, TrainerClass]
-    | Mapping[tuple[str, int], TrainerClass] = StreamlinedTrainer,
+    trainer_class: TrainerClass | Mapping[int, TrainerClass] | Mapping[tuple[str, int], TrainerClass] = None,
 ) -> Experiment:
     """Train each model with each seed, or load the runs that are finished.
 
     `models` gives for each name a function without arguments that builds the network. `jobs` runs go side by side
     through joblib, each with its share of the threads; `joblib.parallel_config("dask")` sends them to a cluster, whose
-    workers need `output_dir` at the same path. A trainer that needs more arguments, such as a teacher, is a
-    `functools.partial` with them, or one by seed or by (model, seed). A run that fails is reported by a warning and in
-    the experiment's `failures`; the others go on. Telegram gets one message at the end, with the config's
-    `telegram_every_run` one a run too; none if all runs are loaded.
+    workers need `output_dir` at the same path. `trainer_class` is another trainer than StreamlinedTrainer: its class,
+    or a `functools.partial` with what else it needs, such as a teacher; or one by seed, or by (model, seed). A run that
+    fails is reported by a warning and in the experiment's `failures`; the others go on. Telegram gets one message at
+    the end, with the config's `telegram_every_run` one a run too; none if all runs are loaded.
     """
     models, seeds = dict(models), tuple(dict.fromkeys(seeds))
     if not models or not seeds:
@@ -132,7 +129,7 @@ def _messages(result: Experiment):
     """What tells a chat of an experiment, or None; it is imported only where it is switched on."""
     if not result.config.use_telegram_notifications or not is_first_process():
         return nullcontext()
-    from lablib.telegram import ExperimentMessages
+    from lablib.telegram.callback import ExperimentMessages
 
     return ExperimentMessages(result)
 
@@ -210,6 +207,8 @@ def _report_failure(result: Experiment, key: tuple[str, int], line: str, trace: 
 
 def _train_one(key, build_model, config, data, trainer_class, threads: int | None, parent: int):
     """A run's key, the run, and its error; neither if it was interrupted in a worker process."""
+    from lablib.training import train_or_load  # with transformers, which loading a run does without
+
     leave_with(parent)
     before = torch.get_num_threads()
     if threads is not None:

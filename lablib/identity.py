@@ -24,7 +24,7 @@ _VERSIONED = (
 
 
 def identity(
-    model: nn.Module, config: TrainingConfig, data: ImageData, trainer_class: type | partial
+    model: nn.Module, config: TrainingConfig, data: ImageData, trainer_class: type | partial | None = None
 ) -> dict[str, Any]:
     """What is trained (with its initial weights), on what, how; not who is told of it, nor where it runs."""
     described = {
@@ -70,8 +70,13 @@ def weights_digest(model: nn.Module) -> str:
     return weights.hexdigest()
 
 
-def describe_trainer(trainer: type | partial) -> dict[str, Any]:
-    """A trainer class by its name, and by its code if it is a notebook's own; of a partial one its arguments too."""
+def describe_trainer(trainer: type | partial | None) -> dict[str, Any]:
+    """A trainer class by its name, and by its code if it is a notebook's own; of a partial one its arguments too.
+
+    None is StreamlinedTrainer, which takes seconds to import, and to load a run it is not needed.
+    """
+    if trainer is None:
+        return {"class": "StreamlinedTrainer", "code": None}
     cls, arguments = (trainer.func, trainer.keywords) if isinstance(trainer, partial) else (trainer, {})
     described = {"class": cls.__name__, "code": sorted(_code_digests(cls)) or None}
     if arguments:

@@ -129,7 +129,7 @@ def test_threads_of_one_worker_train_one_after_the_other(monkeypatch):
         most.append(len(running))
         running.remove(threading.get_ident())
 
-    monkeypatch.setattr(module, "train_or_load", training)
+    monkeypatch.setattr("lablib.training.train_or_load", training)
     arguments = [None] * 5  # model, config, data, trainer, threads
     with joblib.parallel_config("threading"):
         keys = joblib.Parallel(n_jobs=4)(joblib.delayed(module._train_one)(i, *arguments, 1) for i in range(20))

@@ -20,7 +20,7 @@ RUNS = """
 import json, os, sys
 from functools import partial
 import torch
-import lablib.runs
+from lablib import training
 from lablib import MLP, ImageData, ResidualCNN, StreamlinedTrainer, TrainingConfig, experiment, train_or_load
 
 torch.set_num_threads(1)
@@ -39,8 +39,8 @@ class Seeing(StreamlinedTrainer):
             seen.append((int(self.state.epoch), images[:, 0, 0, 0].tolist()))
         return super().prepare_images(images, training)
 
-write = lablib.runs.write_atomically
-lablib.runs.write_atomically = lambda path, *args, **kwargs: (written.append(path.name), write(path, *args, **kwargs))
+write = training.write_atomically
+training.write_atomically = lambda path, *args, **kwargs: (written.append(path.name), write(path, *args, **kwargs))
 plain = {"rotation_degrees": 0, "translation_fraction": 0}
 # 33 images in batches of 8: the last one has a single image
 config = TrainingConfig(num_epochs=2, batch_size=8, validation_split=0.2, max_train_images=33, device="cpu",

@@ -14,8 +14,9 @@ from bot_api import BotApi
 
 from lablib import MLP, Experiment, KnowledgeDistillationTrainer, StreamlinedTrainer, TrainingConfig, experiment
 from lablib.experiments import initial_model
-from lablib.runs import build_seeded, run_path, train_or_load
+from lablib.runs import build_seeded, run_path
 from lablib.telegram import TelegramNotifier
+from lablib.training import train_or_load
 
 tiny_mlp = partial(MLP, image_shape=(1, 6, 6), num_classes=3)
 MODELS = {"narrow": partial(tiny_mlp, (4,)), "wide": lambda: tiny_mlp((8,))}

@@ -80,8 +80,8 @@ import lablib, lablib.execute, lablib.parameters
 assert "torch" not in sys.modules
 from lablib import MLP, TrainingConfig, load_data, report
 TrainingConfig(num_epochs=3)
+import lablib.experiments, lablib.figures, lablib.store, lablib.telegram  # all that runs which are finished need
 assert not {"transformers.trainer", "accelerate"} & set(sys.modules)
-import lablib.experiments
 from lablib import experiment  # the function, whose module has been imported before it
 assert callable(experiment)
 assert all(getattr(lablib, name).__name__ == name and name in dir(lablib) for name in lablib.__all__)

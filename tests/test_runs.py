@@ -21,7 +21,8 @@ from torch.nn import functional as F
 from transformers import TrainerCallback
 
 from lablib import MLP, ResidualMLP, StreamlinedTrainer, TrainingConfig
-from lablib.runs import build_seeded, load_run, run_path, train_or_load
+from lablib.runs import build_seeded, load_run, run_path
+from lablib.training import train_or_load
 
 STEPS = 4  # an epoch: 27 of tiny_data's 36 images in batches of 8
 FILES = ["history.jsonl", "identity.json", "model.safetensors", "result.json"]
@@ -611,3 +612,9 @@ def decorated(factor: str):
 def test_another_piece_of_a_notebooks_code_makes_another_run(one, other, config, tiny_data):
     assert run_path(one, config, tiny_data) != run_path(other, config, tiny_data)
     assert run_path(one, config, tiny_data) == run_path(one, config, tiny_data)
+
+
+def test_without_a_trainer_it_is_the_run_of_the_usual_one(tiny_data, tmp_path):
+    config = TrainingConfig(batch_size=8, output_dir=str(tmp_path))
+    build = partial(MLP, (4,), image_shape=tiny_data.image_shape, num_classes=tiny_data.num_classes)
+    assert run_path(build, config, tiny_data) == run_path(build, config, tiny_data, StreamlinedTrainer)

@@ -15,8 +15,9 @@ import pytest
 from transformers import TrainerCallback
 
 from lablib import MLP, TrainingConfig
-from lablib.runs import run_path, train_or_load
+from lablib.runs import run_path
 from lablib.store import clean_runs, main, readable_runs, runs_table
+from lablib.training import train_or_load
 
 ROOT = Path(__file__).parent.parent
 tiny_mlp = partial(MLP, (8,), image_shape=(1, 6, 6), num_classes=3)

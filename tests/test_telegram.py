@@ -24,7 +24,8 @@ from transformers import TrainerCallback
 from lablib import MLP, StreamlinedTrainer, TrainingConfig, experiment, train_or_load
 from lablib.secret import Secret
 from lablib.services import ServiceCallback, learning_curves
-from lablib.telegram import TelegramCallback, TelegramError, TelegramNotifier, messages
+from lablib.telegram import TelegramError, TelegramNotifier, messages
+from lablib.telegram.callback import TelegramCallback
 
 TOKEN = "123456789:AAq7Zk-Wm3xVt9Rb_Ls5Yc2Hd8Fg4Jn6PqE"
 CHAT = "-1001234567890"

@@ -35,7 +35,8 @@ from lablib import (
     runs,
 )
 from lablib.data import ImageData
-from lablib.runs import build_seeded, train_or_load
+from lablib.runs import build_seeded
+from lablib.training import train_or_load
 
 KINDS = ("step", "validation", "checkpoint", "result")
 FAULTS = ("ENOSPC", "EIO", "torn")
