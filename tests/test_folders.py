@@ -189,6 +189,7 @@ import resource, sys, torch
 from pathlib import Path
 from lablib import MLP, StreamlinedTrainer, TrainingConfig, load_data
 torch.set_num_threads(1)
+torch.manual_seed(0)
 
 def own_memory():
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -199,7 +200,7 @@ resource.setrlimit(resource.RLIMIT_DATA, (own_memory() + limit, resource.RLIM_IN
 data = load_data(sys.argv[1], image_size=360, channels=3)
 assert data.train_images.nbytes > limit, data.train_images.nbytes
 config = TrainingConfig(num_epochs=1, batch_size=4, rotation_degrees=0, translation_fraction=0, device="cpu")
-trainer = StreamlinedTrainer(MLP((2,), image_shape=data.image_shape, num_classes=2), config, data)
+trainer = StreamlinedTrainer(MLP((8,), image_shape=data.image_shape, num_classes=2), config, data)
 trainer.train()
 print(trainer.test()["test_accuracy"])
 """

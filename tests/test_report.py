@@ -44,7 +44,9 @@ def test_a_missing_table_is_named_with_the_command_that_writes_it(tmp_path):
 def test_a_missing_benchmark_is_named_with_the_command_that_writes_it(tmp_path):
     for table in (ROOT / "results").glob("*.csv"):
         shutil.copy(table, tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"lacks benchmark-cpu-2-cores\.json; `make bench` writes it on a"):
+    with pytest.raises(
+        FileNotFoundError, match=r"lacks benchmark-cpu-2-cores\.json; `make bench` writes it on a machine of 2 cores"
+    ):
         tables(tmp_path)
 
 

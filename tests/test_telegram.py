@@ -558,7 +558,7 @@ def test_a_telegram_that_does_not_answer_delays_the_end_by_no_more_than_the_dead
 
 
 def test_with_the_services_off_nothing_of_them_is_imported(config, tiny_data, monkeypatch):
-    for name in ("lablib.telegram", "lablib.tracking", "wandb"):
+    for name in ("lablib.telegram", "lablib.telegram.callback", "lablib.tracking", "wandb"):
         monkeypatch.setitem(sys.modules, name, None)  # an import would fail
     off = replace(config, use_telegram_notifications=False)
     result = experiment({"narrow": MODELS["narrow"]}, off, tiny_data, [0])

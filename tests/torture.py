@@ -33,6 +33,7 @@ from lablib import (
     load_data,
     resuming,
     runs,
+    training,
 )
 from lablib.data import ImageData
 from lablib.runs import build_seeded
@@ -84,7 +85,7 @@ class Torturer:
         self._around(StreamlinedTrainer, "training_step", "step")
         self._around(StreamlinedTrainer, "prediction_step", "validation")
         self._phase(resuming.ResumableTrainer, "_save_checkpoint", "checkpoint")
-        self._phase(runs, "_result", "result")
+        self._phase(training, "_result", "result")
         for module, name, path in (
             (torch, "save", lambda obj, path, *rest: path),
             (safetensors.torch, "save_file", lambda tensors, path, *rest, **more: path),
