@@ -21,7 +21,7 @@ class RunProgress:
         self.paths, self.num_epochs, self.interval_seconds = paths, num_epochs, interval_seconds
         total = finished + len(paths)
         stream = sys.stderr if sys.stderr.isatty() else sys.stdout
-        common = {"file": stream, "dynamic_ncols": stream.isatty(), "ncols": None if stream.isatty() else 110}
+        common = {"file": stream, "dynamic_ncols": stream.isatty(), "ncols": None if stream.isatty() else 90}
         common["disable"] = not is_first_process()
         pause = 0.1 if stream.isatty() else 5.0  # seconds between two lines of a log
         self.runs = tqdm(
