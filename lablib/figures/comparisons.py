@@ -66,6 +66,7 @@ def accuracy_by_cost(
                 axis.annotate(
                     str(depth), (position, mean), offset, textcoords="offset points", fontsize="x-small", color=color
                 )
+        axis.margins(x=0.09, y=0.09)  # room for the depths beside the points
         axis.set_xscale("log")
         axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.xaxis.set_major_formatter(FuncFormatter(_short))
@@ -77,7 +78,8 @@ def accuracy_by_cost(
     axes[0, -1].legend(fontsize="small")
     n = sorted({len(accuracies) for by_depth in values.values() for accuracies in by_depth.values()})
     seeds = f"n = {n[0]}" if len(n) == 1 else f"n = {n[0]} to {n[-1]}"
-    figure.suptitle(f"{dataset}: mean over seeds ({seeds}), bars: 95 % interval; numbers: depth", fontsize="medium")
+    what = f"mean over seeds ({seeds}), bars: 95 % interval" if n[-1] > 1 else "one seed"
+    figure.suptitle(f"{dataset}: {what}; numbers: depth", fontsize="medium")
     return figure
 
 
@@ -124,14 +126,13 @@ def distillation_bars(
         axis.title.set_fontsize("small")
         axis.grid(axis="x", visible=False)
     n = sorted({summary.n for summary in summaries.values()})
-    figure.suptitle(f"{dataset}: mean over {_seeds(n)}, error bars: 95 % interval of the mean", fontsize="medium")
+    what = f"mean over {_seeds(n)}, error bars: 95 % interval of the mean" if n[-1] > 1 else "one seed"
+    figure.suptitle(f"{dataset}: {what}", fontsize="medium")
     return figure
 
 
 def _seeds(n: Sequence[int]) -> str:
-    if len(n) > 1:
-        return f"n = {n[0]} to {n[-1]} seeds"
-    return f"n = {n[0]} seed{'s' if n[0] > 1 else ''}"
+    return f"n = {n[0]} seeds" if len(n) == 1 else f"n = {n[0]} to {n[-1]} seeds"
 
 
 def heat_map(table: pd.DataFrame, title: str, label: str, marked: Mapping[str, tuple[float, float]]) -> Figure:

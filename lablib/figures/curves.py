@@ -47,7 +47,9 @@ def loss_curves(
     axes[0, 0].set_ylabel(_label(column))
     if column.endswith("loss"):
         axes[0, 0].set_ylim(bottom=0)
-    figure.suptitle(f"{dataset}: mean over n seeds, band ± 1 standard deviation", fontsize="medium")
+    several = histories.groupby("model")["seed"].nunique().max() > 1
+    what = "mean over n seeds, band ± 1 standard deviation" if several else "one seed"
+    figure.suptitle(f"{dataset}: {what}", fontsize="medium")
     return figure
 
 
@@ -126,7 +128,9 @@ def accuracy_by_depth(
     axis.set_xticks(ticks, labels=[str(tick) for tick in ticks])
     axis.set_xticks([], minor=True)
     axis.set(xlabel=xlabel, ylabel="test accuracy (%)")
-    axis.set_title(f"{dataset}: mean over n seeds, bars: 95 % interval of the mean", fontsize="medium")
+    several = any(len(accuracies) > 1 for by_depth in values.values() for accuracies in by_depth.values())
+    what = "mean over n seeds, bars: 95 % interval of the mean" if several else "one seed"
+    axis.set_title(f"{dataset}: {what}", fontsize="medium")
     axis.legend(loc="best" if chance is None else "center left", fontsize="small")
     return figure
 

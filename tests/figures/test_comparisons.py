@@ -76,14 +76,14 @@ def test_accuracy_by_cost_writes_the_depth_beside_each_point_in_the_colour_of_it
 @pytest.mark.parametrize(
     ("values", "seeds"),
     [
-        (ACCURACIES, "n = 1 to 3"),
-        ({"plain": {1: [0.7, 0.74], 2: [0.81, 0.83]}}, "n = 2"),
-        ({"plain": {1: [0.7]}}, "n = 1"),
+        (ACCURACIES, "mean over seeds (n = 1 to 3), bars: 95 % interval"),
+        ({"plain": {1: [0.7, 0.74], 2: [0.81, 0.83]}}, "mean over seeds (n = 2), bars: 95 % interval"),
+        ({"plain": {1: [0.7]}}, "one seed"),
     ],
 )
 def test_accuracy_by_cost_names_the_data_set_families_and_n(values, seeds):
     figure = drawn(figures.accuracy_by_cost(values, COSTS, "tiny"))
-    assert figure.get_suptitle() == f"tiny: mean over seeds ({seeds}), bars: 95 % interval; numbers: depth"
+    assert figure.get_suptitle() == f"tiny: {seeds}; numbers: depth"
     assert legend_texts(figure.axes[-1]) == list(values)
     assert figure.axes[0].get_ylabel() == "test accuracy (%)"
     assert len({axis.get_ylim() for axis in figure.axes}) == 1
@@ -186,7 +186,7 @@ def test_distillation_bars_of_one_seed_have_no_intervals_and_say_one_seed():
     assert error_bars(left) == []
     assert [bar_ends(container) for container in error_bars(right)] == [[], [], []]
     assert [text.get_text() for text in left.texts] == ["84.00 %", "70.00 %", "72.00 %"]
-    assert figure.get_suptitle() == "tiny: mean over n = 1 seed, error bars: 95 % interval of the mean"
+    assert figure.get_suptitle() == "tiny: one seed"
 
 
 def test_distillation_bars_of_unequal_numbers_of_seeds_say_so():

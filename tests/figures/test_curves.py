@@ -43,6 +43,7 @@ def test_loss_curves_name_their_axes_data_set_models_and_n():
     assert all(tick == round(tick) for tick in axis.get_xticks())
     accuracy = figures.loss_curves(histories({"plain": [3]}), "val_accuracy", "tiny")
     assert accuracy.axes[0].get_ylabel() == "validation accuracy"
+    assert accuracy.get_suptitle() == "tiny: one seed"
 
 
 def test_loss_curves_tell_models_apart_by_colour_and_by_dash():
@@ -171,6 +172,7 @@ def test_accuracy_by_depth_gives_one_seed_no_interval():
     assert sum(len(segment) > 0 and np.isfinite(segment).all() for segment in bars.get_segments()) == 1
     for cap in caps:
         assert np.isfinite(np.asarray(cap.get_ydata(), dtype=float)).sum() == 1
+    assert drawn(figures.accuracy_by_depth({"plain": {2: [0.9]}}, "tiny")).axes[0].get_title() == "tiny: one seed"
 
 
 def test_accuracy_by_depth_names_its_axes_data_set_depths_and_the_share_of_guessing():
