@@ -75,7 +75,7 @@ def accuracy_by_cost(
         axis.set_xlabel(label)
     axes[0, 0].set_ylabel("test accuracy (%)")
     end_at_100(axes[0, 0])
-    axes[0, -1].legend(fontsize="small")
+    axes[0, -1].legend(loc="lower right", fontsize="small")  # more costly networks are seldom worse
     n = sorted({len(accuracies) for by_depth in values.values() for accuracies in by_depth.values()})
     seeds = f"n = {n[0]}" if len(n) == 1 else f"n = {n[0]} to {n[-1]}"
     what = f"mean over seeds ({seeds}), bars: 95 % interval" if n[-1] > 1 else "one seed"
