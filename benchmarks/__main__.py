@@ -48,12 +48,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def kept(before: dict, measured: dict) -> dict:
-    """Earlier measurements with the parts that are new. Raises ValueError if the machine or a version is another."""
+    """Earlier measurements with the new parts, which are named as such.
+
+    Raises ValueError if the machine or a version is another.
+    """
     if before["machine"] != measured["machine"]:
         raise ValueError(f"measured before on {before['machine']}, now on {measured['machine']}: leave --keep out")
     minutes = round(before["minutes"] + measured["minutes"], 1)
     new = {name: value for name, value in measured.items() if name in MEASURED or name == "parts"}
-    return before | new | {"minutes": minutes}
+    anew = sorted({*before.get("anew", []), *new})
+    return before | new | {"minutes": minutes, "anew": anew}
 
 
 def measure(

@@ -280,5 +280,7 @@ def _notes(measured: dict) -> str:
         "Rivals import only the networks and the data of lablib, so that its other imports are not in their start and "
         "memory.",
     ]
+    if anew := measured.get("anew"):
+        notes.append(f"Measured in a later run than the rest, of a later version: {', '.join(anew)}.")
     notes += [f"{title} is left out: it is not installed here." for title in measured.get("absent", [])]
     return "## Notes\n\n" + "\n".join(f"- {note}" for note in notes)

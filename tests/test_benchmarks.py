@@ -145,6 +145,7 @@ def test_parts_measured_anew_take_the_place_of_the_old_ones_on_the_same_machine_
     before = {"machine": {"cores": 2}, "cases": [1], "notebook": "slow", "linearity": "old", "minutes": 10.0}
     now = {"machine": {"cores": 2}, "cases": [], "notebook": "quick", "minutes": 1.5}
     merged = {"machine": {"cores": 2}, "cases": [1], "notebook": "quick", "linearity": "old", "minutes": 11.5}
+    merged["anew"] = ["notebook"]
     assert kept(before, now) == merged
     with pytest.raises(ValueError, match="leave --keep out"):
         kept(before, now | {"machine": {"cores": 4}})
