@@ -32,7 +32,7 @@ def tables(results: Path) -> dict[str, str]:
     """Markdown tables by name, from the CSV files in a folder. Raises FileNotFoundError if one is missing."""
     read = {path.stem: pd.read_csv(path) for path in sorted(results.glob("*.csv"))}
     mlps = ("mlps_mnist", "mlps_mnist_cosine", "mlps_mnist_depth", "mlps_mnist_differences")
-    wanted = (*mlps, "cnns_cifar10-jpeg", "distillation_cifar10-jpeg")
+    wanted = (*mlps, "cnns_cifar10-jpeg", "cnns_cifar10-jpeg_differences", "distillation_cifar10-jpeg")
     missing = [f"{name}.csv" for name in wanted if name not in read]
     if missing:
         raise FileNotFoundError(f"{results} lacks {', '.join(missing)}; `make full` writes them")
@@ -44,6 +44,7 @@ def tables(results: Path) -> dict[str, str]:
         "mlps_mnist_depth": markdown(by_depth(read["mlps_mnist_depth"])),
         "mlps_mnist_differences": markdown(readable_differences(read["mlps_mnist_differences"])),
         "cnns_cifar10-jpeg": markdown(readable_table(read["cnns_cifar10-jpeg"])),
+        "cnns_cifar10-jpeg_differences": markdown(by_question(read["cnns_cifar10-jpeg_differences"])),
         "distillation_cifar10-jpeg": markdown(readable_distillation(read["distillation_cifar10-jpeg"])),
         "speed": speed(json.loads((results / _BENCHMARK).read_bytes())),
     }
@@ -59,6 +60,14 @@ def by_depth(table: pd.DataFrame) -> pd.DataFrame:
     wide = pd.DataFrame({"model": family, "depth": depth.astype(int), "cell": cells})
     wide = wide.pivot(index="model", columns="depth", values="cell").loc[family.unique()]
     return wide.rename_axis(columns=None)
+
+
+def by_question(table: pd.DataFrame) -> pd.DataFrame:
+    """Paired differences in percentage points, depths in rows and what is asked in columns."""
+    points = [_with_interval(f"{100 * m:+.2f}", ci95) for m, ci95 in zip(table["mean"], table["ci95"], strict=True)]
+    wide = table.assign(points=points).pivot(index="depth", columns="what", values="points")
+    wide = wide[table["what"].unique()].rename_axis(columns=None)
+    return wide.fillna("–").assign(n=table.groupby("depth")["n"].min())
 
 
 def readable_differences(table: pd.DataFrame) -> pd.DataFrame:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -131,10 +131,10 @@ def save_table(table: pd.DataFrame, path: str | Path) -> pd.DataFrame:
     return table
 
 
-def differences_table(differences: Mapping[tuple[str, int], PairedDifference]) -> pd.DataFrame:
-    """One row for each schedule and depth: mean, std, ci95, n and p_value of a paired difference (fractions)."""
-    rows = [{"schedule": schedule, "depth": depth, **asdict(d)} for (schedule, depth), d in differences.items()]
-    return pd.DataFrame(rows)
+def differences_table(differences: Mapping[tuple, PairedDifference], keys: Sequence[str]) -> pd.DataFrame:
+    """One row a paired difference (fractions): the parts of its key, named by `keys`, and what it holds."""
+    rows = [dict(zip(keys, key, strict=True)) | asdict(difference) for key, difference in differences.items()]
+    return pd.DataFrame(rows, columns=[*keys, *(field.name for field in fields(PairedDifference))])
 
 
 def recommend(table: pd.DataFrame) -> str:

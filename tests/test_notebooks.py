@@ -56,6 +56,7 @@ TABLES = {
     },
     CNNS: {
         "cnns_digits.csv": f"{COLUMNS},width,depth",
+        "cnns_digits_differences.csv": "what,depth,mean,std,ci95,n,p_value",
         "distillation_digits.csv": f"{COLUMNS},width,depth,role,temperature,alpha,gain_mean,gain_ci95",
     },
 }

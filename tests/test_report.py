@@ -5,7 +5,17 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from lablib.report import by_depth, filled, main, markdown, readable_differences, readable_distillation, speed, tables
+from lablib.report import (
+    by_depth,
+    by_question,
+    filled,
+    main,
+    markdown,
+    readable_differences,
+    readable_distillation,
+    speed,
+    tables,
+)
 
 ROOT = Path(__file__).parent.parent
 
@@ -89,6 +99,15 @@ def test_where_there_is_no_interval_none_is_written():
     row = {"schedule": "cosine", "depth": 2, "mean": 0.001, "ci95": float("nan"), "n": 1, "p_value": float("nan")}
     differences = readable_differences(pd.DataFrame([row]))
     assert differences.loc[2].tolist() == ["cosine", "+0.10", "–", 1]
+
+
+def test_questions_become_columns_and_what_was_not_answered_a_dash():
+    nan = float("nan")
+    answers = [("the shortcut", 4, 0.0412, 0.01, 3), ("the shortcut", 2, -0.002, nan, 1), ("both", 4, 0.05, 0.002, 2)]
+    wide = by_question(pd.DataFrame(answers, columns=["what", "depth", "mean", "ci95", "n"]))
+    assert list(wide.columns) == ["the shortcut", "both", "n"]
+    assert wide.loc[4].tolist() == ["+4.12 ± 1.00", "+5.00 ± 0.20", 2]
+    assert wide.loc[2].tolist() == ["-0.20", "–", 1]
 
 
 def test_a_markdown_table_has_its_index_in_front():

@@ -13,6 +13,7 @@ from lablib.runs import Run
 from lablib.statistics import (
     PairedDifference,
     Summary,
+    differences_table,
     paired_difference,
     readable_table,
     recommend,
@@ -233,6 +234,17 @@ def test_a_saved_table_is_read_back_with_its_numbers(tiny_data, tmp_path):
     assert list(loaded.columns) == COLUMNS
     assert list(loaded["model"]) == ["plain", "residual"]
     np.testing.assert_allclose(loaded["test_accuracy_mean"], table["test_accuracy_mean"], rtol=1e-5)
+
+
+def test_differences_become_rows_with_the_parts_of_their_keys():
+    difference = paired_difference(by_seed(VALUES), by_seed(OTHERS))
+    one_seed = paired_difference({0: 0.9}, {0: 0.8})
+    table = differences_table({("a", 2): difference, ("b", 4): one_seed}, ["what", "depth"])
+    assert list(table.columns) == ["what", "depth", "mean", "std", "ci95", "n", "p_value"]
+    first = [difference.mean, difference.std, difference.ci95, difference.n, difference.p_value]
+    assert table.loc[0].tolist() == ["a", 2, *first]
+    assert table.loc[1, ["std", "ci95", "p_value"]].isna().all()
+    assert list(differences_table({}, ["what", "depth"]).columns) == list(table.columns)
 
 
 def ranked(*rows: tuple) -> pd.DataFrame:
