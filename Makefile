@@ -44,7 +44,7 @@ torture: .venv/test ## kill runs, break their writes, and compare; writes result
 
 # the data set as a name (cifar10, downloaded) or a folder; more epochs and seeds cost time in proportion
 CIFAR ?= data/cifar10-jpeg
-CNN_EPOCHS ?= 10
+CNN_EPOCHS ?= 60
 CNN_SEEDS ?= 1
 CNN_WIDTH ?= 16
 CNN_JOBS ?= 2
@@ -61,7 +61,7 @@ full-mlps: .venv/lab ## the published experiment on MNIST (about two hours on 2 
 	@$(PAPERMILL) Lab1_MLPs.ipynb results/Lab1_MLPs.ipynb $(FULL)
 	@$(MAKE) --no-print-directory record readme
 
-full-cnns: .venv/lab ## the published experiment on CIFAR-10 (about an hour on 2 cores)
+full-cnns: .venv/lab ## the published experiment on CIFAR-10 (about two hours a seed on 2 cores)
 	@$(PAPERMILL) Lab1_CNNs.ipynb results/Lab1_CNNs.ipynb $(FULL_CNNS) -p figures_dir images -p results_dir results
 	@$(MAKE) --no-print-directory record readme
 

@@ -32,8 +32,9 @@ def tables(results: Path) -> dict[str, str]:
     """Markdown tables by name, from the CSV files in a folder. Raises FileNotFoundError if one is missing."""
     read = {path.stem: pd.read_csv(path) for path in sorted(results.glob("*.csv"))}
     mlps = ("mlps_mnist", "mlps_mnist_cosine", "mlps_mnist_depth", "mlps_mnist_differences")
-    wanted = (*mlps, "cnns_cifar10-jpeg", "cnns_cifar10-jpeg_differences", "distillation_cifar10-jpeg")
-    missing = [f"{name}.csv" for name in wanted if name not in read]
+    cnns = ("cnns_cifar10-jpeg", "cnns_cifar10-jpeg_differences")
+    distillation = ("distillation_cifar10-jpeg", "distillation_cifar10-jpeg_rules")
+    missing = [f"{name}.csv" for name in (*mlps, *cnns, *distillation) if name not in read]
     if missing:
         raise FileNotFoundError(f"{results} lacks {', '.join(missing)}; `make full` writes them")
     if not (results / _BENCHMARK).exists():
@@ -46,6 +47,7 @@ def tables(results: Path) -> dict[str, str]:
         "cnns_cifar10-jpeg": markdown(readable_table(read["cnns_cifar10-jpeg"])),
         "cnns_cifar10-jpeg_differences": markdown(by_question(read["cnns_cifar10-jpeg_differences"])),
         "distillation_cifar10-jpeg": markdown(readable_distillation(read["distillation_cifar10-jpeg"])),
+        "distillation_cifar10-jpeg_rules": markdown(readable_rules(read["distillation_cifar10-jpeg_rules"])),
         "speed": speed(json.loads((results / _BENCHMARK).read_bytes())),
     }
 
@@ -89,6 +91,22 @@ def readable_distillation(table: pd.DataFrame) -> pd.DataFrame:
     readable.insert(readable.columns.get_loc("test accuracy") + 1, "gain, points", gains)
     readable.insert(0, "role", table["role"].to_list())
     return readable
+
+
+def readable_rules(table: pd.DataFrame) -> pd.DataFrame:
+    """A distilled student's gain on validation, by the rule that chose the epoch, and the epochs that it chose."""
+    rows = {
+        {"accuracy": "highest validation accuracy", "loss": "lowest validation loss"}[row["rule"]]: {
+            **{
+                role: f"{100 * row[f'{role}_val_accuracy']:.2f} % (epoch {row[f'{role}_epoch']:.0f})"
+                for role in ("baseline", "distilled")
+            },
+            "gain, points": _with_interval(f"{100 * row['gain_mean']:+.2f}", row["gain_ci95"]),
+            "n": row["seeds"],
+        }
+        for row in table.to_dict("records")
+    }
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("epoch with the")
 
 
 def speed(measured: dict) -> str:

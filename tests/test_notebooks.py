@@ -57,6 +57,8 @@ TABLES = {
     CNNS: {
         "cnns_digits.csv": f"{COLUMNS},width,depth",
         "cnns_digits_differences.csv": "what,depth,mean,std,ci95,n,p_value",
+        "distillation_digits_rules.csv": "rule,seeds,gain_mean,gain_ci95,baseline_epoch,baseline_val_accuracy,"
+        "distilled_epoch,distilled_val_accuracy",
         "distillation_digits.csv": f"{COLUMNS},width,depth,role,temperature,alpha,gain_mean,gain_ci95",
     },
 }

@@ -13,6 +13,7 @@ from lablib.report import (
     markdown,
     readable_differences,
     readable_distillation,
+    readable_rules,
     speed,
     tables,
 )
@@ -131,3 +132,14 @@ def test_a_distillations_table_has_roles_gain_and_reference():
     assert readable["test accuracy"].tolist() == ["82.00 ± 2.00 %", "78.00 ± 2.00 %", "80.00 ± 2.00 %"]
     one_seed = readable_distillation(table.assign(gain_ci95=nan))
     assert one_seed["gain, points"].tolist() == ["", "", "+2.00"]
+
+
+def test_the_rules_of_stopping_are_told_with_their_epochs_and_gains():
+    nan = float("nan")
+    columns = ["rule", "seeds", "gain_mean", "gain_ci95", "baseline_epoch", "baseline_val_accuracy"]
+    columns += ["distilled_epoch", "distilled_val_accuracy"]
+    rows = [("accuracy", 2, 0.004, 0.012, 40.5, 0.82, 46, 0.824), ("loss", 1, 0.021, nan, 19, 0.80, 47, 0.821)]
+    readable = readable_rules(pd.DataFrame(rows, columns=columns))
+    best = ["82.00 % (epoch 40)", "82.40 % (epoch 46)", "+0.40 ± 1.20", 2]
+    assert readable.loc["highest validation accuracy"].tolist() == best
+    assert readable.loc["lowest validation loss"].tolist() == ["80.00 % (epoch 19)", "82.10 % (epoch 47)", "+2.10", 1]

@@ -9,6 +9,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from lablib.figures.style import DASHES, MARKERS, end_at_100
@@ -63,9 +64,10 @@ def accuracy_by_cost(
             errors = [math.nan if s.ci95 is None else 100 * s.ci95 for s in summaries]
             axis.errorbar(x, means, errors, color=color, linestyle=dash, marker=marker, capsize=3, label=family)
             for position, mean, depth in zip(x, means, depths, strict=True):
-                axis.annotate(
+                number = axis.annotate(
                     str(depth), (position, mean), offset, textcoords="offset points", fontsize="x-small", color=color
                 )
+                number.set_path_effects([withStroke(linewidth=3, foreground="white")])  # legible on another's line
         axis.margins(x=0.09, y=0.09)  # room for the depths beside the points
         axis.set_xscale("log")
         axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
