@@ -9,10 +9,9 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from lablib.figures.style import DASHES, MARKERS, end_at_100
+from lablib.figures.style import DASHES, HALO, MARKERS, end_at_100
 from lablib.statistics import Summary, summarise
 
 
@@ -26,9 +25,10 @@ def forest(differences: Mapping[str, Summary], title: str, xlabel: str) -> Figur
         axis.annotate(
             f"{100 * difference.mean:+.2f}, n = {difference.n}",
             (100 * difference.mean, row), (0, 7), textcoords="offset points", ha="center", fontsize="x-small",
+            path_effects=[HALO],
         )  # fmt: skip
     axis.set_ylim(len(differences) - 0.5, -0.7)
-    axis.margins(x=0.12)
+    axis.margins(x=0.15)
     axis.axvline(0, color="0.4", linewidth=1)
     axis.set_yticks(range(len(differences)), labels=list(differences))
     intervals = any(difference.ci95 is not None for difference in differences.values())
@@ -64,10 +64,10 @@ def accuracy_by_cost(
             errors = [math.nan if s.ci95 is None else 100 * s.ci95 for s in summaries]
             axis.errorbar(x, means, errors, color=color, linestyle=dash, marker=marker, capsize=3, label=family)
             for position, mean, depth in zip(x, means, depths, strict=True):
-                number = axis.annotate(
-                    str(depth), (position, mean), offset, textcoords="offset points", fontsize="x-small", color=color
-                )
-                number.set_path_effects([withStroke(linewidth=3, foreground="white")])  # legible on another's line
+                axis.annotate(
+                    str(depth), (position, mean), offset, textcoords="offset points", fontsize="x-small", color=color,
+                    path_effects=[HALO],
+                )  # fmt: skip
         axis.margins(x=0.09, y=0.09)  # room for the depths beside the points
         axis.set_xscale("log")
         axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

@@ -7,9 +7,11 @@ import seaborn as sns
 from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 
 MARKERS = ("o", "s", "^", "D", "v", "P")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 4)))
+HALO = withStroke(linewidth=3, foreground="white")  # keeps small text legible where it lies on a line
 _STYLE = {
     "figure.constrained_layout.use": True,
     "figure.dpi": 110,
