@@ -66,17 +66,15 @@ def by_depth(table: pd.DataFrame) -> pd.DataFrame:
 
 def by_question(table: pd.DataFrame) -> pd.DataFrame:
     """Paired differences in percentage points, depths in rows and what is asked in columns."""
-    points = [_with_interval(f"{100 * m:+.2f}", ci95) for m, ci95 in zip(table["mean"], table["ci95"], strict=True)]
-    wide = table.assign(points=points).pivot(index="depth", columns="what", values="points")
+    wide = table.assign(points=_points(table)).pivot(index="depth", columns="what", values="points")
     wide = wide[table["what"].unique()].rename_axis(columns=None)
     return wide.fillna("–").assign(n=table.groupby("depth")["n"].min())
 
 
 def readable_differences(table: pd.DataFrame) -> pd.DataFrame:
     """Paired differences in percentage points, with interval and p-value."""
-    points = [_with_interval(f"{100 * m:+.2f}", ci95) for m, ci95 in zip(table["mean"], table["ci95"], strict=True)]
     p_value = table["p_value"].map(lambda p: "–" if pd.isna(p) else "< 0.001" if p < 0.001 else f"{p:.3f}")
-    columns = {"rate": table["schedule"], "ResidualMLP less MLP, points": points, "p": p_value, "n": table["n"]}
+    columns = {"rate": table["schedule"], "ResidualMLP less MLP, points": _points(table), "p": p_value, "n": table["n"]}
     return pd.DataFrame(columns).set_index(table["depth"].rename("layers or blocks"))
 
 
@@ -124,6 +122,10 @@ def speed(measured: dict) -> str:
     where = f"{processor}, {machine['cores']} cores, PyTorch {machine['versions']['torch']}"
     epochs = f"the median of {measured['rounds']} epochs, in turns"
     return f"{markdown(table)}\nMeasured on {measured['date']} on {where}: {epochs}.\n"
+
+
+def _points(table: pd.DataFrame) -> list[str]:
+    return [_with_interval(f"{100 * m:+.2f}", ci95) for m, ci95 in zip(table["mean"], table["ci95"], strict=True)]
 
 
 def _with_interval(mean: str, ci95: float) -> str:

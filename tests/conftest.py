@@ -1,7 +1,6 @@
 """What several test files share: small data, and quick starts of trainings."""
 
 import gc
-import os
 import signal
 from pathlib import Path
 
@@ -23,14 +22,6 @@ def _ctrl_c():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _no_fsync():
-    """What the tests write need not survive a power cut, and waiting for the disk takes longer than the trainings."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda descriptor: None)
-        yield
 
 
 @pytest.fixture(scope="session")
