@@ -2,6 +2,7 @@
 
 import gc
 import signal
+from functools import cache
 from pathlib import Path
 
 import matplotlib
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from lablib import ImageData, load_data
+from lablib.services import learning_curves
 
 matplotlib.use("Agg")
 torch.set_num_threads(1)  # the tests' batches are too small to share out
@@ -54,6 +56,19 @@ def tiny_data() -> ImageData:
         return images, labels
 
     return ImageData("tiny", *part(12), *part(6), ("top", "middle", "bottom"))
+
+
+@pytest.fixture
+def one_picture(monkeypatch):
+    """The services' pictures are drawn once for all trainings; what they look like is other tests' matter."""
+    for place in ("tracking.learning_curves", "telegram.callback.learning_curves"):
+        monkeypatch.setattr(f"lablib.{place}", lambda rows, title: _picture())
+    monkeypatch.setattr("lablib.telegram.messages.experiment_curves", lambda result: _picture())
+
+
+@cache
+def _picture() -> bytes:
+    return learning_curves([{"epoch": 1, "train_loss": 1, "val_loss": 1, "train_accuracy": 1, "val_accuracy": 1}], "")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -11,6 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 from bot_api import BotApi
+from wandb_runs import go_offline, runs_in
 
 from lablib import MLP, Experiment, KnowledgeDistillationTrainer, StreamlinedTrainer, TrainingConfig, experiment
 from lablib.experiments import initial_model
@@ -443,6 +444,24 @@ def test_workers_that_do_not_know_the_token_leave_the_messages_to_the_experiment
     runs = [f"narrow on tiny, seed {seed}: training finished" for seed in SEEDS] if every_run else []
     assert sorted(heads) == sorted([*runs, "Experiment on tiny: finished"])
     assert heads[-1] == "Experiment on tiny: finished"
+
+
+def test_each_run_of_an_experiment_side_by_side_is_a_run_of_its_own_in_wandb(
+    config, tiny_data, two_cores, tmp_path, monkeypatch
+):
+    go_offline(monkeypatch, tmp_path / "home")
+    offline = {name: value for name, value in os.environ.items() if name.startswith("WANDB_")}
+
+    def build() -> MLP:
+        os.environ.update(offline)  # the workers are there since an earlier test
+        return MODELS["narrow"]()
+
+    result = experiment({"narrow": build}, replace(config, use_wandb=True), tiny_data, SEEDS, jobs=2)
+    tracked = runs_in(tmp_path / "runs")
+    assert {run.run["display_name"] for run in tracked} == {run.path.name for run in result.runs.values()}
+    assert {run.run["run_group"] for run in tracked} == {"tiny"}
+    assert sorted(run.config["seed"] for run in tracked) == [*SEEDS]
+    assert [run.exit_code for run in tracked] == [0, 0]
 
 
 class Dies(MLP):

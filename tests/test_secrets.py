@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import dataclasses
-import functools
 import io
 import json
 import logging
@@ -26,7 +25,6 @@ from transformers import TrainerCallback
 
 from lablib import MLP, TrainingConfig, experiment, train_or_load
 from lablib.secret import Secret
-from lablib.services import learning_curves
 from lablib.telegram import TelegramError, TelegramNotifier
 
 SECRET = "AAq7Zk-Wm3xVt9Rb_Ls5Yc2Hd8Fg4Jn6PqE"
@@ -145,17 +143,6 @@ FAULTS = {
     "drip": drip,
     "refused": "refused",
 }
-
-
-@pytest.fixture
-def one_picture(monkeypatch):
-    """The learning curves are drawn once for all trainings; what they look like is another test's matter."""
-    monkeypatch.setattr("lablib.telegram.callback.learning_curves", lambda rows, title: _picture())
-
-
-@functools.cache
-def _picture() -> bytes:
-    return learning_curves([{"epoch": 1, "train_loss": 1, "val_loss": 1, "train_accuracy": 1, "val_accuracy": 1}], "")
 
 
 @pytest.mark.parametrize(

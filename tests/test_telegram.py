@@ -438,7 +438,7 @@ def test_the_end_of_a_training_is_told_with_the_figures_of_its_best_epoch(api, c
     assert len(api.requests) == 1  # nothing was trained
 
 
-@pytest.mark.usefixtures("in_environment")
+@pytest.mark.usefixtures("in_environment", "one_picture")
 def test_a_training_gives_the_same_bits_whatever_telegram_does(api, config, tiny_data):
     def trained(knobs: TrainingConfig):
         trainer = StreamlinedTrainer(MODELS["wide"](), knobs, tiny_data)
@@ -507,7 +507,7 @@ def test_who_interrupts_the_sending_waits_for_no_other_message(api, config, tiny
     assert api.requests == []
 
 
-@pytest.mark.usefixtures("in_environment")
+@pytest.mark.usefixtures("in_environment", "one_picture")
 def test_a_resumed_training_is_told_as_a_whole(api, config, tiny_data):
     knobs = replace(config, num_epochs=3)
     with pytest.raises(KeyboardInterrupt):
@@ -541,7 +541,7 @@ def test_a_training_without_credentials_says_once_at_its_start_what_to_set(api, 
     assert api.requests == []
 
 
-@pytest.mark.usefixtures("in_environment", "impatient")
+@pytest.mark.usefixtures("in_environment", "impatient", "one_picture")
 def test_a_telegram_that_does_not_answer_delays_the_end_by_no_more_than_the_deadline_and_is_one_warning(
     api, config, tiny_data, monkeypatch
 ):
@@ -614,7 +614,7 @@ def test_an_experiment_sends_one_message_at_its_end(api, config, tiny_data):
     assert plt.get_fignums() == []
 
 
-@pytest.mark.usefixtures("in_environment")
+@pytest.mark.usefixtures("in_environment", "one_picture")
 def test_an_experiment_counts_what_was_loaded_and_is_silent_if_all_was(api, config, tiny_data):
     narrow = {"narrow": MODELS["narrow"]}
     experiment(narrow, config, tiny_data, [0])
@@ -683,7 +683,7 @@ def test_an_experiment_without_credentials_warns_once_for_all_its_runs(every_run
     assert "set TELEGRAM_BOT_TOKEN and TELEGRAM_CHAT_ID in the environment" in str(warning.message)
 
 
-@pytest.mark.usefixtures("in_environment")
+@pytest.mark.usefixtures("in_environment", "one_picture")
 def test_an_experiment_that_can_not_send_warns_once_and_tries_no_more(api, config, tiny_data):
     api.script = [error(403, "Forbidden: bot was blocked by the user")] * 9
     knobs = replace(config, num_epochs=1, telegram_every_run=True)

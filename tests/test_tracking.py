@@ -1,19 +1,13 @@
 """W&B runs that trainings write, offline, as W&B's own reader reads them back; and trainings whose W&B fails."""
 
 import dataclasses
-import gc
-import importlib
-import json
 import os
-import subprocess
 import sys
 import threading
 import warnings
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
-import joblib
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
@@ -21,8 +15,9 @@ import torch
 import wandb
 from PIL import Image
 from transformers import TrainerCallback
+from wandb_runs import TrackedRun, go_offline, runs_in
 
-from lablib import MLP, KnowledgeDistillationTrainer, StreamlinedTrainer, TrainingConfig, experiment, train_or_load
+from lablib import MLP, KnowledgeDistillationTrainer, StreamlinedTrainer, TrainingConfig, train_or_load
 from lablib.metrics import history
 from lablib.runs import build_seeded
 from lablib.tracking import LOGGED
@@ -49,31 +44,9 @@ ONLY_HERE = {  # fields of TrainingConfig that W&B is not told as they are
 
 @pytest.fixture(scope="module", autouse=True)
 def _offline(tmp_path_factory):
-    """No account, nothing of this machine's W&B, and nothing that takes time without being looked at here."""
-    home = tmp_path_factory.mktemp("home")
     with pytest.MonkeyPatch.context() as patch:
-        for name in [name for name in os.environ if name.startswith("WANDB_")]:
-            patch.delenv(name)
-        for name in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
-            patch.setenv(name, str(home))
-        patch.setenv("NETRC", str(home / "netrc"))
-        patch.setenv("WANDB_MODE", "offline")
-        patch.setenv("WANDB_ERROR_REPORTING", "false")
-        patch.setenv("WANDB__DISABLE_STATS", "true")
-        gc.freeze()  # each training begins with a collection of garbage
+        go_offline(patch, tmp_path_factory.mktemp("home"))
         yield
-        gc.unfreeze()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def workers(_offline):
-    """Two worker processes, which import what a training needs while the other tests run."""
-    imported = partial(importlib.import_module, "lablib.tracking")
-    parallel = joblib.Parallel(n_jobs=2, mmap_mode="c")
-    starting = threading.Thread(target=parallel, args=([joblib.delayed(imported)() for _ in range(2)],))
-    starting.start()
-    yield starting
-    starting.join()
 
 
 def config(folder: Path, **knobs) -> TrainingConfig:
@@ -87,34 +60,6 @@ def small_mlp(seed: int = 0) -> MLP:
 
 def distilling(knobs: TrainingConfig, data, **more) -> KnowledgeDistillationTrainer:
     return KnowledgeDistillationTrainer(small_mlp(), small_mlp(seed=1), knobs, data, temperature=3.0, alpha=0.6, **more)
-
-
-class TrackedRun:
-    """What `wandb leet inspect` says of one offline run."""
-
-    def __init__(self, folder: Path, lines: str):
-        self.folder, records = folder, [json.loads(line) for line in lines.splitlines()]
-        self.records = {kind: [r[kind] for r in records if r["type"] == kind] for kind in {r["type"] for r in records}}
-        self.run = self.records["run"][0]
-        self.config = {key: value for key, value in self.run["config"]["update"].items() if key != "_wandb"}
-        self.history = [row["item"] for row in self.records["history"]]
-        self.summary = {key: value for part in self.records["summary"] for key, value in part["update"].items()}
-        self.exit_code = self.records["exit"][0]["exit_code"]
-
-    def metrics(self) -> list[dict]:
-        """The history's rows, without what is not a number and what W&B adds."""
-        rows = [{k: v for k, v in row.items() if not isinstance(v, (list, str))} for row in self.history]
-        return [{k: v for k, v in row.items() if k[0] != "_" and "learning_curves" not in k} for row in rows]
-
-
-def runs_in(folder: Path) -> list[TrackedRun]:
-    """The W&B runs that lie in a folder, the oldest first."""
-    folders = sorted(
-        (folder / "wandb").glob("offline-run-*"), key=lambda path: next(path.glob("*.wandb")).stat().st_ctime
-    )
-    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json"]
-    readers = [subprocess.Popen([*command, path], stdout=subprocess.PIPE, text=True) for path in folders]
-    return [TrackedRun(path, reader.communicate()[0]) for path, reader in zip(folders, readers, strict=True)]
 
 
 def weights(trainer) -> dict[str, torch.Tensor]:
@@ -339,6 +284,7 @@ def test_an_interrupted_training_is_marked_so_and_continues_its_own_run(tmp_path
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()]
 
 
+@pytest.mark.usefixtures("one_picture")
 def test_a_training_anew_with_the_same_trainer_is_another_run(tmp_path, tiny_data, monkeypatch):
     ids, init = [], wandb.init
     monkeypatch.setattr(wandb, "init", lambda **more: ids.append(more["id"]) or init(**more))
@@ -349,22 +295,6 @@ def test_a_training_anew_with_the_same_trainer_is_another_run(tmp_path, tiny_dat
     trainer.args.num_train_epochs = 2
     trainer.train(resume_from_checkpoint=True)
     assert ids[0] != ids[1] == ids[2]
-
-
-def test_side_by_side_each_run_of_an_experiment_is_a_run_of_its_own(tmp_path, tiny_data, workers):
-    workers.join()
-    offline = {name: value for name, value in os.environ.items() if name.startswith("WANDB_")}
-
-    def build() -> MLP:
-        os.environ.update(offline)  # a worker may be there since an earlier test
-        return MLP((8,), image_shape=(1, 6, 6), num_classes=3)
-
-    result = experiment({"mlp": build}, config(tmp_path), tiny_data, seeds=(0, 1), jobs=2)
-    tracked = runs_in(tmp_path)
-    assert {run.run["display_name"] for run in tracked} == {run.path.name for run in result.runs.values()}
-    assert {run.run["run_group"] for run in tracked} == {"tiny"}
-    assert sorted(run.config["seed"] for run in tracked) == [0, 1]
-    assert [run.exit_code for run in tracked] == [0, 0]
 
 
 def test_wandbs_folder_goes_where_its_variable_says(tmp_path, tiny_data, monkeypatch):
@@ -408,6 +338,7 @@ class FailingRun:
         self._call("finish")
 
 
+@pytest.mark.usefixtures("one_picture")
 @pytest.mark.parametrize("failing", ["init", "define_metric", "log", "finish"])
 def test_one_that_fails_gives_one_warning_and_the_training_goes_on(
     failing, tmp_path, tiny_data, tracked, untracked, monkeypatch
