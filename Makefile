@@ -45,7 +45,7 @@ torture: .venv/test ## kill runs, break their writes, and compare; writes result
 # the data set as a name (cifar10, downloaded) or a folder; more epochs and seeds cost time in proportion
 CIFAR ?= data/cifar10-jpeg
 CNN_EPOCHS ?= 60
-CNN_SEEDS ?= 1
+CNN_SEEDS ?= 2
 CNN_WIDTH ?= 16
 CNN_JOBS ?= 2
 FULL_CNNS = -p dataset $(CIFAR) -p epochs $(CNN_EPOCHS) -p batch_size 128 -p seeds $(CNN_SEEDS) -p width $(CNN_WIDTH) \

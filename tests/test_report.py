@@ -2,6 +2,7 @@ import re
 import shutil
 from pathlib import Path
 
+import nbformat
 import pandas as pd
 import pytest
 
@@ -24,6 +25,23 @@ ROOT = Path(__file__).parent.parent
 def test_the_readmes_tables_are_those_of_the_results():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert filled(text, ROOT / "results") == text
+
+
+def test_the_readme_says_the_same_numbers_as_the_executed_notebooks():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for title, notebook in (("MLP", "Lab1_MLPs"), ("CNN", "Lab1_CNNs")):
+        found = text[text.index(f"## What the {title} notebook found") :].split("\n## ")[0]
+        found = re.sub(r"<!-- table: \w+_depth -->.*?<!-- end -->", "", found, flags=re.S)  # there it is a figure alone
+        numbers = set(re.findall(r"[+-]?\d+\.\d\d ± \d+\.\d\d", found))
+        assert len(numbers) > 10
+        outputs = [
+            output["data"].get("text/markdown", output["data"].get("text/plain", ""))
+            for cell in nbformat.read(ROOT / f"results/{notebook}.ipynb", as_version=4).cells
+            for output in cell.get("outputs", [])
+            if "data" in output
+        ]
+        said = "\n".join("".join(output) for output in outputs)
+        assert sorted(number for number in numbers if number not in said) == []
 
 
 def test_every_link_and_image_of_the_readme_is_there():
