@@ -10,6 +10,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.transforms import offset_copy
 
 from lablib.figures.style import DASHES, MARKERS, end_at_100
 from lablib.statistics import summarise
@@ -102,11 +103,12 @@ def accuracy_by_depth(
     """Test accuracy against depth, a line a family: mean over seeds with the mean's 95 % interval.
 
     `values` gives for each family and depth the accuracies (fractions) of its seeds. With `chance`, the accuracy of
-    guessing, the axis goes from 0 to 100 %; without it, it shows the range of the values.
+    guessing, the axis goes from 0 to 100 %; without it, it shows the range of the values. Families stand side by side
+    at a depth, so that no bar hides another.
     """
     figure, axis = plt.subplots(figsize=(6.8, 4.2))
-    for (family, by_depth), color, dash, marker in zip(
-        values.items(), cycle(sns.color_palette()), cycle(DASHES), cycle(MARKERS), strict=False
+    for place, ((family, by_depth), color, dash, marker) in enumerate(
+        zip(values.items(), cycle(sns.color_palette()), cycle(DASHES), cycle(MARKERS), strict=False)
     ):
         if not by_depth:
             continue  # all of its runs failed
@@ -116,7 +118,10 @@ def accuracy_by_depth(
         errors = [math.nan if s.ci95 is None else 100 * s.ci95 for s in summaries]  # nan: no bar
         seeds = _range_text([s.n for s in summaries])
         label = f"{family} (n = {seeds})"
-        axis.errorbar(depths, means, errors, color=color, linestyle=dash, marker=marker, capsize=3, label=label)
+        drawn = axis.errorbar(depths, means, errors, color=color, linestyle=dash, marker=marker, capsize=3, label=label)
+        aside = offset_copy(axis.transData, figure, x=7 * (place - (len(values) - 1) / 2), units="points")
+        for part in drawn.get_children():
+            part.set_transform(aside)
     if chance is not None:
         axis.axhline(100 * chance, color="0.4", linewidth=1, linestyle=":")
         axis.text(0.01, 100 * chance, "guessing", va="bottom", color="0.4", transform=axis.get_yaxis_transform())

@@ -212,6 +212,19 @@ def test_accuracy_by_depth_without_the_share_of_guessing_shows_the_same_points_a
     assert bar_ends(zoomed.containers[0]) == first
 
 
+def test_accuracy_by_depth_puts_families_side_by_side_and_the_middle_one_at_its_depth():
+    same = {family: {2: [0.8, 0.9], 4: [0.7, 0.9]} for family in ("a", "b", "c")}
+    axis = drawn(figures.accuracy_by_depth(same, "tiny")).axes[0]
+    places = []
+    for line, _, (bars,) in axis.containers:
+        points = line.get_transform().transform(line.get_xydata())[:, 0]
+        ends = [bars.get_transform().transform(segment)[:, 0] for segment in bars.get_segments()]
+        np.testing.assert_allclose(np.transpose(ends), [points, points])  # a bar goes through its point
+        places.append(points * 72 / axis.figure.dpi)
+    depths = axis.transData.transform([(2, 0), (4, 0)])[:, 0] * 72 / axis.figure.dpi
+    np.testing.assert_allclose(places, [depths - 7, depths, depths + 7])
+
+
 def test_accuracy_by_depth_takes_another_name_for_what_depth_is():
     axis = figures.accuracy_by_depth(NEAR, "tiny", xlabel="depth (stages)").axes[0]
     assert axis.get_xlabel() == "depth (stages)"
