@@ -69,21 +69,26 @@ def papermill(notebook: str, folder: Path, *arguments: str) -> subprocess.Popen:
     folders = {"output_dir": "runs", "figures_dir": "images", "results_dir": "results"}
     places = [part for name, below in folders.items() for part in ("-p", name, str(folder / below))]
     command = [sys.executable, "-m", "papermill", notebook, str(folder / "out.ipynb"), "--kernel", "python3"]
+    return started([*command, *places, *arguments])
+
+
+def started(command: list[str]) -> subprocess.Popen:
     one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # several run side by side
-    return subprocess.Popen(
-        [*command, *places, *arguments],
-        cwd=ROOT,
-        env=one_thread,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, env=one_thread, **quiet)
 
 
 def finished(process: subprocess.Popen) -> tuple[int, str]:
-    """Exit status and what it wrote to stderr."""
+    """Exit status and what it wrote to stderr.
+
+    A kernel that never began is started once more: Jupyter looks for free ports and lets them go before the kernel
+    takes them, so that two kernels which start at once may be given the same (papermill's issue 511).
+    """
     try:
         _, said = process.communicate(timeout=600)
+        if process.returncode and "Kernel died before replying to kernel_info" in said:
+            process = started(process.args)
+            _, said = process.communicate(timeout=600)
     finally:
         process.kill()
     return process.returncode, said
