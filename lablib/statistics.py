@@ -124,7 +124,7 @@ def results_table(experiment: "Experiment") -> pd.DataFrame:
 
 
 def save_table(table: pd.DataFrame, path: str | Path) -> pd.DataFrame:
-    """Write a table as CSV, making its folder, and return it. Its numbers are whole: rounding is for who reads them."""
+    """Write a table as CSV with all digits of its numbers, making its folder, and return it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     table.to_csv(path, index=False)
