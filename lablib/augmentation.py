@@ -1,4 +1,4 @@
-"""Random rotation, shift and flip of a batch, drawn for each image on its own, on the batch's device."""
+"""Random rotation, shift, crop and flip of a batch, drawn for each image on its own, on the batch's device."""
 
 import torch
 from torch.nn import functional as F
@@ -31,19 +31,50 @@ def affine(
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
 
+def crop(images: torch.Tensor, corners: torch.Tensor, padding: int) -> torch.Tensor:
+    """Put `padding` rows and columns of 0 around each image and cut out a piece of its old size.
+
+    images: batch × channels × height × width. corners: each piece's first column and row in the padded image, whole
+    numbers from 0 to 2 · `padding`, batch × 2. Nothing is interpolated, so edges stay as sharp as they were.
+    """
+    height, width = images.shape[-2:]
+    padded = F.pad(images, [padding] * 4)
+    pieces = padded.unfold(2, height, 1).unfold(3, width, 1)  # a view: batch × channels × row × column × height × width
+    left, top = corners.unbind(1)
+    return pieces[torch.arange(len(images), device=images.device), :, top, left]
+
+
 def augment(
     images: torch.Tensor,
     rotation_degrees: float = 0.0,
     translation_fraction: float = 0.0,
     horizontal_flip: bool = False,
+    crop_padding: int = 0,
+    *,
     generator: torch.Generator | None = None,
 ) -> torch.Tensor:
-    """Draw a rotation, a shift and a flip for each image of a batch and apply them.
+    """Draw a rotation, a shift, a flip and a crop for each image of a batch and apply them.
 
     images: float, batch × channels × height × width. The angle is uniform in ± `rotation_degrees`, the shift uniform in
     ± `translation_fraction` of the width and of the height, and one image in two is mirrored if `horizontal_flip`.
+    Then `crop_padding` pixels of 0 are put around it and a piece of the old size cut out, each with the same
+    probability, as `torchvision.transforms.RandomCrop(size, padding)` does.
     Without a generator PyTorch's own is used, whose state a checkpoint holds.
     """
+    images = _turned_shifted_and_flipped(images, rotation_degrees, translation_fraction, horizontal_flip, generator)
+    if not crop_padding:
+        return images
+    corners = torch.randint(2 * crop_padding + 1, (len(images), 2), generator=generator, device=images.device)
+    return crop(images, corners, crop_padding)
+
+
+def _turned_shifted_and_flipped(
+    images: torch.Tensor,
+    rotation_degrees: float,
+    translation_fraction: float,
+    horizontal_flip: bool,
+    generator: torch.Generator | None,
+) -> torch.Tensor:
     batch, _, height, width = images.shape
     if not rotation_degrees and not translation_fraction:
         if not horizontal_flip:

@@ -62,6 +62,7 @@ class TrainingConfig:
     rotation_degrees: float = 10.0  # an angle from [-r, r] an image
     translation_fraction: float = 0.1  # a shift of up to this part of the height and of the width
     horizontal_flip: bool = False
+    crop_padding: int = 0  # pixels of 0 put around an image, of which a piece of its old size is then cut out at random
     precision: str = "auto"  # "bf16" is autocast; "auto" takes it for convolutions where the hardware is fast at it
     device: str = "auto"  # cuda, else mps, else cpu
     seed: int = 0  # split, initial weights, order of the images, augmentation, dropout
@@ -106,6 +107,7 @@ class TrainingConfig:
         self._check_number("rotation_degrees", "a number from 0 to 180", lambda x: 0 <= x <= 180)
         self._check_number("translation_fraction", "a number from 0 to 1", lambda x: 0 <= x <= 1)
         self._check_bool("horizontal_flip")
+        self._check_int("crop_padding", 0)
         self._check_choice("precision", PRECISIONS)
         self._check_choice("device", DEVICES)
         self._check_int("seed", 0)

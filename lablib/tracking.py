@@ -35,6 +35,7 @@ LOGGED = (
     "rotation_degrees",
     "translation_fraction",
     "horizontal_flip",
+    "crop_padding",
     "seed",
     "deterministic",
 )

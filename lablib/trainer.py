@@ -168,7 +168,13 @@ class StreamlinedTrainer(ResumableTrainer):
         config = self.config
         pixels = images.to(torch.float32)
         if training and len(pixels):
-            pixels = augment(pixels, config.rotation_degrees, config.translation_fraction, config.horizontal_flip)
+            pixels = augment(
+                pixels,
+                config.rotation_degrees,
+                config.translation_fraction,
+                config.horizontal_flip,
+                config.crop_padding,
+            )
         return (pixels * self._scale + self._offset).contiguous(memory_format=self._memory_format)
 
     def outputs(self, model: nn.Module, images: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:

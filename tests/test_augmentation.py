@@ -7,7 +7,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
 from lablib import augmentation
-from lablib.augmentation import affine, augment
+from lablib.augmentation import affine, augment, crop
 
 SHAPES = [(1, 28, 28), (3, 28, 28), (1, 20, 32), (3, 33, 18)]
 
@@ -67,17 +67,29 @@ def test_affine_leaves_its_arguments_as_they_were():
     assert all(torch.equal(argument, copy) for argument, copy in zip(arguments, copies, strict=True))
 
 
-@pytest.mark.parametrize("knobs", [{"rotation_degrees": 20.0}, {"translation_fraction": 0.2}])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("padding", [1, 4])
+def test_crop_is_torchvisions_padding_and_cropping_image_by_image(shape, padding):
+    images = random_batch(shape)[0]
+    corners = torch.randint(2 * padding + 1, (len(images), 2), generator=torch.Generator().manual_seed(0))
+    oracle = [
+        transforms.crop(transforms.pad(image, [padding]), top.item(), left.item(), *shape[1:])
+        for image, (left, top) in zip(images, corners, strict=True)
+    ]
+    assert torch.equal(crop(images, corners, padding), torch.stack(oracle))
+
+
+@pytest.mark.parametrize("knobs", [{"rotation_degrees": 20.0}, {"translation_fraction": 0.2}, {"crop_padding": 4}])
 def test_each_image_of_a_batch_gets_its_own_draw(knobs):
     one = torch.rand(1, 1, 16, 16, generator=torch.Generator().manual_seed(0))
     result = augment(one.expand(8, -1, -1, -1), **knobs, generator=torch.Generator().manual_seed(1))
     assert len({tuple(image.flatten().tolist()) for image in result}) == 8
 
 
-KNOBS = {"rotation_degrees": 15.0, "translation_fraction": 0.1, "horizontal_flip": True}
+KNOBS = {"rotation_degrees": 15.0, "translation_fraction": 0.1, "horizontal_flip": True, "crop_padding": 2}
 
 
-@pytest.mark.parametrize("knobs", [KNOBS, {"horizontal_flip": True}])
+@pytest.mark.parametrize("knobs", [KNOBS, {"horizontal_flip": True}, {"crop_padding": 2}])
 def test_a_generator_makes_the_draws_reproducible_and_leaves_pytorchs_own_alone(knobs):
     images = random_batch((3, 12, 10), batch=16)[0]
     before = torch.get_rng_state()
@@ -113,7 +125,7 @@ def captured(monkeypatch):
 
 def test_angles_and_shifts_fill_their_limits_and_stay_within(captured):
     images = torch.zeros(20_000, 1, 10, 40)
-    augment(images, 15.0, 0.2, True, torch.Generator().manual_seed(0))
+    augment(images, 15.0, 0.2, True, generator=torch.Generator().manual_seed(0))
     limits = {
         "angle": (captured["angles"], 15),
         "right": (captured["shifts"][:, 0], 8),
@@ -157,8 +169,21 @@ def test_a_flip_alone_mirrors_about_half_of_the_images_and_leaves_the_others():
     assert 160 < mirrored.sum() < 240  # 4 standard deviations
 
 
+def test_a_crop_takes_each_place_as_often_as_the_others_and_leaves_the_image_unturned():
+    one = torch.rand(1, 2, 5, 7, generator=torch.Generator().manual_seed(0))
+    result = augment(one.expand(25_000, -1, -1, -1), crop_padding=2, generator=torch.Generator().manual_seed(1))
+    padded = torch.nn.functional.pad(one[0], [2] * 4)
+    counts = [
+        (result == padded[:, top : top + 5, left : left + 7]).flatten(1).all(1).sum()
+        for top in range(5)
+        for left in range(5)
+    ]
+    assert sum(counts) == len(result)
+    assert max(abs(count - 1000) for count in counts) < 4 * (1000 * 24 / 25) ** 0.5  # 4 standard deviations
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("knobs", [KNOBS, {"horizontal_flip": True}, {}])
+@pytest.mark.parametrize("knobs", [KNOBS, {"horizontal_flip": True}, {"crop_padding": 3}, {}])
 def test_type_and_shape_are_kept(dtype, knobs):
     images = torch.rand(5, 3, 11, 6, dtype=dtype)
     result = augment(images, **knobs)

@@ -221,10 +221,10 @@ def test_augment_is_called_once_for_each_training_image_and_epoch_and_never_in_e
 
     monkeypatch.setattr("lablib.trainer.augment", counting)
     monkeypatch.setattr("lablib.trainer.check_batch_fits", lambda trainer: None)  # it augments a batch, too
-    trainer = build(config(rotation_degrees=7.0, translation_fraction=0.3, horizontal_flip=True))
+    trainer = build(config(rotation_degrees=7.0, translation_fraction=0.3, horizontal_flip=True, crop_padding=1))
     trainer.train()
     assert [size for size, _, _ in calls] == [8, 8, 8, 3] * 2
-    assert all(training and knobs == (7.0, 0.3, True) for _, training, knobs in calls)
+    assert all(training and knobs == (7.0, 0.3, True, 1) for _, training, knobs in calls)
     trainer.evaluate()
     trainer.test()
     assert len(calls) == 2 * STEPS
