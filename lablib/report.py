@@ -82,11 +82,7 @@ def readable_distillation(table: pd.DataFrame) -> pd.DataFrame:
     """Teacher, baseline and distilled student, with the gain over the baseline and the reference figures."""
     by_model = dict(zip(table["model"], table["role"].map(reference.CIFAR10_DISTILLATION), strict=True))
     readable = readable_table(table, by_model)
-    gains = [
-        "" if pd.isna(mean) else _with_interval(f"{100 * mean:+.2f}", ci95)
-        for mean, ci95 in zip(table["gain_mean"], table["gain_ci95"], strict=True)
-    ]
-    readable.insert(readable.columns.get_loc("test accuracy") + 1, "gain, points", gains)
+    readable.insert(readable.columns.get_loc("test accuracy") + 1, "gain, points", _points(table, "gain_"))
     readable.insert(0, "role", table["role"].to_list())
     return readable
 
@@ -107,6 +103,26 @@ def readable_rules(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("epoch with the")
 
 
+def readable_regimes(table: pd.DataFrame) -> pd.DataFrame:
+    """The same networks trained in several ways, one row a network and way."""
+    readable = readable_table(table).drop(columns="seconds a run")
+    readable.insert(1, "trained", table["regime"].to_list())
+    return readable
+
+
+def readable_prices(table: pd.DataFrame) -> pd.DataFrame:
+    """Ways to a better student: what each gains over the student as it is, and what it costs in training and in use."""
+    columns = {
+        "test accuracy": table["test_accuracy_mean"].map("{:.2%}".format).str.replace("%", " %"),
+        "gain, points": _points(table, "gain_"),
+        "n": table["seeds"],
+        "epochs": table["epochs_mean"].map("{:.0f}".format),
+        "parameters": table["parameters"].map("{:,}".format),
+        "million multiply-adds": (table["multiply_adds"] / 1e6).map("{:.1f}".format),
+    }
+    return pd.DataFrame(columns).set_index(table["student"])
+
+
 def speed(measured: dict) -> str:
     """Training images a second by network and way of training, each in its fastest variant, and where and when."""
     rows = {}
@@ -124,8 +140,11 @@ def speed(measured: dict) -> str:
     return f"{markdown(table)}\nMeasured on {measured['date']} on {where}: {epochs}.\n"
 
 
-def _points(table: pd.DataFrame) -> list[str]:
-    return [_with_interval(f"{100 * m:+.2f}", ci95) for m, ci95 in zip(table["mean"], table["ci95"], strict=True)]
+def _points(table: pd.DataFrame, prefix: str = "") -> list[str]:
+    return [
+        "" if pd.isna(mean) else _with_interval(f"{100 * mean:+.2f}", ci95)
+        for mean, ci95 in zip(table[f"{prefix}mean"], table[f"{prefix}ci95"], strict=True)
+    ]
 
 
 def _with_interval(mean: str, ci95: float) -> str:

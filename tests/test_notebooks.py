@@ -13,11 +13,12 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 MACHINE_PATH = re.compile(r"(?<![\w.])/(home|root|work|tmp|opt|mnt|Users|content)/\w|[A-Z]:\\\\Users")
-MLPS, CNNS = NOTEBOOKS = ("Lab1_MLPs.ipynb", "Lab1_CNNs.ipynb")
+MLPS, CNNS, REGIMES = NOTEBOOKS = ("Lab1_MLPs.ipynb", "Lab1_CNNs.ipynb", "Lab1_Regimes.ipynb")
 TINY = ["-p", "epochs", "1", "-p", "seeds", "1", "-p", "jobs", "1"]
 TINY_CNNS = [*TINY, "-p", "width", "2", "-p", "teacher_depth", "3", "-p", "grid_images", "100"]
 TINY_CNNS += ["-y", "{depths: [2, 3], grid_temperatures: [1, 4], grid_alphas: [0.5]}"]
-ARGUMENTS = {MLPS: TINY, CNNS: TINY_CNNS}
+TINY_REGIMES = [*TINY, "-p", "width", "2", "-p", "wide", "3", "-p", "teacher_depth", "3"]
+ARGUMENTS = {MLPS: TINY, CNNS: TINY_CNNS, REGIMES: TINY_REGIMES}
 FIGURES = {
     MLPS: {
         "first_mlp_train.png",
@@ -42,6 +43,7 @@ FIGURES = {
         "distillation_grid.png",
         "reliability.png",
     },
+    REGIMES: {"regimes_val_accuracy.png", "regimes_differences.png"},
 }
 COLUMNS = (
     "model,dataset,parameters,seeds,val_accuracy_mean,val_accuracy_std,"
@@ -60,6 +62,13 @@ TABLES = {
         "distillation_digits_rules.csv": "rule,seeds,gain_mean,gain_ci95,baseline_epoch,baseline_val_accuracy,"
         "distilled_epoch,distilled_val_accuracy",
         "distillation_digits.csv": f"{COLUMNS},width,depth,role,temperature,alpha,gain_mean,gain_ci95",
+    },
+    REGIMES: {
+        "regimes_digits.csv": f"{COLUMNS},regime,width",
+        "regimes_digits_differences.csv": "what,where,mean,std,ci95,n,p_value",
+        "regimes_digits_prices.csv": "student,parameters,multiply_adds,epochs_mean,test_accuracy_mean,"
+        "gain_mean,gain_ci95,seeds",
+        "cnns_wide_digits.csv": f"{COLUMNS},width",
     },
 }
 
@@ -96,7 +105,7 @@ def finished(process: subprocess.Popen) -> tuple[int, str]:
 
 @pytest.fixture(scope="module")
 def executed(tmp_path_factory) -> dict[str, Path]:
-    """Both notebooks, side by side: the folder that each has written to."""
+    """All notebooks, side by side: the folder that each has written to."""
     folders = {notebook: tmp_path_factory.mktemp("notebook") for notebook in NOTEBOOKS}
     running = [papermill(notebook, folder, *ARGUMENTS[notebook]) for notebook, folder in folders.items()]
     for status, said in map(finished, running):
@@ -117,6 +126,7 @@ def test_it_runs_with_small_parameters_and_leaves_its_tables_and_figures(execute
     [
         (MLPS, ["Does the shortcut help?", "Is it the gradient?", "Recommendation for digits"]),
         (CNNS, ["Depth, parameters, or the shortcut?", "Does the teacher help?", "Recommendation for digits"]),
+        (REGIMES, ["Does it hold?", "More channels", "Recommendation for digits"]),
     ],
 )
 def test_its_conclusions_are_computed_and_name_the_data_set(executed, notebook, questions):
@@ -153,6 +163,7 @@ WRONG = {
     "a misspelt parameter": (MLPS, ["-p", "epoch", "3"], "there is no parameter 'epoch'. Did you mean 'epochs'?"),
     "an alpha above 1": (CNNS, ["-p", "alpha", "1.5"], "alpha = 1.5: write a number from 0 to 1"),
     "a teacher that is not trained": (CNNS, ["-p", "teacher_depth", "5"], "teacher_depth = 5: write one of 2, 3, 4"),
+    "a padding below 0": (REGIMES, ["-p", "crop_padding", "-1"], "crop_padding = -1: write a whole number from 0"),
     "more depth than pixels": (CNNS, ["-p", "image_size", "8"], "too small for depth 4"),
 }
 
@@ -182,10 +193,12 @@ def test_the_parameters_cell_is_tagged_and_explained(notebook):
     (cell,) = [cell for cell in cells if "parameters" in cell.metadata.get("tags", [])]
     names = [line.split(":")[0] for line in cell.source.splitlines()]
     assert names[0] == "dataset"
-    assert {"data_dir", "epochs", "batch_size", "learning_rate", "lr_schedule", "seeds", "jobs"} <= set(names)
+    assert {"data_dir", "epochs", "batch_size", "learning_rate", "seeds", "jobs"} <= set(names)
     assert {"output_dir", "figures_dir", "results_dir"} <= set(names)
-    if notebook == CNNS:
-        assert {"depths", "width", "temperature", "alpha", "teacher_depth", "student_depth"} <= set(names)
+    assert ("lr_schedule" in names) is (notebook != REGIMES)  # there both schedules are compared
+    assert ("depths" in names) is (notebook == CNNS)
+    if notebook != MLPS:
+        assert {"width", "crop_padding", "temperature", "alpha", "teacher_depth", "student_depth"} <= set(names)
 
 
 @pytest.mark.parametrize("path", [*NOTEBOOKS, *(str(p.relative_to(ROOT)) for p in ROOT.glob("results/*.ipynb"))])
