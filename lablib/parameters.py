@@ -86,10 +86,10 @@ def _is_a(value: Any, kind: type) -> bool:
 def _wanted(base: type, allowed: Container | None) -> str:
     if isinstance(allowed, range):
         text = f"a whole number from {allowed.start} to {allowed.stop - 1}"
-        return f"a list of one or more, each {text}" if base is list else text
-    if isinstance(allowed, Between):
+    elif isinstance(allowed, Between):
         text = f"a number from {allowed.low:g} to {allowed.high:g}"
-        return f"a list of one or more, each {text}" if base is list else text
-    if allowed is not None:
-        return "one of " + ", ".join(repr(value) for value in allowed)
-    return _EXAMPLES.get(base, f"a value of type {base.__name__}")
+    elif allowed is not None:
+        text = "one of " + ", ".join(repr(value) for value in allowed)
+    else:
+        return _EXAMPLES.get(base, f"a value of type {base.__name__}")
+    return f"a list of one or more, each {text}" if base is list else text

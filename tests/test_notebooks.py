@@ -164,6 +164,11 @@ WRONG = {
     "an alpha above 1": (CNNS, ["-p", "alpha", "1.5"], "alpha = 1.5: write a number from 0 to 1"),
     "a teacher that is not trained": (CNNS, ["-p", "teacher_depth", "5"], "teacher_depth = 5: write one of 2, 3, 4"),
     "a padding below 0": (REGIMES, ["-p", "crop_padding", "-1"], "crop_padding = -1: write a whole number from 0"),
+    "a family that is not there": (
+        REGIMES,
+        ["-y", "wide_families: [VGG]"],
+        "write a list of one or more, each one of 'Simple",
+    ),
     "more depth than pixels": (CNNS, ["-p", "image_size", "8"], "too small for depth 4"),
 }
 
