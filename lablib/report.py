@@ -34,7 +34,9 @@ def tables(results: Path) -> dict[str, str]:
     mlps = ("mlps_mnist", "mlps_mnist_cosine", "mlps_mnist_depth", "mlps_mnist_differences")
     cnns = ("cnns_cifar10-jpeg", "cnns_cifar10-jpeg_differences")
     distillation = ("distillation_cifar10-jpeg", "distillation_cifar10-jpeg_rules")
-    missing = [f"{name}.csv" for name in (*mlps, *cnns, *distillation) if name not in read]
+    regimes = tuple(f"regimes_cifar10-jpeg{part}" for part in ("", "_differences", "_prices"))
+    wide = "cnns_wide_cifar10-jpeg"
+    missing = [f"{name}.csv" for name in (*mlps, *cnns, *distillation, *regimes, wide) if name not in read]
     if missing:
         raise FileNotFoundError(f"{results} lacks {', '.join(missing)}; `make full` writes them")
     if not (results / _BENCHMARK).exists():
@@ -48,6 +50,10 @@ def tables(results: Path) -> dict[str, str]:
         "cnns_cifar10-jpeg_differences": markdown(by_question(read["cnns_cifar10-jpeg_differences"])),
         "distillation_cifar10-jpeg": markdown(readable_distillation(read["distillation_cifar10-jpeg"])),
         "distillation_cifar10-jpeg_rules": markdown(readable_rules(read["distillation_cifar10-jpeg_rules"])),
+        "regimes_cifar10-jpeg": markdown(readable_regimes(read["regimes_cifar10-jpeg"])),
+        "regimes_cifar10-jpeg_differences": markdown(by_regime(read["regimes_cifar10-jpeg_differences"])),
+        "regimes_cifar10-jpeg_prices": markdown(readable_prices(read["regimes_cifar10-jpeg_prices"])),
+        wide: markdown(readable_table(read[wide], reference.CIFAR10)),
         "speed": speed(json.loads((results / _BENCHMARK).read_bytes())),
     }
 
@@ -64,11 +70,17 @@ def by_depth(table: pd.DataFrame) -> pd.DataFrame:
     return wide.rename_axis(columns=None)
 
 
-def by_question(table: pd.DataFrame) -> pd.DataFrame:
-    """Paired differences in percentage points, depths in rows and what is asked in columns."""
-    wide = table.assign(points=_points(table)).pivot(index="depth", columns="what", values="points")
-    wide = wide[table["what"].unique()].rename_axis(columns=None)
-    return wide.fillna("–").assign(n=table.groupby("depth")["n"].min())
+def by_question(table: pd.DataFrame, where: str = "depth") -> pd.DataFrame:
+    """Paired differences in percentage points, depths (or another column, `where`) in rows, questions in columns."""
+    wide = table.assign(points=_points(table)).pivot(index=where, columns="what", values="points")
+    wide = wide.loc[table[where].unique(), table["what"].unique()].rename_axis(columns=None)
+    return wide.fillna("–").assign(n=table.groupby(where)["n"].min())
+
+
+def by_regime(table: pd.DataFrame) -> pd.DataFrame:
+    """Paired differences between two networks in percentage points, ways of training in rows, questions in columns."""
+    regimes = table["where"].isin(("constant", "cosine"))  # the other rows compare two ways of training one network
+    return by_question(table[regimes].rename(columns={"where": "trained"}), "trained")
 
 
 def readable_differences(table: pd.DataFrame) -> pd.DataFrame:

@@ -9,11 +9,14 @@ import pytest
 from lablib.report import (
     by_depth,
     by_question,
+    by_regime,
     filled,
     main,
     markdown,
     readable_differences,
     readable_distillation,
+    readable_prices,
+    readable_regimes,
     readable_rules,
     speed,
     tables,
@@ -29,8 +32,8 @@ def test_the_readmes_tables_are_those_of_the_results():
 
 def test_the_readme_says_the_same_numbers_as_the_executed_notebooks():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    number = re.compile(r"[+-]?\d+\.\d\d ± \d+\.\d\d")
-    for title, notebook in (("MLP", "Lab1_MLPs"), ("CNN", "Lab1_CNNs")):
+    number = re.compile(r"(?<![\d.])[+-]?\d+\.\d\d(?: ± \d+\.\d\d)?(?!\d)")
+    for title, notebook in (("MLP", "Lab1_MLPs"), ("CNN", "Lab1_CNNs"), ("regimes", "Lab1_Regimes")):
         found = text[text.index(f"## What the {title} notebook found") :].split("\n## ")[0]
         found = re.sub(r"<!-- table: \w+_depth -->.*?<!-- end -->", "", found, flags=re.S)  # there it is a figure alone
         numbers = set(number.findall(found))
@@ -161,3 +164,42 @@ def test_the_rules_of_stopping_are_told_with_their_epochs_and_gains():
     best = ["82.00 % (epoch 40)", "82.40 % (epoch 46)", "+0.40 ± 1.20", 2]
     assert readable.loc["highest validation accuracy"].tolist() == best
     assert readable.loc["lowest validation loss"].tolist() == ["80.00 % (epoch 19)", "82.10 % (epoch 47)", "+2.10", 1]
+
+
+def test_ways_of_training_stand_side_by_side_without_the_comparison_of_one_network_with_itself():
+    rows = [("the shortcut", "constant", 0.001, 0.02, 2), ("the shortcut", "cosine", -0.002, 0.01, 2)]
+    rows += [
+        ("the teacher", "constant", 0.007, float("nan"), 1),
+        ("cosine rate and crops", "ResidualCNN-2", 0.02, 0.01, 2),
+    ]
+    table = by_regime(pd.DataFrame(rows, columns=["what", "where", "mean", "ci95", "n"]))
+    assert table.index.name == "trained"
+    assert list(table.columns) == ["the shortcut", "the teacher", "n"]
+    assert table.loc["constant"].tolist() == ["+0.10 ± 2.00", "+0.70", 1]
+    assert table.loc["cosine"].tolist() == ["-0.20 ± 1.00", "–", 2]
+
+
+def test_the_same_network_has_a_row_for_each_way_of_training():
+    row = {"model": "ResidualCNN-2", "dataset": "tiny", "seeds": 2, "val_accuracy_mean": 0.8, "val_accuracy_std": 0.01}
+    row |= {"test_accuracy_ci95": 0.02, "epochs_mean": 9.0, "seconds_mean": 60.0, "parameters": 5}
+    ways = [{**row, "test_accuracy_mean": 0.81, "regime": "constant"}]
+    ways += [{**row, "test_accuracy_mean": 0.84, "regime": "cosine"}]
+    readable = readable_regimes(pd.DataFrame(ways))
+    assert readable.index.tolist() == ["ResidualCNN-2"] * 2
+    assert readable["trained"].tolist() == ["constant", "cosine"]
+    assert readable["test accuracy"].tolist() == ["81.00 ± 2.00 %", "84.00 ± 2.00 %"]
+
+
+def test_ways_to_a_better_student_are_told_with_gain_and_cost():
+    nan = float("nan")
+    columns = ["student", "parameters", "multiply_adds", "epochs_mean", "test_accuracy_mean"]
+    columns += ["gain_mean", "gain_ci95", "seeds"]
+    rows = [("as it is", 165_914, 12.34e6, 43.5, 0.81389, nan, nan, 2)]
+    rows += [
+        ("taught", 165_914, 12.34e6, 56.0, 0.82095, 0.00706, 0.0051, 2),
+        ("wide", 2_600_000, 2e8, 30, 0.87, 0.05, nan, 1),
+    ]
+    readable = readable_prices(pd.DataFrame(rows, columns=columns))
+    assert readable.loc["as it is"].tolist() == ["81.39 %", "", 2, "44", "165,914", "12.3"]
+    assert readable.loc["taught"].tolist() == ["82.09 %", "+0.71 ± 0.51", 2, "56", "165,914", "12.3"]
+    assert readable.loc["wide", "gain, points"] == "+5.00"
