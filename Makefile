@@ -66,7 +66,7 @@ full-cnns: .venv/lab ## the published experiment on CIFAR-10 (about two hours a 
 	@$(PAPERMILL) Lab1_CNNs.ipynb results/Lab1_CNNs.ipynb $(FULL_CIFAR) -p seeds $(CNN_SEEDS) -p grid_images 5000
 	@$(MAKE) --no-print-directory record readme
 
-full-regimes: .venv/lab ## the same networks trained longer, and wider ones (about five hours on 2 cores)
+full-regimes: .venv/lab ## the same networks trained longer, and wider ones (about three hours on 2 cores)
 	@$(PAPERMILL) Lab1_Regimes.ipynb results/Lab1_Regimes.ipynb $(FULL_CIFAR) -p seeds $(REGIME_SEEDS) -p wide 64
 	@$(MAKE) --no-print-directory record readme
 

@@ -189,6 +189,7 @@ CHANGED = {
     "rotation_degrees": 0.0,
     "translation_fraction": 0.0,
     "horizontal_flip": True,
+    "crop_padding": 1,
     "precision": "fp32",
     "seed": 1,
     "deterministic": True,
