@@ -1,6 +1,10 @@
 """The lab's machinery. What a notebook needs has its name here, and is loaded when it is asked for."""
 
+import warnings
 from importlib import import_module
+
+# tqdm.auto, which comes in with transformers, wants ipywidgets for bars that the lab does not draw
+warnings.filterwarnings("ignore", message="IProgress not found")
 
 _NAMES = {
     "config": ("TrainingConfig",),

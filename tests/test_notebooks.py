@@ -142,6 +142,13 @@ def test_its_conclusions_are_computed_and_name_the_data_set(executed, notebook, 
     assert any("n = 1" in text for text in said)
 
 
+@pytest.mark.parametrize("notebook", NOTEBOOKS)
+def test_it_warns_of_nothing(executed, notebook):
+    cells = nbformat.read(executed[notebook] / "out.ipynb", as_version=4).cells
+    outputs = [output for cell in cells for output in cell.get("outputs", [])]
+    assert [output.text for output in outputs if output.get("name") == "stderr"] == []
+
+
 def test_a_second_run_loads_every_run_and_changes_no_table(executed):
     def tables_and_runs():
         files = [path for folder in executed.values() for path in sorted(folder.glob("results/*.csv"))]
