@@ -125,7 +125,8 @@ def readable_regimes(table: pd.DataFrame) -> pd.DataFrame:
 def readable_prices(table: pd.DataFrame) -> pd.DataFrame:
     """Ways to a better student: what each gains over the student as it is, and what it costs in training and in use."""
     columns = {
-        "test accuracy": table["test_accuracy_mean"].map("{:.2%}".format).str.replace("%", " %"),
+        "validation accuracy": (100 * table["val_accuracy_mean"]).map("{:.2f} %".format),
+        "test accuracy": (100 * table["test_accuracy_mean"]).map("{:.2f} %".format),
         "gain, points": _points(table, "gain_"),
         "n": table["seeds"],
         "epochs": table["epochs_mean"].map("{:.0f}".format),

@@ -173,7 +173,7 @@ def readable_table(table: pd.DataFrame, reference: Mapping[str, float] | None = 
                 "seconds a run": f"{row['seconds_mean']:.0f}",
             }
         )
-        if row.get("failed"):
+        if isinstance(row.get("failed"), str) and row["failed"]:  # of joined tables one may lack the column
             rows[-1]["failed"] = row["failed"]
     columns = list(dict.fromkeys(key for row in rows for key in row))
     readable = pd.DataFrame([{key: row.get(key, "") for key in columns} for row in rows]).set_index("model")

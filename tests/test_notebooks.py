@@ -66,8 +66,8 @@ TABLES = {
     REGIMES: {
         "regimes_digits.csv": f"{COLUMNS},regime,width",
         "regimes_digits_differences.csv": "what,where,mean,std,ci95,n,p_value",
-        "regimes_digits_prices.csv": "student,parameters,multiply_adds,epochs_mean,test_accuracy_mean,"
-        "gain_mean,gain_ci95,seeds",
+        "regimes_digits_prices.csv": "student,parameters,multiply_adds,epochs_mean,val_accuracy_mean,"
+        "test_accuracy_mean,gain_mean,gain_ci95,seeds",
         "cnns_wide_digits.csv": f"{COLUMNS},width",
     },
 }
@@ -176,6 +176,7 @@ WRONG = {
         ["-y", "wide_families: [VGG]"],
         "write a list of one or more, each one of 'Simple",
     ),
+    "a wide network too deep": (REGIMES, ["-y", "wide_depths: [6]"], "too small for depth 6"),
     "more depth than pixels": (CNNS, ["-p", "image_size", "8"], "too small for depth 4"),
 }
 

@@ -192,14 +192,14 @@ def test_the_same_network_has_a_row_for_each_way_of_training():
 
 def test_ways_to_a_better_student_are_told_with_gain_and_cost():
     nan = float("nan")
-    columns = ["student", "parameters", "multiply_adds", "epochs_mean", "test_accuracy_mean"]
+    columns = ["student", "parameters", "multiply_adds", "epochs_mean", "val_accuracy_mean", "test_accuracy_mean"]
     columns += ["gain_mean", "gain_ci95", "seeds"]
-    rows = [("as it is", 165_914, 12.34e6, 43.5, 0.81389, nan, nan, 2)]
+    rows = [("as it is", 165_914, 12.34e6, 43.5, 0.82, 0.81389, nan, nan, 2)]
     rows += [
-        ("taught", 165_914, 12.34e6, 56.0, 0.82095, 0.00706, 0.0051, 2),
-        ("wide", 2_600_000, 2e8, 30, 0.87, 0.05, nan, 1),
+        ("taught", 165_914, 12.34e6, 56.0, 0.83, 0.82095, 0.00706, 0.0051, 2),
+        ("wide", 2_600_000, 2e8, 30, 0.88, 0.87, 0.05, nan, 1),
     ]
     readable = readable_prices(pd.DataFrame(rows, columns=columns))
-    assert readable.loc["as it is"].tolist() == ["81.39 %", "", 2, "44", "165,914", "12.3"]
-    assert readable.loc["taught"].tolist() == ["82.09 %", "+0.71 ± 0.51", 2, "56", "165,914", "12.3"]
+    assert readable.loc["as it is"].tolist() == ["82.00 %", "81.39 %", "", 2, "44", "165,914", "12.3"]
+    assert readable.loc["taught"].tolist() == ["83.00 %", "82.09 %", "+0.71 ± 0.51", 2, "56", "165,914", "12.3"]
     assert readable.loc["wide", "gain, points"] == "+5.00"

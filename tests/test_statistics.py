@@ -305,3 +305,11 @@ def test_equal_values_show_no_spread():
     summary = summarise([0.1135, 0.1135, 0.1135])
     assert summary.ci95 is None
     assert summary.percent() == "11.35 % (n = 3: all the same, which shows no spread)"
+
+
+def test_of_joined_tables_only_the_one_with_failures_tells_of_them():
+    row = {"model": "a", "seeds": 1, "val_accuracy_mean": 0.8, "test_accuracy_mean": 0.8, "test_accuracy_ci95": None}
+    row |= {"epochs_mean": 3.0, "seconds_mean": 5.0, "parameters": 7}
+    failing = pd.DataFrame([row | {"model": "b", "failed": "seed 1: OSError"}])
+    readable = readable_table(pd.concat([pd.DataFrame([row]), failing], ignore_index=True))
+    assert readable["failed"].to_dict() == {"a": "", "b": "seed 1: OSError"}
