@@ -18,7 +18,7 @@ from lablib.hardware import return_freed_memory
 
 _SMALL, _SMALLER = 8, 4  # images in the batches that an estimate is made from
 _PLENTY = 3.0  # so many times of what a training needs are free: what it frees may be kept for its next step
-_MARGIN = 1.25  # so many times of what a batch needs are free before it is advised
+_MARGIN = 1.25  # a batch is advised if one of so many times its size fits too: a training takes more than a pass
 _GIB = 2**30
 _CGROUPS = Path("/sys/fs/cgroup")
 # what PyTorch, oneDNN and the GPUs' libraries say in a RuntimeError
@@ -128,7 +128,7 @@ def _fits(trainer, model: nn.Module, images: int, margin: float) -> bool:
                 return_freed_memory()
             if needed * margin > free_memory(device):
                 return False
-        _pass(trainer, model, images)
+        _pass(trainer, model, int(images * margin))
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise

@@ -75,13 +75,16 @@ ERRORS = [
 
 
 @pytest.mark.parametrize("error", ERRORS)
-def test_a_batch_that_is_refused_is_halved_until_one_fits_which_the_error_names(error, many_images):
-    trainer = StreamlinedTrainer(limited(50, error), config(batch_size=256), many_images)
+def test_a_batch_that_is_refused_is_halved_until_one_fits_with_a_quarter_to_spare_which_the_error_names(
+    error, many_images
+):
+    trainer = StreamlinedTrainer(limited(70, error), config(batch_size=256), many_images)
     with pytest.raises(BatchTooLargeError) as caught:
         trainer.train()
     words = r"a batch of 256 images does not fit into the memory of the cpu \(\d+\.\d GiB free\); "
     caught.match(words + "32 was tried and fits: write batch_size=32$")
-    assert [size for size in trainer.model.sizes if size > 8] == [256, 128, 64, 32]  # 8 and less are for the estimate
+    # 8 and less are for the estimate; 64 images would fit as well, but not a quarter more of them
+    assert [size for size in trainer.model.sizes if size > 8] == [256, 160, 80, 40]
     assert trainer.state.global_step == 0
     assert pickle.loads(pickle.dumps(caught.value)).args == caught.value.args
 
@@ -206,7 +209,7 @@ def test_a_batch_whose_estimate_exceeds_what_is_free_is_not_tried(many_images, m
     monkeypatch.setattr(memory, "free_memory", lambda device: 1.3 * needed[64])
     with pytest.raises(BatchTooLargeError, match=r"a batch of 256 images .* \(0.0 GiB free\); 64 was tried and fits"):
         check_batch_fits(trainer)
-    assert [size for size in trainer.model.sizes if size > 8] == [64]
+    assert [size for size in trainer.model.sizes if size > 8] == [80]  # 64, and a quarter to spare
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
