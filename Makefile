@@ -49,9 +49,9 @@ CNN_EPOCHS ?= 60
 CNN_SEEDS ?= 2
 CNN_WIDTH ?= 16
 CNN_JOBS ?= 2
-REGIME_SEEDS ?= 1
-# at width 64; [SimpleCNN, ResidualCNN] takes some hours more on 2 cores
-WIDE_FAMILIES ?= [SimpleCNN]
+REGIME_SEEDS ?= 2
+# at width 64; without ResidualCNN it takes some hours less on 2 cores
+WIDE_FAMILIES ?= [SimpleCNN, ResidualCNN]
 FULL_CIFAR = -p dataset $(CIFAR) -p epochs $(CNN_EPOCHS) -p batch_size 128 -p width $(CNN_WIDTH) -p jobs $(CNN_JOBS) \
 	-p output_dir runs -p figures_dir images -p results_dir results
 
@@ -68,7 +68,7 @@ full-cnns: .venv/lab ## the published experiment on CIFAR-10 (about two hours a 
 	@$(PAPERMILL) Lab1_CNNs.ipynb results/Lab1_CNNs.ipynb $(FULL_CIFAR) -p seeds $(CNN_SEEDS) -p grid_images 5000
 	@$(MAKE) --no-print-directory record readme
 
-full-regimes: .venv/lab ## the same networks with a cosine rate and crops, and a wider one (about three hours on 2 cores)
+full-regimes: .venv/lab ## the same networks with a cosine rate and crops, and a wider one (about five hours on 2 cores)
 	@$(PAPERMILL) Lab1_Regimes.ipynb results/Lab1_Regimes.ipynb $(FULL_CIFAR) -p seeds $(REGIME_SEEDS) -p wide 64 \
 		-y 'wide_families: $(WIDE_FAMILIES)'
 	@$(MAKE) --no-print-directory record readme
