@@ -87,15 +87,20 @@ def experiment(
     *,
     jobs: int = 1,
     trainer_class: TrainerClass | Mapping[int, TrainerClass] | Mapping[tuple[str, int], TrainerClass] = None,
+    recorded: Mapping[str, Run] | None = None,
+    train: bool = True,
 ) -> Experiment:
     """Train each model with each seed, or load the runs that are finished.
 
     `models` gives for each name a function without arguments that builds the network. `jobs` runs go side by side
     through joblib, each with its share of the threads; `joblib.parallel_config("dask")` sends them to a cluster, whose
     workers need `output_dir` at the same path. `trainer_class` is another trainer than StreamlinedTrainer: its class,
-    or a `functools.partial` with what else it needs, such as a teacher; or one by seed, or by (model, seed). A run that
-    fails is reported by a warning and in the experiment's `failures`; the others go on. Telegram gets one message at
-    the end, with the config's `telegram_every_run` one a run too; none if all runs are loaded.
+    or a `functools.partial` with what else it needs, such as a teacher; or one by seed, or by (model, seed).
+    `recorded`, of `lablib.record.recorded_runs`, has figures of runs by their names in a store: what the store lacks is
+    taken from there instead of trained, if it is the same run, and has then no weights and no history. With `train`
+    False nothing is trained: the experiment has the runs that are there. A run that fails is reported by a warning and
+    in the experiment's `failures`; the others go on. Telegram gets one message at the end, with the config's
+    `telegram_every_run` one a run too; none if all runs are loaded.
     """
     models, seeds = dict(models), tuple(dict.fromkeys(seeds))
     if not models or not seeds:
@@ -112,6 +117,7 @@ def experiment(
             try:
                 path = run_path(models[key[0]], replace(config, seed=key[1]), data, trainers[key])
                 run = load_or_set_aside(path) if num_processes() == 1 else None  # or all would have to agree
+                run = run or (recorded or {}).get(path.name)
             except Exception as error:
                 _report_failure(result, key, *_described(error))
                 continue
@@ -119,7 +125,7 @@ def experiment(
                 result.runs[key] = run
             else:
                 pending[key] = path
-        if pending:
+        if pending and train:
             _train_pending(result, pending, jobs, trainers, messages)
             result.runs = {key: result.runs[key] for key in trainers if key in result.runs}
     return result

@@ -1,25 +1,58 @@
-"""Every finished run of a store in one table, for whoever wants to reckon with them.
+"""The record: the figures of every finished run in one table, to reckon with and to build upon.
 
-python -m lablib.record --output-dir runs --out results/runs.csv
+python -m lablib.record --output-dir runs --out results/runs.csv    add a store's finished runs to it
 """
 
 import argparse
+import io
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from torch import nn
 
 from lablib.files import write_atomically
 from lablib.identity import digest
-from lablib.runs import load_run
+from lablib.runs import Run, load_run
 from lablib.store import runs_table
 
 _MEASURED = ("parameters", "val_accuracy", "val_loss", "test_accuracy", "test_loss", "best_epoch", "epochs", "seconds")
 _WHERE = ("device", "precision", "threads", "processes")
 _OF_THE_DATA = ("image_shape", "num_classes")  # of a model's arguments
+_ORDER = ["dataset", "model", "arguments", "trainer_arguments", "config", "seed"]
+
+
+@dataclass(frozen=True)
+class RecordedRun(Run):
+    """A run of which the figures are known and nothing else: `path` is the record, the history is empty."""
+
+    def load_weights(self, model: nn.Module) -> nn.Module:
+        """Raises ValueError: there are none."""
+        raise ValueError(
+            f"{self.path} has the figures of this run and not its weights; to have them, train it: leave out `recorded`"
+        )
+
+
+def recorded_runs(path: str | Path) -> dict[str, RecordedRun]:
+    """The runs of a record by their names in a store, for `experiment(..., recorded=...)`.
+
+    A name has the hash of all that changes a run's outcome in it, so a run is found if it is the same one, and only
+    then: another rate, seed, architecture or data set is another name. Raises FileNotFoundError if there is no record,
+    and ValueError if the file is none.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no record {path}; `make record` writes one of the runs in runs/")
+    table = _read(Path(path))
+    wrong = [name for name in _MEASURED if pd.to_numeric(table[name], errors="coerce").isna().any()]
+    if wrong:
+        raise ValueError(f"{path} is no record of runs: in {', '.join(wrong)} not every row has a number")
+    numbers = table[[*_MEASURED]].apply(pd.to_numeric)
+    results = numbers.join(table[["dataset", "model", "device", "precision"]]).to_dict("records")
+    return {name: RecordedRun(Path(path), result, []) for name, result in zip(table["run"], results, strict=True)}
 
 
 def record(output_dir: str | Path) -> pd.DataFrame:
@@ -34,7 +67,32 @@ def record(output_dir: str | Path) -> pd.DataFrame:
     rows = [_row(Path(output_dir, name)) for name in table.loc[table["state"] == "finished", "run"]]
     if not rows:
         return pd.DataFrame()
-    return pd.DataFrame(rows).sort_values(["dataset", "model", "arguments", "trainer_arguments", "config", "seed"])
+    return pd.DataFrame(rows).sort_values(_ORDER)
+
+
+def added(table: pd.DataFrame, path: Path) -> pd.DataFrame:
+    """A `record` as texts, and with it the rows that stand in a file already and are of other runs.
+
+    Raises ValueError if the file is no record.
+    """
+    new = _read(io.StringIO(table.to_csv(index=False, float_format="%.6g")))
+    if not path.exists():
+        return new
+    old = _read(path)
+    both = pd.concat([new, old[~old["run"].isin(new["run"])]]).fillna("")
+    return both.sort_values(_ORDER, key=lambda column: column.astype(int) if column.name == "seed" else column)
+
+
+def _read(source: Path | io.StringIO) -> pd.DataFrame:
+    """A record as texts, so that what is not changed is written back as it was."""
+    try:
+        table = pd.read_csv(source, dtype=str, keep_default_na=False)
+        missing = [name for name in ("run", *_ORDER, *_MEASURED, *_WHERE) if name not in table]
+    except ValueError as error:
+        raise ValueError(f"{source} is no record of runs: {error}") from error
+    if missing:
+        raise ValueError(f"{source} is no record of runs: it lacks the column {missing[0]}")
+    return table
 
 
 def _row(path: Path) -> dict[str, Any]:
@@ -72,19 +130,22 @@ def _json(value: dict) -> str:
 
 def main(arguments: Sequence[str]) -> int:
     """0; wrong arguments end the process with a message and 2."""
-    parser = argparse.ArgumentParser(prog="python -m lablib.record", description="The finished runs of a store as CSV.")
+    parser = argparse.ArgumentParser(
+        prog="python -m lablib.record", description="Add the finished runs of a store to a table of runs, as CSV."
+    )
     parser.add_argument("--output-dir", default="runs", help="the run store (runs)")
     parser.add_argument("--out", default="results/runs.csv", type=Path, help="the table (results/runs.csv)")
     options = parser.parse_args(arguments)
     try:
         table = record(options.output_dir)
-    except NotADirectoryError as error:
+        if table.empty:
+            parser.error(f"no finished run in {options.output_dir}, and {options.out} stays as it is")
+        all_runs = added(table, options.out)
+    except (NotADirectoryError, ValueError) as error:
         parser.error(str(error))
-    if table.empty:
-        parser.error(f"no finished run in {options.output_dir}, and {options.out} stays as it is")
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(options.out, table.to_csv(index=False, float_format="%.6g").encode())
-    print(f"{options.out}: {len(table)} runs")
+    write_atomically(options.out, all_runs.to_csv(index=False).encode())
+    print(f"{options.out}: {len(all_runs)} runs, {len(table)} of them in {options.output_dir}")
     return 0
 
 

@@ -158,7 +158,8 @@ def readable_table(table: pd.DataFrame, reference: Mapping[str, float] | None = 
     rows = []
     for row in table.to_dict("records"):
         if pd.isna(row["seeds"]):
-            rows.append({"model": row["model"], "test accuracy": f"failed: {row['failed']}"})
+            why = row.get("failed")
+            rows.append({"model": row["model"], "test accuracy": f"failed: {why}" if why else "not trained"})
             continue
         test = _percent(row["test_accuracy_mean"], row["test_accuracy_ci95"])
         rows.append(

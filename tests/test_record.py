@@ -4,9 +4,10 @@ from functools import partial
 import pandas as pd
 import pytest
 
-from lablib import MLP, KnowledgeDistillationTrainer, TrainingConfig, train_or_load
-from lablib.record import main, record
+from lablib import MLP, KnowledgeDistillationTrainer, TrainingConfig, experiment, train_or_load
+from lablib.record import main, record, recorded_runs
 from lablib.runs import run_path
+from lablib.statistics import readable_table, results_table
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +58,7 @@ def test_the_command_writes_a_table_that_reads_back(store, tmp_path, capsys):
     folder, _ = store
     out = tmp_path / "results" / "runs.csv"
     assert main(["--output-dir", str(folder), "--out", str(out)]) == 0
-    assert "runs.csv: 4 runs" in capsys.readouterr().out
+    assert f"runs.csv: 4 runs, 4 of them in {folder}" in capsys.readouterr().out
     read = pd.read_csv(out)
     assert read["run"].tolist() == record(folder)["run"].tolist()
     assert read["test_accuracy"].round(4).tolist() == record(folder)["test_accuracy"].round(4).tolist()
@@ -73,3 +74,110 @@ def test_an_empty_store_leaves_the_table_alone(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["--output-dir", str(out)])
     assert "is a file" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def written(store, tmp_path_factory):
+    """The store's record."""
+    out = tmp_path_factory.mktemp("record") / "runs.csv"
+    assert main(["--output-dir", str(store[0]), "--out", str(out)]) == 0
+    return out
+
+
+def test_another_store_is_added_and_what_stands_there_stays_as_it_was(store, written, tiny_data, tmp_path, capsys):
+    out = tmp_path / "runs.csv"
+    out.write_bytes(written.read_bytes())
+    build = partial(MLP, (5,), image_shape=tiny_data.image_shape, num_classes=tiny_data.num_classes)
+    config = TrainingConfig(num_epochs=1, batch_size=12, device="cpu", validation_split=0.25, output_dir=str(tmp_path))
+    other = [train_or_load(build, replace(config, seed=seed), tiny_data) for seed in (2, 10)]
+    assert main(["--output-dir", str(tmp_path), "--out", str(out)]) == 0
+    assert f"runs.csv: 6 runs, 2 of them in {tmp_path}" in capsys.readouterr().out
+    lines = out.read_text().splitlines()
+    assert set(written.read_text().splitlines()) < set(lines)
+    mine = [line.partition(",")[0] for line in lines if '""hidden_sizes"": [5]' in line]
+    assert mine == [run.path.name for run in other]  # seed 2 before seed 10
+    before = out.read_bytes()
+    assert main(["--output-dir", str(store[0]), "--out", str(out)]) == 0  # the same runs again
+    assert out.read_bytes() == before
+
+
+def test_a_run_that_is_in_the_store_replaces_its_row(store, written, tmp_path):
+    out = tmp_path / "runs.csv"
+    rows = pd.read_csv(written, dtype=str, keep_default_na=False)
+    rows.assign(test_accuracy="0.123").to_csv(out, index=False)
+    assert main(["--output-dir", str(store[0]), "--out", str(out)]) == 0
+    assert out.read_bytes() == written.read_bytes()
+
+
+@pytest.mark.parametrize("content", ["", "model,accuracy\nMLP,0.9\n", "run\nMLP-123456789abc\n", 'a,b\n"1,2\n3,4,5,6'])
+def test_a_file_that_is_no_record_is_left_alone_and_not_read(store, tmp_path, capsys, content):
+    out = tmp_path / "table.csv"
+    out.write_text(content)
+    with pytest.raises(SystemExit):
+        main(["--output-dir", str(store[0]), "--out", str(out)])
+    assert "table.csv is no record of runs: " in capsys.readouterr().err
+    assert out.read_text() == content
+    with pytest.raises(ValueError, match=r"table\.csv is no record of runs: "):
+        recorded_runs(out)
+
+
+def test_a_record_that_is_not_there_is_named_with_the_command_that_writes_it(tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match=r"there is no record .*none\.csv; `make record` writes one of the runs in"
+    ):
+        recorded_runs(tmp_path / "none.csv")
+
+
+def test_a_record_without_a_number_is_refused(written, tmp_path):
+    rows = pd.read_csv(written, dtype=str, keep_default_na=False)
+    rows.loc[1, ["test_accuracy", "epochs"]] = "?"
+    rows.to_csv(tmp_path / "runs.csv", index=False)
+    with pytest.raises(ValueError, match="no record of runs: in test_accuracy, epochs not every row has a number"):
+        recorded_runs(tmp_path / "runs.csv")
+
+
+def in_the_record(store, data, folder, seeds=(0, 1)):
+    """What an experiment on the record's networks needs, with an empty store of its own."""
+    shape = {"image_shape": data.image_shape, "num_classes": data.num_classes}
+    config = TrainingConfig(num_epochs=2, batch_size=12, device="cpu", validation_split=0.25, output_dir=str(folder))
+    return {"models": {"small": partial(MLP, (4,), **shape)}, "config": config, "data": data, "seeds": seeds}
+
+
+def test_what_is_recorded_is_taken_and_not_trained(store, written, tiny_data, tmp_path):
+    recorded = recorded_runs(written)
+    result = experiment(**in_the_record(store, tiny_data, tmp_path), recorded=recorded)
+    assert not tmp_path.exists() or not list(tmp_path.iterdir())
+    for seed, run in {0: store[1]["first"], 1: store[1]["second"]}.items():
+        for key in ("val_accuracy", "test_accuracy", "test_loss", "parameters", "epochs", "best_epoch", "seconds"):
+            assert result.values("small", key)[seed] == pytest.approx(run.result[key], rel=1e-5)
+    assert result.histories().empty
+    with pytest.raises(ValueError, match="has the figures of this run and not its weights; to have them, train it"):
+        result.trained_model("small")
+
+
+def test_what_is_not_recorded_is_trained_or_with_train_false_left_out(store, written, tiny_data, tmp_path):
+    wanted = in_the_record(store, tiny_data, tmp_path, seeds=(1, 2)) | {"recorded": recorded_runs(written)}
+    without = experiment(**wanted, train=False)
+    assert list(without.runs) == [("small", 1)]
+    assert not without.failures
+    trained = experiment(**wanted)
+    assert list(trained.runs) == [("small", 1), ("small", 2)]
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {trained.runs["small", 2].path.name}
+    assert set(trained.histories()["seed"]) == {2}
+
+
+def test_a_run_of_another_rate_is_not_taken_from_the_record(store, written, tiny_data, tmp_path):
+    wanted = in_the_record(store, tiny_data, tmp_path)
+    wanted["config"] = replace(wanted["config"], learning_rate=0.5)
+    result = experiment(**wanted, recorded=recorded_runs(written), train=False)
+    assert not result.runs
+    assert readable_table(results_table(result)).loc["small", "test accuracy"] == "not trained"
+
+
+def test_the_stores_own_run_goes_before_the_record(store, written, tiny_data):
+    rows = pd.read_csv(written, dtype=str, keep_default_na=False).assign(test_accuracy="0.123")
+    other = written.with_name("other.csv")
+    rows.to_csv(other, index=False)
+    result = experiment(**in_the_record(store, tiny_data, store[0]), recorded=recorded_runs(other))
+    assert [run.path for run in result.runs.values()] == [store[1]["first"].path, store[1]["second"].path]
+    assert 0.123 not in result.values("small").values()

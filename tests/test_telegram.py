@@ -714,6 +714,7 @@ def test_the_picture_of_many_models_shows_the_best_in_validation(monkeypatch):
     messages.experiment_curves(result([0.5] * 8))
     labels = [[text.get_text() for text in axis.get_legend().get_texts()] for axis in drawn]
     assert labels[0] == [f"model {number} (n = 1)" for number in (1, 2, 3, 4, 5, 6, 7, 8)]
+    assert messages.experiment_curves(SimpleNamespace(histories=pd.DataFrame)) is None  # figures of a record alone
     assert drawn[0].get_title() == "the 8 of 10 models with the best validation accuracy"
     assert len(labels[1]) == 8
     assert drawn[1].get_title() == ""

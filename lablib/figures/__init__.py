@@ -1,7 +1,7 @@
 """Results -> figures."""
 
 from lablib.figures.comparisons import accuracy_by_cost, distillation_bars, forest, heat_map, reliability
-from lablib.figures.curves import accuracy_by_depth, gradient_norms, loss_curves, loss_terms
+from lablib.figures.curves import accuracy_by_depth, gradient_norms, loss_curves, loss_terms, runs_by_depth
 from lablib.figures.images import confusion_matrix, image_grid, softened_answers
 from lablib.figures.style import save, use_style
 
@@ -17,6 +17,7 @@ __all__ = [
     "loss_curves",
     "loss_terms",
     "reliability",
+    "runs_by_depth",
     "save",
     "softened_answers",
     "use_style",

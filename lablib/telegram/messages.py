@@ -98,19 +98,19 @@ def duration(seconds: float) -> str:
 
 
 def experiment_curves(result) -> bytes | None:
-    """Validation loss by epoch as PNG, a mean over seeds for each model; None without a finished run.
+    """Validation loss by epoch as PNG, a mean over seeds for each model; None without a run that has a history.
 
     Of many models it shows those with the best validation accuracy, as more lines cannot be told apart.
     """
-    if not result.runs:
+    histories, picture = result.histories(), io.BytesIO()
+    if histories.empty:
         return None
     from lablib.figures import loss_curves
     from lablib.figures.style import lab_style
 
-    scores = {name: result.values(name, "val_accuracy") for name in result.models}
-    means = {name: sum(by_seed.values()) / len(by_seed) for name, by_seed in scores.items() if by_seed}
+    scores = {name: result.values(name, "val_accuracy") for name in histories["model"].unique()}
+    means = {name: sum(by_seed.values()) / len(by_seed) for name, by_seed in scores.items()}
     shown = sorted(means, key=means.get, reverse=True)[:_LINES]
-    histories, picture = result.histories(), io.BytesIO()
     with matplotlib.rc_context(lab_style()):
         figure = Figure()  # pyplot does not know of it, so that no notebook shows it
         loss_curves(histories[histories["model"].isin(shown)], "val_loss", result.data.name, figure=figure)

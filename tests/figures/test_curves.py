@@ -244,6 +244,48 @@ def test_accuracy_by_depth_draws_the_others_where_all_runs_of_a_family_failed():
     assert list(axis.containers[1][0].get_ydata()) == pytest.approx([84.5, 86])
 
 
+WAYS = {
+    "constant": {"plain": {2: [0.7, 0.72], 4: [0.8]}, "residual": {4: [0.85, 0.81], 2: [0.8, 0.84]}},
+    "cosine": {"plain": {3: [0.9]}, "residual": {}},
+}
+
+
+def test_runs_by_depth_has_a_point_a_run_and_a_line_through_the_means():
+    left, right = drawn(figures.runs_by_depth(WAYS, "tiny")).axes
+    points, means, _, residual_points, residual_means, _ = left.get_lines()
+    np.testing.assert_allclose(points.get_xydata(), [(2, 70), (2, 72), (4, 80)])
+    np.testing.assert_allclose(means.get_xydata(), [(2, 71), (4, 80)])
+    np.testing.assert_allclose(residual_points.get_xydata(), [(2, 80), (2, 84), (4, 85), (4, 81)])
+    np.testing.assert_allclose(residual_means.get_xydata(), [(2, 82), (4, 83)])
+    assert points.get_linestyle() == "None"
+    assert points.get_color() == means.get_color() != residual_means.get_color()
+    assert means.get_linestyle() != residual_means.get_linestyle()
+    np.testing.assert_allclose(right.get_lines()[0].get_xydata(), [(3, 90)])
+
+
+def test_runs_by_depth_names_ways_families_and_n_and_leaves_out_a_family_without_runs():
+    figure = drawn(figures.runs_by_depth(WAYS, "tiny"))
+    left, right = figure.axes
+    assert [left.get_title(), right.get_title()] == ["constant", "cosine"]
+    assert legend_texts(left) == ["plain (n = 1 to 2)", "residual (n = 2)"]
+    assert legend_texts(right) == ["plain (n = 1)"]
+    assert figure.get_suptitle() == "tiny: a point a run, lines through the means over n seeds"
+    assert left.get_ylabel() == "test accuracy (%)"
+    assert left.get_xlabel() == right.get_xlabel() == "depth (stages)"
+    assert [label.get_text() for label in left.get_xticklabels()] == ["2", "4"]
+    assert [label.get_text() for label in right.get_xticklabels()] == ["3"]
+
+
+def test_runs_by_depth_shows_all_points_of_both_panels_on_one_axis_with_families_side_by_side():
+    figure = drawn(figures.runs_by_depth(WAYS, "tiny"))
+    left, right = figure.axes
+    assert left.get_ylim() == right.get_ylim()
+    assert left.get_ylim()[0] < 70 < 90 < left.get_ylim()[1]
+    lines = left.get_lines()
+    places = [line.get_transform().transform([(2, 80)])[0, 0] * 72 / figure.dpi for line in (lines[0], lines[3])]
+    assert places[1] - places[0] == pytest.approx(6)
+
+
 def gradient_table(depths=(2, 3), moments=("before training", "after training")) -> pd.DataFrame:
     generator = np.random.default_rng(0)
     rows = [
