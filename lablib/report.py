@@ -35,8 +35,9 @@ def tables(results: Path) -> dict[str, str]:
     cnns = ("cnns_cifar10-jpeg", "cnns_cifar10-jpeg_differences")
     distillation = ("distillation_cifar10-jpeg", "distillation_cifar10-jpeg_rules")
     regimes = tuple(f"regimes_cifar10-jpeg{part}" for part in ("", "_differences", "_prices"))
+    depth = ("depth_cifar10-jpeg", "depth_cifar10-jpeg_differences")
     wide = "cnns_wide_cifar10-jpeg"
-    missing = [f"{name}.csv" for name in (*mlps, *cnns, *distillation, *regimes, wide) if name not in read]
+    missing = [f"{name}.csv" for name in (*mlps, *cnns, *distillation, *regimes, *depth, wide) if name not in read]
     if missing:
         raise FileNotFoundError(f"{results} lacks {', '.join(missing)}; `make full` writes them")
     if not (results / _BENCHMARK).exists():
@@ -53,13 +54,16 @@ def tables(results: Path) -> dict[str, str]:
         "regimes_cifar10-jpeg": markdown(readable_regimes(read["regimes_cifar10-jpeg"])),
         "regimes_cifar10-jpeg_differences": markdown(by_regime(read["regimes_cifar10-jpeg_differences"])),
         "regimes_cifar10-jpeg_prices": markdown(readable_prices(read["regimes_cifar10-jpeg_prices"])),
+        "depth_cifar10-jpeg": markdown(by_depth(with_ways(read["depth_cifar10-jpeg"]))),
+        "depth_cifar10-jpeg_gains": markdown(readable_depth(read["depth_cifar10-jpeg_differences"])),
+        "depth_cifar10-jpeg_differences": markdown(by_family(read["depth_cifar10-jpeg_differences"])),
         wide: markdown(readable_table(read[wide], reference.CIFAR10)),
         "speed": speed(json.loads((results / _BENCHMARK).read_bytes())),
     }
 
 
 def by_depth(table: pd.DataFrame) -> pd.DataFrame:
-    """Test accuracy in percent, families in rows and depths in columns."""
+    """Test accuracy in percent, families in rows and depths in columns; a dash where there is no run."""
     family, depth = table["model"].str.rpartition("-")[0], table["model"].str.rpartition("-")[2]
     cells = [
         _with_interval(f"{100 * mean:.2f}", ci95)
@@ -67,7 +71,14 @@ def by_depth(table: pd.DataFrame) -> pd.DataFrame:
     ]
     wide = pd.DataFrame({"model": family, "depth": depth.astype(int), "cell": cells})
     wide = wide.pivot(index="model", columns="depth", values="cell").loc[family.unique()]
-    return wide.rename_axis(columns=None)
+    return wide.rename_axis(columns=None).fillna("–")
+
+
+def with_ways(table: pd.DataFrame) -> pd.DataFrame:
+    """A table of networks ("SimpleCNN-2") trained in several ways, with the way in the name ("SimpleCNN, cosine-2")."""
+    parts = table["model"].str.rpartition("-")
+    named = table.assign(model=parts[0] + ", " + table["regime"] + "-" + parts[2])
+    return named.iloc[pd.factorize(parts[0])[0].argsort(kind="stable")]  # families in their order, each with its ways
 
 
 def by_question(table: pd.DataFrame, where: str = "depth") -> pd.DataFrame:
@@ -81,6 +92,20 @@ def by_regime(table: pd.DataFrame) -> pd.DataFrame:
     """Paired differences between two networks in percentage points, ways of training in rows, questions in columns."""
     regimes = table["where"].isin(("constant", "cosine"))  # the other rows compare two ways of training one network
     return by_question(table[regimes].rename(columns={"where": "trained"}), "trained")
+
+
+def readable_depth(table: pd.DataFrame) -> pd.DataFrame:
+    """What the deepest network of a family is ahead of the shallowest, in points, by the way that they were trained."""
+    of_depth = table[~table["where"].str.startswith("depth ")]
+    by_way = by_question(of_depth.assign(what=of_depth["trained"]), "where")
+    return by_way.rename_axis(" and ".join(of_depth["what"].unique()) or None)
+
+
+def by_family(table: pd.DataFrame) -> pd.DataFrame:
+    """What one family is ahead of another, in points: depths and ways of training in rows, questions in columns."""
+    of_families = table[table["where"].str.startswith("depth ")]
+    both = of_families["where"] + ", " + of_families["trained"]
+    return by_question(of_families.assign(trained=both), "trained").rename_axis("trained")
 
 
 def readable_differences(table: pd.DataFrame) -> pd.DataFrame:

@@ -13,12 +13,18 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 MACHINE_PATH = re.compile(r"(?<![\w.])/(home|root|work|tmp|opt|mnt|Users|content)/\w|[A-Z]:\\\\Users")
-MLPS, CNNS, REGIMES = NOTEBOOKS = ("Lab1_MLPs.ipynb", "Lab1_CNNs.ipynb", "Lab1_Regimes.ipynb")
+MLPS, CNNS, REGIMES, DEPTH = NOTEBOOKS = (
+    "Lab1_MLPs.ipynb",
+    "Lab1_CNNs.ipynb",
+    "Lab1_Regimes.ipynb",
+    "Lab1_Depth.ipynb",
+)
 TINY = ["-p", "epochs", "1", "-p", "seeds", "1", "-p", "jobs", "1"]
 TINY_CNNS = [*TINY, "-p", "width", "2", "-p", "teacher_depth", "3", "-p", "grid_images", "100"]
 TINY_CNNS += ["-y", "{depths: [2, 3], grid_temperatures: [1, 4], grid_alphas: [0.5]}"]
 TINY_REGIMES = [*TINY, "-p", "width", "2", "-p", "wide", "3", "-p", "teacher_depth", "3"]
-ARGUMENTS = {MLPS: TINY, CNNS: TINY_CNNS, REGIMES: TINY_REGIMES}
+TINY_DEPTH = [*TINY, "-p", "width", "2", "-y", "depths: [3, 2]"]
+ARGUMENTS = {MLPS: TINY, CNNS: TINY_CNNS, REGIMES: TINY_REGIMES, DEPTH: TINY_DEPTH}
 FIGURES = {
     MLPS: {
         "first_mlp_train.png",
@@ -44,6 +50,7 @@ FIGURES = {
         "reliability.png",
     },
     REGIMES: {"regimes_val_accuracy.png", "regimes_differences.png"},
+    DEPTH: {"depth_accuracy.png", "depth_gains.png"},
 }
 COLUMNS = (
     "model,dataset,parameters,seeds,val_accuracy_mean,val_accuracy_std,"
@@ -69,6 +76,10 @@ TABLES = {
         "regimes_digits_prices.csv": "student,parameters,multiply_adds,epochs_mean,val_accuracy_mean,"
         "test_accuracy_mean,gain_mean,gain_ci95,seeds",
         "cnns_wide_digits.csv": f"{COLUMNS},width",
+    },
+    DEPTH: {
+        "depth_digits.csv": f"{COLUMNS},regime,width,depth",
+        "depth_digits_differences.csv": "what,where,trained,mean,std,ci95,n,p_value",
     },
 }
 
@@ -127,6 +138,7 @@ def test_it_runs_with_small_parameters_and_leaves_its_tables_and_figures(execute
         (MLPS, ["Does the shortcut help?", "Is it the gradient?", "Recommendation for digits"]),
         (CNNS, ["Depth, parameters, or the shortcut?", "Does the teacher help?", "Recommendation for digits"]),
         (REGIMES, ["Does it hold?", "More channels", "Recommendation for digits"]),
+        (DEPTH, ["What is depth worth?", "And the shortcut?", "Recommendation for digits"]),
     ],
 )
 def test_its_conclusions_are_computed_and_name_the_data_set(executed, notebook, questions):
@@ -177,6 +189,8 @@ WRONG = {
         "write a list of one or more, each one of 'Simple",
     ),
     "a wide network too deep": (REGIMES, ["-y", "wide_depths: [6]"], "too small for depth 6"),
+    "a record that is not there": (DEPTH, ["-p", "record", "none.csv"], "there is no record none.csv"),
+    "a word for yes or no": (DEPTH, ["-p", "train", "no"], "write True or False; with papermill: -p train True"),
     "more depth than pixels": (CNNS, ["-p", "image_size", "8"], "too small for depth 4"),
 }
 

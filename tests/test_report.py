@@ -8,11 +8,13 @@ import pytest
 
 from lablib.report import (
     by_depth,
+    by_family,
     by_question,
     by_regime,
     filled,
     main,
     markdown,
+    readable_depth,
     readable_differences,
     readable_distillation,
     readable_prices,
@@ -20,6 +22,7 @@ from lablib.report import (
     readable_rules,
     speed,
     tables,
+    with_ways,
 )
 
 ROOT = Path(__file__).parent.parent
@@ -33,7 +36,12 @@ def test_the_readmes_tables_are_those_of_the_results():
 def test_the_readme_says_the_same_numbers_as_the_executed_notebooks():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     number = re.compile(r"(?<![\d.])[+-]?\d+\.\d\d(?: ± \d+\.\d\d)?(?!\d)")
-    for title, notebook in (("MLP", "Lab1_MLPs"), ("CNN", "Lab1_CNNs"), ("regimes", "Lab1_Regimes")):
+    for title, notebook in (
+        ("MLP", "Lab1_MLPs"),
+        ("CNN", "Lab1_CNNs"),
+        ("regimes", "Lab1_Regimes"),
+        ("depth", "Lab1_Depth"),
+    ):
         found = text[text.index(f"## What the {title} notebook found") :].split("\n## ")[0]
         found = re.sub(r"<!-- table: \w+_depth -->.*?<!-- end -->", "", found, flags=re.S)  # there it is a figure alone
         numbers = set(number.findall(found))
@@ -177,6 +185,46 @@ def test_ways_of_training_stand_side_by_side_without_the_comparison_of_one_netwo
     assert list(table.columns) == ["the shortcut", "the teacher", "n"]
     assert table.loc["constant"].tolist() == ["+0.10 ± 2.00", "+0.70", 1]
     assert table.loc["cosine"].tolist() == ["-0.20 ± 1.00", "–", 2]
+
+
+def differences_by_way() -> pd.DataFrame:
+    nan = float("nan")
+    rows = [("4 stages less 2", "A", "constant", -0.005, 0.01, 2), ("4 stages less 2", "A", "cosine", 0.016, nan, 1)]
+    rows += [("4 stages less 2", "B", "constant", 0.1, 0.02, 2)]
+    rows += [("the shortcut", f"depth {depth}", "constant", depth / 1000, 0.01, 2) for depth in (2, 4)]
+    rows += [("the shortcut", "depth 2", "cosine", 0.003, 0.02, 2), ("both", "depth 2", "cosine", 0.15, 0.01, 2)]
+    return pd.DataFrame(rows, columns=["what", "where", "trained", "mean", "ci95", "n"])
+
+
+def test_what_depth_is_worth_has_a_row_for_each_family_and_a_column_for_each_way():
+    table = readable_depth(differences_by_way())
+    assert table.index.name == "4 stages less 2"
+    assert list(table.columns) == ["constant", "cosine", "n"]
+    assert table.loc["A"].tolist() == ["-0.50 ± 1.00", "+1.60", 1]
+    assert table.loc["B"].tolist() == ["+10.00 ± 2.00", "–", 2]
+
+
+def test_families_are_compared_by_depth_and_way():
+    table = by_family(differences_by_way())
+    assert table.index.tolist() == ["depth 2, constant", "depth 4, constant", "depth 2, cosine"]
+    assert list(table.columns) == ["the shortcut", "both", "n"]
+    assert table.loc["depth 4, constant"].tolist() == ["+0.40 ± 1.00", "–", 2]
+    assert table.loc["depth 2, cosine"].tolist() == ["+0.30 ± 2.00", "+15.00 ± 1.00", 2]
+
+
+def test_without_depths_to_compare_there_is_an_empty_table():
+    table = differences_by_way()
+    assert readable_depth(table[table["what"] != "4 stages less 2"]).empty
+    assert by_family(table[table["what"] == "4 stages less 2"]).empty
+
+
+def test_depths_stand_side_by_side_for_each_way_and_a_dash_where_there_is_no_run():
+    rows = [("S-2", "constant", 0.5), ("R-2", "constant", 0.6), ("S-4", "constant", 0.7), ("S-4", "cosine", 0.8)]
+    table = pd.DataFrame(rows, columns=["model", "regime", "test_accuracy_mean"]).assign(test_accuracy_ci95=0.01)
+    wide = by_depth(with_ways(table))
+    assert wide.index.tolist() == ["S, constant", "S, cosine", "R, constant"]
+    assert wide.loc["S, constant"].tolist() == ["50.00 ± 1.00", "70.00 ± 1.00"]
+    assert wide.loc["S, cosine"].tolist() == ["–", "80.00 ± 1.00"]
 
 
 def test_the_same_network_has_a_row_for_each_way_of_training():
