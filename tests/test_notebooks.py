@@ -190,6 +190,11 @@ WRONG = {
     ),
     "a wide network too deep": (REGIMES, ["-y", "wide_depths: [6]"], "too small for depth 6"),
     "a record that is not there": (DEPTH, ["-p", "record", "none.csv"], "there is no record none.csv"),
+    "nothing to show and no training": (
+        DEPTH,
+        ["-p", "train", "False", "-p", "record", ""],
+        "nor a record has one of these runs: write train = True",
+    ),
     "a word for yes or no": (DEPTH, ["-p", "train", "no"], "write True or False; with papermill: -p train True"),
     "more depth than pixels": (CNNS, ["-p", "image_size", "8"], "too small for depth 4"),
 }

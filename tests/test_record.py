@@ -121,9 +121,15 @@ def test_a_file_that_is_no_record_is_left_alone_and_not_read(store, tmp_path, ca
         recorded_runs(out)
 
 
+def test_a_record_without_a_column_says_which(tmp_path):
+    (tmp_path / "runs.csv").write_text("run,dataset,model\nMLP-123456789abc,tiny,MLP\n")
+    with pytest.raises(ValueError, match="is no record of runs: it lacks the column arguments"):
+        recorded_runs(tmp_path / "runs.csv")
+
+
 def test_a_record_that_is_not_there_is_named_with_the_command_that_writes_it(tmp_path):
     with pytest.raises(
-        FileNotFoundError, match=r"there is no record .*none\.csv; `make record` writes one of the runs in"
+        FileNotFoundError, match=r"there is no record .*none\.csv; `make record` writes one of the runs in runs/"
     ):
         recorded_runs(tmp_path / "none.csv")
 
@@ -151,7 +157,10 @@ def test_what_is_recorded_is_taken_and_not_trained(store, written, tiny_data, tm
         for key in ("val_accuracy", "test_accuracy", "test_loss", "parameters", "epochs", "best_epoch", "seconds"):
             assert result.values("small", key)[seed] == pytest.approx(run.result[key], rel=1e-5)
     assert result.histories().empty
-    with pytest.raises(ValueError, match="has the figures of this run and not its weights; to have them, train it"):
+    with pytest.raises(
+        ValueError,
+        match="has the figures of this run and not its weights; to have them, train it: leave out `recorded`",
+    ):
         result.trained_model("small")
 
 
