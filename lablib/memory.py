@@ -121,17 +121,22 @@ class LiveBytes(TorchDispatchMode):
 
 def _fits(trainer, model: nn.Module, images: int, margin: float) -> bool:
     device = trainer.args.device
+    on_cpu = device.type == "cpu"
     try:
-        if device.type == "cpu" and images > _SMALL:
+        if on_cpu and images > _SMALL:
             needed = _estimated_bytes(trainer, model, images)
             if needed * _PLENTY > free_memory(device):
                 return_freed_memory()
             if needed * margin > free_memory(device):
                 return False
-        _pass(trainer, model, int(images * margin))
+        free = free_memory(device)
+        timeline = _pass(trainer, model, int(images * margin), measured=on_cpu)
+        if on_cpu and max(timeline) * _PLENTY > free:  # more than the estimate: it does not grow linearly
+            return_freed_memory()
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
+        return_freed_memory()
         return False
     return True
 

@@ -202,6 +202,14 @@ def test_a_distributed_training_tries_each_processs_own_model(tiny_data):
 # The estimate
 
 
+class Square(MLP):
+    """Takes memory by the square of the batch, as contrastive losses do: 300 images take 360 kB a matrix."""
+
+    def forward(self, images):
+        logits = super().forward(images)
+        return logits + 1e-6 * sum((logits @ logits.T * i).exp() for i in range(8)).sum(1, keepdim=True)
+
+
 def test_a_batch_whose_estimate_exceeds_what_is_free_is_not_tried(many_images, monkeypatch):
     trainer = StreamlinedTrainer(limited(10**6, ERRORS[0]), config(batch_size=256), many_images)
     needed = {size: memory._estimated_bytes(trainer, trainer.model, size) for size in (64, 128)}
@@ -222,6 +230,19 @@ def test_the_estimate_from_small_batches_is_what_a_large_one_takes(build, precis
     for size in (64, 256):
         measured = max(memory._pass(trainer, model, size, measured=True))
         assert memory._estimated_bytes(trainer, model, size) == pytest.approx(measured + 2 * weights, rel=0.02)
+
+
+@pytest.mark.parametrize(("free", "returned"), [(2**40, False), (10**7, True)])
+def test_what_a_trial_took_decides_whether_freed_memory_is_kept(free, returned, many_images, monkeypatch):
+    calls = []
+    monkeypatch.setattr(memory, "free_memory", lambda device: free)
+    monkeypatch.setattr(memory, "return_freed_memory", lambda: calls.append("returned"))
+    trainer = StreamlinedTrainer(
+        Square((8,), image_shape=(1, 6, 6), num_classes=3), config(batch_size=400), many_images
+    )
+    assert 10 * memory._estimated_bytes(trainer, trainer.model, 300) < 10**7  # by which there is plenty
+    check_batch_fits(trainer)
+    assert bool(calls) is returned
 
 
 def test_live_bytes_are_those_of_a_chain_by_hand():

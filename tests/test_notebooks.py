@@ -227,10 +227,14 @@ def test_the_parameters_cell_is_tagged_and_explained(notebook):
     assert names[0] == "dataset"
     assert {"data_dir", "epochs", "batch_size", "learning_rate", "seeds", "jobs"} <= set(names)
     assert {"output_dir", "figures_dir", "results_dir"} <= set(names)
-    assert ("lr_schedule" in names) is (notebook != REGIMES)  # there both schedules are compared
-    assert ("depths" in names) is (notebook == CNNS)
+    assert ("lr_schedule" in names) is (notebook in {MLPS, CNNS})  # the others compare both schedules
+    assert ("depths" in names) is (notebook in {CNNS, DEPTH})
     if notebook != MLPS:
-        assert {"width", "crop_padding", "temperature", "alpha", "teacher_depth", "student_depth"} <= set(names)
+        assert {"width", "crop_padding"} <= set(names)
+    if notebook in {CNNS, REGIMES}:
+        assert {"temperature", "alpha", "teacher_depth", "student_depth"} <= set(names)
+    if notebook == DEPTH:
+        assert {"rotation_degrees", "record", "train"} <= set(names)
 
 
 @pytest.mark.parametrize("path", [*NOTEBOOKS, *(str(p.relative_to(ROOT)) for p in ROOT.glob("results/*.ipynb"))])
