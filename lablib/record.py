@@ -139,7 +139,8 @@ def main(arguments: Sequence[str]) -> int:
     try:
         table = record(options.output_dir)
         if table.empty:
-            parser.error(f"no finished run in {options.output_dir}, and {options.out} stays as it is")
+            print(f"no finished run in {options.output_dir}: {options.out} stays as it is")
+            return 0
         all_runs = added(table, options.out)
     except (NotADirectoryError, ValueError) as error:
         parser.error(str(error))

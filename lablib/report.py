@@ -7,12 +7,14 @@ python -m lablib.report --check    only say whether they are up to date
 import json
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
 import pandas as pd
 
 from lablib import reference
+from lablib.findings import findings, mostly
 from lablib.statistics import readable_table
 
 _BENCHMARK = "benchmark-cpu-2-cores.json"
@@ -43,6 +45,7 @@ def tables(results: Path) -> dict[str, str]:
     if not (results / _BENCHMARK).exists():
         raise FileNotFoundError(f"{results} lacks {_BENCHMARK}; `make bench` writes it on a machine of 2 cores")
     return {
+        "findings": findings(read),
         "mlps_mnist": markdown(readable_table(read["mlps_mnist"], reference.MNIST)),
         "mlps_mnist_cosine": markdown(readable_table(read["mlps_mnist_cosine"])),
         "mlps_mnist_depth": markdown(by_depth(read["mlps_mnist_depth"])),
@@ -54,7 +57,7 @@ def tables(results: Path) -> dict[str, str]:
         "regimes_cifar10-jpeg": markdown(readable_regimes(read["regimes_cifar10-jpeg"])),
         "regimes_cifar10-jpeg_differences": markdown(by_regime(read["regimes_cifar10-jpeg_differences"])),
         "regimes_cifar10-jpeg_prices": markdown(readable_prices(read["regimes_cifar10-jpeg_prices"])),
-        "depth_cifar10-jpeg": markdown(by_depth(with_ways(read["depth_cifar10-jpeg"]))),
+        "depth_cifar10-jpeg": depth_by_way(read["depth_cifar10-jpeg"]),
         "depth_cifar10-jpeg_gains": markdown(readable_depth(read["depth_cifar10-jpeg_differences"])),
         "depth_cifar10-jpeg_differences": markdown(by_family(read["depth_cifar10-jpeg_differences"])),
         wide: markdown(readable_table(read[wide], reference.CIFAR10)),
@@ -74,6 +77,13 @@ def by_depth(table: pd.DataFrame) -> pd.DataFrame:
     return wide.rename_axis(columns=None).fillna("–")
 
 
+def depth_by_way(table: pd.DataFrame) -> str:
+    """Test accuracy by family, way of training and depth, and below it the number of seeds and the precision."""
+    names = (table["model"] + " (" + table["regime"] + ")").to_list()
+    seeds, precision = (mostly(dict(zip(names, table[key], strict=True))) for key in ("seeds", "precision"))
+    return f"{markdown(by_depth(with_ways(table)))}\nn = {seeds}; trained in {precision}.\n"
+
+
 def with_ways(table: pd.DataFrame) -> pd.DataFrame:
     """A table of networks ("SimpleCNN-2") trained in several ways, with the way in the name ("SimpleCNN, cosine-2")."""
     parts = table["model"].str.rpartition("-")
@@ -82,10 +92,24 @@ def with_ways(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def by_question(table: pd.DataFrame, where: str = "depth") -> pd.DataFrame:
-    """Paired differences in percentage points, depths (or another column, `where`) in rows, questions in columns."""
-    wide = table.assign(points=_points(table)).pivot(index=where, columns="what", values="points")
-    wide = wide.loc[table[where].unique(), table["what"].unique()].rename_axis(columns=None)
-    return wide.fillna("–").assign(n=table.groupby(where)["n"].min())
+    """Paired differences in percentage points, depths (or another column, `where`) in rows, questions in columns.
+
+    `n` is the number of seeds; where it differs within a row, one number for each column, in their order.
+    """
+    cells = table.assign(points=_points(table), n=table["n"].astype(str))
+    points, seeds = (
+        cells.pivot(index=where, columns="what", values=part)
+        .loc[table[where].unique(), table["what"].unique()]
+        .rename_axis(columns=None)
+        .fillna("–")
+        for part in ("points", "n")
+    )
+    return points.assign(n=[_seeds(row) for row in seeds.to_numpy()])
+
+
+def _seeds(counts: Sequence[str]) -> str:
+    answered = set(counts) - {"–"}
+    return answered.pop() if len(answered) == 1 else ", ".join(counts)
 
 
 def by_regime(table: pd.DataFrame) -> pd.DataFrame:

@@ -81,16 +81,26 @@ def summarise(values: Sequence[float]) -> Summary:
     return Summary(mean, std, float(stats.t.ppf(0.975, n - 1)) * std / math.sqrt(n), n)
 
 
+def differences(first: Mapping[int, float], second: Mapping[int, float]) -> dict[int, float]:
+    """First less second, by seed, for the seeds that both have."""
+    return {seed: first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())}
+
+
 def paired_difference(first: Mapping[int, float], second: Mapping[int, float]) -> PairedDifference:
     """First less second over the seeds that both have. Raises ValueError if they have none in common."""
-    seeds = sorted(first.keys() & second.keys())
-    if not seeds:
+    by_seed = differences(first, second)
+    if not by_seed:
         raise ValueError(f"no seed in common: {sorted(first)} and {sorted(second)}; train both with the same seeds")
-    differences = np.array([first[seed] - second[seed] for seed in seeds])
-    summary = summarise(differences)
+    return summarise_differences(by_seed)
+
+
+def summarise_differences(by_seed: Mapping[int, float]) -> PairedDifference:
+    """Mean of `differences`, with interval and test against 0. Raises ValueError if there are none."""
+    values = list(by_seed.values())
+    summary = summarise(values)
     if summary.ci95 is None:
         return PairedDifference(summary.mean, summary.std, None, summary.n, None)
-    p_value = float(stats.ttest_1samp(differences, 0).pvalue)
+    p_value = float(stats.ttest_1samp(values, 0).pvalue)
     return PairedDifference(summary.mean, summary.std, summary.ci95, summary.n, p_value)
 
 
@@ -161,14 +171,14 @@ def readable_table(table: pd.DataFrame, reference: Mapping[str, float] | None = 
             why = row.get("failed")
             rows.append({"model": row["model"], "test accuracy": f"failed: {why}" if why else "not trained"})
             continue
-        test = _percent(row["test_accuracy_mean"], row["test_accuracy_ci95"])
+        test = percent(row["test_accuracy_mean"], row["test_accuracy_ci95"])
         rows.append(
             {
                 "model": row["model"],
                 "parameters": f"{int(row['parameters']):,}",
-                "validation accuracy": _percent(row["val_accuracy_mean"], None),
+                "validation accuracy": percent(row["val_accuracy_mean"]),
                 "test accuracy": test,
-                "reference": f"{100 * reference[row['model']]:.2f} %" if row["model"] in (reference or {}) else "",
+                "reference": percent(reference[row["model"]]) if row["model"] in (reference or {}) else "",
                 "n": str(int(row["seeds"])),
                 "epochs": f"{row['epochs_mean']:.0f}",
                 "seconds a run": f"{row['seconds_mean']:.0f}",
@@ -181,5 +191,6 @@ def readable_table(table: pd.DataFrame, reference: Mapping[str, float] | None = 
     return readable if reference else readable.drop(columns="reference", errors="ignore")
 
 
-def _percent(mean: float, ci95: float | None) -> str:
+def percent(mean: float, ci95: float | None = None) -> str:
+    """A share as text: '98.35 ± 0.12 %', or '98.35 %' where there is no interval."""
     return f"{100 * mean:.2f} %" if ci95 is None or pd.isna(ci95) else f"{100 * mean:.2f} ± {100 * ci95:.2f} %"

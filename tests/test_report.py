@@ -11,6 +11,7 @@ from lablib.report import (
     by_family,
     by_question,
     by_regime,
+    depth_by_way,
     filled,
     main,
     markdown,
@@ -104,7 +105,7 @@ def test_speeds_are_those_of_the_fastest_variant_with_machine_and_date():
 
 
 def test_a_readme_without_a_place_for_a_table_is_refused():
-    with pytest.raises(ValueError, match=r"needs '<!-- table: mlps_mnist -->' and '<!-- end -->' once; it has them 0×"):
+    with pytest.raises(ValueError, match=r"needs '<!-- table: findings -->' and '<!-- end -->' once; it has them 0×"):
         filled("nothing here", ROOT / "results")
 
 
@@ -136,8 +137,8 @@ def test_questions_become_columns_and_what_was_not_answered_a_dash():
     answers = [("the shortcut", 4, 0.0412, 0.01, 3), ("the shortcut", 2, -0.002, nan, 1), ("both", 4, 0.05, 0.002, 2)]
     wide = by_question(pd.DataFrame(answers, columns=["what", "depth", "mean", "ci95", "n"]))
     assert list(wide.columns) == ["the shortcut", "both", "n"]
-    assert wide.loc[4].tolist() == ["+4.12 ± 1.00", "+5.00 ± 0.20", 2]
-    assert wide.loc[2].tolist() == ["-0.20", "–", 1]
+    assert wide.loc[4].tolist() == ["+4.12 ± 1.00", "+5.00 ± 0.20", "3, 2"]
+    assert wide.loc[2].tolist() == ["-0.20", "–", "1"]
 
 
 def test_a_markdown_table_has_its_index_in_front():
@@ -183,8 +184,8 @@ def test_ways_of_training_stand_side_by_side_without_the_comparison_of_one_netwo
     table = by_regime(pd.DataFrame(rows, columns=["what", "where", "mean", "ci95", "n"]))
     assert table.index.name == "trained"
     assert list(table.columns) == ["the shortcut", "the teacher", "n"]
-    assert table.loc["constant"].tolist() == ["+0.10 ± 2.00", "+0.70", 1]
-    assert table.loc["cosine"].tolist() == ["-0.20 ± 1.00", "–", 2]
+    assert table.loc["constant"].tolist() == ["+0.10 ± 2.00", "+0.70", "2, 1"]
+    assert table.loc["cosine"].tolist() == ["-0.20 ± 1.00", "–", "2"]
 
 
 def differences_by_way() -> pd.DataFrame:
@@ -200,16 +201,16 @@ def test_what_depth_is_worth_has_a_row_for_each_family_and_a_column_for_each_way
     table = readable_depth(differences_by_way())
     assert table.index.name == "4 stages less 2"
     assert list(table.columns) == ["constant", "cosine", "n"]
-    assert table.loc["A"].tolist() == ["-0.50 ± 1.00", "+1.60", 1]
-    assert table.loc["B"].tolist() == ["+10.00 ± 2.00", "–", 2]
+    assert table.loc["A"].tolist() == ["-0.50 ± 1.00", "+1.60", "2, 1"]
+    assert table.loc["B"].tolist() == ["+10.00 ± 2.00", "–", "2"]
 
 
 def test_families_are_compared_by_depth_and_way():
     table = by_family(differences_by_way())
     assert table.index.tolist() == ["depth 2, constant", "depth 4, constant", "depth 2, cosine"]
     assert list(table.columns) == ["the shortcut", "both", "n"]
-    assert table.loc["depth 4, constant"].tolist() == ["+0.40 ± 1.00", "–", 2]
-    assert table.loc["depth 2, cosine"].tolist() == ["+0.30 ± 2.00", "+15.00 ± 1.00", 2]
+    assert table.loc["depth 4, constant"].tolist() == ["+0.40 ± 1.00", "–", "2"]
+    assert table.loc["depth 2, cosine"].tolist() == ["+0.30 ± 2.00", "+15.00 ± 1.00", "2"]
 
 
 def test_without_depths_to_compare_there_is_an_empty_table():
@@ -225,6 +226,14 @@ def test_depths_stand_side_by_side_for_each_way_and_a_dash_where_there_is_no_run
     assert wide.index.tolist() == ["S, constant", "S, cosine", "R, constant"]
     assert wide.loc["S, constant"].tolist() == ["50.00 ± 1.00", "70.00 ± 1.00"]
     assert wide.loc["S, cosine"].tolist() == ["–", "80.00 ± 1.00"]
+
+
+def test_below_the_accuracies_by_depth_stand_the_seeds_and_the_precision():
+    rows = [("S-2", "constant", 2, "bf16"), ("S-4", "constant", 2, "bf16"), ("S-2", "cosine", 1, "fp32")]
+    table = pd.DataFrame(rows, columns=["model", "regime", "seeds", "precision"])
+    accuracies, line = depth_by_way(table.assign(test_accuracy_mean=0.5, test_accuracy_ci95=0.01)).split("\n\n")
+    assert accuracies.splitlines()[-1] == "| S, cosine | 50.00 ± 1.00 | – |"
+    assert line == "n = 2, but 1 for S-2 (cosine); trained in bf16, but fp32 for S-2 (cosine).\n"
 
 
 def test_the_same_network_has_a_row_for_each_way_of_training():

@@ -13,6 +13,7 @@ from lablib.runs import Run
 from lablib.statistics import (
     PairedDifference,
     Summary,
+    differences,
     differences_table,
     paired_difference,
     readable_table,
@@ -20,6 +21,7 @@ from lablib.statistics import (
     results_table,
     save_table,
     summarise,
+    summarise_differences,
 )
 
 VALUES = [0.981, 0.984, 0.979, 0.988, 0.983]
@@ -89,6 +91,18 @@ def test_only_seeds_that_both_have_are_compared_each_with_its_own():
 def test_no_seed_in_common_is_refused_with_the_seeds_of_both():
     with pytest.raises(ValueError, match=r"no seed in common: \[0, 1\] and \[2, 3\]; train both with the same seeds"):
         paired_difference(by_seed([0.9, 0.8]), by_seed([0.9, 0.8], start=2))
+
+
+def test_a_difference_of_differences_is_that_of_the_seeds_that_all_have():
+    first, second = {0: 0.9, 1: 0.8, 2: 0.5}, {0: 0.7, 1: 0.65, 3: 0.1}
+    assert differences(first, second) == pytest.approx({0: 0.2, 1: 0.15})
+    assert differences(first, {7: 0.5}) == {}
+    of_both = differences(differences(first, second), {0: 0.05, 1: 0.1})
+    oracle = stats.ttest_1samp([0.15, 0.05], 0)
+    assert summarise_differences(of_both).p_value == pytest.approx(oracle.pvalue)
+    assert summarise_differences(of_both).mean == pytest.approx(0.1)
+    with pytest.raises(ValueError, match="one or more finite values"):
+        summarise_differences({})
 
 
 def test_the_difference_of_one_seed_has_no_spread_and_no_p_value_and_excludes_nothing():
