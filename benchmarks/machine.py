@@ -31,6 +31,12 @@ def describe() -> dict:
     }
 
 
+def named(machine: dict) -> str:
+    """A machine in a line: its processor, what that has for computing, and its cores."""
+    units = f" with {', '.join(machine['units'])}" if machine["units"] else ""
+    return f"{machine['processor']}{units}, {machine['cores']} cores"
+
+
 def device_slug(machine: dict) -> str:
     """What a file's name says of the device: `cpu-2-cores`, or the GPU's name."""
     name = machine["gpu"] or f"cpu {machine['cores']} core{'s' * (machine['cores'] != 1)}"

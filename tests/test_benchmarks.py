@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import machine
+from benchmarks import machine, tracking
 from benchmarks.__main__ import kept, main
 from benchmarks.aims import aims
 from benchmarks.cases import CASES, Case, build, load
@@ -286,3 +286,46 @@ def test_what_was_tried_has_a_page_with_ratios_and_what_compiling_costs():
     assert "takes 10 s more, which is earned back after 2,000 images" in text
     tried["changed"] = [50, 50, 50]
     assert "which is never earned back" in tried_page(measured)
+
+
+def trackings(case: str, way: str, epochs: int) -> list[dict]:
+    """As `tracking.measure`, with what is known: with W&B an epoch takes 2 ms longer, with histograms 10."""
+    slower, written = {"off": (0, 0), "on": (0.002, 8), "histograms": (0.010, 80)}[way]
+    ends = {"first": 3.0 if slower else 0.5, "second": 0.75 if slower else 0.5}
+    rows = [{"training": which, "ends": seconds} for which, seconds in ends.items()]
+    return [
+        row | {"network": case, "parameters": 1234, "tracking": way, "seconds": 0.1 + slower, "kib": written}
+        for row in rows
+    ]
+
+
+def test_what_tracking_costs_is_the_difference_to_trainings_without_it(tmp_path, monkeypatch):
+    def directly(function, *arguments):
+        return trackings(arguments[0].name, *arguments[1:]) if arguments else function()
+
+    monkeypatch.setattr(tracking, "isolated", directly)
+    assert tracking.main(["--cases", "MLP-2", "--rounds", "2", "--epochs", "4", "--out", str(tmp_path)]) == 0
+    text = (tmp_path / "tracking.md").read_text()
+    plain = "| MLP-2 | 1,234 | W&B | 2.00 (2.00 to 2.00) | 2.0 | 0.25 (0.25 to 0.25) | 2.50 (2.50 to 2.50) |"
+    assert plain in text
+    assert "| MLP-2 | 1,234 | W&B and histograms | 10.00 (10.00 to 10.00) | 20.0 |" in text
+    assert "2 rounds of two trainings of 4 epochs" in text
+    assert len((tmp_path / "tracking.csv").read_text().splitlines()) == 1 + 2 * 3 * 2
+
+
+def test_a_training_is_measured_with_and_without_what_comes_before_and_after_its_epochs(monkeypatch):
+    monkeypatch.setattr("torch.set_num_threads", lambda threads: None)
+    for name in ("WANDB_MODE", "WANDB_SILENT"):
+        monkeypatch.setenv(name, "")  # as before at the end
+    first, second = tracking.measure(replace(CASE, batch_size=256), "off", epochs=2)
+    assert (first["training"], second["training"]) == ("first", "second")
+    assert first["parameters"] == sum(p.numel() for p in build(CASE, (1, 28, 28), 10).parameters())
+    assert first["seconds"] > 0
+    assert first["ends"] >= 0
+    assert first["kib"] == 0
+
+
+def test_a_network_that_the_benchmark_of_tracking_does_not_know_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        tracking.main(["--cases", "VGG"])
+    assert "--cases VGG: there are MLP-2, " in capsys.readouterr().err
