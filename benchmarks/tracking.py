@@ -50,6 +50,7 @@ def measure(case: Case, way: str, epochs: int) -> list[dict]:
             trainer = StreamlinedTrainer(build(case, data.image_shape, data.num_classes), config, data)
             start = time.perf_counter()
             trainer.train()
+            trainer.test()  # which W&B has done by now
             whole = time.perf_counter() - start
             seconds = history(trainer.state.log_history)[-1]["seconds"]
             written = sum(path.stat().st_size for path in Path(folder).rglob("*.wandb"))

@@ -22,6 +22,7 @@ from lablib import MLP, ImageData, ResidualCNN, SimpleCNN, StreamlinedTrainer, T
 from lablib.data import ImageBatches, stratified_subset
 from lablib.metrics import evaluation_metrics, history
 from lablib.runs import build_seeded, run_path
+from lablib.services import ServiceCallback
 from lablib.trainer import NonFiniteLossError
 
 VALIDATION_SPLIT = 0.25  # of tiny_data's 36 images: 27 + 9
@@ -164,6 +165,44 @@ def test_the_test_set_is_not_looked_at_before_it_is_asked_for(build, tiny_data):
         trainer.test()
     data.__dict__["sealed"] = False
     assert 0 <= trainer.test()["test_accuracy"] <= 1
+
+
+class AsksForTheTest(ServiceCallback):
+    """A service that wants the test result at a training's end, as W&B and Telegram do."""
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.told = self.test_result()
+
+
+def test_the_same_weights_are_tested_once_however_many_ask(build):
+    model = small_mlp(model_class=InputsKept)
+    trainer = build(config(num_epochs=1, early_stopping_patience=None), model)
+    services = [AsksForTheTest(trainer), AsksForTheTest(trainer)]
+    for service in services:
+        trainer.add_callback(service)
+    trainer.train()
+    validated_and_tested = len(model.shown[False])
+    assert validated_and_tested == 2
+    result = trainer.test()
+    assert len(model.shown[False]) == validated_and_tested
+    assert result == services[0].told == services[1].told
+    result["test_accuracy"] = -1  # a caller's own
+    assert trainer.test()["test_accuracy"] >= 0
+
+
+@pytest.mark.parametrize("change", ["in place", "another tensor", "loaded"])
+def test_other_weights_are_tested_anew(change, build):
+    trainer = build(config(num_epochs=1))
+    before = trainer.test()["test_loss"]
+    weight = trainer.model.classifier.weight
+    if change == "in place":
+        with torch.no_grad():
+            weight.mul_(2)
+    elif change == "another tensor":
+        weight.data = 2 * weight.data
+    else:
+        trainer.model.load_state_dict(trainer.model.state_dict() | {"classifier.weight": 2 * weight.detach()})
+    assert trainer.test()["test_loss"] != before
 
 
 def test_other_test_images_change_neither_weights_nor_history(build, tiny_data):
