@@ -1,68 +1,11 @@
-"""results/ -> the README's tables, each between its markers.
+"""Tables of results/ -> tables for people: percent, points, intervals, and what belongs side by side."""
 
-python -m lablib.report            write them
-python -m lablib.report --check    only say whether they are up to date
-"""
-
-import json
-import re
-import sys
 from collections.abc import Sequence
-from pathlib import Path
-from statistics import median
 
 import pandas as pd
 
 from lablib import reference
-from lablib.findings import findings, mostly
 from lablib.statistics import readable_table
-
-_BENCHMARK = "benchmark-cpu-2-cores.json"
-_WAYS = {
-    "student": "usual student lab",
-    "transformers": "transformers.Trainer",
-    "lightning": "Lightning",
-    "keras": "Keras",
-    "tight": "tight loop",
-    "lablib": "lablib, one run",
-    "side by side": "lablib, runs side by side",
-}
-_MARKED = r"(<!-- table: {name} -->\n).*?(<!-- end -->)"
-
-
-def tables(results: Path) -> dict[str, str]:
-    """Markdown tables by name, from the CSV files in a folder. Raises FileNotFoundError if one is missing."""
-    read = {path.stem: pd.read_csv(path) for path in sorted(results.glob("*.csv"))}
-    mlps = ("mlps_mnist", "mlps_mnist_cosine", "mlps_mnist_depth", "mlps_mnist_differences")
-    cnns = ("cnns_cifar10-jpeg", "cnns_cifar10-jpeg_differences")
-    distillation = ("distillation_cifar10-jpeg", "distillation_cifar10-jpeg_rules")
-    regimes = tuple(f"regimes_cifar10-jpeg{part}" for part in ("", "_differences", "_prices"))
-    depth = ("depth_cifar10-jpeg", "depth_cifar10-jpeg_differences")
-    wide = "cnns_wide_cifar10-jpeg"
-    missing = [f"{name}.csv" for name in (*mlps, *cnns, *distillation, *regimes, *depth, wide) if name not in read]
-    if missing:
-        raise FileNotFoundError(f"{results} lacks {', '.join(missing)}; `make full` writes them")
-    if not (results / _BENCHMARK).exists():
-        raise FileNotFoundError(f"{results} lacks {_BENCHMARK}; `make bench` writes it on a machine of 2 cores")
-    return {
-        "findings": findings(read),
-        "mlps_mnist": markdown(readable_table(read["mlps_mnist"], reference.MNIST)),
-        "mlps_mnist_cosine": markdown(readable_table(read["mlps_mnist_cosine"])),
-        "mlps_mnist_depth": markdown(by_depth(read["mlps_mnist_depth"])),
-        "mlps_mnist_differences": markdown(readable_differences(read["mlps_mnist_differences"])),
-        "cnns_cifar10-jpeg": markdown(readable_table(read["cnns_cifar10-jpeg"])),
-        "cnns_cifar10-jpeg_differences": markdown(by_question(read["cnns_cifar10-jpeg_differences"])),
-        "distillation_cifar10-jpeg": markdown(readable_distillation(read["distillation_cifar10-jpeg"])),
-        "distillation_cifar10-jpeg_rules": markdown(readable_rules(read["distillation_cifar10-jpeg_rules"])),
-        "regimes_cifar10-jpeg": markdown(readable_regimes(read["regimes_cifar10-jpeg"])),
-        "regimes_cifar10-jpeg_differences": markdown(by_regime(read["regimes_cifar10-jpeg_differences"])),
-        "regimes_cifar10-jpeg_prices": markdown(readable_prices(read["regimes_cifar10-jpeg_prices"])),
-        "depth_cifar10-jpeg": depth_by_way(read["depth_cifar10-jpeg"]),
-        "depth_cifar10-jpeg_gains": markdown(readable_depth(read["depth_cifar10-jpeg_differences"])),
-        "depth_cifar10-jpeg_differences": markdown(by_family(read["depth_cifar10-jpeg_differences"])),
-        wide: markdown(readable_table(read[wide], reference.CIFAR10)),
-        "speed": speed(json.loads((results / _BENCHMARK).read_bytes())),
-    }
 
 
 def by_depth(table: pd.DataFrame) -> pd.DataFrame:
@@ -77,11 +20,9 @@ def by_depth(table: pd.DataFrame) -> pd.DataFrame:
     return wide.rename_axis(columns=None).fillna("–")
 
 
-def depth_by_way(table: pd.DataFrame) -> str:
-    """Test accuracy by family, way of training and depth, and below it the number of seeds and the precision."""
-    names = (table["model"] + " (" + table["regime"] + ")").to_list()
-    seeds, precision = (mostly(dict(zip(names, table[key], strict=True))) for key in ("seeds", "precision"))
-    return f"{markdown(by_depth(with_ways(table)))}\nn = {seeds}; trained in {precision}.\n"
+def untimed(readable: pd.DataFrame) -> pd.DataFrame:
+    """Without the seconds, where runs were interrupted or shared a machine, and say nothing of the networks."""
+    return readable.drop(columns="seconds a run")
 
 
 def with_ways(table: pd.DataFrame) -> pd.DataFrame:
@@ -166,7 +107,7 @@ def readable_rules(table: pd.DataFrame) -> pd.DataFrame:
 
 def readable_regimes(table: pd.DataFrame) -> pd.DataFrame:
     """The same networks trained in several ways, one row a network and way."""
-    readable = readable_table(table).drop(columns="seconds a run")
+    readable = untimed(readable_table(table))
     readable.insert(1, "trained", table["regime"].to_list())
     return readable
 
@@ -185,23 +126,6 @@ def readable_prices(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(columns).set_index(table["student"])
 
 
-def speed(measured: dict) -> str:
-    """Training images a second by network and way of training, each in its fastest variant, and where and when."""
-    rows = {}
-    for case in measured["cases"]:
-        best: dict[str, float] = {}
-        for entry in case["entries"]:
-            way = _WAYS["side by side" if "side by side" in entry["variant"] else entry["rival"]]
-            best[way] = max(best.get(way, 0.0), median(entry["train"]))
-        rows[case["name"]] = {way: f"{best[way]:,.0f}" if way in best else "–" for way in _WAYS.values()}
-    table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("images a second")
-    machine = measured["machine"]
-    processor = " with ".join([machine["gpu"] or machine["processor"], *filter(None, [", ".join(machine["units"])])])
-    where = f"{processor}, {machine['cores']} cores, PyTorch {machine['versions']['torch']}"
-    epochs = f"the median of {measured['rounds']} epochs, in turns"
-    return f"{markdown(table)}\nMeasured on {measured['date']} on {where}: {epochs}.\n"
-
-
 def _points(table: pd.DataFrame, prefix: str = "") -> list[str]:
     return [
         "" if pd.isna(mean) else _with_interval(f"{100 * mean:+.2f}", ci95)
@@ -218,28 +142,3 @@ def markdown(table: pd.DataFrame) -> str:
     header = [table.index.name or "", *map(str, table.columns)]
     rows = [[str(index), *map(str, row)] for index, row in zip(table.index, table.to_numpy(), strict=True)]
     return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows]) + "\n"
-
-
-def filled(text: str, results: Path) -> str:
-    """A text with the tables between its markers written anew. Raises ValueError for a table without its place."""
-    for name, table in tables(results).items():
-        text, count = re.subn(_MARKED.format(name=name), rf"\g<1>\n{table}\n\g<2>", text, flags=re.DOTALL)
-        if count != 1:
-            raise ValueError(f"the README needs '<!-- table: {name} -->' and '<!-- end -->' once; it has them {count}×")
-    return text
-
-
-def main(arguments: list[str]) -> int:
-    """0, or 1 if `--check` finds the README out of date."""
-    readme = Path("README.md")
-    text = readme.read_text(encoding="utf-8")
-    new = filled(text, Path("results"))
-    if "--check" in arguments:
-        print("README.md is up to date" if new == text else "README.md differs from results/: run `make readme`")
-        return int(new != text)
-    readme.write_text(new, encoding="utf-8")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -152,11 +152,13 @@ def recommend(table: pd.DataFrame) -> str:
 
     That is the one with the fewest parameters among those whose mean is within a standard error of the best mean
     (Breiman, Friedman, Olshen and Stone, Classification and Regression Trees, 1984). With one seed: the best.
+    Only those with the most seeds are candidates: among means of several, one lucky run would win too often.
     Raises ValueError if no model has a result.
     """
     finished = table.dropna(subset="val_accuracy_mean")
     if finished.empty:
         raise ValueError("no model has a finished run, so there is none to recommend")
+    finished = finished[finished["seeds"] == finished["seeds"].max()]
     best = finished.loc[finished["val_accuracy_mean"].idxmax()]
     error = 0.0 if pd.isna(best["val_accuracy_std"]) else best["val_accuracy_std"] / math.sqrt(best["seeds"])
     close = finished[finished["val_accuracy_mean"] >= best["val_accuracy_mean"] - error]

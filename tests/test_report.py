@@ -1,19 +1,10 @@
-import re
-import shutil
-from pathlib import Path
-
-import nbformat
 import pandas as pd
-import pytest
 
 from lablib.report import (
     by_depth,
     by_family,
     by_question,
     by_regime,
-    depth_by_way,
-    filled,
-    main,
     markdown,
     readable_depth,
     readable_differences,
@@ -21,92 +12,8 @@ from lablib.report import (
     readable_prices,
     readable_regimes,
     readable_rules,
-    speed,
-    tables,
     with_ways,
 )
-
-ROOT = Path(__file__).parent.parent
-
-
-def test_the_readmes_tables_are_those_of_the_results():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert filled(text, ROOT / "results") == text
-
-
-def test_the_readme_says_the_same_numbers_as_the_executed_notebooks():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    number = re.compile(r"(?<![\d.])[+-]?\d+\.\d\d(?: ± \d+\.\d\d)?(?!\d)")
-    for title, notebook in (
-        ("MLP", "Lab1_MLPs"),
-        ("CNN", "Lab1_CNNs"),
-        ("regimes", "Lab1_Regimes"),
-        ("depth", "Lab1_Depth"),
-    ):
-        found = text[text.index(f"## What the {title} notebook found") :].split("\n## ")[0]
-        found = re.sub(r"<!-- table: \w+_depth -->.*?<!-- end -->", "", found, flags=re.S)  # there it is a figure alone
-        numbers = set(number.findall(found))
-        assert len(numbers) > 10
-        outputs = [
-            output["data"].get("text/markdown", output["data"].get("text/plain", ""))
-            for cell in nbformat.read(ROOT / f"results/{notebook}.ipynb", as_version=4).cells
-            for output in cell.get("outputs", [])
-            if "data" in output
-        ]
-        assert numbers - set(number.findall("\n".join(outputs))) == set()
-
-
-def test_every_link_and_image_of_the_readme_is_there():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    targets = re.findall(r"\]\(([^)#]+)\)", text)
-    assert len(targets) >= 5
-    missing = [target for target in targets if "://" not in target and not (ROOT / target).exists()]
-    assert missing == []
-
-
-def test_a_readme_that_differs_is_written_anew_and_found_by_the_check(tmp_path, monkeypatch, capsys):
-    shutil.copytree(ROOT / "results", tmp_path / "results")
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    first_accuracy = re.search(r"\d\d\.\d\d ± ", text).group()
-    (tmp_path / "README.md").write_text(text.replace(first_accuracy, "12.34 ± ", 1), encoding="utf-8")
-    monkeypatch.chdir(tmp_path)
-    assert main(["--check"]) == 1
-    assert "run `make readme`" in capsys.readouterr().out
-    assert main([]) == 0
-    assert (tmp_path / "README.md").read_text(encoding="utf-8") == text
-    assert main(["--check"]) == 0
-
-
-def test_a_missing_table_is_named_with_the_command_that_writes_it(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"lacks mlps_mnist\.csv.*; `make full` writes them"):
-        tables(tmp_path)
-
-
-def test_a_missing_benchmark_is_named_with_the_command_that_writes_it(tmp_path):
-    for table in (ROOT / "results").glob("*.csv"):
-        shutil.copy(table, tmp_path)
-    with pytest.raises(
-        FileNotFoundError, match=r"lacks benchmark-cpu-2-cores\.json; `make bench` writes it on a machine of 2 cores"
-    ):
-        tables(tmp_path)
-
-
-def test_speeds_are_those_of_the_fastest_variant_with_machine_and_date():
-    def entry(rival, variant, *speeds):
-        return {"rival": rival, "variant": variant, "train": list(speeds)}
-
-    entries = [entry("student", "0 workers", 900, 1000, 5000), entry("student", "2 workers", 10, 20, 30)]
-    entries += [entry("lablib", "one run, 2 threads", 4000.4), entry("lablib", "2 runs side by side", 6000)]
-    machine = {"gpu": None, "processor": "A", "units": ["AMX"], "cores": 2, "versions": {"torch": "2.0"}}
-    measured = {"machine": machine, "date": "2026-01-01", "rounds": 3, "cases": [{"name": "MLP-2", "entries": entries}]}
-    table, line = speed(measured).strip().split("\n\n")
-    assert table.splitlines()[-1] == "| MLP-2 | 1,000 | – | – | – | – | 4,000 | 6,000 |"
-    assert line == "Measured on 2026-01-01 on A with AMX, 2 cores, PyTorch 2.0: the median of 3 epochs, in turns."
-
-
-def test_a_readme_without_a_place_for_a_table_is_refused():
-    with pytest.raises(ValueError, match=r"needs '<!-- table: findings -->' and '<!-- end -->' once; it has them 0×"):
-        filled("nothing here", ROOT / "results")
 
 
 def test_depths_become_columns_in_their_order_and_families_keep_theirs():
@@ -226,14 +133,6 @@ def test_depths_stand_side_by_side_for_each_way_and_a_dash_where_there_is_no_run
     assert wide.index.tolist() == ["S, constant", "S, cosine", "R, constant"]
     assert wide.loc["S, constant"].tolist() == ["50.00 ± 1.00", "70.00 ± 1.00"]
     assert wide.loc["S, cosine"].tolist() == ["–", "80.00 ± 1.00"]
-
-
-def test_below_the_accuracies_by_depth_stand_the_seeds_and_the_precision():
-    rows = [("S-2", "constant", 2, "bf16"), ("S-4", "constant", 2, "bf16"), ("S-2", "cosine", 1, "fp32")]
-    table = pd.DataFrame(rows, columns=["model", "regime", "seeds", "precision"])
-    accuracies, line = depth_by_way(table.assign(test_accuracy_mean=0.5, test_accuracy_ci95=0.01)).split("\n\n")
-    assert accuracies.splitlines()[-1] == "| S, cosine | 50.00 ± 1.00 | – |"
-    assert line == "n = 2, but 1 for S-2 (cosine); trained in bf16, but fp32 for S-2 (cosine).\n"
 
 
 def test_the_same_network_has_a_row_for_each_way_of_training():

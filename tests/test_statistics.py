@@ -280,6 +280,13 @@ def test_a_recommendation_does_not_look_at_the_test_set():
     assert recommend(table) == "good"
 
 
+def test_a_model_with_fewer_seeds_than_the_others_is_not_recommended():
+    table = ranked(("steady", 100, 0.94, 0.01, 0.9), ("once", 10, 0.95, float("nan"), 0.9))
+    assert recommend(table) == "once"
+    table["seeds"] = [3, 1]
+    assert recommend(table) == "steady"
+
+
 def test_with_one_seed_the_best_is_recommended_and_failures_never(tiny_data):
     runs = {("plain", 0): fake_run("plain", 0, 0.9), ("residual", 0): fake_run("residual", 0, 0.91, parameters=9999)}
     assert recommend(results_table(fake_experiment(tiny_data, runs, seeds=(0,)))) == "residual"

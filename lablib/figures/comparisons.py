@@ -184,7 +184,7 @@ def reliability(tables: Mapping[str, pd.DataFrame], errors: Mapping[str, Summary
         above.set_title(f"{name}\nECE {100 * error.mean:.2f}{spread} % (n = {error.n})", fontsize="small")
         below.set_xlabel("confidence")
     axes[0, 0].set_ylabel("accuracy")
-    axes[1, 0].set_ylabel("images")
+    axes[1, 0].set_ylabel("share of images")
     axes[0, 0].set(xlim=(0, 1), ylim=(0, 1))
     axes[0, 0].legend(fontsize="x-small", loc="upper left")
     figure.suptitle(f"{dataset}, test set: how far confidence can be trusted (all seeds together)", fontsize="medium")

@@ -144,9 +144,11 @@ def runs_by_depth(panels: Mapping[str, Mapping[str, Mapping[int, Sequence[float]
     """Test accuracy against depth, a panel a way of training, a point a run, a line through each family's means.
 
     `panels` gives for each way, family and depth the accuracies (fractions) of the seeds. The panels share their axis,
-    which shows the range of the values. Families stand side by side at a depth, so that no point hides another.
+    which shows the range of the values. Families stand side by side at a depth, so that no point hides another; a line
+    has a gap where its family has no run.
     """
     figure, axes = plt.subplots(1, len(panels), figsize=(4.3 * len(panels) + 0.6, 4.2), sharey=True, squeeze=False)
+    ticks = sorted({depth for values in panels.values() for by_depth in values.values() for depth in by_depth})
     for axis, (title, values) in zip(axes[0], panels.items(), strict=True):
         for place, ((family, by_depth), color, dash, marker) in enumerate(
             zip(values.items(), cycle(sns.color_palette()), cycle(DASHES), cycle(MARKERS), strict=False)
@@ -155,14 +157,13 @@ def runs_by_depth(panels: Mapping[str, Mapping[str, Mapping[int, Sequence[float]
                 continue  # none of its runs is there
             aside = offset_copy(axis.transData, figure, x=6 * (place - (len(values) - 1) / 2), units="points")
             points = [(depth, 100 * accuracy) for depth in sorted(by_depth) for accuracy in by_depth[depth]]
-            means = [(depth, 100 * summarise(by_depth[depth]).mean) for depth in sorted(by_depth)]
+            means = [(d, 100 * summarise(by_depth[d]).mean if d in by_depth else math.nan) for d in ticks]
             label = f"{family} (n = {_range_text([len(seeds) for seeds in by_depth.values()])})"
             drawn = axis.plot(*zip(*points, strict=True), marker, color=color, markersize=5, alpha=0.7)
             drawn += axis.plot(*zip(*means, strict=True), color=color, linestyle=dash)
             for line in drawn:
                 line.set_transform(aside)
             axis.plot([], [], marker=marker, markersize=5, color=color, linestyle=dash, label=label)
-        ticks = sorted({depth for by_depth in values.values() for depth in by_depth})
         axis.set_xticks(ticks, labels=[str(tick) for tick in ticks])
         axis.margins(x=0.12)
         axis.set_xlabel("depth (stages)")

@@ -310,7 +310,7 @@ def test_reliability_names_models_calibration_errors_and_n_and_gives_one_seed_no
         "student\nECE 7.25 % (n = 1)",
     ]
     assert figure.get_suptitle() == "tiny, test set: how far confidence can be trusted (all seeds together)"
-    assert [axis.get_ylabel() for axis in panels[:, 0]] == ["accuracy", "images"]
+    assert [axis.get_ylabel() for axis in panels[:, 0]] == ["accuracy", "share of images"]
     assert [axis.get_xlabel() for axis in panels[1]] == ["confidence"] * 2
     assert sorted(legend_texts(panels[0, 0])) == ["accuracy", "confidence"]
     for axis in panels[0]:
