@@ -78,7 +78,7 @@ TABLES = {
         "cnns_wide_digits.csv": f"{COLUMNS},width",
     },
     DEPTH: {
-        "depth_digits.csv": f"{COLUMNS},regime,width,depth",
+        "depth_digits.csv": f"{COLUMNS},regime,width,depth,precision",
         "depth_digits_differences.csv": "what,where,trained,mean,std,ci95,n,p_value",
     },
 }
