@@ -53,8 +53,10 @@ CNN_JOBS ?= 2
 REGIME_SEEDS ?= 2
 # at width 64; without ResidualCNN it takes some hours less on 2 cores
 WIDE_FAMILIES ?= [SimpleCNN, ResidualCNN]
+# another data set leaves the published results as they are
+PLACE = $(if $(filter data/cifar10-jpeg,$(CIFAR)),,out/$(notdir $(CIFAR))/)
 FULL_CIFAR = -p dataset $(CIFAR) -p epochs $(CNN_EPOCHS) -p batch_size 128 -p width $(CNN_WIDTH) -p jobs $(CNN_JOBS) \
-	-p output_dir runs -p figures_dir images -p results_dir results
+	-p output_dir runs -p figures_dir $(PLACE)images -p results_dir $(PLACE)results
 
 FULL := -p dataset mnist -p epochs 60 -p batch_size 256 -p seeds 5 -p depth_seeds 3 -p jobs 2 \
 	-p output_dir runs -p figures_dir images -p results_dir results
@@ -69,11 +71,11 @@ full-mlps: .venv/lab ## the published experiment on MNIST (about two hours on 2 
 	@$(MAKE) --no-print-directory record readme
 
 full-cnns: .venv/lab ## the published experiment on CIFAR-10 (about two hours a seed on 2 cores)
-	@$(PAPERMILL) Lab1_CNNs.ipynb results/Lab1_CNNs.ipynb $(FULL_CIFAR) -p seeds $(CNN_SEEDS) -p grid_images 5000
+	@$(PAPERMILL) Lab1_CNNs.ipynb $(PLACE)results/Lab1_CNNs.ipynb $(FULL_CIFAR) -p seeds $(CNN_SEEDS) -p grid_images 5000
 	@$(MAKE) --no-print-directory record readme
 
 full-regimes: .venv/lab ## the same networks with a cosine rate and crops, and a wider one (about five hours on 2 cores)
-	@$(PAPERMILL) Lab1_Regimes.ipynb results/Lab1_Regimes.ipynb $(FULL_CIFAR) -p seeds $(REGIME_SEEDS) -p wide 64 \
+	@$(PAPERMILL) Lab1_Regimes.ipynb $(PLACE)results/Lab1_Regimes.ipynb $(FULL_CIFAR) -p seeds $(REGIME_SEEDS) -p wide 64 \
 		-y 'wide_families: $(WIDE_FAMILIES)'
 	@$(MAKE) --no-print-directory record readme
 
@@ -81,7 +83,7 @@ full-regimes: .venv/lab ## the same networks with a cosine rate and crops, and a
 TRAIN ?= True
 
 full-depth: .venv/lab ## nine networks in both ways; trains what results/runs.csv lacks (TRAIN=False: nothing)
-	@$(PAPERMILL) Lab1_Depth.ipynb results/Lab1_Depth.ipynb $(FULL_CIFAR) -p seeds $(CNN_SEEDS) -p train $(TRAIN)
+	@$(PAPERMILL) Lab1_Depth.ipynb $(PLACE)results/Lab1_Depth.ipynb $(FULL_CIFAR) -p seeds $(CNN_SEEDS) -p train $(TRAIN)
 	@$(MAKE) --no-print-directory record readme
 
 readme: .venv/lab ## write the tables of results/ into the README

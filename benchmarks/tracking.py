@@ -25,8 +25,8 @@ def measure(case: Case, way: str, epochs: int) -> list[dict]:
     """Two trainings of this process, one after the other; the first one also has to import what the second one finds.
 
     An epoch is one step: what tracking costs an epoch does not depend on the epoch's length, and is seen best in a
-    short one. `seconds` are those of an epoch, `ends` those before the first and after the last, `kib` what lies on
-    the disk.
+    short one. `seconds` are those of an epoch, `ends` those before the first and after the last, with the test, `kib`
+    what W&B has written of the run.
     """
     import torch
 
@@ -34,6 +34,7 @@ def measure(case: Case, way: str, epochs: int) -> list[dict]:
     from lablib.metrics import history
 
     os.environ |= {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+    os.environ.pop("WANDB_DIR", None)
     torch.set_num_threads(1)
     data = load(case, case.batch_size)
     measured = []
@@ -50,10 +51,10 @@ def measure(case: Case, way: str, epochs: int) -> list[dict]:
             trainer = StreamlinedTrainer(build(case, data.image_shape, data.num_classes), config, data)
             start = time.perf_counter()
             trainer.train()
-            trainer.test()  # which W&B has done by now
+            trainer.final_test()  # which W&B has done by now
             whole = time.perf_counter() - start
             seconds = history(trainer.state.log_history)[-1]["seconds"]
-            written = sum(path.stat().st_size for path in Path(folder).rglob("*.wandb"))
+            written = sum(path.stat().st_size for path in Path(folder, "wandb").glob("offline-run-*/**/*") if path.is_file())
             measured.append(
                 {
                     "network": case.name,
@@ -68,7 +69,7 @@ def measure(case: Case, way: str, epochs: int) -> list[dict]:
     return measured
 
 
-def page(table: pd.DataFrame, epochs: int, about: str) -> str:
+def page(table: pd.DataFrame, about: str) -> str:
     """What tracking adds, as medians with their ranges over the rounds."""
     from lablib.report import markdown
 
@@ -82,8 +83,8 @@ def page(table: pd.DataFrame, epochs: int, about: str) -> str:
                     "network": network,
                     "parameters": f"{parameters:,}",
                     "with": name,
-                    "an epoch, ms": _range(1000 * seconds),
-                    "an epoch, KiB": f"{wide['kib'][way].median() / epochs:.1f}",
+                    "an epoch, ms": _range(1000 * seconds["second"]),
+                    "a run, KiB": f"{wide['kib'][way].median():.0f}",
                     "a run's ends, s": _range(ends["second"]),
                     "those of a process's first run, s": _range(ends["first"]),
                 }
@@ -121,11 +122,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for row in isolated(measure, by_name[name], way, options.epochs)
     ]
     table = pd.DataFrame(rows)
-    rounds = f"{options.rounds} rounds of two trainings of {options.epochs} epochs"
+    rounds = f"{options.rounds} round{'s' * (options.rounds != 1)} of two trainings of {options.epochs} epochs"
     about = f"Measured on {date.today()} on {machine.named(isolated(machine.describe))}: {rounds}."
     options.out.mkdir(parents=True, exist_ok=True)
     table.to_csv(options.out / "tracking.csv", index=False)
-    (options.out / "tracking.md").write_text(page(table, options.epochs, about))
+    (options.out / "tracking.md").write_text(page(table, about))
     return 0
 
 

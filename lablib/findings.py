@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from lablib import reference
-from lablib.statistics import PairedDifference, percent, recommend
+from lablib.statistics import PairedDifference, percent, points, recommend
 
 _WAYS = ("constant", "cosine")
 _FEW = 3  # seeds; with fewer nothing is printed in bold
@@ -57,10 +57,17 @@ def _perceptrons(tables: Tables) -> list[str]:
     rows = accuracies[accuracies.index.str.endswith(f"-{deepest}")]
     side_by_side = "; ".join(f"{model} {_accuracy(row)}" for model, row in rows.iterrows())
     level, residual = (accuracies.loc[f"{family}-{deepest}"] for family in ("HeMLP", "ResidualMLP"))
-    apart = residual["test_accuracy_mean"] - level["test_accuracy_mean"]
-    shown = apart > sum(0 if pd.isna(ci95 := row["test_accuracy_ci95"]) else ci95 for row in (level, residual))
-    enough = f"a gradient that starts level, as He's initialisation makes it, is {'not ' if shown else ''}enough there"
-    return [*found, f"{deepest} deep: {side_by_side}. {_sentence(enough)}{'.' if shown else ', as far as is shown.'}"]
+    return [*found, f"{deepest} deep: {side_by_side}. {_sentence(_level_gradient(level, residual))}"]
+
+
+def _level_gradient(level: pd.Series, residual: pd.Series) -> str:
+    """Whether He's initialisation, with which the gradient starts level, does what the shortcut does."""
+    rows = level, residual
+    spread = [0 if row["test_accuracy_std"] == 0 else row["test_accuracy_ci95"] for row in rows]  # nan: one seed
+    start = "a gradient that starts level, as He's initialisation makes it,"
+    if residual["test_accuracy_mean"] - level["test_accuracy_mean"] > sum(spread):
+        return f"{start} is not enough there."
+    return f"whether {start} is enough there is not shown."
 
 
 def _convolutional(tables: Tables) -> list[str]:
@@ -73,17 +80,18 @@ def _convolutional(tables: Tables) -> list[str]:
 
 
 def _depth(tables: Tables) -> list[str]:
-    differences = tables["depth_cifar10-jpeg_differences"]
+    differences, networks = tables["depth_cifar10-jpeg_differences"], tables["depth_cifar10-jpeg"]
     gains = differences[~differences["where"].str.startswith("depth ")]
     found = []
     for family in gains["where"].unique():
         part = gains[gains["where"] == family]
-        ways = "; ".join(
-            f"{way} way {_difference(part, trained=way).points()}" for way in part["trained"] if way in _WAYS
-        )
+        said = [f"{way} way {_difference(part, trained=way).points()}" for way in part["trained"] if way in _WAYS]
         both = part[part["trained"] == "cosine less constant"]
-        more = f"; the difference of the two {_difference(both).points()}" if len(both) else ""
-        found.append(f"{family}, {part['what'].iloc[0]}: {ways}{more}.")
+        said += [f"the difference of the two {_difference(both).points()}"] if len(both) else []
+        compared = networks["depth"].isin((networks["depth"].min(), networks["depth"].max()))
+        precisions = networks.loc[compared & networks["model"].str.startswith(f"{family}-"), "precision"].unique()
+        mixed = f"; trained partly in {' and partly in '.join(sorted(precisions))}" if len(precisions) > 1 else ""
+        found.append(f"{family}, {part['what'].iloc[0]}: {'; '.join(said)}{mixed}.")
     return found
 
 
@@ -94,7 +102,7 @@ def _taught(tables: Tables) -> list[str]:
     by_role = tables["distillation_cifar10-jpeg"].set_index("role")
     teacher, baseline = (_accuracy(by_role.loc[role]) for role in ("teacher", "baseline"))
     (rule,) = tables["distillation_cifar10-jpeg_rules"].query("rule == 'accuracy'").to_dict("records")
-    validation = _points(rule["gain_mean"], rule["gain_ci95"], rule["seeds"])
+    validation = f"{points(rule['gain_mean'], rule['gain_ci95'])} points (n = {rule['seeds']})"
     beside = f"in the constant way the gain on validation is {validation}; the teacher is at {teacher}, the baseline at"
     return [*found, f"{beside} {baseline}."]
 
@@ -106,15 +114,16 @@ def _instead(tables: Tables) -> list[str]:
     prices = tables["regimes_cifar10-jpeg_prices"]
     small = prices["parameters"].min()
     for row in prices[prices["parameters"] > small].to_dict("records"):
-        gain = _points(row["gain_mean"], row["gain_ci95"], row["seeds"])
-        found.append(f"{row['student']}, at {row['parameters'] / small:.0f} times the parameters: {gain}.")
+        gain = f"{points(row['gain_mean'], row['gain_ci95'])} points (n = {row['seeds']})"
+        times = f"{row['parameters'] / small:.0f} times the parameters"
+        found.append(f"the student at {row['student']}, {times}, against the same at width 16, constant way: {gain}.")
     depth = tables["depth_cifar10-jpeg"]
     named = depth.assign(model=depth["model"] + ", " + depth["regime"] + " way").set_index("model", drop=False)
     taken = named.loc[recommend(named.reset_index(drop=True))]
     return [
         *found,
         f"to take, at width 16: {taken['model']}, {taken['parameters']:,} parameters, {_accuracy(taken)}; chosen on "
-        "validation accuracy, the smallest network within one standard error of the best.",
+        "validation accuracy by the rule of one standard error.",
     ]
 
 
@@ -127,29 +136,24 @@ def _beside_the_reference(tables: Tables) -> list[str]:
     reached, held, below, absent = 0, [], [], []
     for name, by_model in figures.items():
         rows = tables[name].set_index("role" if "role" in tables[name] else "model")
-        for model, figure in by_model.items():
-            if model not in rows.index:
-                absent.append(model)
-                continue
-            row = rows.loc[model]
-            short = figure - row["test_accuracy_mean"]
-            beside = f"{model} ({row['dataset']}), {_accuracy(row)} beside {percent(figure)}"
+        at_width = " at width 64" if by_model is reference.CIFAR10 else ""
+        absent += [f"{model}{at_width}" for model in by_model if model not in rows.index]
+        for model, row in rows.iterrows():
+            short = by_model[model] - row["test_accuracy_mean"]
+            beside = f"{model} ({row['dataset']}), {_accuracy(row)} beside {percent(by_model[model])}"
             if short <= 0:
                 reached += 1
             elif short <= row["test_accuracy_ci95"]:  # not where there is no interval
                 held.append(beside)
             else:
                 below.append(beside)
+    ours = reached + len(held) + len(below)
     found = [
-        f"our mean reaches {reached} of the {sum(map(len, figures.values()))} figures, each of which is a single run."
+        f"{ours} of its {ours + len(absent)} single runs have a counterpart here; our mean reaches {reached} of them."
     ]
-    if held:
-        found.append(f"below, with an interval that holds the reference: {'; '.join(held)}.")
-    if below:
-        found.append(f"below: {'; '.join(below)}.")
-    if absent:
-        found.append(f"not trained at width 64, which is assumed for Exercise 1.3: {', '.join(absent)}.")
-    return found
+    for what, names in {"below, with an interval that holds the reference": held, "below": below}.items():
+        found += [f"{what}: {'; '.join(names)}."] if names else []
+    return found + ([f"not trained: {', '.join(absent)}."] if absent else [])
 
 
 def _difference(table: pd.DataFrame, **where: str | int) -> PairedDifference:
@@ -164,11 +168,6 @@ def _difference(table: pd.DataFrame, **where: str | int) -> PairedDifference:
 def _verdict(difference: PairedDifference, first: str, second: str) -> str:
     text = difference.verdict(first, second)
     return text if difference.n >= _FEW else text.replace("**", "")
-
-
-def _points(mean: float, ci95: float, n: int) -> str:
-    interval = "" if pd.isna(ci95) else f" ± {100 * ci95:.2f}"
-    return f"{100 * mean:+.2f}{interval} points (n = {n})"
 
 
 def _accuracy(row: pd.Series) -> str:

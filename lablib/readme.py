@@ -29,7 +29,7 @@ from lablib.report import (
     untimed,
     with_ways,
 )
-from lablib.statistics import readable_table
+from lablib.statistics import points, readable_table
 
 _BENCHMARK = "benchmark-cpu-2-cores.json"
 _WAYS = {
@@ -46,7 +46,7 @@ _MARKED = r"(<!-- table: {name} -->\n).*?(<!-- end -->)"
 
 def tables(results: Path) -> dict[str, str]:
     """Markdown tables by name, from the CSV files in a folder. Raises FileNotFoundError if one is missing."""
-    read = {path.stem: pd.read_csv(path) for path in sorted(results.glob("*.csv"))}
+    read = {path.stem: _finished(pd.read_csv(path)) for path in sorted(results.glob("*.csv"))}
     mlps = ("mlps_mnist", "mlps_mnist_cosine", "mlps_mnist_depth", "mlps_mnist_differences")
     cnns = ("cnns_cifar10-jpeg", "cnns_cifar10-jpeg_differences")
     distillation = ("distillation_cifar10-jpeg", "distillation_cifar10-jpeg_rules")
@@ -79,6 +79,11 @@ def tables(results: Path) -> dict[str, str]:
     }
 
 
+def _finished(table: pd.DataFrame) -> pd.DataFrame:
+    """Without the networks of which no run has a result, so that the seeds of the others are whole numbers."""
+    return table.dropna(subset="seeds").astype({"seeds": int}) if "seeds" in table else table
+
+
 def by_depth_with_seeds(table: pd.DataFrame) -> str:
     """Test accuracy by family and depth, and below it the number of seeds."""
     return f"{markdown(by_depth(table))}\nn = {mostly(dict(zip(table['model'], table['seeds'], strict=True)))}.\n"
@@ -94,8 +99,12 @@ def depth_by_way(table: pd.DataFrame) -> str:
 def distillation_table(table: pd.DataFrame) -> str:
     """The table of a distillation, and below it how its gain and the reference's come about."""
     ours = table.set_index("role")["test_accuracy_mean"]
-    above = {role: _signed(ours[role] - known) for role, known in reference.CIFAR10_DISTILLATION.items()}
-    gains = [_signed(means["distilled"] - means["baseline"]) for means in (reference.CIFAR10_DISTILLATION, ours)]
+    known = reference.CIFAR10_DISTILLATION
+    above = {role: points(ours[role] - known[role]) for role in known}
+    gains = (
+        points(known["distilled"] - known["baseline"]),
+        points(table.set_index("role").loc["distilled", "gain_mean"]),
+    )
     lies = f"our baseline lies {above['baseline']}, our distilled student {above['distilled']}, our teacher"
     said = f"The reference gains {gains[0]} points, ours {gains[1]}: beside the reference {lies} {above['teacher']}."
     return f"{markdown(untimed(readable_distillation(table)))}\n{said}\n"
@@ -116,10 +125,6 @@ def speed(measured: dict) -> str:
     where = f"{processor}, {machine['cores']} cores, PyTorch {machine['versions']['torch']}"
     epochs = f"the median of {measured['rounds']} epochs, in turns"
     return f"{markdown(table)}\nMeasured on {measured['date']} on {where}: {epochs}.\n"
-
-
-def _signed(share: float) -> str:
-    return f"{100 * share:+.2f}"
 
 
 def filled(text: str, results: Path) -> str:

@@ -5,14 +5,14 @@ from collections.abc import Sequence
 import pandas as pd
 
 from lablib import reference
-from lablib.statistics import readable_table
+from lablib.statistics import percent, points, readable_table
 
 
 def by_depth(table: pd.DataFrame) -> pd.DataFrame:
     """Test accuracy in percent, families in rows and depths in columns; a dash where there is no run."""
     family, depth = table["model"].str.rpartition("-")[0], table["model"].str.rpartition("-")[2]
     cells = [
-        _with_interval(f"{100 * mean:.2f}", ci95)
+        percent(mean, ci95).removesuffix(" %")
         for mean, ci95 in zip(table["test_accuracy_mean"], table["test_accuracy_ci95"], strict=True)
     ]
     wide = pd.DataFrame({"model": family, "depth": depth.astype(int), "cell": cells})
@@ -38,14 +38,14 @@ def by_question(table: pd.DataFrame, where: str = "depth") -> pd.DataFrame:
     `n` is the number of seeds; where it differs within a row, one number for each column, in their order.
     """
     cells = table.assign(points=_points(table), n=table["n"].astype(str))
-    points, seeds = (
+    answers, seeds = (
         cells.pivot(index=where, columns="what", values=part)
         .loc[table[where].unique(), table["what"].unique()]
         .rename_axis(columns=None)
         .fillna("–")
         for part in ("points", "n")
     )
-    return points.assign(n=[_seeds(row) for row in seeds.to_numpy()])
+    return answers.assign(n=[_seeds(row) for row in seeds.to_numpy()])
 
 
 def _seeds(counts: Sequence[str]) -> str:
@@ -97,7 +97,7 @@ def readable_rules(table: pd.DataFrame) -> pd.DataFrame:
                 role: f"{100 * row[f'{role}_val_accuracy']:.2f} % (epoch {row[f'{role}_epoch']:.0f})"
                 for role in ("baseline", "distilled")
             },
-            "gain, points": _with_interval(f"{100 * row['gain_mean']:+.2f}", row["gain_ci95"]),
+            "gain, points": points(row["gain_mean"], row["gain_ci95"]),
             "n": row["seeds"],
         }
         for row in table.to_dict("records")
@@ -128,13 +128,9 @@ def readable_prices(table: pd.DataFrame) -> pd.DataFrame:
 
 def _points(table: pd.DataFrame, prefix: str = "") -> list[str]:
     return [
-        "" if pd.isna(mean) else _with_interval(f"{100 * mean:+.2f}", ci95)
+        "" if pd.isna(mean) else points(mean, ci95)
         for mean, ci95 in zip(table[f"{prefix}mean"], table[f"{prefix}ci95"], strict=True)
     ]
-
-
-def _with_interval(mean: str, ci95: float) -> str:
-    return mean if pd.isna(ci95) else f"{mean} ± {100 * ci95:.2f}"
 
 
 def markdown(table: pd.DataFrame) -> str:

@@ -36,7 +36,7 @@ class ServiceCallback(TrainerCallback):
 
     def test_result(self) -> dict[str, float]:
         """The test set's loss and accuracy; none where several processes train, as all would have to take part."""
-        return self.trainer.test() if self.trainer.args.world_size == 1 else {}
+        return self.trainer.final_test() if self.trainer.args.world_size == 1 else {}
 
 
 def harmless(method):

@@ -48,9 +48,9 @@ class PairedDifference(Summary):
     def points(self) -> str:
         """As text, in percentage points: '+0.25 ± 0.10 points (n = 5, p = 0.003)'."""
         if self.ci95 is None:
-            return f"{100 * self.mean:+.2f} points ({self._why()})"
+            return f"{points(self.mean)} points ({self._why()})"
         p = "p < 0.001" if self.p_value < 0.001 else f"p = {self.p_value:.3f}"
-        return f"{100 * self.mean:+.2f} ± {100 * self.ci95:.2f} points (n = {self.n}, {p})"
+        return f"{points(self.mean, self.ci95)} points (n = {self.n}, {p})"
 
     def verdict(self, first: str, second: str) -> str:
         """A sentence about the two, which says no more than the interval does."""
@@ -152,13 +152,14 @@ def recommend(table: pd.DataFrame) -> str:
 
     That is the one with the fewest parameters among those whose mean is within a standard error of the best mean
     (Breiman, Friedman, Olshen and Stone, Classification and Regression Trees, 1984). With one seed: the best.
-    Only those with the most seeds are candidates: among means of several, one lucky run would win too often.
+    Where some have several seeds, those with one are no candidates: of single runs one is lucky.
     Raises ValueError if no model has a result.
     """
     finished = table.dropna(subset="val_accuracy_mean")
     if finished.empty:
         raise ValueError("no model has a finished run, so there is none to recommend")
-    finished = finished[finished["seeds"] == finished["seeds"].max()]
+    if finished["seeds"].max() > 1:
+        finished = finished[finished["seeds"] > 1]
     best = finished.loc[finished["val_accuracy_mean"].idxmax()]
     error = 0.0 if pd.isna(best["val_accuracy_std"]) else best["val_accuracy_std"] / math.sqrt(best["seeds"])
     close = finished[finished["val_accuracy_mean"] >= best["val_accuracy_mean"] - error]
@@ -191,6 +192,11 @@ def readable_table(table: pd.DataFrame, reference: Mapping[str, float] | None = 
     columns = list(dict.fromkeys(key for row in rows for key in row))
     readable = pd.DataFrame([{key: row.get(key, "") for key in columns} for row in rows]).set_index("model")
     return readable if reference else readable.drop(columns="reference", errors="ignore")
+
+
+def points(mean: float, ci95: float | None = None) -> str:
+    """A difference of shares as text: '+0.25 ± 0.10', or '+0.25' where there is no interval."""
+    return f"{100 * mean:+.2f}" if ci95 is None or pd.isna(ci95) else f"{100 * mean:+.2f} ± {100 * ci95:.2f}"
 
 
 def percent(mean: float, ci95: float | None = None) -> str:

@@ -113,7 +113,7 @@ class StreamlinedTrainer(ResumableTrainer):
         self._scale, self._offset = 1 / (255 * std), -mean / std
         self._since_last_log = BatchMeter()
         self._clock = time.perf_counter()
-        self._tested: tuple[list, dict[str, float]] | None = None  # which weights, and their metrics
+        self._final_test: dict[str, float] | None = None  # of the training that ended last
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """Train to the end or to the early stop and load the best epoch's weights; see `ResumableTrainer.train`."""
@@ -124,6 +124,7 @@ class StreamlinedTrainer(ResumableTrainer):
     def before_training(self) -> None:
         """Try a batch, and begin to measure. Raises BatchTooLargeError if the batch does not fit into memory."""
         check_batch_fits(self)
+        self._final_test = None
         self._since_last_log.forget()
         self._clock = time.perf_counter()
 
@@ -147,14 +148,14 @@ class StreamlinedTrainer(ResumableTrainer):
         self._clock = time.perf_counter() - progress[0]["seconds"]
 
     def test(self) -> dict[str, float]:
-        """Loss and accuracy on the test set, with the present weights: after `train()`, those of the best epoch.
+        """Loss and accuracy on the test set, with the present weights: after `train()`, those of the best epoch."""
+        return self.predict_test().metrics
 
-        The same weights are tested once, however many ask: the run, Weights & Biases, Telegram.
-        """
-        weights = [(tensor.data_ptr(), tensor._version) for tensor in self.model.state_dict().values()]
-        if self._tested is None or self._tested[0] != weights:
-            self._tested = weights, self.predict_test().metrics
-        return dict(self._tested[1])
+    def final_test(self) -> dict[str, float]:
+        """What `test` says at a training's end, computed once however many ask: the run, W&B, Telegram."""
+        if self._final_test is None:
+            self._final_test = self.test()
+        return dict(self._final_test)
 
     def predict_test(self) -> PredictionOutput:
         """Logits (images × classes), labels and metrics of the test set."""

@@ -103,7 +103,7 @@ def _train(path: Path, build_model, config, data, trainer_class, callbacks) -> R
 def _result(trainer: StreamlinedTrainer, rows: list[dict]) -> dict[str, Any]:
     config = trainer.config
     best = best_row(rows, config.early_stopping_metric)
-    test = trainer.test()
+    test = trainer.final_test()
     return {
         "model": type(trainer.model).__name__,
         "parameters": sum(p.numel() for p in trainer.model.parameters()),

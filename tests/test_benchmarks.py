@@ -4,6 +4,7 @@ import copy
 import getpass
 import json
 import platform
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from benchmarks.report import markdown
 from benchmarks.rivals import lablib_trainer
 from benchmarks.tried import Training, Way
 from benchmarks.tried import page as tried_page
+from lablib import StreamlinedTrainer
 
 DIGITS = {"dataset": "digits", "batch_size": 64, "slow_images": 256, "fast_images": 256}
 CASE = Case("MLP-2", "MLP", {"hidden_sizes": (16,)}, translation_fraction=0.1, **DIGITS)
@@ -306,23 +308,32 @@ def test_what_tracking_costs_is_the_difference_to_trainings_without_it(tmp_path,
     monkeypatch.setattr(tracking, "isolated", directly)
     assert tracking.main(["--cases", "MLP-2", "--rounds", "2", "--epochs", "4", "--out", str(tmp_path)]) == 0
     text = (tmp_path / "tracking.md").read_text()
-    plain = "| MLP-2 | 1,234 | W&B | 2.00 (2.00 to 2.00) | 2.0 | 0.25 (0.25 to 0.25) | 2.50 (2.50 to 2.50) |"
+    plain = "| MLP-2 | 1,234 | W&B | 2.00 (2.00 to 2.00) | 8 | 0.25 (0.25 to 0.25) | 2.50 (2.50 to 2.50) |"
     assert plain in text
-    assert "| MLP-2 | 1,234 | W&B and histograms | 10.00 (10.00 to 10.00) | 20.0 |" in text
+    assert "| MLP-2 | 1,234 | W&B and histograms | 10.00 (10.00 to 10.00) | 80 |" in text
     assert "2 rounds of two trainings of 4 epochs" in text
     assert len((tmp_path / "tracking.csv").read_text().splitlines()) == 1 + 2 * 3 * 2
 
 
-def test_a_training_is_measured_with_and_without_what_comes_before_and_after_its_epochs(monkeypatch):
+def test_a_training_is_measured_with_what_comes_before_and_after_its_epochs(monkeypatch):
     monkeypatch.setattr("torch.set_num_threads", lambda threads: None)
-    for name in ("WANDB_MODE", "WANDB_SILENT"):
+    for name in ("WANDB_MODE", "WANDB_SILENT", "WANDB_DIR"):
         monkeypatch.setenv(name, "")  # as before at the end
+    final_test = StreamlinedTrainer.final_test
+
+    def slow_test(trainer):
+        time.sleep(0.2)
+        return final_test(trainer)
+
+    monkeypatch.setattr(StreamlinedTrainer, "final_test", slow_test)
     first, second = tracking.measure(replace(CASE, batch_size=256), "off", epochs=2)
     assert (first["training"], second["training"]) == ("first", "second")
     assert first["parameters"] == sum(p.numel() for p in build(CASE, (1, 28, 28), 10).parameters())
-    assert first["seconds"] > 0
-    assert first["ends"] >= 0
-    assert first["kib"] == 0
+    assert second["seconds"] < 0.2 < second["ends"]
+    assert second["kib"] == 0
+    (_, tracked) = tracking.measure(replace(CASE, batch_size=256), "on", epochs=2)
+    assert tracked["kib"] > 1
+    assert tracked["ends"] > 0.4  # it has tested, too
 
 
 def test_a_network_that_the_benchmark_of_tracking_does_not_know_is_refused(capsys):

@@ -280,11 +280,13 @@ def test_a_recommendation_does_not_look_at_the_test_set():
     assert recommend(table) == "good"
 
 
-def test_a_model_with_fewer_seeds_than_the_others_is_not_recommended():
+def test_a_single_run_is_not_recommended_where_others_have_several():
     table = ranked(("steady", 100, 0.94, 0.01, 0.9), ("once", 10, 0.95, float("nan"), 0.9))
     assert recommend(table) == "once"
     table["seeds"] = [3, 1]
     assert recommend(table) == "steady"
+    table["seeds"] = [9, 2]  # one more or less makes no candidate
+    assert recommend(table) == "once"
 
 
 def test_with_one_seed_the_best_is_recommended_and_failures_never(tiny_data):

@@ -160,7 +160,7 @@ def runs_by_depth(panels: Mapping[str, Mapping[str, Mapping[int, Sequence[float]
             means = [(d, 100 * summarise(by_depth[d]).mean if d in by_depth else math.nan) for d in ticks]
             label = f"{family} (n = {_range_text([len(seeds) for seeds in by_depth.values()])})"
             drawn = axis.plot(*zip(*points, strict=True), marker, color=color, markersize=5, alpha=0.7)
-            drawn += axis.plot(*zip(*means, strict=True), color=color, linestyle=dash)
+            drawn += axis.plot(*zip(*means, strict=True), "_", color=color, linestyle=dash)
             for line in drawn:
                 line.set_transform(aside)
             axis.plot([], [], marker=marker, markersize=5, color=color, linestyle=dash, label=label)
