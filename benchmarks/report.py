@@ -3,6 +3,7 @@
 from statistics import median
 
 from benchmarks.aims import aims, best, ratio
+from benchmarks.machine import named
 
 RIVAL_ORDER = ("student", "transformers", "lightning", "keras", "tight")
 
@@ -33,12 +34,11 @@ def table(columns: list[str], rows: list[list]) -> str:
 def _head(measured: dict) -> str:
     machine = measured["machine"]
     device = machine["gpu"] or "the processor"
-    units = f" with {', '.join(machine['units'])}" if machine["units"] else ""
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
     return (
         f"# Speed on {machine['gpu'] or machine['processor']}\n\n"
-        f"Images a second in training, measured on {measured['date']} on {device}: {machine['processor']}{units}, "
-        f"{machine['cores']} cores, {machine['memory_gib']} GiB of memory; Python {machine['python']}, {versions}. "
+        f"Images a second in training, measured on {measured['date']} on {device}: {named(machine)}, "
+        f"{machine['memory_gib']} GiB of memory; Python {machine['python']}, {versions}. "
         "`make bench` measures it anew.\n\n"
         "Every rival trains the same network from the same weights, with Adam (rate 0.001), on the same images, each "
         "turned by up to 10 degrees and, on MNIST, shifted by up to a tenth of its side, on CIFAR mirrored one time in "

@@ -54,7 +54,9 @@ def measure(case: Case, way: str, epochs: int) -> list[dict]:
             trainer.final_test()  # which W&B has done by now
             whole = time.perf_counter() - start
             seconds = history(trainer.state.log_history)[-1]["seconds"]
-            written = sum(path.stat().st_size for path in Path(folder, "wandb").glob("offline-run-*/**/*") if path.is_file())
+            written = sum(
+                path.stat().st_size for path in Path(folder, "wandb").glob("offline-run-*/**/*") if path.is_file()
+            )
             measured.append(
                 {
                     "network": case.name,
