@@ -71,7 +71,8 @@ def _parser() -> argparse.ArgumentParser:
     for name, (default, comment) in _knobs().items():
         read = str if isinstance(default, str) else _literal
         text = f"{comment} (default: {default!r})".strip().replace("%", "%%")
-        training.add_argument("--" + name.replace("_", "-"), type=read, metavar="VALUE", help=text)
+        alone = {"nargs": "?", "const": True} if isinstance(default, bool) else {}  # --use-wandb says it all
+        training.add_argument("--" + name.replace("_", "-"), type=read, metavar="VALUE", help=text, **alone)
     return parser
 
 

@@ -77,7 +77,7 @@ def _check_sizes(sizes: list[tuple[int, int]], describe: Callable[[int], str]):
             raise ValueError(
                 f"images of different sizes: {describe(0)} is {sizes[0][0]} × {sizes[0][1]} and "
                 f"{describe(index)} is {width} × {height} pixels; "
-                "scale them to one size, or let load_data(..., image_size=32) do it"
+                "scale them to one size, or have it done: image_size=32 (in a shell --image-size 32)"
             )
 
 

@@ -54,7 +54,8 @@ def harmless(method):
             with contextlib.suppress(Exception):
                 self.give_up()
             reason = redacted(str(error)) or type(error).__name__
-            warnings.warn(f"{self.service}: {reason}; the training goes on without it", stacklevel=2)
+            message = f"{self.service}: {reason}; the training goes on without it"
+            warnings.warn_explicit(message, UserWarning, "lablib", 0)  # without a line of transformers' source below it
         finally:
             torch.set_rng_state(random_state)  # a service draws no numbers from the training
 

@@ -57,6 +57,12 @@ def test_the_command_trains_the_run_that_the_same_config_loads(run, tmp_path):
     assert [path.name for path in (tmp_path / "runs").iterdir() if path.is_dir()] == [loaded.path.name]
 
 
+def test_a_switch_may_stand_alone(run):
+    alone = run("SimpleCNN", "--depth", "1", "--width", "2", "--horizontal-flip")
+    assert alone == run("SimpleCNN", "--depth", "1", "--width", "2", "--horizontal-flip", "True")
+    assert alone["path"] != run("SimpleCNN", "--depth", "1", "--width", "2", "--horizontal-flip", "False")["path"]
+
+
 def test_a_run_teaches_another_one(run):
     teacher = run("ResidualMLP", "--hidden-sizes", "16", "16", "--learning-rate", "1e-2")
     student = run("MLP", "--hidden-sizes", "8", "--teacher", teacher["path"], "--alpha", "0.5")
