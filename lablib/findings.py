@@ -76,7 +76,12 @@ def _convolutional(tables: Tables) -> list[str]:
     deepest = max(int(where.removeprefix("depth ")) for where in shortcut["where"])
     there = shortcut[shortcut["where"] == f"depth {deepest}"]
     names = f"ResidualCNN-{deepest}", f"NoShortcut-{deepest}"
-    return [f"{way} way: {_verdict(_difference(there, trained=way), *names)}" for way in there["trained"]]
+    networks = tables["depth_cifar10-jpeg"]
+    found = []
+    for way in there["trained"]:
+        mixed = _mixed(networks[networks["model"].isin(names) & (networks["regime"] == way)])
+        found.append(f"{way} way{mixed}: {_verdict(_difference(there, trained=way), *names)}")
+    return found
 
 
 def _depth(tables: Tables) -> list[str]:
@@ -89,10 +94,15 @@ def _depth(tables: Tables) -> list[str]:
         both = part[part["trained"] == "cosine less constant"]
         said += [f"the difference of the two {_difference(both).points()}"] if len(both) else []
         compared = networks["depth"].isin((networks["depth"].min(), networks["depth"].max()))
-        precisions = networks.loc[compared & networks["model"].str.startswith(f"{family}-"), "precision"].unique()
-        mixed = f"; trained partly in {' and partly in '.join(sorted(precisions))}" if len(precisions) > 1 else ""
-        found.append(f"{family}, {part['what'].iloc[0]}: {'; '.join(said)}{mixed}.")
+        mixed = _mixed(networks[compared & networks["model"].str.startswith(f"{family}-")])
+        found.append(f"{family}, {part['what'].iloc[0]}{mixed}: {'; '.join(said)}.")
     return found
+
+
+def _mixed(networks: pd.DataFrame) -> str:
+    """That networks which are compared were trained in different precision, which is part of the difference then."""
+    precisions = sorted(networks["precision"].unique())
+    return f" (trained partly in {' and partly in '.join(precisions)})" if len(precisions) > 1 else ""
 
 
 def _taught(tables: Tables) -> list[str]:

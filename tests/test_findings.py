@@ -68,12 +68,13 @@ def test_whether_a_level_gradient_is_enough_follows_from_the_deepest_networks(ta
 
 
 def test_a_comparison_of_two_precisions_says_so(tables):
-    name, question = "depth_cifar10-jpeg", "Is depth worth more"
+    name, partly = "depth_cifar10-jpeg", " (trained partly in bf16 and partly in fp32)"
     same, mixed = (tables[name].assign(precision="bf16") for _ in range(2))
     mixed.loc[mixed["model"] == "ResidualCNN-4", "precision"] = "fp32"
-    first, second = (answers(findings(tables | {name: table}), question)[-1] for table in (same, mixed))
-    assert second == first.removesuffix(".") + "; trained partly in bf16 and partly in fp32."
-    assert first.startswith("- ResidualCNN, 4 stages less 2: constant way ")
+    for question, line in (("Is depth worth more", "ResidualCNN, 4 stages less 2"), ("Do they help", "Cosine way")):
+        first, second = (answers(findings(tables | {name: table}), question)[-1] for table in (same, mixed))
+        assert first.startswith(f"- {line}: ")
+        assert second == first.replace(line, line + partly, 1)
 
 
 def test_what_to_take_is_chosen_on_validation(tables):
