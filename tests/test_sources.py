@@ -384,7 +384,8 @@ def test_images_of_different_sizes_are_named_with_their_sizes_and_a_way_out(tmp_
     message = str(caught.value)
     assert f"{tmp_path / 'train' / 'cat' / '0.png'} is 5 × 7" in message
     assert f"{tmp_path / 'train' / 'fox' / '1.png'} is 6 × 9 pixels" in message
-    assert message.endswith("; scale them to one size, or have it done: image_size=32 (in a shell --image-size 32)")
+    instead = "pixels; scale them to one size, or have it done: image_size=32 (in a shell --image-size 32)"
+    assert message.endswith(instead)
     assert load_data(tmp_path, image_size=32).image_shape == (1, 32, 32)
 
 
