@@ -12,6 +12,7 @@ import torch
 import torchvision
 from PIL import Image
 from sklearn.datasets import load_digits
+from torchvision.transforms.v2 import functional as transforms
 
 from lablib import load_data
 from lablib.sources import DATASET_NAMES
@@ -224,9 +225,7 @@ def test_channels_turns_a_folder_grey_or_coloured_as_pillow_does(tmp_path):
 def test_size_and_channels_convert_mnists_files_as_torchvision_does(tmp_path, monkeypatch):
     arrays = write_mnist(tmp_path, monkeypatch)
     data = load_data("mnist", tmp_path, image_size=32, channels=3)
-    oracle = torchvision.transforms.v2.functional.resize(
-        torch.from_numpy(arrays["t10k-images-idx3-ubyte"])[:, None], [32, 32], antialias=True
-    )
+    oracle = transforms.resize(torch.from_numpy(arrays["t10k-images-idx3-ubyte"])[:, None], [32, 32], antialias=True)
     assert data.image_shape == (3, 32, 32)
     # torchvision rounds one grey level apart for one channel and for three
     assert (data.test_images.int() - oracle.int()).abs().max() <= 1
