@@ -159,7 +159,7 @@ def _beside_the_reference(tables: Tables) -> list[str]:
                 below.append(beside)
     ours = reached + len(held) + len(below)
     found = [
-        f"{ours} of its {ours + len(absent)} single runs have a counterpart here; our mean reaches {reached} of them."
+        f"{ours} of the {ours + len(absent)} single runs have a counterpart here; our mean reaches {reached} of them."
     ]
     for what, names in {"below, with an interval that holds the reference": held, "below": below}.items():
         found += [f"{what}: {'; '.join(names)}."] if names else []

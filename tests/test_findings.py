@@ -106,7 +106,7 @@ def test_what_falls_short_of_the_reference_is_named_and_counted(tables):
     assert len({lines[0] for lines in (shown, held)}) == 1
     reached = [int(lines[0].removesuffix(" of them.").split()[-1]) for lines in (shown, others)]
     assert reached[1] == reached[0] + 1
-    assert shown[0].startswith("- 11 of its 14 single runs have a counterpart here; our mean reaches ")
+    assert shown[0].startswith("- 11 of the 14 single runs have a counterpart here; our mean reaches ")
 
 
 def test_a_figure_without_a_run_is_named_as_not_trained(tables):
