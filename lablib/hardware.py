@@ -103,28 +103,25 @@ def fits(data: ImageData, device: torch.device) -> bool:
     return data.train_images.nbytes < free / 2
 
 
-def keep_freed_memory():
-    """Let glibc keep the memory of freed tensors for the next step.
+def keep_freed_memory(kept: bool = True):
+    """Let glibc keep the memory of freed tensors for the next step, or from now on give it back.
 
     By default it returns each block above its threshold to the system, and every step pays for the page faults again:
-    ten times the price of an elementwise operation on a batch of MNIST. Elsewhere than on glibc this does nothing.
+    ten times the price of an elementwise operation on a batch of MNIST. But what it keeps falls into pieces, so that a
+    training takes up to twice the memory of its tensors. Elsewhere than on glibc this does nothing.
     """
+    mmap_threshold, trim_threshold = (1 << 28, 1 << 30) if kept else (1 << 20, 1 << 20)  # bytes
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-3, 1 << 28)  # M_MMAP_THRESHOLD, bytes
-        libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD, bytes
+        libc.mallopt(-3, mmap_threshold)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, trim_threshold)  # M_TRIM_THRESHOLD
 
 
 def return_freed_memory():
-    """Give back to the system what is kept of freed tensors, and from now on keep none: the way where memory is scarce.
-
-    What glibc keeps falls into pieces, so that a training would take up to twice the memory of its tensors.
-    """
+    """Give back to the system what is kept of freed tensors, and from now on keep none: for where memory is scarce."""
     gc.collect()
     if torch.accelerator.is_available():
         torch.accelerator.empty_cache()
+    keep_freed_memory(False)
     with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD, bytes
-        libc.mallopt(-1, 1 << 20)  # M_TRIM_THRESHOLD, bytes
-        libc.malloc_trim(0)
+        ctypes.CDLL("libc.so.6").malloc_trim(0)

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lablib.hardware import return_freed_memory
+from lablib.hardware import keep_freed_memory, return_freed_memory
 
 _SMALL, _SMALLER = 8, 4  # images in the batches that an estimate is made from
 _PLENTY = 3.0  # so many times of what a training needs are free: what it frees may be kept for its next step
@@ -48,11 +48,15 @@ def check_batch_fits(trainer) -> None:
     except RuntimeError:
         return  # it keeps a tensor with its history, such as an activation, which PyTorch does not copy
     wanted = min(trainer.args.train_batch_size, len(trainer.train_dataset))
-    sizes = [wanted >> halvings for halvings in range(wanted.bit_length())]
+    keep_freed_memory(False)  # or pieces of what the trial takes would be missing in the training
     with _random_states_kept(device):
-        fitting = next((n for n in sizes if _fits(trainer, model, n, 1.0 if n == wanted else _MARGIN)), None)
-    if fitting == wanted:
-        return
+        needed = _needed_bytes(trainer, model, wanted)
+        if needed is not None:
+            plenty = needed * _PLENTY <= free_memory(device)
+            keep_freed_memory() if plenty else return_freed_memory()
+            return
+        smaller = [wanted >> halvings for halvings in range(1, wanted.bit_length())]
+        fitting = next((n for n in smaller if _needed_bytes(trainer, model, n, _MARGIN) is not None), None)
     place = "the cpu" if device.type == "cpu" else f"the GPU {device}"
     return_freed_memory()
     free = f" ({free_memory(device) / _GIB:.1f} GiB free)"
@@ -119,26 +123,25 @@ class LiveBytes(TorchDispatchMode):
         self._bytes -= size
 
 
-def _fits(trainer, model: nn.Module, images: int, margin: float) -> bool:
+def _needed_bytes(trainer, model: nn.Module, images: int, margin: float = 1.0) -> float | None:
+    """What a training with batches of so many images takes on the CPU (on a GPU 0), or None if it does not fit."""
     device = trainer.args.device
     on_cpu = device.type == "cpu"
+    estimated = 0.0
     try:
         if on_cpu and images > _SMALL:
-            needed = _estimated_bytes(trainer, model, images)
-            if needed * _PLENTY > free_memory(device):
+            estimated = _estimated_bytes(trainer, model, images)
+            if estimated * _PLENTY > free_memory(device):
                 return_freed_memory()
-            if needed * margin > free_memory(device):
-                return False
-        free = free_memory(device)
+            if estimated * margin > free_memory(device):
+                return None
         timeline = _pass(trainer, model, int(images * margin), measured=on_cpu)
-        if on_cpu and max(timeline) * _PLENTY > free:  # more than the estimate: it does not grow linearly
-            return_freed_memory()
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
         return_freed_memory()
-        return False
-    return True
+        return None
+    return max(estimated, *timeline)  # the pass takes more if what it takes does not grow linearly
 
 
 def _estimated_bytes(trainer, model: nn.Module, images: int) -> float:

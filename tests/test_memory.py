@@ -237,12 +237,14 @@ def test_what_a_trial_took_decides_whether_freed_memory_is_kept(free, returned, 
     calls = []
     monkeypatch.setattr(memory, "free_memory", lambda device: free)
     monkeypatch.setattr(memory, "return_freed_memory", lambda: calls.append("returned"))
+    monkeypatch.setattr(memory, "keep_freed_memory", lambda kept=True: calls.append("kept" if kept else "not kept"))
     trainer = StreamlinedTrainer(
         Square((8,), image_shape=(1, 6, 6), num_classes=3), config(batch_size=400), many_images
     )
     assert 10 * memory._estimated_bytes(trainer, trainer.model, 300) < 10**7  # by which there is plenty
     check_batch_fits(trainer)
-    assert bool(calls) is returned
+    assert calls[0] == "not kept"  # in the trial itself
+    assert calls[-1] == ("returned" if returned else "kept")
 
 
 def test_live_bytes_are_those_of_a_chain_by_hand():
@@ -339,17 +341,35 @@ def test_in_too_little_memory_a_large_batch_is_refused_and_the_one_advised_train
     assert 500 < size < 10_000
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="limits of the address space are those of Linux")
-def test_a_batch_that_no_estimate_refuses_fails_in_the_trial_and_the_one_advised_trains():
-    code = """
+SIMILARITIES = """
     class Similarities(MLP):
         def forward(self, images):  # takes memory by the square of the batch
             logits = super().forward(images)
             return logits + 1e-6 * (logits @ logits.T).exp().sum(1, keepdim=True)
-    """
-    code += SUGGESTED.format(model="Similarities((8,), num_classes=2)", batch_size=10_000)
-    message, trained = in_a_process(code, gib=0.5).splitlines()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of the address space are those of Linux")
+def test_a_batch_that_no_estimate_refuses_fails_in_the_trial_and_the_one_advised_trains():
+    code = SIMILARITIES + SUGGESTED.format(model="Similarities((8,), num_classes=2)", batch_size=10_000)
+    message, trained = in_a_process(code, gib=0.65).splitlines()
     assert message.startswith("a batch of 10000 images does not fit into the memory of the cpu (")
     size = int(trained.removeprefix("trained with "))
     assert message.endswith(f"{size} was tried and fits: write batch_size={size}")
     assert 500 < size < 10_000
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of the address space are those of Linux")
+def test_what_a_trial_took_is_free_again_for_the_training():
+    code = """
+    from lablib.memory import check_batch_fits
+
+    model = Similarities((8,), num_classes=2)
+    knobs = TrainingConfig(num_epochs=1, batch_size=5000, device="cpu", precision="fp32")
+    trainer = StreamlinedTrainer(model, knobs, data)
+    before = free_memory(trainer.args.device)
+    check_batch_fits(trainer)
+    print(before - free_memory(trainer.args.device))
+    """
+    missing = int(in_a_process(SIMILARITIES + code, gib=0.5))
+    assert missing < 140e6  # of the 210 MB that the trial took; 270e6 if pieces of them are kept
