@@ -50,9 +50,11 @@ CNN_EPOCHS ?= 60
 CNN_SEEDS ?= 2
 CNN_WIDTH ?= 16
 CNN_JOBS ?= 2
-REGIME_SEEDS ?= 2
+REGIME_SEEDS ?= 3
 # at width 64; without ResidualCNN it takes some hours less on 2 cores
 WIDE_FAMILIES ?= [SimpleCNN, ResidualCNN]
+# False: only the runs that the store and results/runs.csv have
+TRAIN ?= True
 # another data set leaves the published results as they are
 PLACE = $(if $(filter data/cifar10-jpeg,$(CIFAR)),,out/$(notdir $(CIFAR))/)
 FULL_CIFAR = -p dataset $(CIFAR) -p epochs $(CNN_EPOCHS) -p batch_size 128 -p width $(CNN_WIDTH) -p jobs $(CNN_JOBS) \
@@ -74,16 +76,13 @@ full-cnns: .venv/lab ## the published experiment on CIFAR-10 (about two hours a 
 	@$(PAPERMILL) Lab1_CNNs.ipynb $(PLACE)results/Lab1_CNNs.ipynb $(FULL_CIFAR) -p seeds $(CNN_SEEDS) -p grid_images 5000
 	@$(MAKE) --no-print-directory record readme
 
-full-regimes: .venv/lab ## the same networks with a cosine rate and crops, and a wider one (about five hours on 2 cores)
+full-regimes: .venv/lab ## the same networks with a cosine rate and crops, and wider ones (some eight hours; TRAIN=False: seconds)
 	@$(PAPERMILL) Lab1_Regimes.ipynb $(PLACE)results/Lab1_Regimes.ipynb $(FULL_CIFAR) -p seeds $(REGIME_SEEDS) -p wide 64 \
-		-y 'wide_families: $(WIDE_FAMILIES)'
+		-p train $(TRAIN) -y 'wide_families: $(WIDE_FAMILIES)'
 	@$(MAKE) --no-print-directory record readme
 
-# False: only the runs that the store and results/runs.csv have
-TRAIN ?= True
-
 full-depth: .venv/lab ## nine networks in both ways; trains what results/runs.csv lacks (TRAIN=False: nothing)
-	@$(PAPERMILL) Lab1_Depth.ipynb $(PLACE)results/Lab1_Depth.ipynb $(FULL_CIFAR) -p seeds $(CNN_SEEDS) -p train $(TRAIN)
+	@$(PAPERMILL) Lab1_Depth.ipynb $(PLACE)results/Lab1_Depth.ipynb $(FULL_CIFAR) -p seeds $(REGIME_SEEDS) -p train $(TRAIN)
 	@$(MAKE) --no-print-directory record readme
 
 readme: .venv/lab ## write the tables of results/ into the README

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from lablib.config import TrainingConfig
 from lablib.data import ImageData
-from lablib.identity import weights_digest
+from lablib.identity import weights_digest, without_weights
 from lablib.trainer import StreamlinedTrainer
 
 
@@ -43,7 +43,7 @@ class KnowledgeDistillationTrainer(StreamlinedTrainer):
 
     The trainer has a teacher of its own, a frozen copy in eval mode. Both terms are recorded by epoch, as soft_loss and
     hard_loss. Raises ValueError for an alpha outside [0, 1], a temperature that is not above 0, a teacher that is the
-    student, and a teacher with another number of classes.
+    student or has no weights, and a teacher with another number of classes.
     """
 
     def __init__(
@@ -62,6 +62,11 @@ class KnowledgeDistillationTrainer(StreamlinedTrainer):
             raise ValueError(f"temperature = {temperature!r}, but it must be a number above 0, such as 4")
         if teacher is student:
             raise ValueError("the teacher is the student; give a network of its own, trained before, as the teacher")
+        if without_weights(teacher):
+            raise ValueError(
+                "the teacher has no weights: a record of runs has figures only; train it, as `experiment` does without "
+                "`recorded`, and give it as the teacher then"
+            )
         _check_classes(student, teacher, data)
         self.temperature, self.alpha = float(temperature), float(alpha)
         super().__init__(student, config, data, **trainer_arguments)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 
 import joblib
 import pandas as pd
@@ -20,7 +21,8 @@ from lablib.data import ImageData
 from lablib.interruption import Interruption, leave_with
 from lablib.processes import is_first_process, num_processes
 from lablib.progress import RunProgress
-from lablib.runs import Run, build_seeded, load_or_set_aside, run_path
+from lablib.record import Record, RecordedRun
+from lablib.runs import Run, build_seeded, load_or_set_aside, run_identity, run_name
 from lablib.secret import redacted
 
 TrainerClass = type | partial | None  # a StreamlinedTrainer; None is that itself
@@ -44,7 +46,7 @@ class Experiment:
         return {seed: run.result[key] for (name, seed), run in sorted(self.runs.items()) if name == model}
 
     def histories(self) -> pd.DataFrame:
-        """Every run's metrics by epoch: model, seed, epoch, train_loss, val_loss, ..."""
+        """Every run's metrics by epoch: model, seed, epoch, train_loss, val_loss, ...; those of a record have none."""
         rows = [
             {"model": name, "seed": seed, **row}
             for name in self.models
@@ -52,7 +54,7 @@ class Experiment:
             if (name, seed) in self.runs
             for row in self.runs[name, seed].history
         ]
-        return pd.DataFrame(rows)
+        return pd.DataFrame(rows, columns=None if rows else ["model", "seed", "epoch"])
 
     def trained_model(self, model: str, seed: int | None = None) -> nn.Module:
         """A model with the best epoch's weights of one of its runs (of the first seed by default), in eval mode."""
@@ -61,6 +63,16 @@ class Experiment:
             why = self.failures.get((model, seed)) or f"there are those of {sorted(self.runs)}"
             raise KeyError(f"no finished run of {model!r} with seed {seed}: {why}")
         return self.runs[model, seed].load_weights(self.models[model]())
+
+    def teacher(self, model: str, seed: int) -> nn.Module:
+        """The trained model of a run, to teach others.
+
+        If the run is one of a record, of which the weights are not known, it is the architecture only, on PyTorch's
+        "meta" device. Its students can be found in the record with it, and cannot be trained.
+        """
+        if isinstance(self.runs.get((model, seed)), RecordedRun):
+            return self.models[model]().to("meta").eval()
+        return self.trained_model(model, seed)
 
     def __or__(self, other: "Experiment") -> "Experiment":
         """Both experiments' models and runs as one; the seeds are those of either."""
@@ -87,7 +99,7 @@ def experiment(
     *,
     jobs: int = 1,
     trainer_class: TrainerClass | Mapping[int, TrainerClass] | Mapping[tuple[str, int], TrainerClass] = None,
-    recorded: Mapping[str, Run] | None = None,
+    recorded: Record | None = None,
     train: bool = True,
 ) -> Experiment:
     """Train each model with each seed, or load the runs that are finished.
@@ -96,8 +108,8 @@ def experiment(
     through joblib, each with its share of the threads; `joblib.parallel_config("dask")` sends them to a cluster, whose
     workers need `output_dir` at the same path. `trainer_class` is another trainer than StreamlinedTrainer: its class,
     or a `functools.partial` with what else it needs, such as a teacher; or one by seed, or by (model, seed).
-    `recorded`, of `lablib.record.recorded_runs`, has figures of runs by their names in a store: what the store lacks is
-    taken from there instead of trained, if it is the same run, and has then no weights and no history. With `train`
+    `recorded`, of `lablib.record.recorded_runs`, has figures of runs: what the store lacks is taken from there instead
+    of trained, if it is the same run, and has then no weights and no history. With `train`
     False nothing is trained: the experiment has the runs that are there. A run that fails is reported by a warning and
     in the experiment's `failures`; the others go on. Telegram gets one message at the end, with the config's
     `telegram_every_run` one a run too; none if all runs are loaded.
@@ -115,9 +127,10 @@ def experiment(
         pending = {}
         for key in trainers:
             try:
-                path = run_path(models[key[0]], replace(config, seed=key[1]), data, trainers[key])
+                described = run_identity(models[key[0]], replace(config, seed=key[1]), data, trainers[key])
+                path = Path(config.output_dir) / run_name(described)
                 run = load_or_set_aside(path) if num_processes() == 1 else None  # or all would have to agree
-                run = run or (recorded or {}).get(path.name)
+                run = run or (recorded.find(described) if recorded else None)
             except Exception as error:
                 _report_failure(result, key, *_described(error))
                 continue

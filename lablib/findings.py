@@ -109,6 +109,10 @@ def _taught(tables: Tables) -> list[str]:
     differences = tables["regimes_cifar10-jpeg_differences"]
     names = "the distilled student", "the baseline"
     found = [f"{way} way: {_verdict(_difference(differences, what='the teacher', where=way), *names)}" for way in _WAYS]
+    for what in differences["what"].unique():
+        if what.startswith("the teacher, "):  # another temperature and weight
+            answer = _verdict(_difference(differences, what=what, where="cosine"), *names)
+            found.append(f"{what.removeprefix('the teacher, ')}, cosine way: {answer}")
     by_role = tables["distillation_cifar10-jpeg"].set_index("role")
     teacher, baseline = (_accuracy(by_role.loc[role]) for role in ("teacher", "baseline"))
     (rule,) = tables["distillation_cifar10-jpeg_rules"].query("rule == 'accuracy'").to_dict("records")

@@ -57,8 +57,13 @@ def describe_model(model: nn.Module) -> dict[str, Any]:
         "layers": repr(model),
         "frozen": [name for name, parameter in model.named_parameters() if not parameter.requires_grad],
         "code": sorted(code),
-        "initial_weights": weights_digest(model),
+        "initial_weights": None if without_weights(model) else weights_digest(model),
     }
+
+
+def without_weights(model: nn.Module) -> bool:
+    """Whether a model is an architecture only, on PyTorch's "meta" device."""
+    return any(tensor.is_meta for tensor in model.state_dict().values())
 
 
 def weights_digest(model: nn.Module) -> str:

@@ -15,13 +15,15 @@ from typing import Any
 import pandas as pd
 from torch import nn
 
+from lablib.config import TrainingConfig
 from lablib.files import write_atomically
 from lablib.identity import digest
-from lablib.runs import Run, load_run
+from lablib.runs import Run, load_run, run_name
 from lablib.store import runs_table
 
 _MEASURED = ("parameters", "val_accuracy", "val_loss", "test_accuracy", "test_loss", "best_epoch", "epochs", "seconds")
 _WHERE = ("device", "precision", "threads", "processes")
+_WHAT = ("dataset", "model", "arguments", "trainer", "trainer_arguments", "config", "seed")
 _OF_THE_DATA = ("image_shape", "num_classes")  # of a model's arguments
 _ORDER = ["dataset", "model", "arguments", "trainer_arguments", "config", "seed"]
 
@@ -37,22 +39,47 @@ class RecordedRun(Run):
         )
 
 
-def recorded_runs(path: str | Path) -> dict[str, RecordedRun]:
-    """The runs of a record by their names in a store, for `experiment(..., recorded=...)`.
+class Record(dict[str, RecordedRun]):
+    """Recorded runs by their names in a store."""
 
-    A name has the hash of all that changes a run's outcome in it, so a run is found if it is the same one, and only
-    then: another rate, seed, architecture or data set is another name. Raises FileNotFoundError if there is no record,
+    def find(self, described: dict[str, Any]) -> RecordedRun | None:
+        """The run of an identity (see `lablib.identity`), or None.
+
+        A name has the hash of all that changes a run's outcome in it, so a run is found if it is the same one, and only
+        then: another rate, seed, architecture or data set is another name. With a teacher without weights, as
+        `Experiment.teacher` gives it, the name is not known; then it is the run that has the same in all columns of
+        the record, the teacher's architecture among them. Raises ValueError if there are several.
+        """
+        networks = [value for value in described["trainer"].get("arguments", {}).values() if _is_network(value)]
+        if all(network["initial_weights"] for network in networks):
+            return self.get(run_name(described))
+        columns = _columns(described)
+        alike = [name for name, run in self.items() if all(run.result[what] == columns[what] for what in _WHAT)]
+        if len(alike) > 1:
+            raise ValueError(
+                f"the record has {len(alike)} runs of this description, which differ in their teacher's weights: "
+                f"{', '.join(alike)}; train the teacher, as without `recorded`, and its student is found by its name"
+            )
+        return self[alike[0]] if alike else None
+
+
+def recorded_runs(path: str | Path) -> Record:
+    """The runs of a record, for `experiment(..., recorded=...)`.
+
+    Raises FileNotFoundError if there is no record,
     and ValueError if the file is none.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no record {path}; `make record` writes one of the runs in runs/")
     table = _read(Path(path))
-    wrong = [name for name in _MEASURED if pd.to_numeric(table[name], errors="coerce").isna().any()]
+    wrong = [name for name in ("seed", *_MEASURED) if pd.to_numeric(table[name], errors="coerce").isna().any()]
     if wrong:
         raise ValueError(f"{path} is no record of runs: in {', '.join(wrong)} not every row has a number")
-    numbers = table[[*_MEASURED]].apply(pd.to_numeric)
-    results = numbers.join(table[["dataset", "model", "device", "precision"]]).to_dict("records")
-    return {name: RecordedRun(Path(path), result, []) for name, result in zip(table["run"], results, strict=True)}
+    table = table.assign(**{name: pd.to_numeric(table[name]) for name in ("seed", *_MEASURED)})
+    results = table[[*_WHAT, *_MEASURED, "device", "precision"]].to_dict("records")
+    return Record(
+        (name, RecordedRun(Path(path), result, [])) for name, result in zip(table["run"], results, strict=True)
+    )
 
 
 def record(output_dir: str | Path) -> pd.DataFrame:
@@ -87,7 +114,7 @@ def _read(source: Path | io.StringIO) -> pd.DataFrame:
     """A record as texts, so that what is not changed is written back as it was."""
     try:
         table = pd.read_csv(source, dtype=str, keep_default_na=False)
-        missing = [name for name in ("run", *_ORDER, *_MEASURED, *_WHERE) if name not in table]
+        missing = [name for name in ("run", *_WHAT, *_MEASURED, *_WHERE) if name not in table]
     except ValueError as error:
         raise ValueError(f"{source} is no record of runs: {error}") from error
     if missing:
@@ -98,27 +125,34 @@ def _read(source: Path | io.StringIO) -> pd.DataFrame:
 def _row(path: Path) -> dict[str, Any]:
     described = json.loads((path / "identity.json").read_bytes())
     result = load_run(path).result
+    row = {"run": path.name} | _columns(described) | {name: result.get(name) for name in (*_MEASURED, *_WHERE)}
+    return row | result["versions"] | {"notes": "; ".join(result.get("notes", []))}
+
+
+def _columns(described: dict[str, Any]) -> dict[str, Any]:
+    """What an identity says in the columns of a record."""
     model, trainer = described["model"], described["trainer"]
     config = {name: value for name, value in described["config"].items() if name != "seed"}
     of_trainer = {name: _named(value) for name, value in trainer.get("arguments", {}).items()}
-    row = {
-        "run": path.name,
-        "dataset": result["dataset"],
-        "model": result["model"],
+    return {
+        "dataset": described["data"]["name"],
+        "model": model["class"],
         "arguments": _json({k: v for k, v in (model["arguments"] or {}).items() if k not in _OF_THE_DATA}),
         "trainer": trainer["class"],
         "trainer_arguments": _json(of_trainer),
         "config": digest(config),
         "knobs": _json(config),
-        "seed": result["seed"],
+        "seed": described["config"].get("seed", TrainingConfig.seed),  # which stands there if it is not the default
     }
-    row |= {name: result.get(name) for name in (*_MEASURED, *_WHERE)}
-    return row | result["versions"] | {"notes": "; ".join(result.get("notes", []))}
+
+
+def _is_network(value: Any) -> bool:
+    return isinstance(value, dict) and "initial_weights" in value
 
 
 def _named(value: Any) -> Any:
     """A teacher by its class and its arguments instead of its layers."""
-    if isinstance(value, dict) and "class" in value:
+    if _is_network(value):
         arguments = value.get("arguments") or {}
         return {"class": value["class"], **{k: v for k, v in arguments.items() if k not in _OF_THE_DATA}}
     return value

@@ -48,8 +48,19 @@ def build_seeded(build_model: Callable[[], nn.Module], seed: int) -> nn.Module:
 
 def run_path(build_model: Callable[[], nn.Module], config: TrainingConfig, data: ImageData, trainer_class=None) -> Path:
     """The folder of a run: `<output_dir>/<model class>-<hash of the identity>`; None is StreamlinedTrainer."""
-    described = identity(build_seeded(build_model, config.seed), config, data, trainer_class)
-    return Path(config.output_dir) / f"{described['model']['class']}-{digest(described)}"
+    return Path(config.output_dir) / run_name(run_identity(build_model, config, data, trainer_class))
+
+
+def run_identity(
+    build_model: Callable[[], nn.Module], config: TrainingConfig, data: ImageData, trainer_class=None
+) -> dict[str, Any]:
+    """What a run is, see `lablib.identity`."""
+    return identity(build_seeded(build_model, config.seed), config, data, trainer_class)
+
+
+def run_name(described: dict[str, Any]) -> str:
+    """The folder's name of the run that is described so."""
+    return f"{described['model']['class']}-{digest(described)}"
 
 
 def load_run(path: Path) -> Run | None:

@@ -53,6 +53,18 @@ def test_with_fewer_than_three_seeds_nothing_is_printed_in_bold(tables):
     )
 
 
+def test_another_temperature_has_its_own_answer(tables):
+    name, what = "regimes_cifar10-jpeg_differences", "the teacher, T = 3 and α = 0.2"
+    others = tables[name][~tables[name]["what"].str.startswith("the teacher, ")]
+    row = {"what": what, "where": "cosine", "mean": 0.02, "std": 0.001, "ci95": 0.005, "n": 3, "p_value": 0.004}
+    shown = answers(findings(tables | {name: pd.concat([others, pd.DataFrame([row])])}), "Can a small network")
+    assert shown[2] == (
+        "- T = 3 and α = 0.2, cosine way: **the distilled student is ahead of the baseline**: "
+        "+2.00 ± 0.50 points (n = 3, p = 0.004)."
+    )
+    assert len(answers(findings(tables | {name: others}), "Can a small network")) == len(shown) - 1
+
+
 def test_whether_a_level_gradient_is_enough_follows_from_the_deepest_networks(tables):
     name = "mlps_mnist_depth"
     nan = float("nan")

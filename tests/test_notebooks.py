@@ -9,7 +9,10 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import pytest
+
+from lablib.record import main
 
 ROOT = Path(__file__).parent.parent
 MACHINE_PATH = re.compile(r"(?<![\w.])/(home|root|work|tmp|opt|mnt|Users|content)/\w|[A-Z]:\\\\Users")
@@ -175,6 +178,19 @@ def test_a_second_run_loads_every_run_and_changes_no_table(executed):
     assert tables_and_runs() == before
 
 
+def test_what_it_compares_comes_out_of_a_record_as_well_and_nothing_is_trained(executed, tmp_path):
+    record = tmp_path / "runs.csv"
+    assert main(["--output-dir", str(executed[REGIMES] / "runs"), "--out", str(record)]) == 0
+    from_record = ["-p", "record", str(record), "-p", "train", "False"]
+    status, said = finished(papermill(REGIMES, tmp_path, *ARGUMENTS[REGIMES], *from_record))
+    assert status == 0, said[-3000:]
+    assert not (tmp_path / "runs").exists()
+    assert "regimes_val_accuracy.png" not in {path.name for path in (tmp_path / "images").iterdir()}  # no curves
+    for name in TABLES[REGIMES]:
+        trained, recorded = (pd.read_csv(folder / "results" / name) for folder in (executed[REGIMES], tmp_path))
+        pd.testing.assert_frame_equal(recorded, trained, rtol=1e-4, check_dtype=False)
+
+
 WRONG = {
     "a word for a number": (MLPS, ["-p", "epochs", "two"], "epochs = 'two': write a whole number"),
     "no epochs": (MLPS, ["-p", "epochs", "0"], "epochs = 0: write a whole number from 1"),
@@ -194,6 +210,11 @@ WRONG = {
         DEPTH,
         ["-p", "train", "False", "-p", "record", ""],
         "nor a record has one of these runs: write train = True",
+    ),
+    "no teacher in the record": (
+        REGIMES,
+        ["-p", "train", "False"],
+        "ResidualCNN-4 is neither trained nor in results/runs.csv: write train = True",
     ),
     "a word for yes or no": (DEPTH, ["-p", "train", "no"], "write True or False; with papermill: -p train True"),
     "more depth than pixels": (CNNS, ["-p", "image_size", "8"], "too small for depth 4"),
@@ -233,7 +254,7 @@ def test_the_parameters_cell_is_tagged_and_explained(notebook):
         assert {"width", "crop_padding"} <= set(names)
     if notebook in {CNNS, REGIMES}:
         assert {"temperature", "alpha", "teacher_depth", "student_depth"} <= set(names)
-    if notebook == DEPTH:
+    if notebook in {REGIMES, DEPTH}:
         assert {"rotation_degrees", "record", "train"} <= set(names)
 
 

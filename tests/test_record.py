@@ -189,3 +189,51 @@ def test_the_stores_own_run_goes_before_the_record(store, written, tiny_data):
     result = experiment(**in_the_record(store, tiny_data, store[0]), recorded=recorded_runs(other))
     assert [run.path for run in result.runs.values()] == [store[1]["first"].path, store[1]["second"].path]
     assert 0.123 not in result.values("small").values()
+
+
+def taught(teacher, **arguments):
+    return partial(KnowledgeDistillationTrainer, teacher=teacher, **{"temperature": 3.0, "alpha": 0.5} | arguments)
+
+
+def test_a_student_is_found_by_its_description_where_its_teachers_weights_are_not_known(
+    store, written, tiny_data, tmp_path
+):
+    wanted = in_the_record(store, tiny_data, tmp_path) | {"recorded": recorded_runs(written)}
+    teacher = experiment(**wanted, train=False).teacher("small", 0)
+    assert all(parameter.is_meta for parameter in teacher.parameters())
+    wanted["seeds"] = [0]
+    student = experiment(**wanted, trainer_class=taught(teacher), train=False).runs["small", 0]
+    assert student.result["test_accuracy"] == pytest.approx(store[1]["student"].result["test_accuracy"])
+    assert student.result["trainer"] == "KnowledgeDistillationTrainer"
+    for other in (taught(teacher, alpha=0.6), taught(teacher, temperature=2.0)):
+        assert not experiment(**wanted, trainer_class=other, train=False).runs
+    wider = MLP((5,), image_shape=tiny_data.image_shape, num_classes=tiny_data.num_classes).to("meta")
+    assert not experiment(**wanted, trainer_class=taught(wider), train=False).runs
+
+
+def test_with_the_teachers_weights_a_student_is_found_by_its_name_only(store, written, tiny_data, tmp_path):
+    wanted = in_the_record(store, tiny_data, store[0]) | {"recorded": recorded_runs(written)}
+    alone = experiment(**wanted)
+    wanted["config"] = replace(wanted["config"], output_dir=str(tmp_path))
+    for seed, found in {0: True, 1: False}.items():  # the recorded student has the teacher of the first seed
+        trainer = taught(alone.teacher("small", seed))
+        assert bool(experiment(**wanted | {"seeds": [0]}, trainer_class=trainer, train=False).runs) is found
+
+
+def test_two_students_of_one_description_are_not_told_apart(store, written, tiny_data, tmp_path):
+    rows = pd.read_csv(written, dtype=str, keep_default_na=False)
+    student = rows[rows["trainer"] == "KnowledgeDistillationTrainer"].assign(run="MLP-123456789abc")
+    pd.concat([rows, student]).to_csv(tmp_path / "runs.csv", index=False)
+    wanted = in_the_record(store, tiny_data, tmp_path) | {"recorded": recorded_runs(tmp_path / "runs.csv")}
+    teacher = experiment(**wanted, train=False).teacher("small", 0)
+    with pytest.warns(UserWarning, match=r"the record has 2 runs of this description.*MLP-123456789abc; train the tea"):
+        result = experiment(**wanted | {"seeds": [0]}, trainer_class=taught(teacher), train=False)
+    assert not result.runs
+
+
+def test_a_teacher_without_weights_cannot_teach(store, written, tiny_data, tmp_path):
+    wanted = in_the_record(store, tiny_data, tmp_path) | {"recorded": recorded_runs(written)}
+    teacher = experiment(**wanted, train=False).teacher("small", 0)
+    with pytest.warns(UserWarning, match="the teacher has no weights: a record of runs has figures only; train it"):
+        result = experiment(**wanted | {"seeds": [0]}, trainer_class=taught(teacher, alpha=0.6))
+    assert result.failures["small", 0].startswith("ValueError: the teacher has no weights")
