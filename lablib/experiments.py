@@ -54,7 +54,7 @@ class Experiment:
             if (name, seed) in self.runs
             for row in self.runs[name, seed].history
         ]
-        return pd.DataFrame(rows, columns=None if rows else ["model", "seed", "epoch"])
+        return pd.DataFrame(rows)
 
     def trained_model(self, model: str, seed: int | None = None) -> nn.Module:
         """A model with the best epoch's weights of one of its runs (of the first seed by default), in eval mode."""
