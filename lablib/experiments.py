@@ -109,9 +109,9 @@ def experiment(
     workers need `output_dir` at the same path. `trainer_class` is another trainer than StreamlinedTrainer: its class,
     or a `functools.partial` with what else it needs, such as a teacher; or one by seed, or by (model, seed).
     `recorded`, of `lablib.record.recorded_runs`, has figures of runs: what the store lacks is taken from there instead
-    of trained, if it is the same run, and has then no weights and no history. With `train`
-    False nothing is trained: the experiment has the runs that are there. A run that fails is reported by a warning and
-    in the experiment's `failures`; the others go on. Telegram gets one message at the end, with the config's
+    of trained, if it is the same run, and has then no weights and no history. With `train` False
+    nothing is trained: the experiment has the runs that are there. A run that fails is reported by a warning and in the
+    experiment's `failures`; the others go on. Telegram gets one message at the end, with the config's
     `telegram_every_run` one a run too; none if all runs are loaded.
     """
     models, seeds = dict(models), tuple(dict.fromkeys(seeds))

@@ -66,8 +66,7 @@ class Record(dict[str, RecordedRun]):
 def recorded_runs(path: str | Path) -> Record:
     """The runs of a record, for `experiment(..., recorded=...)`.
 
-    Raises FileNotFoundError if there is no record,
-    and ValueError if the file is none.
+    Raises FileNotFoundError if there is no record, and ValueError if the file is none.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no record {path}; `make record` writes one of the runs in runs/")
