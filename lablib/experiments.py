@@ -121,6 +121,10 @@ def experiment(
         raise ValueError(f"jobs = {jobs!r}, but it must be a whole number: runs side by side, or -1 for one a core")
     if jobs != 1 and num_processes() > 1:
         raise ValueError(f"jobs = {jobs}, but {num_processes()} processes train each run together: write jobs=1")
+    if recorded and not isinstance(recorded, Record):
+        raise TypeError(
+            f"recorded is a {type(recorded).__name__}, but it must be what `recorded_runs` returns, a Record"
+        )
     trainers = _by_run(trainer_class, [(name, seed) for name in models for seed in seeds])
     result = Experiment(data, config, models, seeds)
     with _messages(result) as messages:

@@ -48,17 +48,23 @@ class Record(dict[str, RecordedRun]):
         A name has the hash of all that changes a run's outcome in it, so a run is found if it is the same one, and only
         then: another rate, seed, architecture or data set is another name. With a teacher without weights, as
         `Experiment.teacher` gives it, the name is not known; then it is the run that has the same in all columns of
-        the record, the teacher's architecture among them. Raises ValueError if there are several.
+        the record, the teacher's architecture among them. How that teacher was trained no column tells: it is taken to
+        be of the student's own config and seed. Networks and trainers of a notebook's own are not found so, since the
+        columns do not describe them. Raises ValueError if there are several.
         """
         networks = [value for value in described["trainer"].get("arguments", {}).values() if _is_network(value)]
         if all(network["initial_weights"] for network in networks):
             return self.get(run_name(described))
+        if described["trainer"]["code"] or any(
+            n["code"] or not n["arguments"] for n in (described["model"], *networks)
+        ):
+            return None
         columns = _columns(described)
         alike = [name for name, run in self.items() if all(run.result[what] == columns[what] for what in _WHAT)]
         if len(alike) > 1:
             raise ValueError(
-                f"the record has {len(alike)} runs of this description, which differ in their teacher's weights: "
-                f"{', '.join(alike)}; train the teacher, as without `recorded`, and its student is found by its name"
+                f"the record has {len(alike)} runs of this description, which it cannot tell apart: {', '.join(alike)}"
+                "; train teacher and student, without `recorded`"
             )
         return self[alike[0]] if alike else None
 
@@ -141,7 +147,7 @@ def _columns(described: dict[str, Any]) -> dict[str, Any]:
         "trainer_arguments": _json(of_trainer),
         "config": digest(config),
         "knobs": _json(config),
-        "seed": described["config"].get("seed", TrainingConfig.seed),  # which stands there if it is not the default
+        "seed": described["config"].get("seed", TrainingConfig.seed),  # left out where it is the default
     }
 
 

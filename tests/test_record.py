@@ -3,6 +3,7 @@ from functools import partial
 
 import pandas as pd
 import pytest
+from torch import nn
 
 from lablib import MLP, KnowledgeDistillationTrainer, TrainingConfig, experiment, train_or_load
 from lablib.record import main, record, recorded_runs
@@ -226,9 +227,33 @@ def test_two_students_of_one_description_are_not_told_apart(store, written, tiny
     pd.concat([rows, student]).to_csv(tmp_path / "runs.csv", index=False)
     wanted = in_the_record(store, tiny_data, tmp_path) | {"recorded": recorded_runs(tmp_path / "runs.csv")}
     teacher = experiment(**wanted, train=False).teacher("small", 0)
-    with pytest.warns(UserWarning, match=r"the record has 2 runs of this description.*MLP-123456789abc; train the tea"):
+    with pytest.warns(
+        UserWarning, match=r"the record has 2 runs of this description, which it cannot tell apart: .*MLP-"
+    ):
         result = experiment(**wanted | {"seeds": [0]}, trainer_class=taught(teacher), train=False)
     assert not result.runs
+
+
+def test_a_network_that_the_columns_do_not_describe_is_not_found_without_its_teachers_weights(
+    store, written, tiny_data, tmp_path
+):
+    wanted = in_the_record(store, tiny_data, tmp_path) | {"recorded": recorded_runs(written)}
+    teacher = experiment(**wanted, train=False).teacher("small", 0)
+
+    class Own(MLP):
+        def forward(self, images):
+            return 2 * super().forward(images)
+
+    shape = {"image_shape": tiny_data.image_shape, "num_classes": tiny_data.num_classes}
+    for build in (partial(Own, (4,), **shape), lambda: nn.Sequential(nn.Flatten(), nn.Linear(36, 3))):
+        wanted["models"] = {"small": build}
+        assert not experiment(**wanted | {"seeds": [0]}, trainer_class=taught(teacher), train=False).runs
+
+
+def test_what_is_no_record_is_refused(store, written, tiny_data, tmp_path):
+    runs = dict(recorded_runs(written))
+    with pytest.raises(TypeError, match="recorded is a dict, but it must be what `recorded_runs` returns, a Record"):
+        experiment(**in_the_record(store, tiny_data, tmp_path), recorded=runs)
 
 
 def test_a_teacher_without_weights_cannot_teach(store, written, tiny_data, tmp_path):
