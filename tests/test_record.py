@@ -223,15 +223,21 @@ def test_with_the_teachers_weights_a_student_is_found_by_its_name_only(store, wr
 
 def test_two_students_of_one_description_are_not_told_apart(store, written, tiny_data, tmp_path):
     rows = pd.read_csv(written, dtype=str, keep_default_na=False)
-    student = rows[rows["trainer"] == "KnowledgeDistillationTrainer"].assign(run="MLP-123456789abc")
-    pd.concat([rows, student]).to_csv(tmp_path / "runs.csv", index=False)
+    student = rows[rows["trainer"] == "KnowledgeDistillationTrainer"]
+    twin = student.assign(run="MLP-123456789abc")
+    pd.concat([rows, twin]).to_csv(tmp_path / "runs.csv", index=False)
     wanted = in_the_record(store, tiny_data, tmp_path) | {"recorded": recorded_runs(tmp_path / "runs.csv")}
     teacher = experiment(**wanted, train=False).teacher("small", 0)
-    with pytest.warns(
-        UserWarning, match=r"the record has 2 runs of this description, which it cannot tell apart: .*MLP-"
-    ):
+    with pytest.warns(UserWarning, match="the record has 2 runs of this description"):
         result = experiment(**wanted | {"seeds": [0]}, trainer_class=taught(teacher), train=False)
     assert not result.runs
+    names = ", ".join(
+        run for run in pd.read_csv(tmp_path / "runs.csv")["run"] if run in {*student["run"], *twin["run"]}
+    )
+    assert result.failures["small", 0] == (
+        f"ValueError: the record has 2 runs of this description, which it cannot tell apart: {names}; "
+        "train teacher and student, without `recorded`"
+    )
 
 
 def test_a_network_that_the_columns_do_not_describe_is_not_found_without_its_teachers_weights(
@@ -261,4 +267,7 @@ def test_a_teacher_without_weights_cannot_teach(store, written, tiny_data, tmp_p
     teacher = experiment(**wanted, train=False).teacher("small", 0)
     with pytest.warns(UserWarning, match="the teacher has no weights: a record of runs has figures only; train it"):
         result = experiment(**wanted | {"seeds": [0]}, trainer_class=taught(teacher, alpha=0.6))
-    assert result.failures["small", 0].startswith("ValueError: the teacher has no weights")
+    assert result.failures["small", 0] == (
+        "ValueError: the teacher has no weights: a record of runs has figures only; "
+        "train it, as `experiment` does without `recorded`, and give it as the teacher then"
+    )
