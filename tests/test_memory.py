@@ -352,6 +352,7 @@ SIMILARITIES = """
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of the address space are those of Linux")
 def test_a_batch_that_no_estimate_refuses_fails_in_the_trial_and_the_one_advised_trains():
     code = SIMILARITIES + SUGGESTED.format(model="Similarities((8,), num_classes=2)", batch_size=10_000)
+    # a pass of 10,000 images takes 0.8 GiB, one of the 6,250 that 5,000 are tried with a third of that
     message, trained = in_a_process(code, gib=0.65).splitlines()
     assert message.startswith("a batch of 10000 images does not fit into the memory of the cpu (")
     size = int(trained.removeprefix("trained with "))

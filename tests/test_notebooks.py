@@ -214,7 +214,7 @@ WRONG = {
     "no teacher in the record": (
         REGIMES,
         ["-p", "train", "False"],
-        "there is no ResidualCNN-4 to teach: it is neither trained nor in results/runs.csv: write train = True",
+        "nor results/runs.csv has one: write train = True",
     ),
     "a word for yes or no": (DEPTH, ["-p", "train", "no"], "write True or False; with papermill: -p train True"),
     "more depth than pixels": (CNNS, ["-p", "image_size", "8"], "too small for depth 4"),

@@ -202,6 +202,8 @@ def test_a_student_is_found_by_its_description_where_its_teachers_weights_are_no
     wanted = in_the_record(store, tiny_data, tmp_path) | {"recorded": recorded_runs(written)}
     teacher = experiment(**wanted, train=False).teacher("small", 0)
     assert all(parameter.is_meta for parameter in teacher.parameters())
+    with pytest.raises(KeyError, match="no finished run of 'small' with seed 7"):
+        experiment(**wanted, train=False).teacher("small", 7)
     wanted["seeds"] = [0]
     student = experiment(**wanted, trainer_class=taught(teacher), train=False).runs["small", 0]
     assert student.result["test_accuracy"] == pytest.approx(store[1]["student"].result["test_accuracy"])
@@ -243,13 +245,17 @@ def test_two_students_of_one_description_are_not_told_apart(store, written, tiny
 def test_a_network_that_the_columns_do_not_describe_is_not_found_without_its_teachers_weights(
     store, written, tiny_data, tmp_path
 ):
-    wanted = in_the_record(store, tiny_data, tmp_path) | {"recorded": recorded_runs(written)}
-    teacher = experiment(**wanted, train=False).teacher("small", 0)
-
     class Own(MLP):
         def forward(self, images):
             return 2 * super().forward(images)
 
+    rows = pd.read_csv(written, dtype=str, keep_default_na=False)
+    student = rows[rows["trainer"] == "KnowledgeDistillationTrainer"]
+    own = student.assign(run="Own-1", model="Own")
+    bare = student.assign(run="Sequential-1", model="Sequential", arguments="{}")
+    pd.concat([rows, own, bare]).to_csv(tmp_path / "runs.csv", index=False)  # as those of other networks so named
+    wanted = in_the_record(store, tiny_data, tmp_path) | {"recorded": recorded_runs(tmp_path / "runs.csv")}
+    teacher = experiment(**wanted, train=False).teacher("small", 0)
     shape = {"image_shape": tiny_data.image_shape, "num_classes": tiny_data.num_classes}
     for build in (partial(Own, (4,), **shape), lambda: nn.Sequential(nn.Flatten(), nn.Linear(36, 3))):
         wanted["models"] = {"small": build}

@@ -17,7 +17,8 @@ from lablib.statistics import Summary, summarise
 
 def forest(differences: Mapping[str, Summary], title: str, xlabel: str) -> Figure:
     """Differences, one a row, beside the line of no difference; where n > 1, with their 95 % intervals."""
-    figure, axis = plt.subplots(figsize=(6.4, 0.6 * len(differences) + 1.4))
+    width = max(6.4, 4.5 + 0.08 * max(map(len, differences), default=0))  # inches; room for the texts beside long names
+    figure, axis = plt.subplots(figsize=(width, 0.6 * len(differences) + 1.4))
     for row, difference in enumerate(differences.values()):
         error = None if difference.ci95 is None else 100 * difference.ci95
         color = sns.color_palette()[0]

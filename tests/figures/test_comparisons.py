@@ -1,5 +1,6 @@
 """Models side by side: each figure shows the numbers that it was given, and says how sure they are."""
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -12,6 +13,7 @@ from scipy import stats
 
 from lablib import figures
 from lablib.diagnostics import calibration
+from lablib.figures.style import lab_style
 from lablib.statistics import Summary, summarise
 
 
@@ -32,6 +34,19 @@ def test_a_forest_shows_each_difference_with_its_interval_and_n_beside_no_differ
     assert bars[2] == ()
     axis = drawn(figures.forest({"16 layers": Summary(0.05, None, None, 1)}, "tiny", "points")).axes[0]
     assert axis.get_xlabel() == "points"  # one value has no interval to speak of
+
+
+@pytest.mark.parametrize("name", ["two", "the teacher with another temperature, cosine way"])
+def test_no_text_of_the_differences_is_cut_off(name):
+    with plt.rc_context(lab_style()):
+        differences = {name: summarise([0.01, 0.02])}
+        title, xlabel = "cifar10-jpeg, width 16: what they add", "difference in test accuracy (points)"
+        figure = drawn(figures.forest(differences, title, xlabel))
+        (axis,) = figure.axes
+        for text in (axis.title, axis.xaxis.label, *axis.get_yticklabels()):
+            extent = text.get_window_extent()
+            assert figure.bbox.x0 <= extent.x0
+            assert extent.x1 <= figure.bbox.x1
 
 
 # Accuracy by cost
