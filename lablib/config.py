@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lablib.processes import num_processes
+from lablib.processes import leave_group_at_exit, num_processes
 from lablib.secret import Secret, looks_like_a_token
 
 if TYPE_CHECKING:  # transformers takes seconds to import; only a training needs it
@@ -246,6 +246,8 @@ class TrainingConfig:
             "dataloader_pin_memory": False,  # the images are on the device already
             "ddp_find_unused_parameters": False,
         }
+        if num_processes() > 1:
+            leave_group_at_exit()
         return TrainingArguments(**self._own_arguments(output_dir, bf16), **{**defaults, **self.training_arguments})
 
     def identity(self) -> dict[str, Any]:

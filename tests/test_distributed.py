@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,14 +13,22 @@ import torch
 from lablib import MLP, TrainingConfig, experiment
 from lablib.data import ImageBatches
 from lablib.distributed import Share
-from lablib.processes import process_seed
+from lablib.processes import _leave_group, process_seed
 
 QUIET = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 RUNS = """
-import json, os, sys
+import atexit, json, os, sys
 from functools import partial
+from pathlib import Path
 import torch
+
+def save_threads():  # Linux's; what is registered first is called last
+    names = [(thread / "comm").read_text().strip() for thread in Path("/proc/self/task").iterdir()]
+    Path(f"{sys.argv[1]}-{os.environ.get('RANK', 0)}.json").write_text(json.dumps(names))
+
+if Path("/proc/self/task").exists():
+    atexit.register(save_threads)
 from lablib import training
 from lablib import MLP, ImageData, ResidualCNN, StreamlinedTrainer, TrainingConfig, experiment, train_or_load
 
@@ -78,7 +87,8 @@ def findings(tmp_path_factory) -> dict[int, dict]:
 
     def run(number: int) -> dict:
         command = [sys.executable, *(torchrun if number > 1 else []), folder / "script.py", folder / str(number)]
-        return said(subprocess.run(command, env=QUIET, capture_output=True, text=True, timeout=200))
+        found = said(subprocess.run(command, env=QUIET, capture_output=True, text=True, timeout=200))
+        return found | {"threads": [json.loads(path.read_bytes()) for path in folder.glob(f"{number}-*.json")]}
 
     with ThreadPoolExecutor() as pool:
         return dict(zip((1, 2), pool.map(run, (1, 2)), strict=True))
@@ -119,6 +129,24 @@ def test_the_first_of_the_processes_writes_and_each_draws_random_numbers_of_its_
     assert "result.json" in first["written"]
     assert second["written"] == []
     assert first["random"] != second["random"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="the threads' names are read from Linux's /proc")
+def test_no_thread_of_the_group_outlives_the_lab(findings):
+    """One that lets go of a tensor while Python ends aborts its process."""
+    assert [len(findings[number]["threads"]) for number in (1, 2)] == [1, 2]
+    assert not [name for threads in findings[2]["threads"] for name in threads if "gloo" in name]
+
+
+def test_a_process_that_ends_by_an_error_does_not_wait_for_the_others(monkeypatch, tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    monkeypatch.setattr(sys, "last_value", ValueError(), raising=False)
+    _leave_group()
+    assert torch.distributed.is_initialized()
+    monkeypatch.delattr(sys, "last_value")
+    _leave_group()
+    assert not torch.distributed.is_initialized()
+    _leave_group()  # a second time is no error
 
 
 def test_shares_are_parts_of_the_batch_and_their_weights_make_a_mean_over_its_images():
