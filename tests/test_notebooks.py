@@ -11,6 +11,7 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 import pytest
+from papermill import inspect_notebook
 
 from lablib.record import main
 
@@ -245,6 +246,7 @@ def test_the_parameters_cell_is_tagged_and_explained(notebook):
     cells = nbformat.read(ROOT / notebook, as_version=4).cells
     (cell,) = [cell for cell in cells if "parameters" in cell.metadata.get("tags", [])]
     names = [line.split(":")[0] for line in cell.source.splitlines()]
+    assert list(inspect_notebook(str(ROOT / notebook))) == names  # as papermill reads them
     assert names[0] == "dataset"
     assert {"data_dir", "epochs", "batch_size", "learning_rate", "seeds", "jobs"} <= set(names)
     assert {"output_dir", "figures_dir", "results_dir"} <= set(names)
