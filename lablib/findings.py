@@ -125,6 +125,11 @@ def _instead(tables: Tables) -> list[str]:
     differences = tables["regimes_cifar10-jpeg_differences"]
     trained = _difference(differences, what="cosine rate and crops", where="ResidualCNN-2")
     found = [_verdict(trained, "the student in the cosine way", "the same in the constant way")]
+    for what in differences["what"].unique():
+        if what.startswith("rate "):  # the same network with another learning rate
+            rate, _, usual = what.partition(", not ")
+            answer = _verdict(_difference(differences, what=what, where="cosine"), rate, usual)
+            found.append(f"the student in the cosine way, its learning rate to begin with: {answer}")
     prices = tables["regimes_cifar10-jpeg_prices"]
     small = prices["parameters"].min()
     for row in prices[prices["parameters"] > small].to_dict("records"):

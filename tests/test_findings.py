@@ -65,6 +65,18 @@ def test_another_temperature_has_its_own_answer(tables):
     assert len(answers(findings(tables | {name: others}), "Can a small network")) == len(shown) - 1
 
 
+def test_another_learning_rate_has_its_own_answer(tables):
+    name = "regimes_cifar10-jpeg_differences"
+    others = tables[name][~tables[name]["what"].str.startswith("rate ")]
+    row = {"what": "rate 0.01, not 0.001", "where": "cosine", "mean": -0.02, "ci95": 0.005, "n": 3, "p_value": 0.004}
+    shown = answers(findings(tables | {name: pd.concat([others, pd.DataFrame([row])])}), "What helps the small")
+    assert shown[1] == (
+        "- The student in the cosine way, its learning rate to begin with: **0.001 is ahead of rate 0.01**: "
+        "-2.00 ± 0.50 points (n = 3, p = 0.004)."
+    )
+    assert len(answers(findings(tables | {name: others}), "What helps the small")) == len(shown) - 1
+
+
 def test_whether_a_level_gradient_is_enough_follows_from_the_deepest_networks(tables):
     name = "mlps_mnist_depth"
     nan = float("nan")

@@ -188,7 +188,7 @@ def test_workers_end_with_a_checkpoint_on_ctrl_c_and_when_their_parent_is_killed
 def test_torchrun_ends_when_a_process_dies_and_goes_on_exactly(side_by_side):
     killed, seconds, left_a_checkpoint, resumed = side_by_side[kill_one_of_two_and_resume].result()
     assert killed.returncode != 0
-    assert seconds < 60
+    assert seconds < 150  # the group itself would wait for half an hour
     assert left_a_checkpoint, killed.stderr[-3000:]
     assert resumed == [True, 3]
 

@@ -79,7 +79,7 @@ def hold():
 
     yield hold
     for process in processes:
-        process.communicate("\n", timeout=30)
+        process.communicate("\n", timeout=120)
 
 
 def row_of(store: Path, run: Path) -> pd.Series:
