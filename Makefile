@@ -76,7 +76,7 @@ full-cnns: .venv/lab ## the published experiment on CIFAR-10 (about two hours a 
 	@$(PAPERMILL) Lab1_CNNs.ipynb $(PLACE)results/Lab1_CNNs.ipynb $(FULL_CIFAR) -p seeds $(CNN_SEEDS) -p grid_images 5000
 	@$(MAKE) --no-print-directory record readme
 
-full-regimes: .venv/lab ## the same networks with a cosine rate and crops, and wider ones (some eight hours; TRAIN=False: seconds)
+full-regimes: .venv/lab ## the same networks with a cosine rate and crops, and wider ones (some nine hours; TRAIN=False: seconds)
 	@$(PAPERMILL) Lab1_Regimes.ipynb $(PLACE)results/Lab1_Regimes.ipynb $(FULL_CIFAR) -p seeds $(REGIME_SEEDS) -p wide 64 \
 		-p train $(TRAIN) -y 'wide_families: $(WIDE_FAMILIES)'
 	@$(MAKE) --no-print-directory record readme

@@ -1,4 +1,4 @@
-"""Which of the processes that train together (`torchrun`) this one is."""
+"""The processes that train together (`torchrun`): which of them this one is, and how it leaves them."""
 
 import atexit
 import functools
