@@ -12,10 +12,9 @@ _NAMES = {
     "distillation": ("KnowledgeDistillationTrainer", "distillation_loss"),
     "experiments": ("Experiment", "experiment"),
     "models": ("MLP", "ResidualBlock", "ResidualCNN", "ResidualMLP", "SimpleCNN"),
-    "runs": ("Run",),
+    "runs": ("Run", "TrainedModel", "train_or_load"),
     "sources": ("load_data",),
     "trainer": ("StreamlinedTrainer",),
-    "training": ("train_or_load",),
 }
 _MODULES = {name: module for module, names in _NAMES.items() for name in names}
 

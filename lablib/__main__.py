@@ -17,10 +17,9 @@ from lablib.config import TrainingConfig
 from lablib.data import ImageData
 from lablib.distillation import KnowledgeDistillationTrainer
 from lablib.processes import is_first_process
-from lablib.runs import load_run
+from lablib.runs import load_run, train_or_load
 from lablib.sources import load_data
 from lablib.trainer import StreamlinedTrainer
-from lablib.training import train_or_load
 
 MODELS = {cls.__name__: cls for cls in (models.MLP, models.ResidualMLP, models.SimpleCNN, models.ResidualCNN)}
 _NOT_OPTIONS = ("telegram_bot_token", "training_arguments")  # others would see the one, and the other is a dict

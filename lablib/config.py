@@ -251,13 +251,14 @@ class TrainingConfig:
         return TrainingArguments(**self._own_arguments(output_dir, bf16), **{**defaults, **self.training_arguments})
 
     def identity(self) -> dict[str, Any]:
-        """The knobs that change what a run finds out, for the run's hash.
+        """The knobs that change a run's outcome, without those that are off (None, False, 0 or empty).
 
-        Those at their defaults are left out, so that a knob added later does not orphan the runs that are there.
+        So a knob that is added later, and off by default, changes no run's name.
         """
-        defaults = {f.name: f.default for f in dataclasses.fields(self)} | {"training_arguments": {}}
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return {k: v for k, v in values.items() if k not in NOT_IDENTITY and v != defaults[k]}
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in NOT_IDENTITY}
+        return {name: value for name, value in values.items() if value}
+
+    __identity__ = identity
 
 
 def _has_accelerator() -> bool:

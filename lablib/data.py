@@ -109,6 +109,9 @@ class ImageData:
             digest.update(tensor.contiguous().numpy())
         return digest.hexdigest()
 
+    def __identity__(self) -> list[str]:
+        return [self.name, self.fingerprint]
+
     @classmethod
     def from_arrays(cls, name: str, *arrays: np.ndarray, class_names: tuple[str, ...] = ()) -> "ImageData":
         """From NumPy arrays, in the order of the fields; those that are mapped from a file stay there."""

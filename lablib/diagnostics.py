@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+from collections.abc import Callable
 
 import pandas as pd
 import torch
@@ -9,13 +10,16 @@ from torch import nn
 from torch.nn import functional as F
 
 
-def gradient_norms(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> pd.DataFrame:
+def gradient_norms(
+    model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor], outputs: Callable | None = None
+) -> pd.DataFrame:
     """Norm of the loss gradient by layer, from the input (layer 1) to the output.
 
     `batch` is images as the model takes them (float, batch × channels × height × width) and labels (batch). One row for
     each linear and convolutional layer's weight: layer, name, norm (Euclidean), rms (norm over the root of its size,
     so that layers of different sizes compare). The loss is the mean cross-entropy without dropout; the model stays as
-    it was, its gradients too. Raises ValueError if the model has no such layer.
+    it was, its gradients too. `outputs(model, images)` gives the logits, or a tuple that begins with them, where
+    `model(images)` does not. Raises ValueError if the model has no such layer.
     """
     layers = {n: m.weight for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd))}
     # a projection is the shortcut's, not a layer on the way through F
@@ -24,7 +28,8 @@ def gradient_norms(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -
         raise ValueError(f"{type(model).__name__} has no linear or convolutional layer to take gradients of")
     images, labels = batch
     with eval_mode(model), torch.enable_grad():
-        loss = F.cross_entropy(model(images), labels)
+        logits = outputs(model, images) if outputs else model(images)
+        loss = F.cross_entropy(logits[0] if isinstance(logits, tuple) else logits, labels)
         gradients = torch.autograd.grad(loss, list(layers.values()), allow_unused=True)
     norms = [0.0 if gradient is None else gradient.cpu().double().norm().item() for gradient in gradients]
     return pd.DataFrame(

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from lablib.config import TrainingConfig
 from lablib.data import ImageData
-from lablib.identity import weights_digest, without_weights
+from lablib.identity import weights_digest
 from lablib.trainer import StreamlinedTrainer
 
 
@@ -62,11 +62,6 @@ class KnowledgeDistillationTrainer(StreamlinedTrainer):
             raise ValueError(f"temperature = {temperature!r}, but it must be a number above 0, such as 4")
         if teacher is student:
             raise ValueError("the teacher is the student; give a network of its own, trained before, as the teacher")
-        if without_weights(teacher):
-            raise ValueError(
-                "the teacher has no weights: a record of runs has figures only; train it, as `experiment` does without "
-                "`recorded`, and give it as the teacher then"
-            )
         _check_classes(student, teacher, data)
         self.temperature, self.alpha = float(temperature), float(alpha)
         super().__init__(student, config, data, **trainer_arguments)

@@ -1,32 +1,37 @@
 """An experiment: some models × some seeds -> their runs, trained side by side where there are cores for it."""
 
+import copy
+import numbers
 import os
 import signal
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 import joblib
+import numpy as np
 import pandas as pd
 import torch
 from torch import nn
 
 from lablib.config import TrainingConfig
 from lablib.data import ImageData
+from lablib.identity import build_seeded, run_identity, run_name
 from lablib.interruption import Interruption, leave_with
 from lablib.processes import is_first_process, num_processes
 from lablib.progress import RunProgress
-from lablib.record import Record, RecordedRun
-from lablib.runs import Run, build_seeded, load_or_set_aside, run_identity, run_name
+from lablib.runs import Run, TrainedModel, find_run, separate_callbacks, train_or_load
 from lablib.secret import redacted
 
 TrainerClass = type | partial | None  # a StreamlinedTrainer; None is that itself
 
+_TRACE_LINES = 10
 _one_training = threading.Lock()  # of a process: PyTorch's random numbers are the process's, not a thread's
 
 
@@ -45,8 +50,12 @@ class Experiment:
         """One figure of a model's results, by seed."""
         return {seed: run.result[key] for (name, seed), run in sorted(self.runs.items()) if name == model}
 
+    def measured(self, model: str, key: str) -> dict[int, np.ndarray]:
+        """What was measured with a model's weights, by seed; the keys are those of `Run.measured`."""
+        return {seed: run.measured()[key] for (name, seed), run in sorted(self.runs.items()) if name == model}
+
     def histories(self) -> pd.DataFrame:
-        """Every run's metrics by epoch: model, seed, epoch, train_loss, val_loss, ...; those of a record have none."""
+        """Every run's metrics by epoch: model, seed, epoch, train_loss, val_loss, ..."""
         rows = [
             {"model": name, "seed": seed, **row}
             for name in self.models
@@ -56,31 +65,45 @@ class Experiment:
         ]
         return pd.DataFrame(rows)
 
+    def gradients(self) -> pd.DataFrame:
+        """Every run's gradient by layer: model, seed, moment (initial or trained), layer (from the input), name, rms."""
+        tables = []
+        for (model, seed), run in self.runs.items():
+            measured = run.measured()
+            for moment in ("initial", "trained") if "gradient_layers" in measured else ():
+                layers = {"name": measured["gradient_layers"], "rms": measured[f"gradient_{moment}"]}
+                table = pd.DataFrame(layers).assign(model=model, seed=seed, moment=moment)
+                tables.append(table.assign(layer=range(1, len(table) + 1)))
+        columns = ["model", "seed", "moment", "layer", "name", "rms"]
+        return pd.concat(tables, ignore_index=True)[columns] if tables else pd.DataFrame(columns=columns)
+
     def trained_model(self, model: str, seed: int | None = None) -> nn.Module:
-        """A model with the best epoch's weights of one of its runs (of the first seed by default), in eval mode."""
-        seed = self.seeds[0] if seed is None else seed
+        """A model with the best epoch's weights of one of its runs (of the first seed by default), in eval mode.
+
+        Raises KeyError if there is no such run, and ValueError if it was published without its weights.
+        """
+        return self.teacher(model, self.seeds[0] if seed is None else seed).load()
+
+    def teacher(self, model: str, seed: int) -> TrainedModel:
+        """The trained model of a run, to teach others: known by its run, loaded when a student is trained."""
         if (model, seed) not in self.runs:
             why = self.failures.get((model, seed)) or f"there are those of {sorted(self.runs)}"
             raise KeyError(f"no finished run of {model!r} with seed {seed}: {why}")
-        return self.runs[model, seed].load_weights(self.models[model]())
-
-    def teacher(self, model: str, seed: int) -> nn.Module:
-        """The trained model of a run, to teach others.
-
-        If the run is one of a record, of which the weights are not known, it is the architecture only, on PyTorch's
-        "meta" device. Its students can be found in the record with it, and cannot be trained.
-        """
-        if isinstance(self.runs.get((model, seed)), RecordedRun):
-            return self.models[model]().to("meta").eval()
-        return self.trained_model(model, seed)
+        return TrainedModel(self.runs[model, seed], self.models[model])
 
     def __or__(self, other: "Experiment") -> "Experiment":
-        """Both experiments' models and runs as one; the seeds are those of either."""
+        """Both experiments' models and runs as one; the seeds are those of either.
+
+        Raises ValueError for two data sets, and for runs of one name and seed that are not the same run.
+        """
         if other.data.fingerprint != self.data.fingerprint:
             raise ValueError(
                 f"experiments on {self.data.name} and {other.data.name} cannot be joined; "
                 "both must be on the same images and labels"
             )
+        both = sorted(self.models.keys() & other.models.keys())
+        if both and {**self.config.identity(), "seed": 0} != {**other.config.identity(), "seed": 0}:
+            raise ValueError(f"the experiments have {', '.join(both)} under two configs; give one of them another name")
         return Experiment(
             self.data,
             self.config,
@@ -95,57 +118,68 @@ def experiment(
     models: Mapping[str, Callable[[], nn.Module]],
     config: TrainingConfig,
     data: ImageData,
-    seeds: Iterable[int],
+    seeds: int | Iterable[int],
     *,
     jobs: int = 1,
     trainer_class: TrainerClass | Mapping[int, TrainerClass] | Mapping[tuple[str, int], TrainerClass] = None,
-    recorded: Record | None = None,
-    train: bool = True,
+    callbacks: Sequence = (),
+    weights: bool = False,
 ) -> Experiment:
-    """Train each model with each seed, or load the runs that are finished.
+    """Train each model with each seed, or load the runs that are finished: here, or published with the lab.
 
-    `models` gives for each name a function without arguments that builds the network. `jobs` runs go side by side
-    through joblib, each with its share of the threads; `joblib.parallel_config("dask")` sends them to a cluster, whose
-    workers need `output_dir` at the same path. `trainer_class` is another trainer than StreamlinedTrainer: its class,
-    or a `functools.partial` with what else it needs, such as a teacher; or one by seed, or by (model, seed).
-    `recorded`, of `lablib.record.recorded_runs`, has figures of runs: what the store lacks is taken from there instead
-    of trained, if it is the same run, and has then no weights and no history. With `train` False
-    nothing is trained: the experiment has the runs that are there. A run that fails is reported by a warning and in the
-    experiment's `failures`; the others go on. Telegram gets one message at the end, with the config's
-    `telegram_every_run` one a run too; none if all runs are loaded.
+    `models` gives for each name a function without arguments that builds the network. `seeds=3` means 0, 1 and 2.
+    `jobs` runs go side by side through joblib, each with its share of the threads; `joblib.parallel_config("dask")`
+    sends them to a cluster, whose workers need `output_dir` at the same path. `trainer_class` is another trainer than
+    StreamlinedTrainer: its class, or a `functools.partial` with what else it needs, such as a teacher; or one by seed,
+    or by (model, seed). Each run gets its own copies of the `callbacks`. With `weights` a published run, which has
+    none, is trained all the same.
+
+    A run that fails is reported by a warning and in the experiment's `failures`; the others continue. Raises
+    RuntimeError if all fail, and TypeError or ValueError for arguments that cannot be used. Telegram gets one message
+    at the end, with the config's `telegram_every_run` one for each run too; none if all runs are loaded.
     """
-    models, seeds = dict(models), tuple(dict.fromkeys(seeds))
+    models, seeds = dict(models), _checked_seeds(seeds)
+    if not isinstance(data, ImageData):
+        raise TypeError(f"data = {data!r}, but it must be an ImageData, as load_data({str(data)!r}) gives")
+    if not isinstance(config, TrainingConfig):
+        raise TypeError(f"config = {config!r}, but it must be a TrainingConfig")
     if not models or not seeds:
         raise ValueError(f"an experiment needs a model and a seed; it has {len(models)} models and {len(seeds)} seeds")
     if isinstance(jobs, bool) or not isinstance(jobs, int) or jobs == 0:
         raise ValueError(f"jobs = {jobs!r}, but it must be a whole number: runs side by side, or -1 for one a core")
     if jobs != 1 and num_processes() > 1:
         raise ValueError(f"jobs = {jobs}, but {num_processes()} processes train each run together: write jobs=1")
-    if recorded and not isinstance(recorded, Record):
-        raise TypeError(
-            f"recorded is a {type(recorded).__name__}, but it must be what `recorded_runs` returns, a Record"
-        )
     trainers = _by_run(trainer_class, [(name, seed) for name in models for seed in seeds])
-    result = Experiment(data, config, models, seeds)
+    result, failures = Experiment(data, config, models, seeds), _Failures()
     with _messages(result) as messages:
         pending = {}
-        for key in trainers:
+        for key, trainer in trainers.items():
             try:
-                described = run_identity(models[key[0]], replace(config, seed=key[1]), data, trainers[key])
-                path = Path(config.output_dir) / run_name(described)
-                run = load_or_set_aside(path) if num_processes() == 1 else None  # or all would have to agree
-                run = run or (recorded.find(described) if recorded else None)
+                trainer, mine = separate_callbacks(trainer, callbacks)
+                described = run_identity(models[key[0]], replace(config, seed=key[1]), data, trainer, mine)
+                run = find_run(run_name(described), config.output_dir, weights) if num_processes() == 1 else None
             except Exception as error:
-                _report_failure(result, key, *_described(error))
+                failures.report(result, key, *_described(error))
                 continue
             if run:
                 result.runs[key] = run
             else:
-                pending[key] = path
-        if pending and train:
-            _train_pending(result, pending, jobs, trainers, messages)
+                pending[key] = (described, trainer, mine)
+        if pending:
+            _train_pending(result, pending, jobs, weights, messages, failures)
             result.runs = {key: result.runs[key] for key in trainers if key in result.runs}
+    failures.summarise()
+    if result.failures and not result.runs:
+        line, number = Counter(result.failures.values()).most_common(1)[0]
+        raise RuntimeError(f"all {len(result.failures)} runs failed, {number} of them with {line}")
     return result
+
+
+def _checked_seeds(seeds: int | Iterable[int]) -> tuple[int, ...]:
+    seeds = range(seeds) if isinstance(seeds, numbers.Integral) and not isinstance(seeds, bool) else seeds
+    if isinstance(seeds, (bool, str)) or not isinstance(seeds, Iterable):
+        raise TypeError(f"seeds = {seeds!r}, but it must be a number of seeds, or some whole numbers such as [0, 1, 2]")
+    return tuple(dict.fromkeys(int(seed) if isinstance(seed, numbers.Integral) else seed for seed in seeds))
 
 
 def _messages(result: Experiment):
@@ -167,9 +201,7 @@ def _by_run(trainer_class: TrainerClass | Mapping, runs: list[tuple[str, int]]) 
     return trainers
 
 
-def _train_pending(
-    result: Experiment, pending: dict, jobs: int, trainers: Mapping[tuple[str, int], TrainerClass], messages
-):
+def _train_pending(result: Experiment, pending: dict, jobs: int, weights: bool, messages, failures: "_Failures"):
     if messages:
         messages.begin(pending)
     config = replace(result.config, use_telegram_notifications=False)  # the experiment speaks for its runs
@@ -178,16 +210,17 @@ def _train_pending(
     interruption = Interruption([signal.SIGINT])  # which workers get too: they are waited for, to write a checkpoint
     tasks = (
         joblib.delayed(_train_one)(
-            key, result.models[key[0]], replace(config, seed=key[1]), result.data, trainers[key], threads, os.getpid()
+            key, result.models[key[0]], replace(config, seed=key[1]), result.data, *task, weights, threads, os.getpid()
         )
-        for key in pending
+        for key, task in pending.items()
         if not interruption.asked
     )
     backend, _ = joblib.parallel.get_active_backend()
     return_as = "generator_unordered" if backend.supports_return_generator else "list"
     # mmap_mode "c": the workers share the images' memory, and may write to their own copy
     parallel = joblib.Parallel(n_jobs=jobs, return_as=return_as, mmap_mode="c", pre_dispatch=jobs)
-    names = {f"{name}, seed {seed}": path for (name, seed), path in pending.items()}
+    paths = {key: Path(config.output_dir) / run_name(described) for key, (described, *_) in pending.items()}
+    names = {f"{name}, seed {seed}": path for (name, seed), path in paths.items()}
     with RunProgress(names, result.config.num_epochs, finished=len(result.runs)) as progress, interruption:
         try:
             for key, run, error in parallel(tasks):
@@ -197,16 +230,16 @@ def _train_pending(
                     interruption.ask()
                     continue
                 else:
-                    _report_failure(result, key, *error)
+                    failures.report(result, key, *error)
                 progress.finished("{}, seed {}".format(*key))
                 if messages:
                     messages.run_ended(key)
         except Exception as error:  # a worker died, and joblib gives up the rest; what is finished is in the store
             for key in () if interruption.asked else pending.keys() - result.failures.keys():
-                if run := load_or_set_aside(pending[key]):
+                if run := find_run(paths[key].name, config.output_dir):
                     result.runs[key] = run
                 else:
-                    _report_failure(result, key, *_described(error))
+                    failures.report(result, key, *_described(error))
                 if messages:
                     messages.run_ended(key)
 
@@ -218,27 +251,43 @@ def _is_local() -> bool:
 
 
 def _described(error: Exception) -> tuple[str, str]:
-    """An error in one line, and with its traceback; both are printed and sent, so without tokens."""
+    """An error in one line, and the end of its traceback; both are printed and sent, so without tokens."""
     first_line = redacted(next(iter(str(error).splitlines()), ""))
-    return f"{type(error).__name__}: {first_line}", redacted("".join(traceback.format_exception(error)))
+    trace = redacted("".join(traceback.format_exception(error))).rstrip().splitlines()
+    return f"{type(error).__name__}: {first_line}", "\n".join(trace[-_TRACE_LINES:])
 
 
-def _report_failure(result: Experiment, key: tuple[str, int], line: str, trace: str):
-    result.failures[key] = line
-    warnings.warn(f"the run of {key[0]!r} with seed {key[1]} failed:\n{trace}", stacklevel=4)
+class _Failures:
+    """Reports each error once, and how many runs had it."""
+
+    def __init__(self):
+        self._first: dict[str, tuple[str, int]] = {}  # error -> run
+        self._others: Counter[str] = Counter()
+
+    def report(self, result: Experiment, key: tuple[str, int], line: str, trace: str):
+        result.failures[key] = line
+        if line in self._first:
+            self._others[line] += 1
+        else:
+            self._first[line] = key
+            warnings.warn(f"the run of {key[0]!r} with seed {key[1]} failed:\n{trace}", stacklevel=4)
+
+    def summarise(self):
+        for line, number in self._others.items():
+            name, seed = self._first[line]
+            warnings.warn(f"{name!r} with seed {seed} and {number} more failed with {line}", stacklevel=3)
 
 
-def _train_one(key, build_model, config, data, trainer_class, threads: int | None, parent: int):
+def _train_one(key, build_model, config, data, described, trainer_class, callbacks, weights, threads, parent: int):
     """A run's key, the run, and its error; neither if it was interrupted in a worker process."""
-    from lablib.training import train_or_load  # with transformers, which loading a run does without
-
     leave_with(parent)
     before = torch.get_num_threads()
     if threads is not None:
         torch.set_num_threads(threads)
+    more = {"trainer_class": trainer_class, "callbacks": copy.deepcopy(callbacks), "weights": weights}
     try:
         with _one_training:
-            return key, train_or_load(build_model, config, data, trainer_class=trainer_class), None
+            return key, train_or_load(build_model, config, data, **more, identity=described), None
     except Exception as error:
         return key, None, _described(error)
     except KeyboardInterrupt:

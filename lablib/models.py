@@ -20,7 +20,9 @@ def _checked_sizes(hidden_sizes: Sequence[int]) -> list[int]:
 class MLP(nn.Module, PyTorchModelHubMixin):
     """A plain multilayer perceptron: (Linear, ReLU, Dropout) for each hidden size, then a linear classifier.
 
-    `image_shape` is (channels, height, width). Raises ValueError for hidden sizes that are no positive whole numbers.
+    `image_shape` is (channels, height, width). `initialisation="he"` draws the weights as He et al. propose for ReLU
+    (2015, https://arxiv.org/abs/1502.01852), with biases of 0; None leaves them as PyTorch draws them.
+    Raises ValueError for hidden sizes that are no positive whole numbers and for another initialisation.
     """
 
     def __init__(
@@ -29,14 +31,21 @@ class MLP(nn.Module, PyTorchModelHubMixin):
         dropout: float = 0.1,
         image_shape: Sequence[int] = (1, 28, 28),
         num_classes: int = 10,
+        initialisation: str | None = None,
     ):
         super().__init__()
+        if initialisation not in (None, "he"):
+            raise ValueError(f'initialisation = {initialisation!r}, but it must be None or "he"')
         sizes = [math.prod(image_shape), *_checked_sizes(hidden_sizes)]
         layers = []
         for in_features, out_features in pairwise(sizes):
             layers += [nn.Linear(in_features, out_features), nn.ReLU(), nn.Dropout(dropout)]
         self.hidden = nn.Sequential(*layers)
         self.classifier = nn.Linear(sizes[-1], num_classes)
+        for layer in (*self.hidden, self.classifier) if initialisation == "he" else ():
+            if isinstance(layer, nn.Linear):
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+                nn.init.zeros_(layer.bias)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.classifier(self.hidden(images.flatten(1)))  # (batch, classes)

@@ -30,7 +30,7 @@ from lablib.checkpoints import (
 from lablib.distributed import DistributedTrainer
 from lablib.interruption import SIGNALS, Interruption
 
-VERSIONS = ("lablib", "torch", "transformers", "python")
+VERSIONS = ("torch", "transformers", "python")
 
 _BEST = "best_model.safetensors"
 _COST = 0.01  # at most this part of the time goes into the checkpoints within an epoch

@@ -1,15 +1,28 @@
-"""The run store: a finished run under its identity, which is loaded if it is what was written."""
+"""The run store: a finished run is loaded, an interrupted one resumed, a new one trained.
 
+python -m lablib.runs list       what lies in runs/ and in results/runs/
+python -m lablib.runs publish    copy the finished runs of runs/ to results/runs/, without their weights
+python -m lablib.runs clean      delete interrupted and damaged runs, after asking; --finished: all of them
+"""
+
+import argparse
 import hashlib
+import io
 import json
+import os
+import re
 import shutil
+import sys
 import warnings
-from collections.abc import Callable
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import safetensors.torch
 import torch
 from filelock import FileLock, Timeout
@@ -18,7 +31,17 @@ from torch import nn
 from lablib.checkpoints import check_room
 from lablib.config import TrainingConfig
 from lablib.data import ImageData
-from lablib.identity import digest, identity
+from lablib.diagnostics import gradient_norms
+from lablib.files import write_atomically
+from lablib.identity import build_seeded, run_identity, run_name
+from lablib.metrics import best_row, history
+from lablib.processes import num_processes
+
+PUBLISHED = Path(__file__).resolve().parents[1] / "results" / "runs"  # runs that every checkout has, without weights
+_WEIGHTS = "model.safetensors"
+_GRADIENT_IMAGES = 256
+_RUN_NAME = re.compile(r".+-[0-9a-f]{12}(\.damaged-\d+)?")
+_COLUMNS = ["run", "model", "dataset", "seed", "state", "epochs", "val_accuracy", "test_accuracy", "mib", "notes"]
 
 
 class DamagedRunError(OSError):
@@ -27,40 +50,104 @@ class DamagedRunError(OSError):
 
 @dataclass(frozen=True)
 class Run:
-    """One finished training: its result, its history by epoch, and its best weights in `path`."""
+    """One finished training: its result, its history by epoch, and in `path` what was measured and the best weights.
+
+    A published run has no weights.
+    """
 
     path: Path
     result: dict[str, Any]
     history: list[dict[str, float]]
 
+    def __identity__(self) -> str:
+        return self.path.name
+
+    @property
+    def has_weights(self) -> bool:
+        return (self.path / _WEIGHTS).exists()
+
     def load_weights(self, model: nn.Module) -> nn.Module:
-        """Put the best epoch's weights into a model of the run's architecture and return it in eval mode."""
-        model.load_state_dict(safetensors.torch.load_file(self.path / "model.safetensors"))
+        """Put the best epoch's weights into a model of the run's architecture and return it in eval mode.
+
+        Raises ValueError if the run was published without its weights.
+        """
+        if not self.has_weights:
+            raise ValueError(
+                f"the run {self.path.name} ({self.result['model']} on {self.result['dataset']}, seed "
+                f"{self.result['seed']}) was published without its weights. Train it to have them: call experiment or "
+                "train_or_load with weights=True for this network and seed"
+            )
+        model.load_state_dict(safetensors.torch.load_file(self.path / _WEIGHTS))
         return model.eval()
 
+    def measured(self) -> dict[str, np.ndarray]:
+        """What was measured with the best weights.
 
-def build_seeded(build_model: Callable[[], nn.Module], seed: int) -> nn.Module:
-    """Build a model with the initial weights that belong to a seed; the CPU's random state stays as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return build_model()
-
-
-def run_path(build_model: Callable[[], nn.Module], config: TrainingConfig, data: ImageData, trainer_class=None) -> Path:
-    """The folder of a run: `<output_dir>/<model class>-<hash of the identity>`; None is StreamlinedTrainer."""
-    return Path(config.output_dir) / run_name(run_identity(build_model, config, data, trainer_class))
-
-
-def run_identity(
-    build_model: Callable[[], nn.Module], config: TrainingConfig, data: ImageData, trainer_class=None
-) -> dict[str, Any]:
-    """What a run is, see `lablib.identity`."""
-    return identity(build_seeded(build_model, config.seed), config, data, trainer_class)
+        `test_class` (int16) and `test_confidence` (float16): the predicted class of each test image and its
+        probability. `answers` (float16, images × classes): the logits of the first validation images.
+        `gradient_initial`, `gradient_trained` (float32) and `gradient_layers`: see `diagnostics.gradient_norms`, the
+        root mean square by layer over the first training images, before and after the training.
+        """
+        with np.load(self.path / "measured.npz") as arrays:
+            return dict(arrays)
 
 
-def run_name(described: dict[str, Any]) -> str:
-    """The folder's name of the run that is described so."""
-    return f"{described['model']['class']}-{digest(described)}"
+@dataclass(frozen=True)
+class TrainedModel:
+    """The network of a finished run, loaded when it is needed: a teacher that is known by its run."""
+
+    run: Run
+    build_model: Callable[[], nn.Module]
+
+    def __identity__(self) -> dict[str, str]:
+        return {"run": self.run.path.name}
+
+    def load(self) -> nn.Module:
+        """The network with the best epoch's weights, in eval mode. Raises ValueError if they were not kept."""
+        return self.run.load_weights(build_seeded(self.build_model, self.run.result["seed"]))
+
+
+def train_or_load(
+    build_model: Callable[[], nn.Module],
+    config: TrainingConfig,
+    data: ImageData,
+    *,
+    trainer_class=None,
+    callbacks: Sequence = (),
+    weights: bool = False,
+    identity: dict[str, Any] | None = None,
+) -> Run:
+    """Load a finished run, from `output_dir` or from the published ones; resume an interrupted one; train a new one.
+
+    `build_model` builds the network anew at each call. `trainer_class` is another trainer than StreamlinedTrainer: its
+    class, or a `functools.partial` with what else it needs, such as a teacher. With `weights` a published run, which
+    has none, does not count. A damaged run is reported by a warning, set aside and trained again. Where another process
+    trains the same run, this one waits and loads what it finds. `identity` is what `run_identity` gave for the same
+    arguments, where that is known. Raises as `run_identity` and the trainer do.
+    """
+    trainer_class, callbacks = separate_callbacks(trainer_class, callbacks)
+    described = identity or run_identity(build_model, config, data, trainer_class, callbacks)
+    name = run_name(described)
+    path = Path(config.output_dir) / name
+    task = (path, described, build_model, config, data, trainer_class, callbacks)
+    if num_processes() > 1:
+        return _train_or_load_together(weights, *task)
+    if run := find_run(name, config.output_dir, weights):
+        return run
+    with _locked(path):
+        return find_run(name, config.output_dir, weights) or _train(*task)
+
+
+def find_run(name: str, output_dir: str | Path, weights: bool = False) -> Run | None:
+    """A finished run by its name, from a store or, unless weights are needed, from the published ones; or None."""
+    run = _load_or_set_aside(Path(output_dir) / name)
+    if run or weights:
+        return run
+    try:
+        return load_run(PUBLISHED / name)
+    except DamagedRunError as error:
+        warnings.warn(f"{error}. The published run is passed over.", stacklevel=3)
+        return None
 
 
 def load_run(path: Path) -> Run | None:
@@ -72,7 +159,7 @@ def load_run(path: Path) -> Run | None:
         return None
     except (ValueError, AttributeError, KeyError, TypeError) as error:
         raise DamagedRunError(f"{path / 'result.json'} is damaged: {error!r}") from error
-    if sums.pop("result", None) != result_digest(result):
+    if sums.pop("result", None) != _result_digest(result):
         raise DamagedRunError(f"{path / 'result.json'} is damaged: it is not what was written")
     for name, expected in sums.items():
         try:
@@ -85,15 +172,14 @@ def load_run(path: Path) -> Run | None:
     return Run(path, result, rows)
 
 
-def load_or_set_aside(path: Path) -> Run | None:
-    """A finished run, or None; a damaged one is reported by a warning and moved out of the way."""
+def _load_or_set_aside(path: Path) -> Run | None:
     try:
         run = load_run(path)
     except DamagedRunError:
-        with locked(path):
+        with _locked(path):
             return _load_or_rename(path)
     if run:
-        shutil.rmtree(path / "checkpoints", ignore_errors=True)  # where the process ended before it could
+        shutil.rmtree(path / "checkpoints", ignore_errors=True)  # the process may have ended before it could
     return run
 
 
@@ -110,7 +196,7 @@ def _load_or_rename(path: Path) -> Run | None:
 
 
 @contextmanager
-def locked(path: Path):
+def _locked(path: Path):
     """Hold a run's lock; the system releases it when the process ends, however it ends."""
     check_room(path.parent, 0)
     lock = FileLock(path.with_name(path.name + ".lock"), is_singleton=True)  # one process may take it twice
@@ -125,6 +211,283 @@ def locked(path: Path):
         lock.release()
 
 
-def result_digest(result: dict[str, Any]) -> str:
-    """The checksum of a result, which stands in its file."""
+def separate_callbacks(trainer_class, callbacks: Sequence) -> tuple[Any, list]:
+    """The trainer without the callbacks that a `partial` of it holds, and all callbacks."""
+    if isinstance(trainer_class, partial) and "callbacks" in trainer_class.keywords:
+        rest = {name: value for name, value in trainer_class.keywords.items() if name != "callbacks"}
+        return partial(trainer_class.func, *trainer_class.args, **rest), [
+            *trainer_class.keywords["callbacks"],
+            *callbacks,
+        ]
+    return trainer_class, list(callbacks)
+
+
+def _train_or_load_together(weights: bool, path: Path, described, build_model, config, *more) -> Run:
+    """Where several processes train one run (`torchrun`), the first of them looks after the store."""
+    first = config.to_training_arguments(str(path)).process_index == 0
+    with _locked(path) if first else nullcontext():
+        found = [first and find_run(path.name, config.output_dir, weights)]
+        torch.distributed.broadcast_object_list(found)
+        if not found[0]:
+            _train(path, described, build_model, config, *more)
+        torch.distributed.barrier()
+    return found[0] or load_run(path)
+
+
+def _train(path: Path, described, build_model, config, data, trainer_class, callbacks) -> Run | None:
+    from lablib.trainer import StreamlinedTrainer  # seconds, which loading a run does without
+
+    path.mkdir(parents=True, exist_ok=True)
+    trainer = _with_teachers(trainer_class or StreamlinedTrainer)(
+        build_seeded(build_model, config.seed),
+        config=config,
+        data=data,
+        callbacks=[*callbacks, _history_writer(path)],
+        checkpoint_dir=str(path / "checkpoints"),
+        run_name=path.name,
+    )
+    first = trainer.is_world_process_zero()
+    if first:
+        for leftover in path.glob("*.partial"):  # of a process that was killed
+            leftover.unlink()
+        write_atomically(path / "identity.json", json.dumps(described, indent=1).encode())
+    gradients = _gradients(trainer, "initial")
+    trainer.train(resume_from_checkpoint=trainer.newest_checkpoint())
+    rows = history(trainer.state.log_history)
+    prediction = trainer.predict_test()
+    result = _result(trainer, rows, prediction.metrics)
+    if not first:
+        return None
+    files = {
+        _WEIGHTS: safetensors.torch.save(
+            {name: tensor.contiguous().cpu() for name, tensor in trainer.model.state_dict().items()}
+        ),
+        "history.jsonl": _json_lines(rows),
+        "identity.json": json.dumps(described, indent=1).encode(),
+        "measured.npz": _measured(trainer, prediction, gradients | _gradients(trainer, "trained")),
+    }
+    for name, content in files.items():
+        write_atomically(path / name, content)
+    sums = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    _write_result(path, result, sums)
+    shutil.rmtree(path / "checkpoints", ignore_errors=True)
+    return load_run(path)
+
+
+def _with_teachers(trainer_class):
+    """A `partial` trainer with its TrainedModels loaded."""
+    if not isinstance(trainer_class, partial):
+        return trainer_class
+    loaded = {n: v.load() if isinstance(v, TrainedModel) else v for n, v in trainer_class.keywords.items()}
+    return partial(trainer_class.func, *trainer_class.args, **loaded)
+
+
+def _result(trainer, rows: list[dict], test: dict[str, float]) -> dict[str, Any]:
+    config = trainer.config
+    best = best_row(rows, config.early_stopping_metric)
+    return {
+        "model": type(trainer.model).__name__,
+        "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "dataset": trainer.data.name,
+        "seed": config.seed,
+        "val_accuracy": best["val_accuracy"],
+        "val_loss": best["val_loss"],
+        "test_accuracy": test["test_accuracy"],
+        "test_loss": test["test_loss"],
+        "best_epoch": best["epoch"],
+        "epochs": len(rows),
+        "seconds": rows[-1]["seconds"],
+        "device": trainer.args.device.type,
+        "precision": trainer.environment["precision"],
+        "processes": trainer.args.world_size,
+        "threads": torch.get_num_threads(),
+        "versions": {name: trainer.environment[name] for name in ("torch", "transformers", "python")},
+    } | ({"notes": trainer.notes} if trainer.notes else {})
+
+
+def _gradients(trainer, moment: str) -> dict[str, np.ndarray]:
+    """`gradient_norms` of a trainer's model in its present state; nothing for a model without such layers."""
+    batch = trainer.train_dataset.__getitems__(range(min(_GRADIENT_IMAGES, len(trainer.train_dataset))))
+    images = trainer.prepare_images(batch["images"].to(trainer.args.device), training=False)
+    with torch.random.fork_rng(devices=[]):
+        try:
+            table = gradient_norms(trainer.model, (images, batch["labels"].to(images.device)), trainer.outputs)
+        except ValueError:
+            return {}
+    return {f"gradient_{moment}": table["rms"].to_numpy(np.float32), "gradient_layers": table["name"].to_numpy(str)}
+
+
+def _measured(trainer, prediction, gradients: dict[str, np.ndarray]) -> bytes:
+    logits = prediction.predictions
+    logits = torch.from_numpy(logits[0] if isinstance(logits, tuple) else logits)
+    confidence, predicted = logits.double().softmax(1).max(1)
+    number = min(len(trainer.eval_dataset), max(8, 1000 // logits.shape[1]))
+    _, answers, _ = trainer.prediction_step(trainer.model, trainer.eval_dataset.__getitems__(range(number)), False)
+    answers = answers[0] if isinstance(answers, tuple) else answers
+    content = io.BytesIO()
+    np.savez_compressed(
+        content,
+        test_class=predicted.numpy().astype(np.int16),
+        test_confidence=confidence.numpy().astype(np.float16),
+        answers=answers.float().cpu().numpy().astype(np.float16),
+        **gradients,
+    )
+    return content.getvalue()
+
+
+def _write_result(path: Path, result: dict[str, Any], sums: dict[str, str]) -> None:
+    """What makes a run a finished one, so that it is written last."""
+    content = result | {"sha256": {"result": _result_digest(result), **sums}}
+    write_atomically(path / "result.json", json.dumps(content, indent=1).encode())
+
+
+def _result_digest(result: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(result, sort_keys=True).encode()).hexdigest()
+
+
+def _json_lines(rows: list[dict]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def _history_writer(path: Path):
+    """A callback that keeps history.jsonl up to date in each epoch, for whoever watches the run."""
+    from transformers import TrainerCallback
+
+    class HistoryWriter(TrainerCallback):
+        def on_evaluate(self, args, state, control, **kwargs):
+            if state.is_world_process_zero:
+                write_atomically(path / "history.jsonl", _json_lines(history(state.log_history)), sync=False)
+
+    return HistoryWriter()
+
+
+def publish(run: Run, folder: Path = PUBLISHED) -> Path:
+    """Copy a finished run without its weights, unless it is there already; its new place."""
+    target, beside = folder / run.path.name, folder / f".{run.path.name}.{os.getpid()}"
+    if load_run(target):
+        return target
+    sums = json.loads((run.path / "result.json").read_bytes())["sha256"]
+    sums = {name: digest for name, digest in sums.items() if name not in ("result", _WEIGHTS)}
+    beside.mkdir(parents=True)
+    try:
+        for name in sums:
+            shutil.copyfile(run.path / name, beside / name)
+        _write_result(beside, run.result, sums)
+        os.replace(beside, target)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return target
+
+
+def runs_table(output_dir: str | Path) -> pd.DataFrame:
+    """One row a run of a store, by data set, model and seed.
+
+    The state is "finished", "published" (finished, without weights), "training" (a process holds its lock),
+    "interrupted" (it resumes when it is asked for again), "damaged" (`notes` says why) or "set aside" (a damaged one
+    that was trained again). Accuracies are fractions. Raises NotADirectoryError if `output_dir` is a file.
+    """
+    store = Path(output_dir)
+    if store.exists() and not store.is_dir():
+        raise NotADirectoryError(f"{store} is a file; a run store is a folder, such as runs")
+    folders = store.iterdir() if store.exists() else ()
+    rows = [_row(path) for path in folders if _RUN_NAME.fullmatch(path.name) and path.is_dir()]
+    return pd.DataFrame(rows, columns=_COLUMNS).sort_values(["dataset", "model", "seed", "run"], ignore_index=True)
+
+
+def _row(path: Path) -> dict[str, Any]:
+    row = dict.fromkeys(_COLUMNS, "") | {"run": path.name, "seed": 0, "val_accuracy": None, "test_accuracy": None}
+    row["mib"] = sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) / 2**20
+    held = _is_held(path)  # asked first: a run that ends in between is then finished
+    try:
+        run = load_run(path)
+        row["state"] = "interrupted" if run is None else "finished" if run.has_weights else "published"
+        rows = run.history if run else [json.loads(line) for line in _lines(path / "history.jsonl")]
+        described = json.loads((path / "identity.json").read_bytes())
+        row |= {"model": described["model"]["class"].rpartition(".")[2], "dataset": described["data"][0]}
+        row |= {"seed": described["config"].get("seed", 0)}
+        row["epochs"] = f"{len(rows)} of {described['config']['num_epochs']}"
+        metric = described["config"]["early_stopping_metric"]
+        row["val_accuracy"] = best_row(rows, metric)["val_accuracy"] if rows else None
+        if run:
+            row |= {"test_accuracy": run.result["test_accuracy"], "notes": "; ".join(run.result.get("notes", []))}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        row |= {"state": "damaged", "notes": str(error).replace(f"{path}{os.sep}", "")}
+    if held and row["state"] in ("interrupted", "damaged"):
+        row["state"] = "training"
+    return row | ({"state": "set aside"} if ".damaged-" in path.name else {})
+
+
+def _lines(path: Path) -> list[bytes]:
+    return path.read_bytes().splitlines() if path.exists() else []
+
+
+def _is_held(path: Path) -> bool:
+    lock = path.with_name(path.name + ".lock")
+    try:
+        with FileLock(lock, blocking=False) if lock.exists() else nullcontext():
+            return False
+    except (Timeout, OSError):  # held, or another user's
+        return True
+
+
+def clean(output_dir: str | Path, finished: bool = False, ask: Callable[[str], str] = input) -> list[str]:
+    """List the interrupted, damaged and set-aside runs of a store, delete them if `ask` answers yes, and return them.
+
+    With `finished` the finished ones too. A run in training stays, and so do the lock files: they are empty, and
+    a process that waits for one would not notice that another has been made.
+    """
+    unwanted = {"interrupted", "damaged", "set aside"} | ({"finished"} if finished else set())
+    table = runs_table(output_dir)
+    table = table[table["state"].isin(unwanted)]
+    if table.empty:
+        print(f"Nothing to clean in {output_dir}")
+        return []
+    print(table[["run", "state", "epochs", "mib"]].to_string(index=False))
+    try:
+        agreed = ask(f"Delete these {len(table)}, {table['mib'].sum():.1f} MiB? [y/N] ").strip().lower() in ("y", "yes")
+    except (EOFError, KeyboardInterrupt):  # nobody there, or Ctrl-C
+        agreed = False
+    gone = []
+    for name, state in zip(table["run"], table["state"], strict=True) if agreed else ():
+        path = Path(output_dir, name)
+        try:
+            with FileLock(path.with_name(path.name + ".lock"), blocking=False):
+                if _row(path)["state"] in (state, "training"):  # the lock is this process's own
+                    shutil.rmtree(path)
+                    gone.append(name)
+        except (Timeout, OSError) as error:
+            print(f"{name} is left alone: {error}")
+    print(f"{len(gone)} of {len(table)} deleted")
+    return gone
+
+
+def main(arguments: Sequence[str]) -> int:
+    """0; wrong arguments end the process with a message and 2."""
+    parser = argparse.ArgumentParser(prog="python -m lablib.runs", description="The run store.")
+    parser.add_argument("command", nargs="?", choices=("list", "publish", "clean"), default="list")
+    parser.add_argument("--output-dir", default="runs", help="the run store (runs)")
+    parser.add_argument("--finished", action="store_true", help="with clean: delete finished runs too")
+    parser.add_argument("--yes", action="store_true", help="with clean: do not ask")
+    options = parser.parse_args(arguments)
+    if options.command != "clean" and (options.finished or options.yes):
+        parser.error("--finished and --yes go with clean")
+    try:
+        if options.command == "clean":
+            clean(options.output_dir, options.finished, ask=(lambda _: "yes") if options.yes else input)
+            return 0
+        table = runs_table(options.output_dir)
+    except NotADirectoryError as error:
+        parser.error(str(error))
+    if options.command == "publish":
+        finished = table.loc[table["state"] == "finished", "run"]
+        for name in finished:
+            publish(load_run(Path(options.output_dir, name)))
+        print(f"{len(finished)} finished runs of {options.output_dir} are in {PUBLISHED}")
+    else:
+        tables = [table.assign(store=options.output_dir), runs_table(PUBLISHED).assign(store="results/runs")]
+        print(pd.concat(tables).to_string(index=False))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

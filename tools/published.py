@@ -1,0 +1,251 @@
+"""The published runs: what they are, which are missing, and their training.
+
+    python tools/published.py --list                          what is there and what is missing
+    python tools/published.py --jobs 2                        train what is missing, in this order, and publish it
+    python tools/published.py --only ResidualCNN-2 A/cosine   some networks, groups, or recipes of a group
+
+Trained runs lie in runs/, whole; what is finished is copied to results/runs/, without the weights. It can be
+interrupted at any time and resumes where it was. Neither a notebook nor an installed lablib is needed.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
+from itertools import product
+from pathlib import Path
+
+import torch
+from torch import nn
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+
+from lablib import MLP, ResidualCNN, ResidualMLP, SimpleCNN, TrainingConfig, experiment, load_data, runs  # noqa: E402
+from lablib.data import ImageData  # noqa: E402
+from lablib.distillation import KnowledgeDistillationTrainer  # noqa: E402
+from lablib.experiments import Experiment  # noqa: E402
+from lablib.identity import run_identity, run_name  # noqa: E402
+
+SIZES = {2: (128, 64), 4: (128, 64, 64, 32), 8: (128, 128, 64, 64, 32, 32, 16, 16)}
+DEPTHS = (2, 4, 8, 16, 32, 64)  # of the depth study
+TEMPERATURES, ALPHAS = (2, 4, 8), (0.5, 0.7, 0.9)
+
+MNIST = TrainingConfig(num_epochs=60, batch_size=256, precision="fp32")
+MNIST_RECIPES = {"reference": MNIST, "cosine": replace(MNIST, lr_schedule="cosine", early_stopping_patience=None)}
+_CIFAR = TrainingConfig(
+    num_epochs=60, batch_size=128, translation_fraction=0, horizontal_flip=True, rotation_degrees=10, precision="bf16"
+)
+_COSINE = {"num_epochs": 30, "learning_rate": 1e-2, "lr_schedule": "cosine", "warmup_fraction": 0.1}
+_COSINE |= {"rotation_degrees": 0, "crop_padding": 4, "early_stopping_patience": None}
+CIFAR_RECIPES = {"reference": _CIFAR, "cosine": replace(_CIFAR, **_COSINE)}
+
+
+@dataclass(frozen=True)
+class Block:
+    """Runs of one table that share a config: some networks × some seeds; students with the name of their teacher."""
+
+    name: str  # group/recipe
+    data: str
+    config: TrainingConfig
+    networks: dict[str, Callable[[], nn.Module]]
+    seeds: tuple[int, ...]
+    teacher: str | None = None
+    distillation: dict[str, tuple[float, float]] = field(default_factory=dict)  # network -> temperature, alpha
+
+
+def blocks(lab: "Lab") -> Iterator[Block]:
+    """All published runs, in the order in which they are trained."""
+    five, three = tuple(range(5)), tuple(range(3))
+    narrow, shallow = lab.cnns(lab.width), f"ResidualCNN-{lab.depths[0]}"
+    student, teacher = narrow[shallow], f"ResidualCNN-{lab.depths[-1]}"
+    distilled = f"Distilled-{lab.depths[0]}"
+
+    def cnns(group: str, recipe: str, names: list[str], seeds: tuple[int, ...], width: int = lab.width) -> Block:
+        networks = {name: network for name, network in lab.cnns(width).items() if name in names}
+        return Block(f"{group}/{recipe}", lab.cifar, lab.cifar_recipes[recipe], networks, seeds)
+
+    def students(group: str, recipe: str, knobs: dict, seeds: tuple[int, ...], images: int | None = None) -> Block:
+        config = replace(lab.cifar_recipes[recipe], max_train_images=images)
+        return Block(f"{group}/{recipe}", lab.cifar, config, dict.fromkeys(knobs, student), seeds, teacher, knobs)
+
+    for recipe, pair in product(("cosine", "reference"), ((0, 1), (2, 3), (4,))):  # a student soon after its teacher
+        yield cnns("A", recipe, [teacher, shallow], pair)
+        yield students("A", recipe, {distilled: (4, 0.7)}, pair)
+    others = [name for name in narrow if name.startswith("SimpleCNN") or name in _at_ends("NoShortcut", lab.depths)]
+    yield cnns("B", "cosine", others, five)
+    yield cnns("B", "reference", others, three)
+    for recipe in ("reference", "cosine"):
+        yield Block(f"C/{recipe}", lab.mnist, lab.mnist_recipes[recipe], lab.mlps(), five)
+    yield Block("C/depth", lab.mnist, lab.mnist_recipes["reference"], lab.deep_mlps(), three)
+    wide = [name for name in narrow if not name.startswith("NoShortcut") and name != teacher]
+    yield cnns("D", "cosine", wide, (0,), lab.wide)
+    middle = [f"{family}-{depth}" for family in ("ResidualCNN", "NoShortcut") for depth in lab.depths[1:-1]]
+    yield cnns("E", "cosine", middle, three)
+    yield cnns("E", "reference", middle, three)
+    grid = {f"T = {T:g}, α = {a:g}": (T, a) for T, a in product(TEMPERATURES, ALPHAS)}
+    yield students("F", "cosine", grid, three, lab.grid_images)
+    alone = replace(lab.cifar_recipes["cosine"], max_train_images=lab.grid_images)
+    yield Block("F/cosine", lab.cifar, alone, {"no teacher": student}, three)
+    if best := lab.best_of_grid(students("F", "cosine", grid, three, lab.grid_images)):
+        yield students("G", "cosine", {f"Distilled-{lab.depths[0]}, tuned": best}, five)
+    yield cnns("E", "reference", middle, (3, 4))
+    yield cnns("B", "reference", others, (3, 4))
+    yield cnns("E", "cosine", middle, (3, 4))
+    yield cnns("H", "reference", wide, (0,), lab.wide)
+
+
+def _at_ends(family: str, depths: tuple[int, ...]) -> list[str]:
+    return [f"{family}-{depths[0]}", f"{family}-{depths[-1]}"]
+
+
+@dataclass(frozen=True)
+class Lab:
+    """Where the runs come from and go to; the sizes are those of the published runs, but for tests."""
+
+    mnist: str = "mnist"
+    cifar: str = "data/cifar10-jpeg"
+    output_dir: str = "runs"
+    published: Path = runs.PUBLISHED
+    width: int = 16
+    wide: int = 64
+    depths: tuple[int, ...] = (2, 3, 4)
+    grid_images: int = 5000
+    mnist_recipes: dict[str, TrainingConfig] = field(default_factory=lambda: MNIST_RECIPES)
+    cifar_recipes: dict[str, TrainingConfig] = field(default_factory=lambda: CIFAR_RECIPES)
+
+    def data(self, name: str) -> ImageData:
+        return _load(name, **({"image_size": 32, "channels": 3} if name == self.cifar else {}))
+
+    def cnns(self, width: int) -> dict[str, Callable[[], nn.Module]]:
+        families = {
+            "SimpleCNN": SimpleCNN,
+            "NoShortcut": partial(ResidualCNN, shortcut=False),
+            "ResidualCNN": ResidualCNN,
+        }
+        shape = _shape(self.data(self.cifar))
+        return {f"{f}-{d}": partial(families[f], d, width, **shape) for f, d in product(families, self.depths)}
+
+    def mlps(self) -> dict[str, Callable[[], nn.Module]]:
+        shape = _shape(self.data(self.mnist))
+        families = {"MLP": MLP, "ResidualMLP": ResidualMLP}
+        return {f"{f}-{d}": partial(families[f], SIZES[d], **shape) for f, d in product(families, SIZES)}
+
+    def deep_mlps(self) -> dict[str, Callable[[], nn.Module]]:
+        shape = _shape(self.data(self.mnist))
+        families = {"MLP": MLP, "NoShortcut": partial(ResidualMLP, shortcut=False)}
+        families |= {"HeMLP": partial(MLP, initialisation="he"), "ResidualMLP": ResidualMLP}
+        sizes = {depth: SIZES.get(depth, (64,) * depth) for depth in DEPTHS}
+        return {f"{f}-{d}": partial(families[f], sizes[d], **shape) for f, d in product(families, sizes)}
+
+    def names(self, block: Block) -> dict[tuple[str, int], str | None]:
+        """The run of each network and seed of a block; None for a student whose teacher is not trained yet."""
+        data, names = self.data(block.data), {}
+        for name, seed in product(block.networks, block.seeds):
+            trainer = self._trainers(block, seed).get(name)
+            if trainer is None and block.teacher:
+                names[name, seed] = None
+                continue
+            described = run_identity(block.networks[name], replace(block.config, seed=seed), data, trainer)
+            names[name, seed] = run_name(described)
+        return names
+
+    def _trainers(self, block: Block, seed: int, weights: bool = False) -> dict[str, partial]:
+        if block.teacher is None:
+            return {}
+        build = self.cnns(self.width)[block.teacher]
+        config = replace(block.config, seed=seed, max_train_images=None)
+        name = run_name(run_identity(build, config, self.data(block.data)))
+        run = runs.load_run(Path(self.output_dir, name)) or (None if weights else runs.load_run(self.published / name))
+        if run is None:
+            return {}
+        teacher = partial(KnowledgeDistillationTrainer, teacher=runs.TrainedModel(run, build))
+        return {name: partial(teacher, temperature=T, alpha=a) for name, (T, a) in block.distillation.items()}
+
+    def missing(self, block: Block) -> list[tuple[str, int]]:
+        names = self.names(block)
+        return [
+            key for key, name in names.items() if name is None or not (self.published / name / "result.json").exists()
+        ]
+
+    def best_of_grid(self, block: Block) -> tuple[float, float] | None:
+        """Temperature and alpha with the best mean validation accuracy; None before the grid is finished."""
+        if self.missing(block):
+            return None
+        accuracy: dict[str, float] = {}
+        for (name, _), run in self.names(block).items():
+            accuracy[name] = accuracy.get(name, 0) + runs.load_run(self.published / run).result["val_accuracy"]
+        return block.distillation[max(accuracy, key=accuracy.get)]
+
+    def train(self, block: Block, networks: set[str], jobs: int) -> None:
+        """Train and publish what a block misses, as many seeds at a time as there are jobs."""
+        for start in range(0, len(block.seeds), jobs):
+            seeds = block.seeds[start : start + jobs]
+            wanted = {name for name, seed in self.missing(block) if seed in seeds} & networks
+            if wanted:
+                self._train(
+                    block, {name: block.networks[name] for name in block.networks if name in wanted}, seeds, jobs
+                )
+
+    def _train(self, block: Block, networks: dict, seeds: tuple[int, ...], jobs: int) -> None:
+        config, trainers = replace(block.config, output_dir=self.output_dir), {}
+        if block.teacher:
+            self._with_weights(block, seeds, jobs)
+            trainers = {(n, s): trainer for s in seeds for n, trainer in self._trainers(block, s, True).items()}
+        data = self.data(block.data)
+        done = experiment(networks, config, data, seeds, jobs=jobs, trainer_class=trainers or None)
+        for run in done.runs.values():
+            runs.publish(run, self.published)
+
+    def _with_weights(self, block: Block, seeds: tuple[int, ...], jobs: int) -> Experiment:
+        """A published teacher has no weights; then it is trained again."""
+        config = replace(block.config, output_dir=self.output_dir, max_train_images=None)
+        teacher = {block.teacher: self.cnns(self.width)[block.teacher]}
+        return experiment(teacher, config, self.data(block.data), seeds, jobs=jobs, weights=True)
+
+
+@cache
+def _load(name: str, **knobs) -> ImageData:
+    return load_data(name, ROOT / "data", **knobs)
+
+
+def _shape(data: ImageData) -> dict:
+    return {"image_shape": data.image_shape, "num_classes": data.num_classes}
+
+
+def main(arguments: list[str] | None = None, lab: Lab | None = None) -> int:
+    """0; 1 if something of what was asked for is missing afterwards."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--list", action="store_true", help="train nothing")
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="NAME", help="networks (ResidualCNN-2), groups (A, A/cosine)"
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side (1)")
+    options = parser.parse_args(arguments)
+    lab, torch_threads = lab or Lab(), torch.get_num_threads()
+    still = 0
+    for block in blocks(lab):
+        group_wanted = not options.only or {block.name, block.name.partition("/")[0]} & {*options.only}
+        networks = {*block.networks} if group_wanted else {*block.networks} & {*options.only}
+        if not networks:
+            continue
+        if not options.list:
+            lab.train(block, networks, options.jobs)
+        missing = [key for key in lab.missing(block) if key[0] in networks]
+        still += len(missing)
+        total = len(networks) * len(block.seeds)
+        seeds = ", ".join(map(str, block.seeds))
+        print(
+            f"{block.name:<12} {total - len(missing):>3} of {total:<3} seeds {seeds:<14} {', '.join(networks)}",
+            flush=True,
+        )
+    torch.set_num_threads(torch_threads)
+    print(f"{still} missing" if still else "nothing missing")
+    return int(still > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
