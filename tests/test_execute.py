@@ -2,7 +2,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
-from lablib.execute import as_shown, clean, main
+from tools.execute import as_shown, clean, main
 
 
 @pytest.mark.parametrize(

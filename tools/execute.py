@@ -1,6 +1,6 @@
 """Run a notebook through papermill and leave its output fit to be shown and committed.
 
-python -m lablib.execute Lab1_MLPs.ipynb out/Lab1_MLPs.ipynb -p epochs 3
+python tools/execute.py Lab1_MLPs.ipynb out/Lab1_MLPs.ipynb -p epochs 3
 """
 
 import re
