@@ -12,14 +12,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import joblib
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.figure import Figure
 from torch import nn
 
+from lablib import figures
 from lablib.config import TrainingConfig
 from lablib.data import ImageData
 from lablib.identity import build_seeded, run_identity, run_name
@@ -28,6 +31,7 @@ from lablib.processes import is_first_process, num_processes
 from lablib.progress import RunProgress
 from lablib.runs import Run, TrainedModel, find_run, separate_callbacks, train_or_load
 from lablib.secret import redacted
+from lablib.statistics import compare, compare_effects, readable_table, results_table, save_table, verdicts
 
 TrainerClass = type | partial | None  # a StreamlinedTrainer; None is that itself
 
@@ -54,6 +58,79 @@ class Experiment:
         """What was measured with a model's weights, by seed; the keys are those of `Run.measured`."""
         return {seed: run.measured()[key] for (name, seed), run in sorted(self.runs.items()) if name == model}
 
+    def frame(self) -> pd.DataFrame:
+        """One row a run, failed ones included: model, seed, dataset, parameters, accuracies, epochs and so on."""
+        columns = ["parameters", "val_accuracy", "test_accuracy", "best_epoch", "epochs", "seconds", "precision"]
+        rows = []
+        for model, seed in product(self.models, self.seeds):
+            if run := self.runs.get((model, seed)):
+                rows.append({"model": model, "seed": seed} | {name: run.result[name] for name in columns})
+            elif error := self.failures.get((model, seed)):
+                rows.append({"model": model, "seed": seed, "error": error})
+        table = pd.DataFrame(rows, columns=["model", "seed", *columns, *(["error"] if self.failures else [])])
+        return table.assign(dataset=self.data.name)
+
+    def table(self, reference: Mapping[str, float] | None = None, save_to: str | Path | None = None) -> pd.DataFrame:
+        """One row a network, for people; `reference` has other figures (fractions). `save_to` is a CSV with all digits."""
+        table = results_table(self.frame(), reference)
+        return readable_table(save_table(table, save_to) if save_to else table)
+
+    def compare(
+        self,
+        first: str | Mapping[str, tuple[str, str]],
+        second: str | None = None,
+        by: Sequence[int] | None = None,
+        metric: str = "test_accuracy",
+    ) -> "Comparison":
+        """Paired differences over the seeds: the first model minus the second.
+
+        Two models or two families, or several pairs by name: {"the shortcut": ("ResidualCNN", "NoShortcut")}. `by` are
+        the depths at which families are compared ("ResidualCNN-2"). All pairs share one correction of the p-values.
+        """
+        questions = first if isinstance(first, Mapping) else {"": (first, second)}
+        pairs = {}
+        for question, (one, other) in questions.items():
+            if by is None:
+                pairs[question or f"{one} − {other}"] = (one, other)
+            for depth in by or ():
+                pairs[f"{question}, depth {depth}" if question else f"depth {depth}"] = (
+                    f"{one}-{depth}",
+                    f"{other}-{depth}",
+                )
+        return Comparison(compare(self.frame(), pairs, metric), self.data.name)
+
+    def distil(
+        self,
+        student: str,
+        teacher: str,
+        temperature: float | Sequence[float],
+        alpha: float | Sequence[float],
+        *,
+        name: str = "Distilled",
+        config: TrainingConfig | None = None,
+        seeds: int | Iterable[int] | None = None,
+        jobs: int = 1,
+    ) -> "Experiment":
+        """Train one of the networks as a student: each seed's run learns from the `teacher`'s run with that seed.
+
+        With several temperatures or alphas there is a student for each pair, named "T = 4, α = 0.7"; else it has the
+        `name`. Config and seeds are those of this experiment unless others are given. Raises as `experiment` does.
+        """
+        from lablib.distillation import KnowledgeDistillationTrainer  # with transformers, which takes seconds
+
+        several = isinstance(temperature, Sequence) or isinstance(alpha, Sequence)
+        cells = list(product(*(x if isinstance(x, Sequence) else [x] for x in (temperature, alpha))))
+        names = {f"T = {t:g}, α = {a:g}" if several else name: (t, a) for t, a in cells}
+        seeds = self.seeds if seeds is None else _checked_seeds(seeds)
+        trainers = {
+            (cell, seed): partial(
+                KnowledgeDistillationTrainer, teacher=self.teacher(teacher, seed), temperature=t, alpha=a
+            )
+            for (cell, (t, a)), seed in product(names.items(), seeds)
+        }
+        students = dict.fromkeys(names, self.models[student])
+        return experiment(students, config or self.config, self.data, seeds, jobs=jobs, trainer_class=trainers)
+
     def histories(self) -> pd.DataFrame:
         """Every run's metrics by epoch: model, seed, epoch, train_loss, val_loss, ..."""
         rows = [
@@ -66,7 +143,7 @@ class Experiment:
         return pd.DataFrame(rows)
 
     def gradients(self) -> pd.DataFrame:
-        """Every run's gradient by layer: model, seed, moment (initial or trained), layer (from the input), name, rms."""
+        """Every run's gradient by layer: model, seed, moment ("initial" or "trained"), layer, name, rms."""
         tables = []
         for (model, seed), run in self.runs.items():
             measured = run.measured()
@@ -112,6 +189,33 @@ class Experiment:
             self.runs | other.runs,
             self.failures | other.failures,
         )
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Paired differences between networks, as `statistics.compare` gives them, and the data set that they are from."""
+
+    table: pd.DataFrame
+    dataset: str
+
+    def plot(self, title: str, *paths: str | Path) -> Figure:
+        """A dot for each seed, the means, and intervals from three seeds on; written to the paths too."""
+        return figures.save(figures.paired_differences(self.table, self.dataset, title), *paths)
+
+    def verdicts(self) -> "Sentences":
+        """One sentence a comparison, which says no more than its interval does."""
+        return Sentences(verdicts(self.table))
+
+    def __sub__(self, other: "Comparison") -> "Comparison":
+        """How far the differences of the same labels differ, seed by seed."""
+        return Comparison(compare_effects(self.table, other.table), self.dataset)
+
+
+class Sentences(str):
+    """Markdown that a notebook shows as such."""
+
+    def _repr_markdown_(self) -> str:
+        return str(self)
 
 
 def experiment(

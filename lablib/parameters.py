@@ -2,53 +2,44 @@
 
 import ast
 import difflib
-from collections.abc import Container
-from dataclasses import dataclass
-from typing import Any, get_args, get_origin
+from typing import Annotated, Any, get_origin
 
-_EXAMPLES = {int: "a whole number such as 3", float: "a number such as 0.001", str: "a string"}
-_EXAMPLES |= {bool: "True or False", list: "a list such as [2, 4, 8]"}
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-
-@dataclass(frozen=True)
-class Between:
-    """The numbers from `low` to `high`, both allowed."""
-
-    low: float
-    high: float
-
-    def __contains__(self, value: object) -> bool:
-        return isinstance(value, (int, float)) and self.low <= value <= self.high
+# Names for the annotations of a parameters cell: papermill's help can read no others.
+Count = Annotated[int, Field(ge=1, le=10_000)]
+CountOrNone = Annotated[int, Field(ge=0)]  # 0 stands for none or for all
+Counts = Annotated[list[Count], Field(min_length=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Shares = Annotated[list[Share], Field(min_length=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Positives = Annotated[list[Positive], Field(min_length=1)]
 
 
-def check_parameters(namespace: dict[str, Any], **allowed: Container) -> None:
-    """Refuse parameters of the wrong type, out of range, or unknown; `namespace` is the notebook's `globals()`.
+def check_parameters(namespace: dict[str, Any]) -> None:
+    """Refuse parameters that do not fit their annotation, or unknown ones; `namespace` is the notebook's `globals()`.
 
-    Known are the annotated names of the cell tagged `parameters`, each of the type of its annotation. `allowed` gives
-    for some of them what they may be: a range, `Between` two numbers, or a collection of values. Unknown are names that
-    papermill injected (`-p epoch 3`) and the cell does not have.
-
-    Raises ValueError that lists every fault and says what to write instead.
+    Unknown are names that papermill injected (`-p epoch 3`) and that no annotated line of the cell tagged `parameters`
+    has. Raises ValueError that lists every fault and says what is allowed.
     """
     annotations = namespace.get("__annotations__", {})
     if not annotations:
         raise ValueError("the notebook has no annotated parameters; run its cell tagged 'parameters' first")
-    faults = [_unknown(name, annotations) for name in sorted(_injected_names(namespace)) if name not in annotations] + [
-        fault for name, kind in annotations.items() if (fault := _fault(name, namespace[name], kind, allowed))
-    ]
+    faults = [_unknown(name, annotations) for name in sorted(_injected_names(namespace)) if name not in annotations]
+    for name, kind in annotations.items():
+        try:
+            TypeAdapter(kind, config=ConfigDict(strict=True)).validate_python(namespace[name])
+        except ValidationError as error:
+            faults.append(_fault(name, namespace[name], kind, error))
     if faults:
         raise ValueError("the notebook's parameters cannot be used:\n- " + "\n- ".join(faults))
 
 
 def _injected_names(namespace: dict[str, Any]) -> set[str]:
     """Names assigned in the cells that papermill injected; it starts each with the comment `# Parameters`."""
-    names = set()
-    for source in namespace.get("In", []):
-        if source.lstrip().startswith("# Parameters"):
-            for node in ast.walk(ast.parse(source)):
-                if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-                    names.add(node.id)
-    return names
+    injected = [source for source in namespace.get("In", []) if source.lstrip().startswith("# Parameters")]
+    nodes = [node for source in injected for node in ast.walk(ast.parse(source))]
+    return {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
 
 
 def _unknown(name: str, annotations: dict) -> str:
@@ -57,39 +48,14 @@ def _unknown(name: str, annotations: dict) -> str:
     return f"there is no parameter {name!r}.{hint} There are: {', '.join(annotations)}"
 
 
-def _fault(name: str, value: Any, kind: type, allowed: dict[str, Container]) -> str | None:
-    base = get_origin(kind) or kind
-    wanted = _wanted(base, allowed.get(name))
-    fits = _is_a(value, base)
-    values = value if fits and base is list else [value]
-    if base is list and get_args(kind):
-        fits = fits and all(_is_a(v, get_args(kind)[0]) for v in values)
-    if fits and name in allowed:
-        fits = len(values) > 0 and all(type(v) is not bool and v in allowed[name] for v in values)
-    if fits:
-        return None
-    hint = ""
+def _fault(name: str, value: Any, kind: Any, error: ValidationError) -> str:
+    first = error.errors()[0]
+    place = "".join(f"[{part}]" for part in first["loc"])
+    text = f"{name} = {value!r}: {name}{place} {first['msg'].removeprefix('Input ')[:1].lower()}"
+    text += first["msg"].removeprefix("Input ")[1:]
+    base = getattr(kind, "__origin__", kind)
     if isinstance(value, str) and base is bool:
-        hint = f"; with papermill: -p {name} True, with a capital T"
-    elif isinstance(value, str) and base is list:
-        example = "[0.5, 1]" if isinstance(allowed.get(name), Between) else "[2, 4, 8]"
-        hint = f"; with papermill: -y '{name}: {example}'"
-    return f"{name} = {value!r}: write {wanted}{hint}"
-
-
-def _is_a(value: Any, kind: type) -> bool:
-    if isinstance(value, bool):
-        return kind is bool
-    return isinstance(value, (int, float) if kind is float else kind)
-
-
-def _wanted(base: type, allowed: Container | None) -> str:
-    if isinstance(allowed, range):
-        text = f"a whole number from {allowed.start} to {allowed.stop - 1}"
-    elif isinstance(allowed, Between):
-        text = f"a number from {allowed.low:g} to {allowed.high:g}"
-    elif allowed is not None:
-        text = "one of " + ", ".join(repr(value) for value in allowed)
-    else:
-        return _EXAMPLES.get(base, f"a value of type {base.__name__}")
-    return f"a list of one or more, each {text}" if base is list else text
+        text += f"; with papermill: -p {name} True, with a capital T"
+    elif isinstance(value, str) and (base is list or get_origin(base) is list):
+        text += f"; with papermill: -y '{name}: [2, 4]'"
+    return text

@@ -3,21 +3,21 @@
 import os
 from dataclasses import replace
 from functools import partial
-from types import SimpleNamespace
 
 import joblib
-import pandas as pd
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
 from bot_api import BotApi
+from transformers import TrainerCallback
 from wandb_runs import go_offline, runs_in
 
 from lablib import MLP, Experiment, KnowledgeDistillationTrainer, StreamlinedTrainer, TrainingConfig, experiment
 from lablib.experiments import initial_model
-from lablib.runs import build_seeded, run_path
+from lablib.identity import build_seeded
+from lablib.runs import load_run, publish, train_or_load
 from lablib.telegram import TelegramNotifier
-from lablib.training import train_or_load
 
 tiny_mlp = partial(MLP, image_shape=(1, 6, 6), num_classes=3)
 MODELS = {"narrow": partial(tiny_mlp, (4,)), "wide": lambda: tiny_mlp((8,))}
@@ -46,6 +46,16 @@ def no_training(monkeypatch):
 
     monkeypatch.setattr(StreamlinedTrainer, "train", forbidden)
     monkeypatch.setattr(joblib, "Parallel", forbidden)
+
+
+class Notes:
+    """What a test notes, which makes no other run."""
+
+    def __init__(self, **notes):
+        vars(self).update(notes)
+
+    def __identity__(self):
+        return "notes"
 
 
 class FailsInTraining(MLP):
@@ -298,31 +308,103 @@ def test_a_cell_of_a_grid_is_as_if_it_were_trained_alone_with_the_teacher_of_its
     ],
     ids=["in the building", "in the forward", "too few outputs"],
 )
-def test_a_run_that_fails_is_reported_by_name_and_loses_no_other(broken, error, config, tiny_data):
+def test_a_run_that_fails_loses_no_other_and_equal_errors_are_reported_once(broken, error, config, tiny_data):
     models = {"broken one": broken, "narrow": MODELS["narrow"]}
     with pytest.warns(UserWarning, match="failed") as caught:
-        result = experiment(models, config, tiny_data, [0, 3])
-    assert list(result.runs) == [("narrow", 0), ("narrow", 3)]
-    assert list(result.failures) == [("broken one", 0), ("broken one", 3)]
-    messages = [str(warning.message) for warning in caught]
-    assert len(messages) == 2
-    for seed, message in zip([0, 3], messages, strict=True):
-        assert f"the run of 'broken one' with seed {seed} failed" in message
-        assert error in message
-        assert error in result.failures["broken one", seed]
+        result = experiment(models, config, tiny_data, [0, 3, 4])
+    assert list(result.runs) == [("narrow", 0), ("narrow", 3), ("narrow", 4)]
+    assert list(result.failures) == [("broken one", 0), ("broken one", 3), ("broken one", 4)]
+    first, others = (str(warning.message) for warning in caught)
+    assert "the run of 'broken one' with seed 0 failed" in first
+    assert len(first.splitlines()) <= 11
+    assert "'broken one' with seed 0 and 2 more failed" in others
+    for text in (first, others, *result.failures.values()):
+        assert error in text
     assert result.values("broken one") == {}
-    assert list(result.values("narrow")) == [0, 3]
     with pytest.raises(KeyError, match=error):
         result.trained_model("broken one")
 
 
-def test_a_failed_run_is_tried_again_by_the_next_call(config, tiny_data):
+def test_an_experiment_of_which_every_run_fails_raises_and_is_tried_again_by_the_next_call(config, tiny_data):
+    models = {"net": lambda: FailsInTraining((4,), image_shape=(1, 6, 6), num_classes=3), "other": fails_to_build}
     for _ in range(2):
-        with pytest.warns(UserWarning, match="no forward today"):
-            failed = experiment({"net": lambda: FailsInTraining((4,), image_shape=(1, 6, 6))}, config, tiny_data, [0])
-        assert failed.runs == {}
-        assert isinstance(failed.histories(), pd.DataFrame)
-        assert failed.histories().empty
+        with (
+            pytest.warns(UserWarning, match="failed"),
+            pytest.raises(RuntimeError, match="all 4 runs failed, 2 of them with ValueError: no such layer"),
+        ):
+            experiment(models, config, tiny_data, 2)
+
+
+@pytest.mark.parametrize("seeds", [3, np.arange(3), range(3), [0, 1, 2, 1], np.int64(3)])
+def test_seeds_are_a_number_of_them_or_whole_numbers(seeds, config, tiny_data, monkeypatch):
+    monkeypatch.setattr("lablib.experiments._train_pending", lambda *arguments: None)
+    result = experiment(MODELS, config, tiny_data, seeds)
+    assert result.seeds == (0, 1, 2)
+    assert all(type(seed) is int for seed in result.seeds)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"data": "digits"}, TypeError, r"load_data\('digits'\)"),
+        ({"seeds": "012"}, TypeError, "seeds = '012', but it must be a number of seeds"),
+        ({"seeds": 1.5}, TypeError, "seeds = 1.5, but it must be"),
+        ({"config": {"num_epochs": 3}}, TypeError, "must be a TrainingConfig"),
+    ],
+)
+def test_arguments_of_another_kind_are_refused_with_what_to_write(arguments, error, words, config, tiny_data):
+    usual = {"config": config, "data": tiny_data, "seeds": [0]}
+    with pytest.raises(error, match=words):
+        experiment(MODELS, **(usual | arguments))
+
+
+def test_runs_of_one_name_under_two_configs_cannot_be_joined(finished, tiny_data, tmp_path):
+    other = Experiment(tiny_data, replace(finished.config, learning_rate=0.1), dict(MODELS), SEEDS)
+    with pytest.raises(ValueError, match="narrow, wide under two configs"):
+        finished | other
+    elsewhere = Experiment(tiny_data, replace(finished.config, output_dir=str(tmp_path)), dict(MODELS), (7,))
+    assert (finished | elsewhere).runs == finished.runs
+
+
+class Counting(TrainerCallback):
+    """Counts the epochs of the run that it is told of."""
+
+    epochs = 0
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        self.epochs += 1
+
+    def on_train_end(self, args, state, control, **kwargs):
+        print(f"epochs: {self.epochs}")
+
+
+@pytest.mark.parametrize("within", [False, True], ids=["as an argument", "within a partial trainer"])
+def test_callbacks_are_called_each_run_with_its_own_copy(within, config, tiny_data, capsys):
+    counting = Counting()
+    given = (
+        {"trainer_class": partial(StreamlinedTrainer, callbacks=[counting])} if within else {"callbacks": [counting]}
+    )
+    narrow = {"narrow": MODELS["narrow"]}
+    result = experiment(narrow, config, tiny_data, SEEDS, **given)
+    assert capsys.readouterr().out.count("epochs: 2\n") == 2
+    assert experiment(narrow, config, tiny_data, SEEDS, **given).runs == result.runs
+    assert result.runs["narrow", 0].path != experiment(narrow, config, tiny_data, [0]).runs["narrow", 0].path
+
+
+def test_a_student_is_known_by_its_teachers_run_whether_the_weights_are_there_or_not(finished, tiny_data, tmp_path):
+    def students(teachers, folder):
+        trainers = {s: partial(KnowledgeDistillationTrainer, teacher=teachers.teacher("wide", s)) for s in SEEDS}
+        return experiment({"student": MODELS["narrow"]}, config_in(folder), tiny_data, SEEDS, trainer_class=trainers)
+
+    taught = students(finished, tmp_path / "runs")
+    published = {key: load_run(publish(run, tmp_path / "published")) for key, run in finished.runs.items()}
+    without = replace(finished, runs=published)
+    assert students(without, tmp_path / "runs").runs == taught.runs
+    with (
+        pytest.warns(UserWarning, match="failed"),
+        pytest.raises(RuntimeError, match=r"was published without its weights\. Train it to have them"),
+    ):
+        students(without, tmp_path / "elsewhere")
 
 
 @pytest.mark.parametrize("jobs", [0, 1.5, "2", True, None])
@@ -348,7 +430,7 @@ def test_an_interruption_by_hand_passes_through_and_keeps_what_is_finished(confi
             state.trained.append(self.config.seed)
             return super().train(*args, **kwargs)
 
-    state = SimpleNamespace(trained=[], resumed=False)
+    state = Notes(trained=[], resumed=False)
     narrow = {"narrow": MODELS["narrow"]}
     with pytest.raises(KeyboardInterrupt):
         experiment(narrow, config, tiny_data, [0, 1, 2], trainer_class=Interrupted)
@@ -386,7 +468,7 @@ def test_jobs_side_by_side_give_the_same_bits_and_a_failure_loses_no_other(finis
         "closure": lambda: Net((4,), image_shape=(1, 6, 6), num_classes=3),
         "broken": lambda: FailsInTraining((4,), image_shape=(1, 6, 6)),
     }
-    with pytest.warns(UserWarning, match="the run of 'broken' with seed [01] failed") as caught:
+    with pytest.warns(UserWarning, match="'broken' with seed [01] (failed|and 1 more failed)") as caught:
         side_by_side = experiment(models, config, tiny_data, SEEDS, jobs=2)
     assert len(caught) == 2
     assert {key: error.split(":")[0] for key, error in side_by_side.failures.items()} == {
@@ -416,7 +498,7 @@ def test_a_damaged_run_is_reported_by_whichever_process_finds_it(config, tiny_da
         after = experiment(narrow, config, tiny_data, SEEDS, jobs=2)
     for key, run in before.runs.items():
         assert after.runs[key].history[-1]["val_loss"] == run.history[-1]["val_loss"]
-        assert run.path == run_path(narrow["narrow"], replace(config, seed=key[1]), tiny_data)
+        assert run.path == after.runs[key].path
 
 
 @pytest.mark.parametrize("every_run", [False, True])

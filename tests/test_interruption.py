@@ -13,7 +13,7 @@ from filelock import FileLock
 
 from lablib import MLP, TrainingConfig
 from lablib.runs import run_path
-from lablib.training import train_or_load
+from lablib.runs import train_or_load
 
 QUIET = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 

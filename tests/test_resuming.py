@@ -18,8 +18,8 @@ from lablib import MLP, KnowledgeDistillationTrainer, StreamlinedTrainer, Traini
 from lablib.checkpoints import DamagedCheckpointError, checkpoints_in, seal, verify
 from lablib.interruption import Interruption
 from lablib.metrics import BatchMeter, history
-from lablib.runs import build_seeded
-from lablib.training import train_or_load
+from lablib.identity import build_seeded
+from lablib.runs import train_or_load
 
 STEPS = 4  # an epoch: 27 of tiny_data's 36 images in batches of 8
 tiny_mlp = partial(MLP, (8,), image_shape=(1, 6, 6), num_classes=3)

@@ -21,8 +21,8 @@ from torch.nn import functional as F
 from transformers import TrainerCallback
 
 from lablib import MLP, ResidualMLP, StreamlinedTrainer, TrainingConfig
-from lablib.runs import build_seeded, load_run, run_path
-from lablib.training import train_or_load
+from lablib.identity import build_seeded, load_run, run_path
+from lablib.runs import train_or_load
 
 STEPS = 4  # an epoch: 27 of tiny_data's 36 images in batches of 8
 FILES = ["history.jsonl", "identity.json", "model.safetensors", "result.json"]

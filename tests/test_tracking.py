@@ -19,7 +19,7 @@ from wandb_runs import TrackedRun, go_offline, runs_in
 
 from lablib import MLP, KnowledgeDistillationTrainer, StreamlinedTrainer, TrainingConfig, train_or_load
 from lablib.metrics import history
-from lablib.runs import build_seeded
+from lablib.identity import build_seeded
 from lablib.tracking import LOGGED
 
 TOKEN = "1234567890:AAErecognisable_token_of_the_tests_"

@@ -36,8 +36,8 @@ from lablib import (
     training,
 )
 from lablib.data import ImageData
-from lablib.runs import build_seeded
-from lablib.training import train_or_load
+from lablib.identity import build_seeded
+from lablib.runs import train_or_load
 
 KINDS = ("step", "validation", "checkpoint", "result")
 FAULTS = ("ENOSPC", "EIO", "torn")

@@ -59,7 +59,8 @@ class Block:
 
 def blocks(lab: "Lab") -> Iterator[Block]:
     """All published runs, in the order in which they are trained."""
-    five, three = tuple(range(5)), tuple(range(3))
+    five = tuple(range(lab.seeds))
+    three, pairs = five[:3], [five[start : start + 2] for start in range(0, lab.seeds, 2)]
     narrow, shallow = lab.cnns(lab.width), f"ResidualCNN-{lab.depths[0]}"
     student, teacher = narrow[shallow], f"ResidualCNN-{lab.depths[-1]}"
     distilled = f"Distilled-{lab.depths[0]}"
@@ -72,7 +73,7 @@ def blocks(lab: "Lab") -> Iterator[Block]:
         config = replace(lab.cifar_recipes[recipe], max_train_images=images)
         return Block(f"{group}/{recipe}", lab.cifar, config, dict.fromkeys(knobs, student), seeds, teacher, knobs)
 
-    for recipe, pair in product(("cosine", "reference"), ((0, 1), (2, 3), (4,))):  # a student soon after its teacher
+    for recipe, pair in product(("cosine", "reference"), pairs):  # a student soon after its teacher
         yield cnns("A", recipe, [teacher, shallow], pair)
         yield students("A", recipe, {distilled: (4, 0.7)}, pair)
     others = [name for name in narrow if name.startswith("SimpleCNN") or name in _at_ends("NoShortcut", lab.depths)]
@@ -92,9 +93,9 @@ def blocks(lab: "Lab") -> Iterator[Block]:
     yield Block("F/cosine", lab.cifar, alone, {"no teacher": student}, three)
     if best := lab.best_of_grid(students("F", "cosine", grid, three, lab.grid_images)):
         yield students("G", "cosine", {f"Distilled-{lab.depths[0]}, tuned": best}, five)
-    yield cnns("E", "reference", middle, (3, 4))
-    yield cnns("B", "reference", others, (3, 4))
-    yield cnns("E", "cosine", middle, (3, 4))
+    yield cnns("E", "reference", middle, five[3:])
+    yield cnns("B", "reference", others, five[3:])
+    yield cnns("E", "cosine", middle, five[3:])
     yield cnns("H", "reference", wide, (0,), lab.wide)
 
 
@@ -110,6 +111,7 @@ class Lab:
     cifar: str = "data/cifar10-jpeg"
     output_dir: str = "runs"
     published: Path = runs.PUBLISHED
+    seeds: int = 5
     width: int = 16
     wide: int = 64
     depths: tuple[int, ...] = (2, 3, 4)
@@ -229,11 +231,11 @@ def main(arguments: list[str] | None = None, lab: Lab | None = None) -> int:
     still = 0
     for block in blocks(lab):
         group_wanted = not options.only or {block.name, block.name.partition("/")[0]} & {*options.only}
-        networks = {*block.networks} if group_wanted else {*block.networks} & {*options.only}
-        if not networks:
+        networks = [name for name in block.networks if group_wanted or name in options.only]
+        if not (networks and block.seeds):
             continue
         if not options.list:
-            lab.train(block, networks, options.jobs)
+            lab.train(block, {*networks}, options.jobs)
         missing = [key for key in lab.missing(block) if key[0] in networks]
         still += len(missing)
         total = len(networks) * len(block.seeds)
