@@ -15,10 +15,10 @@ from torch import nn
 from lablib import models
 from lablib.config import TrainingConfig
 from lablib.data import ImageData
+from lablib.datasets import load_data
 from lablib.distillation import KnowledgeDistillationTrainer
 from lablib.processes import is_first_process
 from lablib.runs import load_run
-from lablib.sources import load_data
 from lablib.trainer import StreamlinedTrainer
 from lablib.training import train_or_load
 
