@@ -53,7 +53,7 @@ def load(case: Case, images: int | None):
     import torch
 
     from lablib.data import stratified_subset
-    from lablib.sources import load_data
+    from lablib.datasets import load_data
 
     form = {"image_size": 32, "channels": 3} if case.convolutional else {}
     data = load_data(case.dataset, **form)

@@ -9,11 +9,11 @@ warnings.filterwarnings("ignore", message="IProgress not found")
 _NAMES = {
     "config": ("TrainingConfig",),
     "data": ("ImageData", "stratified_split"),
+    "datasets": ("load_data",),
     "distillation": ("KnowledgeDistillationTrainer", "distillation_loss"),
     "experiments": ("Experiment", "experiment"),
     "models": ("MLP", "ResidualBlock", "ResidualCNN", "ResidualMLP", "SimpleCNN"),
     "runs": ("Run", "TrainedModel", "train_or_load"),
-    "sources": ("load_data",),
     "trainer": ("StreamlinedTrainer",),
 }
 _MODULES = {name: module for module, names in _NAMES.items() for name in names}

@@ -15,10 +15,10 @@ from torch import nn
 from lablib import models
 from lablib.config import TrainingConfig
 from lablib.data import ImageData
+from lablib.datasets import load_data
 from lablib.distillation import KnowledgeDistillationTrainer
 from lablib.processes import is_first_process
 from lablib.runs import load_run, train_or_load
-from lablib.sources import load_data
 from lablib.trainer import StreamlinedTrainer
 
 MODELS = {cls.__name__: cls for cls in (models.MLP, models.ResidualMLP, models.SimpleCNN, models.ResidualCNN)}

@@ -1,4 +1,4 @@
-"""A name or a folder -> ImageData (uint8 tensors in memory); and its parts: training, validation, test."""
+"""ImageData (uint8 images in memory or mapped from a file), its stratified split, and batches of it."""
 
 import hashlib
 import math
@@ -17,10 +17,10 @@ _TENSORS = ("train_images", "train_labels", "test_images", "test_labels")
 
 @dataclass(frozen=True)
 class ImageData:
-    """A classification data set in memory.
+    """Training and test images of a classification task.
 
-    Images are uint8, images × channels × height × width; labels are int64 class numbers, images.
-    Raises ValueError where shapes, types or labels do not fit together, or a class has no image.
+    Images are uint8, images × channels × height × width; labels are int64 class numbers, one for each image.
+    Raises ValueError if shapes, types or labels do not fit together, or a class has no image.
     """
 
     name: str
@@ -31,46 +31,33 @@ class ImageData:
     class_names: tuple[str, ...]
 
     def __post_init__(self):
+        number = len(self.class_names)
+        if number < 2:
+            raise ValueError(f"{self.name} has {number} class; a classifier needs at least two")
         for part in ("train", "test"):
-            self._check_part(part, getattr(self, f"{part}_images"), getattr(self, f"{part}_labels"))
+            images, labels = getattr(self, f"{part}_images"), getattr(self, f"{part}_labels")
+            if images.dtype != torch.uint8 or images.ndim != 4 or 0 in images.shape[1:]:
+                raise ValueError(
+                    f"{self.name}: the {part} images are {images.dtype} of shape {tuple(images.shape)}; they must be "
+                    "torch.uint8, images × channels × height × width: scale values to 0 to 255 and write "
+                    "images.round().to(torch.uint8); images.unsqueeze(1) gives grey images their channel"
+                )
+            if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+                raise ValueError(
+                    f"{self.name}: the {part} labels are {labels.dtype} of shape {tuple(labels.shape)}; they must be "
+                    f"torch.int64, one for each of the {len(images)} images: torch.as_tensor(labels).long()"
+                )
+            if wrong := sorted({*range(number)} ^ {*labels.unique().tolist()}):
+                raise ValueError(
+                    f"{self.name}: the {part} labels must be 0 to {number - 1}, and each class needs images, "
+                    f"but that is not so for {wrong}"
+                )
         if self.train_images.shape[1:] != self.test_images.shape[1:]:
             raise ValueError(
-                f"{self.name}: the training images are {tuple(self.train_images.shape[1:])} and the test images "
-                f"{tuple(self.test_images.shape[1:])} (channels, height, width); they must be of one size, "
+                f"{self.name}: the training images are {self.image_shape} and the test images "
+                f"{tuple(self.test_images.shape[1:])} (channels, height, width); they must have one shape, "
                 "as load_data(..., image_size=32, channels=3) makes them"
             )
-        if len(self.class_names) < 2:
-            raise ValueError(f"{self.name} has {len(self.class_names)} class; a classifier needs at least two")
-
-    def _check_part(self, part: str, images: torch.Tensor, labels: torch.Tensor):
-        if images.dtype != torch.uint8 or images.ndim != 4:
-            raise ValueError(
-                f"{self.name}: the {part} images are {images.dtype} of shape {tuple(images.shape)}; "
-                f"they must be torch.uint8, images × channels × height × width{_conversion(images)}"
-            )
-        if 0 in images.shape[1:]:
-            raise ValueError(
-                f"{self.name}: the {part} images have no pixels: their channels, height and width are "
-                f"{tuple(images.shape[1:])}, and each must be 1 or more"
-            )
-        if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
-            raise ValueError(
-                f"{self.name}: the {part} labels are {labels.dtype} of shape {tuple(labels.shape)}; "
-                f"they must be torch.int64, one for each of the {len(images)} images; "
-                "torch.as_tensor(labels).long() makes such of whole numbers"
-            )
-        counts = np.bincount(labels.clamp(min=0).numpy(), minlength=len(self.class_names))
-        if len(counts) > len(self.class_names) or (len(labels) and labels.min() < 0):
-            raise ValueError(
-                f"{self.name}: the {part} labels go from {labels.min()} to {labels.max()}, "
-                f"but there are {len(self.class_names)} classes, so they must be 0 to {len(self.class_names) - 1}"
-            )
-        for name, count in zip(self.class_names, counts, strict=True):
-            if count == 0:
-                raise ValueError(
-                    f"{self.name}: class {name!r} has no {part} images; each class needs some; "
-                    "add images, or take the class out and number the others anew"
-                )
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -84,10 +71,8 @@ class ImageData:
     @cached_property
     def channel_statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and standard deviation of the training images by channel, on the scale 0 to 1."""
-        counts = torch.zeros(len(self.train_images[0]), 256, dtype=torch.float64)
-        for images in self.train_images.split(
-            max(1, 2**21 // self.train_images[0].numel())
-        ):  # they may lie on the disk
+        counts = torch.zeros(self.image_shape[0], 256, dtype=torch.float64)
+        for images in self.train_images.split(max(1, 2**21 // math.prod(self.image_shape))):  # they may be on the disk
             pixels = images.transpose(0, 1).flatten(1)  # (channels, pixels of all images)
             counts += torch.stack([torch.bincount(channel, minlength=256) for channel in pixels])
         values = torch.arange(256, dtype=torch.float64) / 255
@@ -114,53 +99,27 @@ class ImageData:
 
     @classmethod
     def from_arrays(cls, name: str, *arrays: np.ndarray, class_names: tuple[str, ...] = ()) -> "ImageData":
-        """From NumPy arrays, in the order of the fields; those that are mapped from a file stay there."""
+        """From NumPy arrays in the order of the fields; arrays that are mapped from a file stay mapped."""
         data = cls(name, *map(_tensor, arrays), class_names)
         data.__dict__["_arrays"] = dict(zip(_TENSORS, arrays, strict=True))
         return data
 
+    @cached_property
+    def _arrays(self) -> dict[str, np.ndarray]:
+        return {name: getattr(self, name).numpy() for name in _TENSORS}
+
     def __getstate__(self):
-        # As arrays, joblib hands the images to its worker processes in a shared memory map instead of copying them.
-        return {k: self._arrays[k] if isinstance(v, torch.Tensor) else v for k, v in self._fields.items()} | {
-            "fingerprint": self.fingerprint
-        }
+        # joblib shares an array with its workers instead of copying it, and recognises by its identity one it has seen
+        rest = {name: value for name, value in self.__dict__.items() if name not in _TENSORS}
+        return rest | {"_arrays": self._arrays, "fingerprint": self.fingerprint}
 
     def __setstate__(self, state):
-        for name, value in state.items():
-            self.__dict__[name] = _tensor(value) if isinstance(value, np.ndarray) else value
-
-    @property
-    def _fields(self) -> dict:
-        return {name: self.__dict__[name] for name in self.__dataclass_fields__}
-
-    @cached_property
-    def _arrays(
-        self,
-    ) -> dict[str, np.ndarray]:  # kept, since joblib recognises an array that it has seen by its identity
-        return {k: v.numpy() for k, v in self._fields.items() if isinstance(v, torch.Tensor)}
-
-
-def _conversion(images: torch.Tensor) -> str:
-    """How images of another type become uint8, as the end of an error's message."""
-    if not isinstance(images, torch.Tensor):
-        return "; torch.from_numpy(images) makes a tensor of an array"
-    if images.dtype == torch.uint8:
-        return "; images.unsqueeze(1) gives grey images their channel" if images.ndim == 3 else ""
-    if images.is_floating_point() and not (finite := images.isfinite()).all():
-        bad = [name for name, found in (("NaN", images.isnan()), ("infinite values", images.isinf())) if found.any()]
-        number = int((~finite).reshape(len(images), -1).any(1).sum())
-        return f". {number} of them hold {' and '.join(bad)}: repair or leave out these first"
-    low, high = (images.min().item(), images.max().item()) if images.numel() else (0, 0)
-    if (images.is_floating_point() or images.dtype == torch.bool) and low >= 0 and high <= 1:
-        return "; write (255 * images).round().to(torch.uint8) for values from 0 to 1 as these are"
-    if low >= 0 and high <= 255:
-        return "; write images.round().to(torch.uint8) for values from 0 to 255 as these are"
-    return f"; scale these from {low:g} to {high:g} to 0 to 255, and write images.round().to(torch.uint8)"
+        self.__dict__.update(state, **{name: _tensor(array) for name, array in state["_arrays"].items()})
 
 
 def _tensor(array: np.ndarray) -> torch.Tensor:
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # nobody writes to it
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         return torch.from_numpy(array)
 
 
@@ -172,8 +131,7 @@ class ImageBatches(Dataset):
 
     def __init__(self, images: torch.Tensor, labels: torch.Tensor, indices: torch.Tensor | None = None):
         self.images, self.labels = images, labels
-        self.indices = torch.arange(len(labels)) if indices is None else indices
-        self.indices = self.indices.to(images.device)
+        self.indices = (torch.arange(len(labels)) if indices is None else indices).to(images.device)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -188,10 +146,7 @@ class ImageBatches(Dataset):
 
 
 class ShuffledBatches(Sampler):
-    """Batches of positions as tensors, in another order each epoch, which the seed and the epoch decide.
-
-    It is the order of accelerate's `SeedableRandomSampler`, without a Python number for each image.
-    """
+    """Batches of positions in the order of accelerate's `SeedableRandomSampler`, without a Python number an image."""
 
     def __init__(self, length: int, batch_size: int, seed: int):
         self.length, self.batch_size, self.seed, self.epoch = length, batch_size, seed, 0
@@ -210,9 +165,9 @@ class ShuffledBatches(Sampler):
 
 
 def stratified_split(labels: torch.Tensor, validation_split: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Indices of the training and of the validation part, sorted; each class is shared out alike.
+    """Sorted indices of the training and the validation images, with each class in proportion.
 
-    Raises ValueError where a class has too few images to be in both parts.
+    Raises ValueError if a class has too few images to be in both parts.
     """
     classes, counts = labels.unique(return_counts=True)
     error = ValueError(
@@ -222,9 +177,8 @@ def stratified_split(labels: torch.Tensor, validation_split: float, seed: int) -
     num_validation = round(validation_split * len(labels))
     if counts.min() < 2 or num_validation < len(classes) or len(labels) - num_validation < len(classes):
         raise error
-    parts = train_test_split(
-        np.arange(len(labels)), test_size=num_validation, stratify=labels.numpy(), random_state=seed
-    )
+    positions = np.arange(len(labels))
+    parts = train_test_split(positions, test_size=num_validation, stratify=labels.numpy(), random_state=seed)
     train, validation = (torch.from_numpy(np.sort(part)) for part in parts)
     if any(len(labels[part].unique()) < len(classes) for part in (train, validation)):
         raise error
@@ -232,7 +186,7 @@ def stratified_split(labels: torch.Tensor, validation_split: float, seed: int) -
 
 
 def stratified_subset(indices: torch.Tensor, labels: torch.Tensor, size: int | None, seed: int) -> torch.Tensor:
-    """At most `size` of some indices, sorted, each class with its share; all of them if size is None.
+    """At most `size` of the indices, sorted, with each class in proportion; all of them if size is None.
 
     `labels` are those of the whole set. Raises ValueError for a size that leaves a class without an image.
     """

@@ -71,7 +71,7 @@ class Experiment:
         return table.assign(dataset=self.data.name)
 
     def table(self, reference: Mapping[str, float] | None = None, save_to: str | Path | None = None) -> pd.DataFrame:
-        """One row a network, for people; `reference` has other figures (fractions). `save_to` is a CSV with all digits."""
+        """One row a network, for people; `reference` has other figures (fractions), `save_to` a CSV."""
         table = results_table(self.frame(), reference)
         return readable_table(save_table(table, save_to) if save_to else table)
 

@@ -1,0 +1,403 @@
+"""load_data: digits, torchvision's data sets, folders of images and their cache, and what each says when it cannot."""
+
+import gzip
+import hashlib
+import os
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import joblib
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+from sklearn.datasets import load_digits
+from torchvision.transforms.v2 import functional as transforms
+
+from lablib import datasets, load_data
+from lablib.datasets import DATASET_NAMES
+
+BILINEAR = Image.Resampling.BILINEAR
+GENERATOR = np.random.default_rng(0)
+PHOTO = GENERATOR.integers(0, 256, (7, 5, 3), dtype=np.uint8)  # height × width × channels
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise urllib.error.URLError("no network in a test")
+
+    monkeypatch.setattr(urllib.request, "urlopen", refuse)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Three training and two test PNGs of 5 × 7 pixels for each of two classes."""
+    for part, count in (("train", 3), ("test", 2)):
+        for name in ("cat", "dog"):
+            (tmp_path / "pets" / part / name).mkdir(parents=True)
+            for index in range(count):
+                pixels = GENERATOR.integers(0, 256, PHOTO.shape, dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "pets" / part / name / f"{index}.png")
+    return tmp_path / "pets"
+
+
+def first_image(folder: Path, **options) -> np.ndarray:
+    """The first training image as height × width × channels, or height × width if it is grey."""
+    return load_data(folder, **options).train_images[0].permute(1, 2, 0).squeeze(-1).numpy()
+
+
+def caches(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob(".lablib-*"))
+
+
+def idx_bytes(array: np.ndarray) -> bytes:
+    """uint8 numbers in the format of MNIST's files."""
+    return bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes() + array.tobytes()
+
+
+def write_mnist(data_dir: Path, monkeypatch, class_name: str, suffixes=(".gz", "")) -> dict[str, np.ndarray]:
+    """Small files in MNIST's format, packed and unpacked, whose checksums torchvision takes for the right ones."""
+    raw = data_dir / class_name / "raw"
+    raw.mkdir(parents=True)
+    arrays, resources = {}, []
+    for part, count in (("train", 40), ("t10k", 20)):
+        arrays[f"{part}-images-idx3-ubyte"] = GENERATOR.integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        arrays[f"{part}-labels-idx1-ubyte"] = np.arange(count, dtype=np.uint8) % 10
+    for name, array in arrays.items():
+        contents = {".gz": gzip.compress(idx_bytes(array)), "": idx_bytes(array)}
+        resources.append((f"{name}.gz", hashlib.md5(contents[".gz"], usedforsecurity=False).hexdigest()))
+        for suffix in suffixes:
+            (raw / f"{name}{suffix}").write_bytes(contents[suffix])
+    monkeypatch.setattr(getattr(torchvision.datasets, class_name), "resources", resources)
+    return arrays
+
+
+def truncate(path: Path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+
+
+# By name
+
+
+def test_digits_and_mnist_are_those_of_the_published_runs(digits, mnist):
+    assert digits.fingerprint == "abfa46b896d11bd16b4c457de4eabd4df67f9b7d78f546aeede4ea38f365cfdc"
+    assert mnist.fingerprint == "76d07ada5d065bbf9916b349c494cb9db62a510dab361ead6c2bfdec041d0291"
+
+
+def test_digits_at_their_own_size_are_scikit_learns_scans_each_with_its_label():
+    data, scans = load_data("DIG-its", image_size=8), load_digits()
+    images = torch.cat([data.train_images, data.test_images])[:, 0].numpy()
+    labels = torch.cat([data.train_labels, data.test_labels]).tolist()
+    found = sorted((image.tobytes(), label) for image, label in zip(images, labels, strict=True))
+    expected = np.round(scans.images * 255 / 16).astype(np.uint8)
+    assert found == sorted((image.tobytes(), label) for image, label in zip(expected, scans.target, strict=True))
+
+
+@pytest.mark.parametrize(("class_name", "suffixes"), [("MNIST", [""]), ("FashionMNIST", [".gz"]), ("KMNIST", [".gz"])])
+def test_files_in_mnists_format_load_packed_or_not(tmp_path, monkeypatch, class_name, suffixes):
+    arrays = write_mnist(tmp_path, monkeypatch, class_name, suffixes)
+    data = load_data(class_name.lower(), tmp_path)
+    assert np.array_equal(data.train_images[:, 0], arrays["train-images-idx3-ubyte"])
+    assert np.array_equal(data.test_labels, arrays["t10k-labels-idx1-ubyte"])
+    assert data.name == class_name
+    resized = load_data(class_name.lower(), tmp_path, image_size=32, channels=3).train_images
+    oracle = transforms.resize(data.train_images, [32, 32], antialias=True)
+    assert (resized.int() - oracle.int()).abs().max() <= 1  # torchvision's versions round differently
+
+
+def test_emnist_is_upright(tmp_path):
+    raw = tmp_path / "EMNIST" / "raw"
+    raw.mkdir(parents=True)
+    upright = np.zeros((47, 28, 28), dtype=np.uint8)
+    upright[:, 4:24, 6:9] = upright[:, 21:24, 6:20] = 255  # the letter L
+    for part in ("train", "test"):
+        (raw / f"emnist-balanced-{part}-images-idx3-ubyte").write_bytes(idx_bytes(upright.transpose(0, 2, 1)))
+        (raw / f"emnist-balanced-{part}-labels-idx1-ubyte").write_bytes(idx_bytes(np.arange(47, dtype=np.uint8)))
+    data = load_data("emnist", tmp_path)
+    assert np.array_equal(data.train_images[:, 0], upright)
+    assert np.array_equal(data.test_images[:, 0], upright)
+    assert data.class_names[10:13] == ("A", "B", "C")
+
+
+@pytest.mark.parametrize(("name", "labels"), [("CIFAR-10", "targets"), ("SVHN", "labels")])
+def test_images_come_channels_first_however_torchvision_keeps_them(monkeypatch, name, labels):
+    pixels = GENERATOR.integers(0, 256, (20, 3, 32, 32), dtype=np.uint8)
+    stored = pixels if name == "SVHN" else pixels.transpose(0, 2, 3, 1)
+    fields = {"data": stored, labels: list(range(10)) * 2}
+    stub = type("Stub", (), {"__init__": lambda self, root, download, **part: self.__dict__.update(fields)})
+    monkeypatch.setattr(torchvision.datasets, name.replace("-", ""), stub)
+    data = load_data(name)
+    assert np.array_equal(data.train_images, pixels)
+    assert data.test_labels.tolist() == list(range(10)) * 2
+    assert data.class_names == tuple("0123456789")
+    grey = load_data(name, channels=1).train_images
+    assert torch.equal(grey, transforms.rgb_to_grayscale(torch.from_numpy(pixels)))
+
+
+@pytest.mark.parametrize("name", DATASET_NAMES[1:])
+def test_a_data_set_without_files_and_network_says_which_files_belong_where(tmp_path, name):
+    with pytest.raises(OSError, match=r"(?s)can be neither .* no network .* Missing or damaged there: ") as caught:
+        load_data(name, tmp_path)
+    words = {"mnist": "MNIST/raw", "cifar10": "data_batch_5", "svhn": "test_32x32.mat", "emnist": "gzip.zip"}
+    assert words.get(name, ". Put good copies there and delete what was unpacked, ") in str(caught.value)
+    assert str(caught.value).endswith("or connect to a network; dataset = 'digits' needs neither")
+
+
+@pytest.mark.parametrize(
+    ("file", "suspect"), [("t10k-images-idx3-ubyte.gz",) * 2, ("t10k-labels-idx1-ubyte", "a file that was unpacked")]
+)
+def test_a_damaged_file_is_named_where_its_checksum_is_known(tmp_path, monkeypatch, file, suspect):
+    write_mnist(tmp_path, monkeypatch, "MNIST", [".gz"] if file.endswith(".gz") else [".gz", ""])
+    truncate(tmp_path / "MNIST" / "raw" / file)
+    with pytest.raises(OSError, match=f"Missing or damaged there: {suspect}. Put"):
+        load_data("mnist", tmp_path)
+
+
+def test_an_unknown_name_lists_the_known_ones_and_suggests_one(tmp_path):
+    with pytest.raises(ValueError, match="is neither a known name nor a folder; did you mean 'fashionmnist'") as caught:
+        load_data("fashion-mnst", tmp_path)
+    assert f"Known names: {', '.join(DATASET_NAMES)}" in str(caught.value)
+    assert str(caught.value).endswith(". A folder needs train/<class>/ and test/<class>/ in it.")
+
+
+@pytest.mark.parametrize("options", [{"channels": 2}, *({"image_size": size} for size in (0, (28,), 28.0))])
+def test_other_sizes_and_numbers_of_channels_are_refused(options):
+    words = r"channels = \S+, but it must be None, 1 or 3|, but it must be a number of pixels above 0, or two"
+    with pytest.raises(ValueError, match=words):
+        load_data("digits", **options)
+
+
+# Folders
+
+
+def test_a_folder_is_read_as_torchvisions_image_folder_reads_it(folder, tmp_path):
+    (folder / "train" / "dog" / "10" / "deep").mkdir(parents=True)
+    Image.fromarray(PHOTO).save(folder / "train" / "dog" / "10" / "deep" / "a.PNG")
+    Image.fromarray(PHOTO[:, :, 0]).save(folder / "train" / "cat" / "10.png")  # grey among coloured ones
+    (folder / "train" / "cat" / "linked").symlink_to(folder / "test" / "dog")
+    data = load_data("pets", tmp_path)
+    for part in ("train", "test"):
+        oracle = torchvision.datasets.ImageFolder(folder / part)
+        images = torch.stack([transforms.pil_to_tensor(image) for image, _ in oracle])
+        assert torch.equal(getattr(data, f"{part}_images"), images)
+        assert getattr(data, f"{part}_labels").tolist() == oracle.targets
+        assert data.class_names == tuple(oracle.classes)
+    assert data.name == "pets"
+    assert len(data.train_labels) == 10
+
+
+def test_a_folder_is_scaled_and_made_grey_as_pillow_does_it(folder):
+    with Image.open(folder / "train" / "cat" / "0.png") as image:
+        grey = image.convert("L")
+    assert np.array_equal(first_image(folder, channels=1), grey)
+    assert np.array_equal(first_image(folder, channels=1, image_size=(14, 6)), grey.resize((6, 14), BILINEAR))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB"])
+def test_transparency_is_composited_on_white(folder, mode):
+    alpha = GENERATOR.integers(0, 256, (7, 5, 1), dtype=np.uint8)
+    image, options = Image.fromarray(np.dstack([PHOTO, alpha])).convert(mode), {}
+    if mode == "P":
+        image, alpha = Image.fromarray(PHOTO).quantize(4), None
+        image.info["transparency"] = image.getpixel((0, 0))
+    elif mode == "RGB":  # with one colour that counts as transparent
+        options["transparency"] = image.getpixel((0, 0))
+    image.save(folder / "train" / "cat" / "0.png", **options)
+    with Image.open(folder / "train" / "cat" / "0.png") as image:
+        *colours, alpha = np.moveaxis(np.asarray(image.convert("RGBA"), dtype=float), -1, 0)
+    exact = [alpha / 255 * colour + (255 - alpha) for colour in colours]
+    assert alpha.min() < 128
+    assert np.abs(first_image(folder) - np.dstack(exact)).max() <= 1
+    if mode == "LA":
+        assert np.abs(first_image(folder, channels=1) - exact[0]).max() <= 1
+
+
+UPRIGHT = {1: np.array, 2: np.fliplr, 3: lambda x: np.rot90(x, 2), 4: np.flipud, 5: np.transpose}
+UPRIGHT |= {6: lambda x: np.rot90(x, -1), 7: lambda x: np.rot90(x, 2).T, 8: np.rot90}
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
+def test_a_photo_is_turned_upright_as_its_exif_orientation_says(folder, orientation):
+    stored = np.add.outer(np.arange(0, 160, 20), np.arange(0, 96, 6)).astype(np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for path in folder.rglob("*.png"):
+        Image.fromarray(stored).save(path.with_suffix(".jpg"), exif=exif, quality=100)
+        path.unlink()
+    found, expected = first_image(folder), UPRIGHT[orientation](stored)
+    assert found.shape == expected.shape
+    assert np.abs(found - expected.astype(float)).max() <= 6  # JPEG
+
+
+def test_other_files_are_named_in_one_warning_and_hidden_ones_are_passed_over(folder):
+    before = load_data(folder)
+    for name in ("a.jfif", "b.gif", "c.tif", "d.JPG"):
+        Image.fromarray(PHOTO).save(folder / "train" / "cat" / name)
+    (folder / "test" / "cat" / "._0.png").write_bytes(b"what a Mac leaves behind")
+    (folder / "test" / "cat" / ".checkpoints").mkdir()
+    (folder / "test" / "cat" / ".checkpoints" / "1.png").write_bytes(b"hidden as well")
+    (folder / "train" / ".hidden").mkdir()
+    assert len(load_data(folder).train_labels) == len(before.train_labels) + 4
+    (folder / "train" / "dog" / "x.heic").write_bytes(b"no image to Pillow")
+    (folder / "test" / "dog" / "notes.txt").write_text("no image at all")
+    with pytest.warns(UserWarning, match="2 files are not read, as they are no images, such as .*x.heic") as caught:
+        load_data(folder)
+    assert [warning.filename for warning in caught] == [__file__]
+
+
+# The cache
+
+
+def test_each_size_has_its_own_cache_which_is_mapped_and_found_again(folder, monkeypatch):
+    first = [load_data(folder, image_size=size, channels=channels) for size, channels in ((8, 3), (6, None))]
+    kinds = [name.rpartition("-")[0] for name in caches(folder)]
+    assert kinds == [".lablib-6x6-anycolour", ".lablib-8x8-rgb"]
+    monkeypatch.delattr(datasets, "_decode")
+    again = [load_data(folder, image_size=size, channels=channels) for size, channels in ((8, 3), (6, None))]
+    assert [data.fingerprint for data in again] == [data.fingerprint for data in first]
+    assert all(isinstance(data._arrays["train_images"], np.memmap) for data in first + again)
+
+
+@pytest.mark.parametrize("change", ["content", "new", "gone", "renamed"])
+def test_a_folder_that_changes_is_decoded_again_and_its_old_cache_goes_after_a_day(folder, change):
+    before, (old,) = load_data(folder), caches(folder)
+    load_data(folder, image_size=8)
+    (folder / f"{old}.1234.partial").write_bytes(b"what a killed process leaves behind")
+    image = folder / "train" / "cat" / "0.png"
+    if change in ("content", "new"):
+        Image.fromarray(PHOTO).save(image if change == "content" else image.with_name("9.png"))
+    elif change == "gone":
+        image.unlink()
+    else:
+        image.rename(image.with_name("9.png"))
+    assert load_data(folder).fingerprint != before.fingerprint
+    assert len(caches(folder)) == 4
+    for name in caches(folder):
+        os.utime(folder / name, (time.time() - 90_000,) * 2)
+    load_data(folder)  # a sign of use
+    image.with_name("10.png").write_bytes((folder / "test" / "dog" / "0.png").read_bytes())
+    load_data(folder)
+    assert len(caches(folder)) == 3  # one of 8 × 8 pixels, and the two last
+    assert old not in caches(folder)
+
+
+def fingerprint(data, folder, size) -> tuple[str, str]:
+    return data.test_images.sum().item(), load_data(folder, image_size=size).fingerprint
+
+
+def test_processes_that_use_two_sizes_and_a_folder_that_changed_do_not_disturb_one_another(folder):
+    data = load_data(folder)
+    total = data.test_images.sum().item()
+    Image.fromarray(PHOTO).save(folder / "test" / "cat" / "0.png")
+    load_data(folder)
+    found = joblib.Parallel(2)(joblib.delayed(fingerprint)(data, folder, size) for size in (6, 8, 6, 8))
+    expected = {size: load_data(folder, image_size=size).fingerprint for size in (6, 8)}
+    assert found == [(total, expected[size]) for size in (6, 8, 6, 8)]
+
+
+@pytest.mark.parametrize("damage", [lambda content: b"", lambda content: content[:-7], lambda content: content[::-1]])
+def test_a_damaged_cache_is_written_again(folder, damage):
+    first, (cache,) = load_data(folder).fingerprint, folder.glob(".lablib-*")
+    content = cache.read_bytes()
+    cache.unlink()
+    cache.write_bytes(damage(content))
+    assert load_data(folder).fingerprint == first
+    assert cache.read_bytes() == content
+
+
+@pytest.mark.parametrize("name", ["replace", "fsync"])
+def test_a_folder_that_cannot_be_written_to_is_decoded_into_memory(folder, monkeypatch, name):
+    expected = load_data(folder).fingerprint
+    (folder / caches(folder)[0]).unlink()
+    monkeypatch.setattr(os, name, lambda *arguments: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    data = load_data(folder)
+    assert data.fingerprint == expected
+    assert caches(folder) == []
+
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+from lablib import MLP, StreamlinedTrainer, TrainingConfig, load_data
+
+own = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmData"))
+resource.setrlimit(resource.RLIMIT_DATA, (1024 * int(own.split()[1]) + 430 * 2**20, resource.RLIM_INFINITY))
+data = load_data(sys.argv[1], image_size=360, channels=3)
+assert data.train_images.nbytes > 430 * 2**20
+config = TrainingConfig(num_epochs=1, batch_size=4, rotation_degrees=0, translation_fraction=0, device="cpu")
+trainer = StreamlinedTrainer(MLP((8,), image_shape=data.image_shape, num_classes=2), config, data)
+trainer.train()
+print(trainer.test()["test_accuracy"])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit of a process's own memory is Linux's")
+def test_a_folder_larger_than_the_memory_it_is_given_trains(tmp_path):
+    for part, count in (("train", 600), ("test", 30)):
+        for name, shade in (("dark", 60), ("light", 190)):
+            (tmp_path / part / name).mkdir(parents=True)
+            for index in range(count):
+                Image.new("RGB", (36, 36), (shade + index % 30,) * 3).save(tmp_path / part / name / f"{index}.jpg")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
+    command = [sys.executable, "-c", LIMITED, str(tmp_path)]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert process.returncode == 0, process.stderr[-2000:]
+    assert float(process.stdout.split()[-1]) > 0.9
+
+
+# Folders that do not fit
+
+
+@pytest.mark.parametrize("options", [{}, {"channels": 3}, {"image_size": 8}])
+@pytest.mark.parametrize("file", ["cut.png", "cut.jpg", "empty.png", "page.jpg", "odd.ppm", "0.bmp"])
+def test_a_damaged_image_is_named(folder, file, options):
+    damaged = folder / "train" / "dog" / file
+    noise = GENERATOR.integers(0, 256, (64, 64, 3), dtype=np.uint8)  # large, so that a cut leaves the header whole
+    for path in (damaged, *folder.rglob("*.png")):
+        Image.fromarray(noise).save(path)
+    contents = {"empty.png": b"", "page.jpg": b"<html>not found</html>", "odd.ppm": b"P6\n2x 2\n255\n" + bytes(12)}
+    damaged.write_bytes(contents.get(file, damaged.read_bytes()[:-1500]))
+    with pytest.raises(OSError, match=r"is damaged or no image \(.+\); replace or delete it") as caught:
+        load_data(folder, **options)
+    assert str(caught.value).startswith(str(damaged))
+    assert caches(folder) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "pixels"), [("deep.png", np.full((7, 5), 300, np.uint16)), ("deep.tiff", np.full((7, 5), 0.5, np.float32))]
+)
+def test_an_image_of_more_than_8_bits_is_refused_instead_of_cut_off(folder, file, pixels):
+    Image.fromarray(pixels).save(folder / "test" / "cat" / file)
+    with pytest.raises(ValueError, match=rf"{file} has pixels of 16 or 32 bits \(.*\); save it with 8 bits a channel"):
+        load_data(folder)
+
+
+def test_images_of_different_sizes_are_named_with_a_way_out(folder):
+    Image.new("L", (6, 9)).save(folder / "train" / "dog" / "1.png")
+    words = r"of different sizes: the first is 5 × 7 and .*dog.1.png is 6 × 9 pixels; scale them with image_size=32"
+    with pytest.raises(ValueError, match=words):
+        load_data(folder)
+    assert load_data(folder, image_size=32).image_shape == (3, 32, 32)
+
+
+def test_train_and_test_need_the_same_two_classes_or_more(folder):
+    words = "needs train/<class>/ and test/<class>/ with the same classes, at least two; train has "
+    (folder / "test" / "dog").rename(folder / "test" / "wolf")
+    with pytest.raises(ValueError, match=rf"{words}2, test 2, and only one of them has \['dog', 'wolf'\]"):
+        load_data(folder)
+    (folder / "test").rename(folder / "val")
+    with pytest.raises(ValueError, match=f"{words}2, test 0"):
+        load_data(folder)
+
+
+def test_an_empty_class_is_named(folder):
+    for part in ("train", "test"):
+        (folder / part / "fox").mkdir()
+    with pytest.raises(ValueError, match=r"class 'fox' is empty: no image in .*train.fox; add some or delete it"):
+        load_data(folder)
