@@ -2,6 +2,8 @@
 
 import ast
 import difflib
+import os
+from pathlib import Path
 from typing import Annotated, Any, get_origin
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -51,11 +53,20 @@ def _unknown(name: str, annotations: dict) -> str:
 def _fault(name: str, value: Any, kind: Any, error: ValidationError) -> str:
     first = error.errors()[0]
     place = "".join(f"[{part}]" for part in first["loc"])
-    text = f"{name} = {value!r}: {name}{place} {first['msg'].removeprefix('Input ')[:1].lower()}"
-    text += first["msg"].removeprefix("Input ")[1:]
+    message = first["msg"].removeprefix("Input ")
+    text = f"{name} = {value!r}: {name}{place} {message[0].lower()}{message[1:]}"
     base = getattr(kind, "__origin__", kind)
     if isinstance(value, str) and base is bool:
         text += f"; with papermill: -p {name} True, with a capital T"
     elif isinstance(value, str) and (base is list or get_origin(base) is list):
         text += f"; with papermill: -y '{name}: [2, 4]'"
     return text
+
+
+def enter_project_root() -> None:
+    """Change to the project's root if a notebook was opened below it, so that its paths mean the same from anywhere."""
+    here = Path.cwd()
+    for folder in (here, *here.parents):
+        if (folder / "lablib" / "__init__.py").exists():
+            os.chdir(folder)
+            return
