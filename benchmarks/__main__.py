@@ -1,7 +1,7 @@
 """Measure everything and write the tables.
 
 python -m benchmarks                                      all of it: results/benchmark-<device>.md and .json
-python -m benchmarks --cases MLP-2 --rivals student,lablib --rounds 1 --images 2560 --parts none --out out
+python -m benchmarks --cases MLP-2 --rivals student,lablib --rounds 1 --images 2560 --no-growth --out out
 """
 
 import argparse
@@ -13,58 +13,34 @@ from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 
-from benchmarks import ceiling, linearity, machine, notebook, parts
+from benchmarks import linearity, machine
 from benchmarks.cases import CASES, Case
 from benchmarks.contest import race
 from benchmarks.isolated import isolated
 from benchmarks.report import markdown
 from benchmarks.rivals import RIVALS
 
-MEASURED = ("ceiling", "profile", "linearity", "notebook")
-PROFILED = ("MLP-2", "ResidualCNN-2")
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write the results and print where they are."""
     options = _options(arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    measured = measure(
-        [case for case in CASES if case.name in options.cases],
-        options.rivals,
-        options.rounds,
-        options.parts,
-        options.images,
-        options.jobs,
-    )
+    cases = [case for case in CASES if case.name in options.cases]
+    measured = measure(cases, options.rivals, options.rounds, options.growth, options.images, options.jobs)
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     file = out / f"benchmark-{machine.device_slug(measured['machine'])}"
-    if options.keep:
-        measured = kept(json.loads(file.with_suffix(".json").read_bytes()), measured)
     file.with_suffix(".json").write_text(json.dumps(measured, indent=1) + "\n")
     file.with_suffix(".md").write_text(markdown(measured))
     print(f"{file}.md and {file}.json, {measured['minutes']} minutes")
     return 0
 
 
-def kept(before: dict, measured: dict) -> dict:
-    """Earlier measurements with the new parts, which are named as such.
-
-    Raises ValueError if the machine or a version is another.
-    """
-    if before["machine"] != measured["machine"]:
-        raise ValueError(f"measured before on {before['machine']}, now on {measured['machine']}: leave --keep out")
-    minutes = round(before["minutes"] + measured["minutes"], 1)
-    new = {name: value for name, value in measured.items() if name in MEASURED or name == "parts"}
-    anew = sorted({*before.get("anew", []), *new})
-    return before | new | {"minutes": minutes, "anew": anew}
-
-
 def measure(
     cases: Sequence[Case],
     rivals: Sequence[str],
     rounds: int,
-    what: Sequence[str] = MEASURED,
+    growth: bool = True,
     images: int | None = None,
     jobs: int | None = None,
 ) -> dict:
@@ -84,25 +60,10 @@ def measure(
     for case in cases:
         _say(f"{case.name}: {', '.join(present)}")
         measured["cases"].append(race(case, present, rounds, jobs, on_gpu, images))
-    if "ceiling" in what and cases:
-        _say("the ceiling")
-        measured["ceiling"] = isolated(ceiling.rates)
-        for case, result in zip(cases, measured["cases"], strict=True):
-            result["demand"] = isolated(ceiling.demand, case)
-    if "profile" in what and cases:
-        _say("lablib's time by part")
-        measured["parts"] = [
-            isolated(parts.profile, case, images or case.fast_images, None if on_gpu or case.convolutional else 1)
-            for case in cases
-            if case.name in PROFILED
-        ]
-    if "linearity" in what:
+    if growth:
         _say("cost against images, epochs and runs")
         sizes = (images, 2 * images) if images else (5_000, 50_000, 500_000)
-        measured["linearity"] = linearity.measure((cases or CASES)[0], sizes, epochs=(1, 2, 4, 8), runs=(1, 2, 4))
-    if "notebook" in what:
-        _say("a notebook, twice")
-        measured["notebook"] = notebook.rerun_seconds("Lab1_MLPs.ipynb")
+        measured["growth"] = linearity.measure((cases or CASES)[0], sizes, epochs=(1, 2, 4, 8), runs=(1, 2, 4))
     return measured | {"minutes": round((time.monotonic() - start) / 60, 1)}
 
 
@@ -116,10 +77,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="epochs of each rival after its first one")
     parser.add_argument("--images", type=int, help="training images an epoch, for quick trials")
     parser.add_argument("--jobs", type=int, help="lablib's runs side by side; one a core, on a GPU 4")
-    parser.add_argument(
-        "--parts", type=_some_of(MEASURED), default=list(MEASURED), help=f"of {','.join(MEASURED)}, or none"
-    )
-    parser.add_argument("--keep", action="store_true", help="keep what the page has of parts that are not measured")
+    parser.add_argument("--no-growth", dest="growth", action="store_false", help="leave out how the cost grows")
     parser.add_argument("--out", default="results", help="the folder of the tables")
     return parser.parse_args(arguments)
 

@@ -96,7 +96,7 @@ def _entries(case: Case, rivals: Sequence[str], jobs: int, on_gpu: bool, start) 
         entries += [Entry("student", f"{number} workers", [process]) for number, process in students.items()]
         workers = min(students, key=lambda number: _trial_seconds(students[number]))
     for name in rivals:
-        if name in ("transformers", "lightning", "keras"):
+        if name in ("transformers", "lightning"):
             entries.append(Entry(name, f"{workers} workers", [start(name, workers)]))
     threads = [None] if on_gpu else _threads(case)
     if "tight" in rivals:

@@ -2,27 +2,25 @@
 
 from statistics import median
 
-from benchmarks.aims import aims, best, ratio
 from benchmarks.machine import named
 
-RIVAL_ORDER = ("student", "transformers", "lightning", "keras", "tight")
+RIVAL_ORDER = ("student", "transformers", "lightning", "tight")
 
 
 def markdown(measured: dict) -> str:
     """The page of `results/benchmark-<device>.md` from the contents of its JSON file."""
-    sections = [_head(measured), *_aims(measured)]
-    sections += [_case(case) for case in measured["cases"]]
+    sections = [_head(measured), *map(_case, measured["cases"])]
     if measured["cases"]:
         sections += [_start_and_memory(measured["cases"]), _ratios(measured["cases"])]
-    if "ceiling" in measured:
-        sections.append(_ceiling(measured))
-    if measured.get("parts"):
-        sections.append(_parts(measured["parts"]))
-    if "linearity" in measured:
-        sections.append(_linearity(measured["linearity"]))
-    if "notebook" in measured:
-        sections.append(_notebook(measured["notebook"]))
+    if "growth" in measured:
+        sections.append(_growth(measured["growth"]))
     return "\n\n".join([*sections, _notes(measured)]) + "\n"
+
+
+def best(entries: list[dict], rival: str, side_by_side: bool = False) -> dict | None:
+    """A rival's fastest variant in training; of lablib's, one run or the runs side by side."""
+    found = [e for e in entries if e["rival"] == rival and ("side by side" in e["variant"]) == side_by_side]
+    return max(found, key=lambda entry: median(entry["train"]), default=None)
 
 
 def table(columns: list[str], rows: list[list]) -> str:
@@ -39,7 +37,7 @@ def _head(measured: dict) -> str:
         f"# Speed on {machine['gpu'] or machine['processor']}\n\n"
         f"Images a second in training, measured on {measured['date']} on {device}: {named(machine)}, "
         f"{machine['memory_gib']} GiB of memory; Python {machine['python']}, {versions}. "
-        "`make bench` measures it anew.\n\n"
+        "`make bench` measures it again.\n\n"
         "Every rival trains the same network from the same weights, with Adam (rate 0.001), on the same images, each "
         "turned by up to 10 degrees and, on MNIST, shifted by up to a tenth of its side, on CIFAR mirrored one time in "
         "two. Each has a process of its own, and they take turns: one epoch each, "
@@ -50,22 +48,6 @@ def _head(measured: dict) -> str:
         "both count training images only. Starting and the first epoch, in which memory and kernels are set up, are "
         "not in them and are given apart."
     )
-
-
-def _aims(measured: dict) -> list[str]:
-    found = aims(measured)
-    if not found:
-        return []
-    lines = ["| aim | asked | measured | reached |", "| --- | ---: | ---: | --- |"]
-    lines += [
-        f"| {aim.text} | {aim.asked} | {aim.measured} | {'yes' if aim.reached else f'no: {aim.why}'.rstrip(': ')} |"
-        for aim in found
-    ]
-    return [
-        "## What was aimed at\n\nThe aims were set for 2 cores with AMX; of a way with several variants the fastest "
-        "one counts, unless its threads are named.",
-        "\n".join(lines),
-    ]
 
 
 def _case(case: dict) -> str:
@@ -90,11 +72,6 @@ def _case(case: dict) -> str:
 def _arguments(case: dict) -> str:
     arguments = ", ".join(f"{name} {_plain(value)}" for name, value in case["arguments"].items())
     text = f"`{case['network']}` with {arguments}"
-    if demand := case.get("demand"):
-        text += (
-            f"; {demand['parameters']:,} parameters, {demand['multiply_adds'] / 1e6:.3g} million multiply-adds for an "
-            f"image in training; lablib computes in {demand['precision']}"
-        )
     return text + "."
 
 
@@ -118,7 +95,7 @@ def _times_of_lablib(entries: list[dict], entry: dict) -> str:
 
 
 def _ratio(entry: dict, other: dict) -> str:
-    return f"{ratio(entry, other):.3g}"
+    return f"{median(entry['train']) / median(other['train']):.3g}"
 
 
 def _ratios(cases: list[dict]) -> str:
@@ -160,71 +137,7 @@ def _start_and_memory(cases: list[dict]) -> str:
     )
 
 
-def _ceiling(measured: dict) -> str:
-    ceiling = measured["ceiling"]
-    text = [
-        "## The ceiling",
-        "What this machine computes with all cores, in GFLOP/s (a multiplication and an addition are two operations), "
-        "measured in the same run:",
-        table(
-            ["operation", "fp32", "bf16"],
-            [[name, f"{rate['fp32']:,}", f"{rate['bf16']:,}"] for name, rate in ceiling.items()],
-        ),
-    ]
-    rows = []
-    for case in measured["cases"]:
-        demand = case.get("demand")
-        for side_by_side in (False, True):
-            entry = best(case["entries"], "lablib", side_by_side)
-            if not demand or not entry:
-                continue
-            reached = median(entry["train"]) * 2 * demand["multiply_adds"] / 1e9
-            operation = "convolution" if case["network"].endswith("CNN") else "matrix product"
-            peak = ceiling[operation][demand["precision"]]
-            what = f"{case['name']}, {entry['variant']}"
-            rows.append([what, demand["precision"], f"{reached:,.1f}", f"{reached / peak:.1%}"])
-    if rows:
-        text += [
-            "What lablib's training reaches of it. A step has three times the multiply-adds of a forward pass; the "
-            "share is that of the convolution's rate, for an MLP of the matrix product's, in the same precision. "
-            "Augmentation, normalisation, activations and the optimizer's arithmetic are not counted: they take time "
-            "and no multiply-adds of the network, so small networks are far from the ceiling.",
-            table(["network", "precision", "GFLOP/s reached", "share of the rate"], rows),
-        ]
-    return "\n\n".join(text)
-
-
-def _parts(profiles: list[dict]) -> str:
-    text = [
-        "## Where lablib's time goes",
-        "Timers around the methods of a training, mean of its epochs after the first.",
-    ]
-    columns = ["part", *[f"{p['case']}, {p['threads']} thread{'s' * (p['threads'] != 1)}" for p in profiles]]
-    steps = [list(p["ms_a_step"].values()) for p in profiles]
-    rows = [
-        [
-            part,
-            *[
-                f"{p['ms_a_step'][part]:.3f} ({p['ms_a_step'][part] / sum(s):.0%})"
-                for p, s in zip(profiles, steps, strict=True)
-            ],
-        ]
-        for part in profiles[0]["ms_a_step"]
-    ]
-    rows.append(["**step**", *[f"**{sum(step):.3f}**" for step in steps]])
-    text += ["Milliseconds a step:", table(columns, rows)]
-    after = [[part, *[f"{p['ms_an_epoch'][part]:.1f}" for p in profiles]] for part in profiles[0]["ms_an_epoch"]]
-    epochs = ["training", *[f"{sum(step) * p['steps']:.1f}" for p, step in zip(profiles, steps, strict=True)]]
-    sizes = ", ".join(f"{p['case']} {p['images']:,} images" for p in profiles)
-    text += [f"Milliseconds an epoch ({sizes}), and what follows it:", table(columns, [epochs, *after])]
-    text.append(
-        "*Trainer's own* is what the loop of `transformers.Trainer`, its callbacks and accelerate take besides "
-        "the parts named here."
-    )
-    return "\n\n".join(text)
-
-
-def _linearity(linearity: dict) -> str:
+def _growth(growth: dict) -> str:
     images = [
         [
             f"{row['images']:,}",
@@ -234,21 +147,19 @@ def _linearity(linearity: dict) -> str:
             f"{row['data_mib']:,}",
             f"{row['more_memory_mib']:,}",
         ]
-        for row in linearity["images"]
+        for row in growth["images"]
     ]
     columns = ["training images", "training, s", "µs an image", "start to end, s", "data, MiB", "more memory, MiB"]
     text = [
         "## Cost against images, epochs and runs",
-        f"{linearity['case']}, one epoch, the data set's images over and over; each row in a process of its own with "
+        f"{growth['case']}, one epoch, the data set's images over and over; each row in a process of its own with "
         "one thread. *More memory* is the peak during the training above what the process held with the data in place.",
         table(columns, images),
     ]
     for name in ("epochs", "runs"):
-        rows = [
-            [f"{row[name]}", f"{row['seconds']:.2f}", f"{row['seconds'] / row[name]:.2f}"] for row in linearity[name]
-        ]
+        rows = [[f"{row[name]}", f"{row['seconds']:.2f}", f"{row['seconds'] / row[name]:.2f}"] for row in growth[name]]
         other = "one run" if name == "epochs" else "one epoch each, one after another"
-        number = linearity[name][0]["images"]
+        number = growth[name][0]["images"]
         text += [
             f"By {name}, {other}, {number:,} training images, start and test included:",
             table([name, "seconds", f"seconds for one of the {name}"], rows),
@@ -256,19 +167,11 @@ def _linearity(linearity: dict) -> str:
     return "\n\n".join(text)
 
 
-def _notebook(notebook: dict) -> str:
-    return (
-        "## A notebook again\n\n"
-        f"`{notebook['notebook']}` through papermill, on its own parameters: {notebook['first_seconds']:.1f} s the "
-        f"first time, {notebook['again_seconds']:.1f} s when all of its runs are finished."
-    )
-
-
 def _notes(measured: dict) -> str:
     notes = [
         "The usual ways get their images decoded and in memory; reading files would slow them further.",
         "Their shifts are whole pixels, as torchvision makes them; lablib's are not. Rotation is bilinear everywhere.",
-        "transformers, Lightning and Keras take as many data loader workers (0 or 2) as the plain loop is faster with "
+        "transformers and Lightning take as many data loader workers (0 or 2) as the plain loop is faster with "
         "in a trial epoch. Workers stay alive between epochs and may have their first batches ready when one "
         "begins, which favours those rivals a little.",
         "The tight loop has the allocator's setting and the fused optimizer that lablib has, and measures no training "
@@ -280,7 +183,5 @@ def _notes(measured: dict) -> str:
         "Rivals import only the networks and the data of lablib, so that its other imports are not in their start and "
         "memory.",
     ]
-    if anew := measured.get("anew"):
-        notes.append(f"Measured in a later run than the rest, of a later version: {', '.join(anew)}.")
     notes += [f"{title} is left out: it is not installed here." for title in measured.get("absent", [])]
     return "## Notes\n\n" + "\n".join(f"- {note}" for note in notes)

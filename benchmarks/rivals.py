@@ -43,12 +43,6 @@ RIVALS = {
     "student": Rival("DataLoader, PIL transforms, plain loop", "benchmarks.rivals:student"),
     "transformers": Rival("transformers.Trainer, v2 transforms", "benchmarks.rivals:stock_trainer"),
     "lightning": Rival("PyTorch Lightning, PIL transforms", "benchmarks.rivals:lightning", package="lightning"),
-    "keras": Rival(
-        "Keras 3 on torch, PIL transforms",
-        "benchmarks.keras_rival:keras",
-        package="keras",
-        environment=(("KERAS_BACKEND", "torch"),),
-    ),
     "tight": Rival(
         "tight loop in memory, fp32", "benchmarks.rivals:tight_loop", one_by_one=False, environment=_KEEP_FREED_MEMORY
     ),
