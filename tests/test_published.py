@@ -1,0 +1,78 @@
+"""The published runs: each is found by its name, whatever changes in lablib, and the notebooks ask for them."""
+
+import dataclasses
+import json
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+
+from lablib import KnowledgeDistillationTrainer, TrainingConfig, models
+from lablib.config import NOT_IDENTITY
+from lablib.identity import run_identity, run_name
+from lablib.runs import PUBLISHED, load_run
+from tools.published import CIFAR_RECIPES, MNIST_RECIPES, Lab, blocks, main
+
+STORED = sorted(path for path in PUBLISHED.glob("*") if path.is_dir())
+SHORT = {"num_epochs": 1, "batch_size": 128, "precision": "fp32"}
+
+
+class Named(SimpleNamespace):
+    """Stands for a data set or a teacher of which no more than the identity is known."""
+
+    def __identity__(self):
+        return self.identity
+
+
+def described_again(stored: dict) -> dict:
+    """The identity of the run that a stored identity describes, made by today's classes."""
+    network = getattr(models, stored["model"]["class"].removeprefix("lablib."))
+    off = {f.name: type(f.default)() if isinstance(f.default, (bool, int, float)) else None for f in fields()}
+    config = TrainingConfig(**({f.name: off[f.name] for f in fields() if f.default} | stored["config"]))
+    trainer = None
+    if isinstance(stored["trainer"], dict):
+        _, knobs = stored["trainer"]["with"]
+        trainer = partial(KnowledgeDistillationTrainer, **knobs | {"teacher": Named(identity=knobs["teacher"])})
+    return run_identity(
+        partial(network, **stored["model"]["arguments"]), config, Named(identity=stored["data"]), trainer
+    )
+
+
+def fields() -> list[dataclasses.Field]:
+    return [f for f in dataclasses.fields(TrainingConfig) if f.name not in (*NOT_IDENTITY, "training_arguments")]
+
+
+def test_every_published_run_is_whole_and_has_the_name_that_it_would_have_today():
+    assert STORED
+    for path in STORED:
+        stored = json.loads((path / "identity.json").read_bytes())
+        assert load_run(path).path.name == run_name(stored)
+        assert run_name(described_again(stored)) == path.name, stored
+
+
+def test_published_runs_are_small():
+    sizes = {path.name: sum(file.stat().st_size for file in path.iterdir()) for path in STORED}
+    assert max(sizes.values()) <= 60_000
+    assert sum(sizes.values()) <= 20_000_000
+
+
+@pytest.fixture
+def lab(tmp_path) -> Lab:
+    """The whole list on digits, with one seed and one epoch."""
+    recipes = {"mnist_recipes": MNIST_RECIPES, "cifar_recipes": CIFAR_RECIPES}
+    short = {name: {k: replace(v, **SHORT) for k, v in knobs.items()} for name, knobs in recipes.items()}
+    sizes = {"seeds": 1, "width": 2, "wide": 3, "grid_images": 100}
+    return Lab("digits", "digits", str(tmp_path / "runs"), tmp_path / "published", **sizes, **short)
+
+
+def test_what_is_missing_is_trained_published_and_found_without_its_weights(lab, capsys, tmp_path):
+    asked = ["--only", "A/cosine", "SimpleCNN-2"]
+    assert main(["--list", *asked], lab) == 1
+    assert "0 of 2" in capsys.readouterr().out
+    assert main(asked, lab) == 0
+    assert "nothing missing" in capsys.readouterr().out
+    elsewhere = replace(lab, output_dir=str(tmp_path / "another machine"))
+    assert main(["--list", *asked], elsewhere) == 0
+    students = next(block for block in blocks(elsewhere) if block.teacher and block.name == "A/reference")
+    assert elsewhere.names(students) == {("Distilled-2", 0): None}  # its teacher is not trained
