@@ -1,6 +1,7 @@
 """StreamlinedTrainer: one training of one model on one data set, on top of transformers.Trainer."""
 
 import atexit
+import contextlib
 import gc
 import importlib.util
 import math
@@ -96,15 +97,17 @@ class StreamlinedTrainer(ResumableTrainer):
         stopping = [EarlyStoppingCallback(patience)] if patience else []
         self._memory_format = memory_format(model, args.device, data.image_shape)
         self.checkpoint_seconds = config.checkpoint_seconds
-        super().__init__(
-            model=model,
-            args=args,
-            train_dataset=ImageBatches(images, labels, train),
-            eval_dataset=ImageBatches(images, labels, validation),
-            data_collator=_as_it_is,
-            compute_metrics=self._evaluated,
-            callbacks=[*stopping, *callbacks],
-        )
+        with _config_hidden(model):
+            super().__init__(
+                model=model,
+                args=args,
+                train_dataset=ImageBatches(images, labels, train),
+                eval_dataset=ImageBatches(images, labels, validation),
+                data_collator=_as_it_is,
+                compute_metrics=self._evaluated,
+                callbacks=[*stopping, *callbacks],
+            )
+        self.model_accepts_loss_kwargs = False  # or a forward with **kwargs counts as one that scales its own loss
         if args.disable_tqdm:
             self.remove_callback(PrinterCallback)
         for callback in _services(self):
@@ -170,6 +173,14 @@ class StreamlinedTrainer(ResumableTrainer):
         return self.accelerator.prepare(
             DataLoader(self.train_dataset, batch_sampler=batches, collate_fn=self.data_collator)
         )
+
+    def _get_dataloader(self, *args, is_training=False, **kwargs):
+        drop_last = self.args.dataloader_drop_last
+        self.args.dataloader_drop_last = drop_last and is_training  # an evaluation counts every image
+        try:
+            return super()._get_dataloader(*args, is_training=is_training, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = drop_last
 
     def prepare_images(self, images: torch.Tensor, training: bool) -> torch.Tensor:
         """uint8 images -> what the model sees: augmented if training, normalised by the training set's statistics."""
@@ -257,7 +268,7 @@ class StreamlinedTrainer(ResumableTrainer):
         return means | {"seconds": seconds}
 
     def _evaluated(self, prediction: EvalPrediction) -> dict[str, float]:
-        metrics = evaluation_metrics(prediction, self.losses)
+        metrics = evaluation_metrics(prediction, self.losses, self.args.device)
         if not math.isfinite(metrics["loss"]):
             raise self._not_finite(f"loss of an evaluation is {metrics['loss']}")
         return metrics
@@ -291,6 +302,27 @@ def _services(trainer: StreamlinedTrainer) -> list[ServiceCallback]:
 
         callbacks.append(TelegramCallback(trainer))
     return callbacks
+
+
+class _WithoutConfig:
+    config = property(lambda self: None)
+
+    def __init_subclass__(cls):
+        pass  # or a registry of the user's would learn of the class below
+
+
+@contextlib.contextmanager
+def _config_hidden(model: nn.Module):
+    """transformers takes a model's `config` for one of its own, and writes to it."""
+    own_class = type(model)
+    if not hasattr(model, "config") or isinstance(model, transformers.PreTrainedModel):
+        yield
+        return
+    model.__class__ = type(own_class)(own_class.__name__, (_WithoutConfig, own_class), {})
+    try:
+        yield
+    finally:
+        model.__class__ = own_class
 
 
 def _as_it_is(batch):

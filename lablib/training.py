@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
+from lablib.checkpoints import contiguous_weights
 from lablib.config import TrainingConfig
 from lablib.data import ImageData
 from lablib.files import write_atomically
@@ -85,9 +86,7 @@ def _train(path: Path, build_model, config, data, trainer_class, callbacks) -> R
     if not first:
         return None
     files = {
-        "model.safetensors": safetensors.torch.save(
-            {name: tensor.contiguous().cpu() for name, tensor in trainer.model.state_dict().items()}
-        ),
+        "model.safetensors": safetensors.torch.save(contiguous_weights(trainer.model)),
         "history.jsonl": _json_lines(rows),
         "identity.json": described,
     }
