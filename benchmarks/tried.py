@@ -4,6 +4,8 @@ python -m benchmarks.tried     writes results/tried-<device>.md and .json (about
 """
 
 import argparse
+import contextlib
+import ctypes
 import json
 import os
 import sys
@@ -25,7 +27,7 @@ from benchmarks.cases import CASES, EVALUATION_BATCH, LEARNING_RATE, Case, build
 from benchmarks.inputs import split
 from benchmarks.isolated import isolated
 from lablib.augmentation import affine
-from lablib.hardware import keep_freed_memory, return_freed_memory
+from lablib.hardware import keep_freed_memory
 
 MLP, RESIDUAL_CNN = "MLP-2", "ResidualCNN-2"
 IMAGES = {MLP: 25_600, RESIDUAL_CNN: 2_560}  # an epoch of a comparison
@@ -193,7 +195,7 @@ class Training:
     def epoch(self) -> float:
         """Seconds of one pass over the images."""
         torch.set_num_threads(self.way.threads)
-        keep_freed_memory() if self.way.keeps_memory else return_freed_memory()
+        keep_freed_memory() if self.way.keeps_memory else _return_freed_memory()
         start = time.perf_counter()
         if self.way.validates:
             self._validate()
@@ -306,3 +308,12 @@ def _earned_back(tried: dict) -> str:
 
 if __name__ == "__main__":
     sys.exit(main())
+
+
+def _return_freed_memory():
+    """From now on glibc gives freed memory back to the system, which is close to its default."""
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD, bytes
+        libc.mallopt(-1, 1 << 20)  # M_TRIM_THRESHOLD
+        libc.malloc_trim(0)

@@ -9,11 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from PIL import Image
 
 from lablib.data import ImageData
-from lablib.memory import free_memory
 
 _IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
 
@@ -123,7 +123,7 @@ def _cached(cache: Path) -> np.ndarray | None:
 
 
 def _fit_in_memory(num_bytes: int) -> bool:
-    return num_bytes <= _IN_MEMORY * free_memory(torch.device("cpu"))
+    return num_bytes <= _IN_MEMORY * psutil.virtual_memory().available
 
 
 def _read_all(paths: list[Path], size: Size, channels: int | None, cache: Path) -> np.ndarray:
