@@ -41,12 +41,13 @@ def memory_format(model: nn.Module, device: torch.device, image_shape: Sequence[
         return torch.contiguous_format
     if device.type == "cpu" and any(_overflows(module) for module in model.modules()):
         return torch.contiguous_format
-    return torch.channels_last if _takes_channels_last(model, image_shape) else torch.contiguous_format
+    return torch.channels_last if takes_channels_last(model, image_shape) else torch.contiguous_format
 
 
 @torch.no_grad()
-def _takes_channels_last(model: nn.Module, image_shape: Sequence[int]) -> bool:
-    images = torch.zeros(2, *image_shape, device=next(model.parameters()).device)
+def takes_channels_last(model: nn.Module, image_shape: Sequence[int]) -> bool:
+    """Whether a model takes images of (channels, height, width) that lie in memory channels last."""
+    images = torch.zeros(2, *image_shape, device=next(model.parameters(), torch.empty(0)).device)
     with untouched(model):
         try:
             model.eval()(images.contiguous(memory_format=torch.channels_last))

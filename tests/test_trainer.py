@@ -70,6 +70,12 @@ def build(tmp_path, tiny_data):
     return build
 
 
+@pytest.fixture
+def unchecked(monkeypatch):
+    """No sanity check, where a test counts what a network sees."""
+    monkeypatch.setattr("lablib.trainer.sanity_check", lambda trainer: None)
+
+
 class ScriptedTrainer(StreamlinedTrainer):
     """Its validation metric is written in advance, and it keeps the weights of each epoch."""
 
@@ -174,7 +180,7 @@ class AsksForTheTest(ServiceCallback):
         self.told = self.test_result()
 
 
-def test_a_trainings_end_is_tested_once_however_many_ask(build):
+def test_a_trainings_end_is_tested_once_however_many_ask(build, unchecked):
     model = small_mlp(model_class=InputsKept)
     trainer = build(config(num_epochs=1, early_stopping_patience=None), model)
     services = [AsksForTheTest(trainer), AsksForTheTest(trainer)]
@@ -228,7 +234,7 @@ def test_images_outside_training_are_only_normalised_by_channel(build):
     np.testing.assert_allclose(seen.numpy(), normalised(data.test_images, data), rtol=1e-4, atol=1e-5)
 
 
-def test_validation_and_test_images_are_never_augmented(build, tiny_data):
+def test_validation_and_test_images_are_never_augmented(build, tiny_data, unchecked):
     model = small_mlp(model_class=InputsKept)
     trainer = build(config(num_epochs=1, rotation_degrees=45.0, translation_fraction=0.2), model)
     trainer.train()
@@ -249,7 +255,7 @@ def test_validation_and_test_images_are_never_augmented(build, tiny_data):
     np.testing.assert_allclose(torch.cat(model.shown[False]).numpy(), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_augment_is_called_once_for_each_training_image_and_epoch_and_never_in_evaluation(build, monkeypatch):
+def test_each_training_image_is_augmented_once_an_epoch_and_none_in_an_evaluation(build, monkeypatch, unchecked):
     calls = []
 
     def counting(pixels, *knobs):
@@ -257,7 +263,6 @@ def test_augment_is_called_once_for_each_training_image_and_epoch_and_never_in_e
         return pixels
 
     monkeypatch.setattr("lablib.trainer.augment", counting)
-    monkeypatch.setattr("lablib.trainer.check_batch_fits", lambda trainer: None)  # it augments a batch, too
     trainer = build(config(rotation_degrees=7.0, translation_fraction=0.3, horizontal_flip=True, crop_padding=1))
     trainer.train()
     assert [size for size, _, _ in calls] == [8, 8, 8, 3] * 2
@@ -267,7 +272,7 @@ def test_augment_is_called_once_for_each_training_image_and_epoch_and_never_in_e
     assert len(calls) == 2 * STEPS
 
 
-def test_at_most_so_many_training_images_are_seen_in_an_epoch_the_same_in_each(build, tiny_data):
+def test_at_most_so_many_training_images_are_seen_in_an_epoch_the_same_in_each(build, tiny_data, unchecked):
     model = small_mlp(model_class=InputsKept)
     trainer = build(config(max_train_images=15, **NOTHING_RANDOM), model)
     trainer.train()
@@ -388,7 +393,7 @@ def test_another_seed_takes_the_images_in_another_order(build):
     assert orders[0] == orders[1] != orders[2]
 
 
-def test_augmentation_and_dropout_draw_anew_in_each_epoch(build):
+def test_augmentation_and_dropout_draw_anew_in_each_epoch(build, unchecked):
     model = small_mlp(model_class=InputsKept)
     build(config(batch_size=27, rotation_degrees=30.0), model).train()
     first, second = model.shown[True]
@@ -491,7 +496,7 @@ def test_a_callback_gets_the_model_with_its_gradients_and_the_optimizer(build):
     ],
     ids=["sgd", "sgd with decay", "adam", "adam with decay", "adamw"],
 )
-def test_two_epochs_agree_with_a_plain_pytorch_loop(knobs, optimizer, build, tiny_data, monkeypatch):
+def test_two_epochs_agree_with_a_plain_pytorch_loop(knobs, optimizer, build, tiny_data, monkeypatch, unchecked):
     order = []
     take = ImageBatches.__getitems__
 
@@ -501,7 +506,6 @@ def test_two_epochs_agree_with_a_plain_pytorch_loop(knobs, optimizer, build, tin
         return take(self, positions)
 
     monkeypatch.setattr(ImageBatches, "__getitems__", noting)
-    monkeypatch.setattr("lablib.trainer.check_batch_fits", lambda trainer: None)  # it takes a batch, too
     knobs = {"learning_rate": 0.01, "early_stopping_metric": "loss", **knobs, **NOTHING_RANDOM}
     trainer = build(config(**knobs), small_mlp(dropout=0.0))
     trainer.train()
