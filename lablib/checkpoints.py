@@ -29,14 +29,18 @@ def contiguous_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     """A model's state as safetensors takes it: each tensor by itself and contiguous, on the model's device.
 
     safetensors refuses tensors that share memory (one block used three times) or lie in it in another order
-    (transposed, channels last).
+    (transposed, channels last). Raises TypeError for a state that is no tensor.
     """
-    return {name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in model.state_dict().items()}
+    weights = model.state_dict()
+    for name, value in weights.items():
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"{name!r} in its state_dict() is a {type(value).__name__} and not a tensor")
+    return {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in weights.items()}
 
 
 def own_memory(model: nn.Module):
     """Give expanded weights and buffers memory of their own, or nothing could be written to them: no step, no load."""
-    for tensor in model.state_dict(keep_vars=True).values():
+    for tensor in (*model.parameters(), *model.buffers()):
         if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
             tensor.data = tensor.detach().clone(memory_format=torch.contiguous_format)
 

@@ -69,7 +69,15 @@ _OWNED_ARGUMENTS = {
 _REFUSED_ARGUMENTS = {
     **{name: f"which TrainingConfig sets by its field {field}" for field, n in _OWNED_ARGUMENTS.items() for name in n},
     **dict.fromkeys(
-        ("eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "logging_strategy", "logging_steps"),
+        (
+            "eval_strategy",
+            "eval_steps",
+            "eval_delay",
+            "eval_on_start",
+            "logging_strategy",
+            "logging_steps",
+            "logging_nan_inf_filter",
+        ),
         "but early stopping and history need one validation and one log in each epoch",
     ),
     **dict.fromkeys(
@@ -86,6 +94,7 @@ _REFUSED_ARGUMENTS = {
         "which would make a resumed training another one",
     ),
     **dict.fromkeys(("remove_unused_columns", "label_names"), "but the lab's batches are images and labels"),
+    "logging_nan_inf_filter": "but a loss that is not finite ends the training",
     "label_smoothing_factor": "which would do nothing: the loss is that of the trainer's `losses`",
 }
 
@@ -243,13 +252,11 @@ class TrainingConfig:
         if not isinstance(self.training_arguments, dict):
             raise self._error("training_arguments", "a dict of transformers.TrainingArguments fields")
         for name in self.training_arguments:
-            if name in TRAINING_ARGUMENTS:
-                continue
-            close = difflib.get_close_matches(str(name), [*TRAINING_ARGUMENTS, *_REFUSED_ARGUMENTS], n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else f"; it takes {_listed(TRAINING_ARGUMENTS)}"
-            raise ValueError(
-                f"TrainingConfig: training_arguments has {name!r}, which is not tested with this lab{hint}"
-            )
+            if name not in TRAINING_ARGUMENTS:
+                close = difflib.get_close_matches(str(name), TRAINING_ARGUMENTS, n=1, cutoff=0.8)
+                hint = f"did you mean {close[0]!r}?" if close else f"it takes {_listed(TRAINING_ARGUMENTS)}"
+                reason = _REFUSED_ARGUMENTS.get(name, f"which is not tested with this lab; {hint}")
+                raise ValueError(f"TrainingConfig: training_arguments has {name!r}, {reason}")
 
     def _own_arguments(self, output_dir: str, bf16: bool) -> dict[str, Any]:
         schedule = self.lr_schedule

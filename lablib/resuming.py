@@ -165,7 +165,7 @@ class ResumableTrainer(DistributedTrainer):
 
     def _checkpoint_bytes(self) -> int:
         """About the size of a checkpoint: the weights, the best epoch's, and the optimizer's two moments."""
-        return 4 * sum(t.numel() * t.element_size() for t in self.model.state_dict().values()) + 2**20
+        return 4 * sum(tensor.nbytes for tensor in (*self.model.parameters(), *self.model.buffers())) + 2**20
 
     @cached_property
     def environment(self) -> dict[str, str]:

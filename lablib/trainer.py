@@ -309,6 +309,7 @@ def sanity_check(trainer: StreamlinedTrainer) -> None:
     if args.dataloader_drop_last and images < batch:
         raise SanityCheckError(f"dataloader_drop_last leaves none of {images} images: write a smaller batch_size")
     with untouched(trainer):
+        trainer._since_last_log = BatchMeter()
         if args.bf16:  # accelerate does so when the training begins
             model.forward = convert_outputs_to_fp32(trainer.accelerator.autocast()(model.forward))
         _try(trainer, "an evaluation", min((len(trainer.eval_dataset) - 1) % args.eval_batch_size + 1, batch))
@@ -371,7 +372,7 @@ def _trains(trainer: StreamlinedTrainer, size: int) -> bool:
 
 
 def _shapes(values) -> str:
-    shapes = tree_map(lambda v: f"{v.dtype} {tuple(v.shape)}" if isinstance(v, torch.Tensor) else v, values)
+    shapes = tree_map(lambda v: f"{v.dtype} {tuple(v.shape)}"[6:] if isinstance(v, torch.Tensor) else v, values)
     return str(shapes[0] if isinstance(values, tuple) and len(values) == 1 else shapes).replace("'", "")
 
 
