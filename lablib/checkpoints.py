@@ -10,15 +10,39 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+from torch import nn
+
 from lablib.files import sync_folder, write_atomically
 
 MANIFEST = "manifest.json"
 _PREFIX = "checkpoint-"
 _LEFTOVER = "unfinished"
+_SIGNS_OF_THE_DISK = ("PytorchStreamWriter", "inline_container", "iostream", "IoError", "I/O error")
 
 
 class DamagedCheckpointError(OSError):
     """A checkpoint is not what was written, or cannot be loaded."""
+
+
+def contiguous_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """A model's state as safetensors takes it: each tensor by itself and contiguous, on the model's device.
+
+    safetensors refuses tensors that share memory (one block used three times) or lie in it in another order
+    (transposed, channels last). Raises TypeError for a state that is no tensor.
+    """
+    weights = model.state_dict()
+    for name, value in weights.items():
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"{name!r} in its state_dict() is a {type(value).__name__} and not a tensor")
+    return {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in weights.items()}
+
+
+def own_memory(model: nn.Module):
+    """Give expanded weights and buffers memory of their own, or nothing could be written to them: no step, no load."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
+            tensor.data = tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
@@ -133,6 +157,11 @@ def check_room(folder: Path, num_bytes: int):
             f"the disk of {folder} has {_mebibytes(free)} free, but this training writes up to "
             f"{_mebibytes(num_bytes)}: free some space, or write another output_dir",
         )
+
+
+def is_about_the_disk(error: Exception) -> bool:
+    """Whether a checkpoint could not be written because of the disk, which PyTorch and safetensors say in words."""
+    return isinstance(error, OSError) or any(sign in str(error) for sign in _SIGNS_OF_THE_DISK)
 
 
 def describe_failed_write(error: Exception, target: Path, num_bytes: int) -> OSError:

@@ -21,6 +21,83 @@ EARLY_STOPPING_METRICS = ("accuracy", "loss")
 PRECISIONS = ("auto", "fp32", "bf16")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
+# Further fields of transformers.TrainingArguments that are known to work here.
+TRAINING_ARGUMENTS = (
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "dataloader_drop_last",  # in training only: evaluations count every image
+    "dataloader_num_workers",
+    "dataloader_persistent_workers",
+    "dataloader_prefetch_factor",
+    "ddp_backend",
+    "ddp_broadcast_buffers",
+    "ddp_bucket_cap_mb",
+    "ddp_find_unused_parameters",
+    "ddp_static_graph",
+    "ddp_timeout",
+    "disable_tqdm",
+    "eval_accumulation_steps",
+    "gradient_accumulation_steps",
+    "log_level",
+    "lr_scheduler_kwargs",
+    "max_steps",
+    "save_total_limit",
+    "torch_compile",
+    "torch_compile_backend",
+    "torch_compile_mode",
+)
+# TrainingConfig's field -> the arguments that it sets
+_OWNED_ARGUMENTS = {
+    "batch_size": ("per_device_train_batch_size", "per_device_eval_batch_size", "auto_find_batch_size"),
+    "checkpoint_seconds": ("save_strategy", "save_steps", "save_only_model"),
+    "deterministic": ("full_determinism",),
+    "device": ("use_cpu",),
+    "early_stopping_metric": ("metric_for_best_model", "greater_is_better", "load_best_model_at_end"),
+    "learning_rate": ("learning_rate",),
+    "lr_schedule": ("lr_scheduler_type",),
+    "max_grad_norm": ("max_grad_norm",),
+    "num_epochs": ("num_train_epochs",),
+    "optimizer": ("optim", "optim_args"),
+    "output_dir": ("output_dir",),
+    "precision": ("bf16", "fp16", "bf16_full_eval", "fp16_full_eval", "tf32"),
+    "seed": ("seed", "data_seed"),
+    "use_wandb": ("report_to",),
+    "warmup_fraction": ("warmup_steps",),
+    "weight_decay": ("weight_decay",),
+}
+_REFUSED_ARGUMENTS = {
+    **{name: f"which TrainingConfig sets by its field {field}" for field, n in _OWNED_ARGUMENTS.items() for name in n},
+    **dict.fromkeys(
+        (
+            "eval_strategy",
+            "eval_steps",
+            "eval_delay",
+            "eval_on_start",
+            "logging_strategy",
+            "logging_steps",
+            "logging_nan_inf_filter",
+        ),
+        "but early stopping and history need one validation and one log in each epoch",
+    ),
+    **dict.fromkeys(
+        ("eval_do_concat_batches", "include_for_metrics", "batch_eval_metrics", "prediction_loss_only"),
+        "but an evaluation needs the logits of all images at once",
+    ),
+    **dict.fromkeys(
+        (
+            "ignore_data_skip",
+            "restore_callback_states_from_checkpoint",
+            "train_sampling_strategy",
+            "accelerator_config",
+        ),
+        "which would make a resumed training another one",
+    ),
+    **dict.fromkeys(("remove_unused_columns", "label_names"), "but the lab's batches are images and labels"),
+    "logging_nan_inf_filter": "but a loss that is not finite ends the training",
+    "label_smoothing_factor": "which would do nothing: the loss is that of the trainer's `losses`",
+}
+
 # What has no influence on the science of a run: who is told about it, and where its files lie.
 NOT_IDENTITY = (
     "output_dir",
@@ -174,30 +251,12 @@ class TrainingConfig:
     def _check_training_arguments(self):
         if not isinstance(self.training_arguments, dict):
             raise self._error("training_arguments", "a dict of transformers.TrainingArguments fields")
-        if not self.training_arguments:
-            return
-        from transformers import TrainingArguments
-
-        known = {f.name for f in dataclasses.fields(TrainingArguments) if f.init}
-        owned = self._own_arguments("", bf16=False)
         for name in self.training_arguments:
-            if name in owned:
-                raise ValueError(
-                    f"TrainingConfig: training_arguments has {name!r}, which TrainingConfig sets itself; "
-                    "use its own field"
-                )
-            if name in ("optim", "optim_args", "label_smoothing_factor"):
-                raise ValueError(
-                    f"TrainingConfig: training_arguments has {name!r}, which would do nothing: "
-                    "lablib's own optimizer and loss take its place"
-                )
-            if name not in known:
-                close = difflib.get_close_matches(str(name), known, n=1)
-                hint = f"; did you mean {close[0]!r}?" if close else ""
-                raise ValueError(
-                    f"TrainingConfig: training_arguments has {name!r}, which is no field of "
-                    f"transformers.TrainingArguments{hint}"
-                )
+            if name not in TRAINING_ARGUMENTS:
+                close = difflib.get_close_matches(str(name), TRAINING_ARGUMENTS, n=1, cutoff=0.8)
+                hint = f"did you mean {close[0]!r}?" if close else f"it takes {_listed(TRAINING_ARGUMENTS)}"
+                reason = _REFUSED_ARGUMENTS.get(name, f"which is not tested with this lab; {hint}")
+                raise ValueError(f"TrainingConfig: training_arguments has {name!r}, {reason}")
 
     def _own_arguments(self, output_dir: str, bf16: bool) -> dict[str, Any]:
         schedule = self.lr_schedule

@@ -2,6 +2,7 @@
 
 import statistics
 import time
+import weakref
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import product
@@ -10,10 +11,12 @@ import pandas as pd
 import safetensors.torch
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from lablib.checkpoints import contiguous_weights
 from lablib.diagnostics import eval_mode
-from lablib.memory import LiveBytes
 
 
 @torch.no_grad()
@@ -30,7 +33,7 @@ def multiply_adds(model: nn.Module, image_shape: Sequence[int]) -> int:
 
 def bytes_on_disk(model: nn.Module) -> int:
     """Size of the model's weights as a safetensors file, in bytes."""
-    return len(safetensors.torch.save({k: v.contiguous().cpu() for k, v in model.state_dict().items()}))
+    return len(safetensors.torch.save(contiguous_weights(model)))
 
 
 @torch.no_grad()
@@ -41,7 +44,7 @@ def peak_memory(model: nn.Module, image_shape: Sequence[int], batch: int = 128) 
     (channels, height, width); the model is in eval mode where it is.
     """
     images = torch.zeros(batch, *image_shape, device=next(model.parameters()).device)
-    with eval_mode(model), LiveBytes([images, *model.parameters(), *model.buffers()]) as live:
+    with eval_mode(model), _LiveBytes([images, *model.parameters(), *model.buffers()]) as live:
         model(images)
     return images.nbytes + live.peak
 
@@ -74,6 +77,28 @@ def latency(
         row = {"model": name, "batch": batch, "milliseconds": 1e3 * median, "images_per_second": batch / median}
         rows.append(row | {"device": next(models[name].parameters()).device.type})
     return pd.DataFrame(rows).assign(threads=torch.get_num_threads())
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Adds up the storages that operations make for as long as a tensor holds them; those of `known` do not count."""
+
+    def __init__(self, known):
+        super().__init__()
+        self.peak = self._bytes = 0
+        self._storages = weakref.WeakSet(tensor.untyped_storage() for tensor in known)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for storage in (leaf.untyped_storage() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)):
+            if storage not in self._storages:
+                self._storages.add(storage)
+                self._bytes += storage.nbytes()
+                weakref.finalize(storage, self._forget, storage.nbytes())
+        self.peak = max(self.peak, self._bytes)
+        return result
+
+    def _forget(self, size: int):
+        self._bytes -= size
 
 
 def _timed(model: nn.Module, images: torch.Tensor) -> float:

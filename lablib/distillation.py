@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from lablib.config import TrainingConfig
 from lablib.data import ImageData
+from lablib.hardware import takes_channels_last
 from lablib.identity import weights_digest
 from lablib.trainer import StreamlinedTrainer
 
@@ -42,8 +43,8 @@ class KnowledgeDistillationTrainer(StreamlinedTrainer):
     """Trains a student on its labels and on a teacher's answers to the same images; all else is as without a teacher.
 
     The trainer has a teacher of its own, a frozen copy in eval mode. Both terms are recorded by epoch, as soft_loss and
-    hard_loss. Raises ValueError for an alpha outside [0, 1], a temperature that is not above 0, a teacher that is the
-    student or has no weights, and a teacher with another number of classes.
+    hard_loss. Raises ValueError for an alpha outside [0, 1], a temperature that is not above 0, and a teacher that is
+    the student, cannot be copied, or has another number of classes.
     """
 
     def __init__(
@@ -62,10 +63,21 @@ class KnowledgeDistillationTrainer(StreamlinedTrainer):
             raise ValueError(f"temperature = {temperature!r}, but it must be a number above 0, such as 4")
         if teacher is student:
             raise ValueError("the teacher is the student; give a network of its own, trained before, as the teacher")
-        _check_classes(student, teacher, data)
+        try:
+            teacher = copy.deepcopy(teacher).requires_grad_(False).eval()
+        except Exception as error:  # PyTorch does not copy a tensor with history
+            raise ValueError(
+                f"the teacher cannot be copied: {type(error).__name__}: {error}; load its weights into a new network"
+            ) from error
         self.temperature, self.alpha = float(temperature), float(alpha)
         super().__init__(student, config, data, **trainer_arguments)
-        self.teacher = copy.deepcopy(teacher).to(self.args.device).requires_grad_(False).eval()
+        self.teacher = teacher.to(self.args.device)
+        if not takes_channels_last(self.teacher, data.image_shape):  # it sees what the student sees
+            self._memory_format = torch.contiguous_format
+        with torch.no_grad():
+            classes = self.teacher(self.prepare_images(data.train_images[:2].to(self.args.device), False)).shape[1]
+        if classes != data.num_classes:
+            raise ValueError(f"the teacher gives {classes} outputs, and {data.name} has {data.num_classes} classes")
 
     @cached_property
     def environment(self) -> dict[str, str]:
@@ -86,17 +98,3 @@ class KnowledgeDistillationTrainer(StreamlinedTrainer):
 
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-@torch.no_grad()
-def _check_classes(student: nn.Module, teacher: nn.Module, data: ImageData):
-    image = data.normalise(data.train_images[:1])
-    classes = []
-    for model in (student, teacher):
-        trial = copy.deepcopy(model).cpu().eval()
-        classes.append(trial(image).shape[1])
-    if classes[0] != classes[1]:
-        raise ValueError(
-            f"the student has {classes[0]} classes and the teacher {classes[1]}; "
-            f"both must have those of {data.name}, {data.num_classes}"
-        )

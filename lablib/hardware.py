@@ -1,12 +1,12 @@
 """What a machine can do for a training: its devices, its precision, its memory."""
 
 import contextlib
-import copy
 import ctypes
-import gc
 import os
+import random
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -41,17 +41,53 @@ def memory_format(model: nn.Module, device: torch.device, image_shape: Sequence[
         return torch.contiguous_format
     if device.type == "cpu" and any(_overflows(module) for module in model.modules()):
         return torch.contiguous_format
-    return torch.channels_last if _takes_channels_last(model, image_shape) else torch.contiguous_format
+    return torch.channels_last if takes_channels_last(model, image_shape) else torch.contiguous_format
 
 
 @torch.no_grad()
-def _takes_channels_last(model: nn.Module, image_shape: Sequence[int]) -> bool:
-    trial = copy.deepcopy(model).cpu().eval()
-    try:
-        trial(torch.zeros(2, *image_shape).contiguous(memory_format=torch.channels_last))
-    except RuntimeError:
-        return False
+def takes_channels_last(model: nn.Module, image_shape: Sequence[int]) -> bool:
+    """Whether a model takes images of (channels, height, width) that lie in memory channels last."""
+    images = torch.zeros(2, *image_shape, device=next(model.parameters(), torch.empty(0)).device)
+    with untouched(model):
+        try:
+            model.eval()(images.contiguous(memory_format=torch.channels_last))
+        except Exception:  # what else is wrong with the model, the sanity check says
+            return False
     return True
+
+
+@contextlib.contextmanager
+def untouched(owner: object):
+    """Leave a model, or a trainer and the models that it holds, as they were, and the random states too.
+
+    That is weights, buffers, gradients, modes and plain attributes, but not what is in a list that a model fills. The
+    models begin without gradients. Nothing is copied but tensors, since a model may hold what cannot be copied.
+    """
+    models = [held for held in (owner, *vars(owner).values()) if isinstance(held, nn.Module)]
+    modules = {module for model in models for module in model.modules()}
+    places = [p for module in modules for p in (vars(module), module._parameters, module._buffers, module._modules)]
+    places.append(vars(owner))
+    contents = [dict(place) for place in places]
+    tensors = {id(t): t for content in contents for t in content.values() if isinstance(t, torch.Tensor)}.values()
+    values = [tensor.detach().clone() for tensor in tensors]
+    leaves = [(tensor, tensor.grad) for tensor in tensors if tensor.is_leaf]
+    of_python, of_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    for tensor, _ in leaves:
+        tensor.grad = None
+    try:
+        with torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_initialized() else []):
+            yield
+    finally:
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)  # noqa: NPY002
+        for place, content in zip(places, contents, strict=True):
+            place.clear()
+            place.update(content)
+        for tensor, value in zip(tensors, values, strict=True):
+            if not torch.equal(tensor, value):
+                tensor.data.copy_(value)
+        for tensor, gradient in leaves:
+            tensor.grad = gradient
 
 
 def _overflows(module: nn.Module) -> bool:
@@ -103,25 +139,14 @@ def fits(data: ImageData, device: torch.device) -> bool:
     return data.train_images.nbytes < free / 2
 
 
-def keep_freed_memory(kept: bool = True):
-    """Let glibc keep the memory of freed tensors for the next step, or from now on give it back.
+def keep_freed_memory():
+    """Let glibc keep the memory of freed tensors for the next step; without glibc this does nothing.
 
     By default it returns each block above its threshold to the system, and every step pays for the page faults again:
     ten times the price of an elementwise operation on a batch of MNIST. But what it keeps falls into pieces, so that a
-    training takes up to twice the memory of its tensors. Elsewhere than on glibc this does nothing.
+    training takes up to twice the memory of its tensors.
     """
-    mmap_threshold, trim_threshold = (1 << 28, 1 << 30) if kept else (1 << 20, 1 << 20)  # bytes
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-3, mmap_threshold)  # M_MMAP_THRESHOLD
-        libc.mallopt(-1, trim_threshold)  # M_TRIM_THRESHOLD
-
-
-def return_freed_memory():
-    """Give back to the system what is kept of freed tensors, and from now on keep none: for where memory is scarce."""
-    gc.collect()
-    if torch.accelerator.is_available():
-        torch.accelerator.empty_cache()
-    keep_freed_memory(False)
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        libc.mallopt(-3, 1 << 28)  # M_MMAP_THRESHOLD, bytes
+        libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD

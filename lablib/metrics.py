@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map
 
 if TYPE_CHECKING:
     from transformers import EvalPrediction
@@ -18,18 +19,20 @@ def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, torch
     return {"loss": F.cross_entropy(logits, labels)}
 
 
-def evaluation_metrics(prediction: "EvalPrediction", losses: Losses = cross_entropy) -> dict[str, float]:
-    """The losses and the accuracy over all images, each counted once, in float64.
+@torch.no_grad()
+def evaluation_metrics(
+    prediction: "EvalPrediction", losses: Losses = cross_entropy, device: torch.device | str = "cpu"
+) -> dict[str, float]:
+    """The losses and the accuracy over all images, each counted once.
 
-    Predictions are the logits, or a tuple that begins with them.
+    Predictions are the logits, or a tuple that begins with them. The losses see all of them at once, since a weighted
+    loss is no mean over batches, on the training's device and in its dtype, as the tensors that a loss holds are.
     """
-    several = isinstance(prediction.predictions, tuple)
-    outputs = tuple(
-        torch.from_numpy(p).double() for p in (prediction.predictions if several else [prediction.predictions])
-    )
-    labels = torch.from_numpy(prediction.label_ids)
-    measured = {name: value.item() for name, value in losses(outputs if several else outputs[0], labels).items()}
-    return measured | {"accuracy": (outputs[0].argmax(1) == labels).double().mean().item()}
+    outputs = tree_map(lambda array: torch.from_numpy(array).to(device), prediction.predictions)
+    labels = torch.from_numpy(prediction.label_ids).to(device)
+    logits = outputs[0] if isinstance(outputs, tuple) else outputs
+    measured = {name: value.item() for name, value in losses(outputs, labels).items()}
+    return measured | {"accuracy": (logits.argmax(1) == labels).double().mean().item()}
 
 
 class BatchMeter:

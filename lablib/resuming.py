@@ -12,17 +12,19 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from transformers import TrainerCallback
 from transformers.trainer_pt_utils import safe_globals
 
 from lablib.checkpoints import (
     DamagedCheckpointError,
     check_room,
+    contiguous_weights,
     describe_failed_write,
     discard_unfinished,
+    is_about_the_disk,
     keep_newest,
     newest_usable,
+    own_memory,
     seal,
     unfinished,
     verify,
@@ -54,6 +56,7 @@ class ResumableTrainer(DistributedTrainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        own_memory(self.model)
         self.notes: list[str] = []
         self._interruption = Interruption(() if self.args.world_size > 1 else SIGNALS)
         self._best_weights: dict[str, torch.Tensor] | None = None
@@ -124,13 +127,18 @@ class ResumableTrainer(DistributedTrainer):
                 seal(written, target)
                 keep_newest(folder, max(2, self.args.save_total_limit or 2))
             self.accelerator.wait_for_everyone()
-        except (OSError, SafetensorError, RuntimeError) as error:
+        except Exception as error:
             shutil.rmtree(unfinished(folder), ignore_errors=True)
+            if not is_about_the_disk(error):
+                raise
             raise describe_failed_write(error, target, self._checkpoint_bytes()) from error
         finally:
             self._writing = False
             if self._best_weights is not None:
                 self.state.best_model_checkpoint = str(folder)  # each checkpoint in it has them
+
+    def _save(self, output_dir=None, state_dict=None):
+        super()._save(output_dir, contiguous_weights(self.model) if state_dict is None else state_dict)
 
     def _get_output_dir(self, trial):
         folder = super()._get_output_dir(trial)
@@ -144,13 +152,12 @@ class ResumableTrainer(DistributedTrainer):
         }
         (folder / f"lablib_{self.args.process_index}.json").write_text(json.dumps(saved))
         if self.is_world_process_zero() and self._best_weights and self.state.best_global_step < self.state.global_step:
-            weights = {name: tensor.contiguous().cpu() for name, tensor in self._best_weights.items()}
-            safetensors.torch.save_file(weights, folder / _BEST)
+            safetensors.torch.save_file(self._best_weights, folder / _BEST)
 
     def _determine_best_metric(self, metrics, trial):
         better = super()._determine_best_metric(metrics, trial)
         if better:
-            self._best_weights = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
+            self._best_weights = contiguous_weights(self.model)
         return better
 
     def _load_best_model(self):
@@ -158,7 +165,7 @@ class ResumableTrainer(DistributedTrainer):
 
     def _checkpoint_bytes(self) -> int:
         """About the size of a checkpoint: the weights, the best epoch's, and the optimizer's two moments."""
-        return 4 * sum(t.numel() * t.element_size() for t in self.model.state_dict().values()) + 2**20
+        return 4 * sum(tensor.nbytes for tensor in (*self.model.parameters(), *self.model.buffers())) + 2**20
 
     @cached_property
     def environment(self) -> dict[str, str]:

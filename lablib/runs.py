@@ -28,7 +28,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch import nn
 
-from lablib.checkpoints import check_room
+from lablib.checkpoints import check_room, contiguous_weights
 from lablib.config import TrainingConfig
 from lablib.data import ImageData
 from lablib.diagnostics import gradient_norms
@@ -259,9 +259,7 @@ def _train(path: Path, described, build_model, config, data, trainer_class, call
     if not first:
         return None
     files = {
-        _WEIGHTS: safetensors.torch.save(
-            {name: tensor.contiguous().cpu() for name, tensor in trainer.model.state_dict().items()}
-        ),
+        _WEIGHTS: safetensors.torch.save(contiguous_weights(trainer.model)),
         "history.jsonl": _json_lines(rows),
         "identity.json": json.dumps(described, indent=1).encode(),
         "measured.npz": _measured(trainer, prediction, gradients | _gradients(trainer, "trained")),

@@ -1,26 +1,31 @@
 """StreamlinedTrainer: one training of one model on one data set, on top of transformers.Trainer."""
 
 import atexit
+import contextlib
+import functools
 import gc
-import importlib.util
 import math
 import shutil
-import sys
 import tempfile
 import time
 import weakref
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
+import safetensors.torch
 import torch
 import transformers
+from accelerate.utils import convert_outputs_to_fp32
 from torch import nn
 from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, EvalPrediction, PrinterCallback, TrainerCallback
+from transformers.trainer_pt_utils import nested_numpify
 from transformers.trainer_utils import PredictionOutput
 
 from lablib.augmentation import augment
+from lablib.checkpoints import contiguous_weights
 from lablib.config import TrainingConfig
 from lablib.data import ImageBatches, ImageData, ShuffledBatches, stratified_split, stratified_subset
 from lablib.hardware import (
@@ -30,28 +35,27 @@ from lablib.hardware import (
     keep_freed_memory,
     memory_format,
     resolve_bf16,
+    untouched,
 )
-from lablib.memory import check_batch_fits
 from lablib.metrics import BatchMeter, combined, cross_entropy, evaluation_metrics
 from lablib.processes import process_seed
 from lablib.resuming import ResumableTrainer
 from lablib.services import ServiceCallback
 
-# accelerate collects garbage whenever a training starts; what has been imported so far is none and need not be
-# searched, which saves half a second a run
-gc.freeze()
-atexit.register(gc.unfreeze)  # or extension modules report leaks when the process ends
-
-# accelerate looks for this package on the disk twice in each step; where it is not, Python shall know it at once
-if importlib.util.find_spec("lomo_optim") is None:
-    sys.modules["lomo_optim"] = None
-
 _EVALUATION_PIXELS = 2**22  # at most in a batch that is larger than the training's
 _OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
 
 
+# what PyTorch, oneDNN and the GPUs' libraries say in a RuntimeError
+_OUT_OF_MEMORY = ("out of memory", "DefaultCPUAllocator", "bad_alloc", "ALLOC_FAILED", "could not create a memory")
+
+
 class NonFiniteLossError(ArithmeticError):
     """A loss became NaN or infinite."""
+
+
+class SanityCheckError(RuntimeError):
+    """A training would fail, at its first step or hours later; it has not begun."""
 
 
 class StreamlinedTrainer(ResumableTrainer):
@@ -65,7 +69,7 @@ class StreamlinedTrainer(ResumableTrainer):
     `checkpoint_dir` is where checkpoints go; without one they lie in a temporary folder that goes with the trainer.
     `run_name` is what Weights & Biases and Telegram call it.
     Raises ValueError for a device that is not there, and NonFiniteLossError, naming the epoch, when a loss is NaN or
-    infinite. `train` raises BatchTooLargeError, before it begins, when a batch does not fit into memory.
+    infinite. `train` raises SanityCheckError before its first step if what it will do later fails (`sanity_check`).
     """
 
     def __init__(
@@ -96,15 +100,17 @@ class StreamlinedTrainer(ResumableTrainer):
         stopping = [EarlyStoppingCallback(patience)] if patience else []
         self._memory_format = memory_format(model, args.device, data.image_shape)
         self.checkpoint_seconds = config.checkpoint_seconds
-        super().__init__(
-            model=model,
-            args=args,
-            train_dataset=ImageBatches(images, labels, train),
-            eval_dataset=ImageBatches(images, labels, validation),
-            data_collator=_as_it_is,
-            compute_metrics=self._evaluated,
-            callbacks=[*stopping, *callbacks],
-        )
+        with _config_hidden(model):
+            super().__init__(
+                model=model,
+                args=args,
+                train_dataset=ImageBatches(images, labels, train),
+                eval_dataset=ImageBatches(images, labels, validation),
+                data_collator=_as_it_is,
+                compute_metrics=self._evaluated,
+                callbacks=[*stopping, *callbacks],
+            )
+        self.model_accepts_loss_kwargs = False  # or a forward with **kwargs counts as one that scales its own loss
         if args.disable_tqdm:
             self.remove_callback(PrinterCallback)
         for callback in _services(self):
@@ -117,13 +123,14 @@ class StreamlinedTrainer(ResumableTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """Train to the end or to the early stop and load the best epoch's weights; see `ResumableTrainer.train`."""
-        transformers.set_seed(process_seed(self.args.seed, self.args.process_index))
+        _freeze_imports()
         with deterministic_algorithms(self.config.deterministic):
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def before_training(self) -> None:
-        """Try a batch, and begin to measure. Raises BatchTooLargeError if the batch does not fit into memory."""
-        check_batch_fits(self)
+        """Try what the training will do, then seed and begin to measure. Raises SanityCheckError."""
+        sanity_check(self)
+        transformers.set_seed(process_seed(self.args.seed, self.args.process_index))
         self._final_test = None
         self._since_last_log.forget()
         self._clock = time.perf_counter()
@@ -170,6 +177,14 @@ class StreamlinedTrainer(ResumableTrainer):
         return self.accelerator.prepare(
             DataLoader(self.train_dataset, batch_sampler=batches, collate_fn=self.data_collator)
         )
+
+    def _get_dataloader(self, *args, is_training=False, **kwargs):
+        drop_last = self.args.dataloader_drop_last
+        self.args.dataloader_drop_last = drop_last and is_training  # an evaluation counts every image
+        try:
+            return super()._get_dataloader(*args, is_training=is_training, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = drop_last
 
     def prepare_images(self, images: torch.Tensor, training: bool) -> torch.Tensor:
         """uint8 images -> what the model sees: augmented if training, normalised by the training set's statistics."""
@@ -221,9 +236,10 @@ class StreamlinedTrainer(ResumableTrainer):
             more = {"betas": (self.args.adam_beta1, self.args.adam_beta2), "eps": self.args.adam_epsilon}
             if config.optimizer == "sgd":
                 more = {"momentum": 0.9}
-            parameters = (model or self.model).parameters()
+            parameters = list((model or self.model).parameters())
+            more["fused"] = all(parameter.is_floating_point() for parameter in parameters) or None  # not of complex
             self.optimizer = _OPTIMIZERS[config.optimizer](
-                parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True, **more
+                parameters, lr=config.learning_rate, weight_decay=config.weight_decay, **more
             )
         return self.optimizer
 
@@ -257,7 +273,7 @@ class StreamlinedTrainer(ResumableTrainer):
         return means | {"seconds": seconds}
 
     def _evaluated(self, prediction: EvalPrediction) -> dict[str, float]:
-        metrics = evaluation_metrics(prediction, self.losses)
+        metrics = evaluation_metrics(prediction, self.losses, self.args.device)
         if not math.isfinite(metrics["loss"]):
             raise self._not_finite(f"loss of an evaluation is {metrics['loss']}")
         return metrics
@@ -279,6 +295,95 @@ class StreamlinedTrainer(ResumableTrainer):
         return whole
 
 
+def sanity_check(trainer: StreamlinedTrainer) -> None:
+    """Try on a few real images what a training does, so that it fails in its first seconds or not at all.
+
+    An evaluation; a full batch and the last of an epoch, forward and backward; the weights as safetensors. It leaves no
+    trace (see `untouched`). Of several processes each tries by itself what fits its share of a batch.
+    Raises SanityCheckError, which says what failed, what the network was given and returned, and the original error.
+    """
+    args, model, images = trainer.args, trainer.model, len(trainer.train_dataset)
+    processes, batch = args.world_size, args.train_batch_size * args.world_size
+    most = batch if processes == 1 else max(2, args.train_batch_size)
+    last = (images - 1) % batch + 1
+    if args.dataloader_drop_last and images < batch:
+        raise SanityCheckError(f"dataloader_drop_last leaves none of {images} images: write a smaller batch_size")
+    with untouched(trainer):
+        trainer._since_last_log = BatchMeter()
+        if args.bf16:  # accelerate does so when the training begins
+            model.forward = convert_outputs_to_fp32(trainer.accelerator.autocast()(model.forward))
+        _try(trainer, "an evaluation", min((len(trainer.eval_dataset) - 1) % args.eval_batch_size + 1, batch))
+        _try(trainer, "a full batch", min(images, most))
+        if last < min(images, most) and not args.dataloader_drop_last:
+            try:
+                _try(trainer, "the last batch of an epoch", last)
+            except SanityCheckError as error:
+                nearby = sorted(range(processes, batch + 9 * processes, processes), key=lambda size: abs(size - batch))
+                fitting = (str(size) for size in nearby[1:17] if _trains(trainer, min((images - 1) % size + 1, most)))
+                sizes = f"write batch_size = {' or '.join(islice(fitting, 2)) or images}, which leaves no such batch"
+                drop = "or training_arguments={'dataloader_drop_last': True}, which leaves it out"
+                raise SanityCheckError(f"{error}; {sizes}, {drop}") from error.__cause__
+        try:
+            safetensors.torch.save(contiguous_weights(model))
+        except Exception as error:
+            what = f"no checkpoint can be written: safetensors does not take the weights of {type(model).__name__}"
+            raise SanityCheckError(f"{what}: {type(error).__name__}: {error}") from error
+
+
+def _try(trainer: StreamlinedTrainer, what: str, size: int) -> None:
+    training, model, data, seen = what != "an evaluation", trainer.model, trainer.data, {}
+    hooks = [
+        model.register_forward_pre_hook(lambda _, inputs: seen.update(given=_shapes(inputs))),
+        model.register_forward_hook(lambda _, inputs, outputs: seen.update(returned=_shapes(outputs))),
+    ]
+    try:
+        dataset = trainer.train_dataset if training else trainer.eval_dataset
+        batch = trainer._prepare_inputs(dataset.__getitems__(range(size)))
+        if training:
+            with trainer.compute_loss_context_manager():
+                loss = trainer.compute_loss(model.train(), batch)
+            loss.backward()
+            return
+        _, outputs, labels = trainer.prediction_step(model.eval(), batch, prediction_loss_only=False)
+        logits = outputs[0] if isinstance(outputs, tuple) else outputs
+        if not isinstance(logits, torch.Tensor) or logits.ndim != 2 or len(logits) != size:
+            raise TypeError("a network must return logits, images × classes, or a tuple that begins with them")
+        if (given := logits.shape[1]) != data.num_classes:
+            raise ValueError(f"the network gives {given} outputs, and {data.name} has {data.num_classes} classes")
+        evaluation_metrics(EvalPrediction(*nested_numpify((outputs, labels))), trainer.losses, trainer.args.device)
+    except Exception as error:
+        if isinstance(error, MemoryError) or any(sign in str(error) for sign in _OUT_OF_MEMORY):
+            smaller = "write a smaller batch_size, or a smaller image_size in load_data"
+            raise SanityCheckError(f"{what} of {size} images does not fit into memory: {smaller}") from error
+        network = f". {type(model).__name__} was given {seen['given']}" if "given" in seen else ""
+        network += f" and returned {seen['returned']}, of which `losses` makes a loss" if "returned" in seen else ""
+        raise SanityCheckError(
+            f"{what} ({size} of {len(dataset)} images) fails with {type(error).__name__}: {error}{network}"
+        ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _trains(trainer: StreamlinedTrainer, size: int) -> bool:
+    with contextlib.suppress(SanityCheckError):
+        _try(trainer, "a batch", size)
+        return True
+
+
+def _shapes(values) -> str:
+    shapes = tree_map(lambda v: f"{v.dtype} {tuple(v.shape)}"[6:] if isinstance(v, torch.Tensor) else v, values)
+    return str(shapes[0] if isinstance(values, tuple) and len(values) == 1 else shapes).replace("'", "")
+
+
+@functools.cache
+def _freeze_imports() -> None:
+    """Let accelerate, which collects garbage at each training's start, not search what is imported: 0.3 s a run."""
+    gc.collect()
+    gc.freeze()
+    atexit.register(gc.unfreeze)  # or extension modules report leaks when the process ends
+
+
 def _services(trainer: StreamlinedTrainer) -> list[ServiceCallback]:
     """The callbacks of the services that are switched on; nothing of the others is imported."""
     callbacks = []
@@ -291,6 +396,27 @@ def _services(trainer: StreamlinedTrainer) -> list[ServiceCallback]:
 
         callbacks.append(TelegramCallback(trainer))
     return callbacks
+
+
+class _WithoutConfig:
+    config = property(lambda self: None)
+
+    def __init_subclass__(cls):
+        pass  # or a registry of the user's would learn of the class below
+
+
+@contextlib.contextmanager
+def _config_hidden(model: nn.Module):
+    """transformers takes a model's `config` for one of its own, and writes to it."""
+    own_class = type(model)
+    if not hasattr(model, "config") or isinstance(model, transformers.PreTrainedModel):
+        yield
+        return
+    model.__class__ = type(own_class)(own_class.__name__, (_WithoutConfig, own_class), {})
+    try:
+        yield
+    finally:
+        model.__class__ = own_class
 
 
 def _as_it_is(batch):

@@ -12,6 +12,7 @@ from lablib.distillation import KnowledgeDistillationTrainer, distillation_loss
 from lablib.metrics import history
 from lablib.models import ResidualCNN
 from lablib.runs import run_path
+from lablib.trainer import SanityCheckError
 
 T = 4.0
 
@@ -181,10 +182,32 @@ def test_a_teacher_that_does_not_fit_is_refused(tiny_data):
         ValueError, match="the teacher is the student; give a network of its own, trained before, as the teacher"
     ):
         KnowledgeDistillationTrainer(student, student, config(), tiny_data)
-    with pytest.raises(
-        ValueError, match="the student has 3 classes and the teacher 4; both must have those of tiny, 3"
-    ):
+    with pytest.raises(ValueError, match="the teacher gives 4 outputs, and tiny has 3 classes"):
         KnowledgeDistillationTrainer(student, network(2, num_classes=4), config(), tiny_data)
+    keeping = network(2)
+    keeping.kept = keeping(torch.zeros(2, 1, 6, 6))
+    with pytest.raises(ValueError, match=r"the teacher cannot be copied: RuntimeError: Only Tensors created"):
+        KnowledgeDistillationTrainer(student, keeping, config(), tiny_data)
+    four = KnowledgeDistillationTrainer(network(1, num_classes=4), network(2), config(), tiny_data)
+    with pytest.raises(SanityCheckError, match="the network gives 4 outputs, and tiny has 3 classes"):
+        four.train()
+
+
+class Viewing(nn.Module):
+    """`view` needs features that are contiguous, which those of channels-last images are not."""
+
+    def __init__(self):
+        super().__init__()
+        self.convolution, self.classifier = nn.Conv2d(1, 4, 3), nn.Linear(64, 3)
+
+    def forward(self, images):
+        return self.classifier(self.convolution(images).view(len(images), -1))
+
+
+def test_a_teacher_that_takes_no_channels_last_images_teaches_a_student_that_does(tiny_data):
+    trainer = KnowledgeDistillationTrainer(ResidualCNN(1, 16, (1, 6, 6), 3), Viewing(), config(), tiny_data)
+    trainer.train()
+    assert trainer.state.global_step == 8
 
 
 def test_the_teachers_weights_alpha_and_temperature_are_part_of_a_runs_identity(tiny_data, tmp_path):

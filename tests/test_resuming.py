@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 from transformers import TrainerCallback
 
 from lablib import MLP, KnowledgeDistillationTrainer, StreamlinedTrainer, TrainingConfig, resuming
@@ -112,6 +113,49 @@ def test_with_several_batches_a_step_it_goes_on_from_a_step(build, config, tmp_p
     resumed = build("interrupted", knobs=knobs)
     resumed.train(resume_from_checkpoint=True)
     assert findings(resumed) == findings(undisturbed)
+
+
+class Repeated(nn.Module):
+    """One block three times, a transposed weight, an expanded buffer, and channels-last convolutions."""
+
+    def __init__(self):
+        super().__init__()
+        self.convolution = nn.Conv2d(1, 4, 3).to(memory_format=torch.channels_last)
+        self.blocks = nn.ModuleList([nn.Linear(64, 64)] * 3)
+        self.classifier = nn.Parameter(torch.randn(3, 64).T)
+        self.spread = nn.Parameter(torch.randn(1, 64).expand(2, 64))
+        self.register_buffer("scale", torch.ones(1).expand(64))
+
+    def forward(self, images):
+        x = self.convolution(images).relu().flatten(1)
+        for block in self.blocks:
+            x = x + block(x).relu() * self.scale
+        return (x + self.spread.sum(0)) @ self.classifier
+
+
+def test_weights_that_are_shared_or_strided_are_trained_saved_and_resumed(build, tmp_path):
+    undisturbed = build("undisturbed", model=Repeated)
+    undisturbed.train()
+    with pytest.raises(KeyboardInterrupt):
+        build("interrupted", At(STEPS + 1, press_ctrl_c), model=Repeated).train()
+    resumed = build("interrupted", model=Repeated)
+    resumed.train(resume_from_checkpoint=True)
+    assert findings(resumed) == findings(undisturbed)
+    assert resumed.model.blocks[0] is resumed.model.blocks[2]
+
+
+def test_a_run_of_shared_weights_is_saved_and_loaded(config, tiny_data):
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.Sequential(nn.Flatten(), *[nn.Linear(36, 36)] * 2, nn.Linear(36, 3))
+
+        def forward(self, images):
+            return self.layers(images)
+
+    run = train_or_load(Shared, config, tiny_data)
+    weights = run.load_weights(Shared()).state_dict()
+    assert torch.equal(weights["layers.1.weight"], weights["layers.2.weight"])
 
 
 def test_after_many_interruptions_it_is_still_the_same(build, tmp_path):
@@ -359,6 +403,17 @@ def test_a_disk_that_is_full_stops_the_training_and_leaves_the_checkpoints_befor
     resumed = build("here")
     resumed.train(resume_from_checkpoint=True)
     assert findings(resumed) == findings(undisturbed)
+
+
+def test_an_error_in_writing_that_is_not_about_the_disk_stays_what_it_is(build, monkeypatch):
+    class Unwritable(StreamlinedTrainer):
+        def progress(self):
+            raise RuntimeError("no progress today")
+
+    trainer = build("here", trainer_class=Unwritable)
+    with pytest.raises(RuntimeError, match=r"^no progress today$"):
+        trainer.train()
+    assert list(Path(trainer.args.output_dir).iterdir()) == []
 
 
 def test_before_a_training_a_disk_without_room_for_its_checkpoints_is_refused(build, monkeypatch):

@@ -4,11 +4,14 @@ import copy
 import gc
 import itertools
 import math
+import subprocess
+import sys
 import time
 import warnings
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -68,6 +71,12 @@ def build(tmp_path, tiny_data):
         return trainer_class(small_mlp(seed=knobs.seed) if model is None else model, knobs, data, **more)
 
     return build
+
+
+@pytest.fixture
+def unchecked(monkeypatch):
+    """No sanity check, where a test counts what a network sees."""
+    monkeypatch.setattr("lablib.trainer.sanity_check", lambda trainer: None)
 
 
 class ScriptedTrainer(StreamlinedTrainer):
@@ -174,7 +183,7 @@ class AsksForTheTest(ServiceCallback):
         self.told = self.test_result()
 
 
-def test_a_trainings_end_is_tested_once_however_many_ask(build):
+def test_a_trainings_end_is_tested_once_however_many_ask(build, unchecked):
     model = small_mlp(model_class=InputsKept)
     trainer = build(config(num_epochs=1, early_stopping_patience=None), model)
     services = [AsksForTheTest(trainer), AsksForTheTest(trainer)]
@@ -228,7 +237,7 @@ def test_images_outside_training_are_only_normalised_by_channel(build):
     np.testing.assert_allclose(seen.numpy(), normalised(data.test_images, data), rtol=1e-4, atol=1e-5)
 
 
-def test_validation_and_test_images_are_never_augmented(build, tiny_data):
+def test_validation_and_test_images_are_never_augmented(build, tiny_data, unchecked):
     model = small_mlp(model_class=InputsKept)
     trainer = build(config(num_epochs=1, rotation_degrees=45.0, translation_fraction=0.2), model)
     trainer.train()
@@ -249,7 +258,7 @@ def test_validation_and_test_images_are_never_augmented(build, tiny_data):
     np.testing.assert_allclose(torch.cat(model.shown[False]).numpy(), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_augment_is_called_once_for_each_training_image_and_epoch_and_never_in_evaluation(build, monkeypatch):
+def test_each_training_image_is_augmented_once_an_epoch_and_none_in_an_evaluation(build, monkeypatch, unchecked):
     calls = []
 
     def counting(pixels, *knobs):
@@ -257,7 +266,6 @@ def test_augment_is_called_once_for_each_training_image_and_epoch_and_never_in_e
         return pixels
 
     monkeypatch.setattr("lablib.trainer.augment", counting)
-    monkeypatch.setattr("lablib.trainer.check_batch_fits", lambda trainer: None)  # it augments a batch, too
     trainer = build(config(rotation_degrees=7.0, translation_fraction=0.3, horizontal_flip=True, crop_padding=1))
     trainer.train()
     assert [size for size, _, _ in calls] == [8, 8, 8, 3] * 2
@@ -267,7 +275,7 @@ def test_augment_is_called_once_for_each_training_image_and_epoch_and_never_in_e
     assert len(calls) == 2 * STEPS
 
 
-def test_at_most_so_many_training_images_are_seen_in_an_epoch_the_same_in_each(build, tiny_data):
+def test_at_most_so_many_training_images_are_seen_in_an_epoch_the_same_in_each(build, tiny_data, unchecked):
     model = small_mlp(model_class=InputsKept)
     trainer = build(config(max_train_images=15, **NOTHING_RANDOM), model)
     trainer.train()
@@ -308,6 +316,110 @@ def test_a_limit_gives_other_weights_and_another_identity(build, tiny_data):
 def test_a_limit_below_the_number_of_classes_is_refused_before_the_training(build):
     with pytest.raises(ValueError, match="max_train_images = 2 of 27 training images in 3 classes"):
         build(config(max_train_images=2))
+
+
+# What of transformers.Trainer would change the results
+
+
+class Weighted(StreamlinedTrainer):
+    criterion = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 5.0]))
+
+    def losses(self, outputs, labels):
+        return {"loss": self.criterion(outputs, labels)}
+
+
+def test_a_loss_that_holds_tensors_is_evaluated_over_all_images_at_once(build, tiny_data):
+    trainer = build(config(num_epochs=1, batch_size=4), trainer_class=Weighted)
+    trainer.args.per_device_eval_batch_size = 4  # batches of 4, 4 and 1, whose class weights differ
+    trainer.train()
+    _, validation = stratified_split(tiny_data.train_labels, VALIDATION_SPLIT, seed=0)
+    with torch.no_grad():
+        logits = trainer.model.eval()(tiny_data.normalise(tiny_data.train_images[validation]))
+    expected = F.cross_entropy(logits, tiny_data.train_labels[validation], Weighted.criterion.weight)
+    assert timeless(trainer)[0]["val_loss"] == pytest.approx(expected.item(), abs=1e-6)
+
+
+class WithKwargs(MLP):
+    def forward(self, images, **kwargs):
+        return super().forward(images)
+
+
+@pytest.mark.parametrize("model_class", [MLP, WithKwargs])
+def test_accumulated_gradients_make_the_step_of_the_whole_batch(model_class, build):
+    steps = []
+    for batch_size, accumulated in ((27, 1), (9, 3)):
+        model = small_mlp(dropout=0, model_class=model_class)
+        before = torch.cat([p.detach().flatten().clone() for p in model.parameters()])
+        knobs = config(num_epochs=1, batch_size=batch_size, optimizer="sgd", **NOTHING_RANDOM)
+        build(replace(knobs, training_arguments={"gradient_accumulation_steps": accumulated}), model).train()
+        steps.append(torch.cat([p.detach().flatten() for p in model.parameters()]) - before)
+    torch.testing.assert_close(steps[0], steps[1], rtol=0, atol=1e-6)
+    assert steps[0].norm() > 1e-4
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_last_batch_is_dropped_in_training_only(workers, build, unchecked):
+    model = small_mlp(model_class=InputsKept)
+    arguments = {"dataloader_drop_last": True, "dataloader_num_workers": workers}
+    trainer = build(config(num_epochs=1, batch_size=8, training_arguments=arguments), model)
+    trainer.args.per_device_eval_batch_size = 8
+    trainer.train()
+    assert [len(batch) for batch in model.shown[True]] == [8, 8, 8]
+    assert [len(batch) for batch in model.shown[False]] == [8, 1]
+    assert len(trainer.predict_test().predictions) == 18
+    assert trainer.args.dataloader_drop_last
+
+
+class Configured(MLP):
+    """Has an attribute `config` that is no transformers config."""
+
+    def __init__(self, config):
+        super().__init__((8,), image_shape=(1, 6, 6), num_classes=3)
+        self.config = config
+
+
+class ConfiguredByProperty(MLP):
+    fixed = SimpleNamespace(use_cache="mine")
+    config = property(lambda self: self.fixed)
+
+
+@pytest.mark.parametrize(
+    "own", [{"depth": 2}, SimpleNamespace(use_cache="mine"), TrainingConfig(), nn.Linear(1, 1), "small"], ids=type
+)
+def test_a_models_own_config_stays_as_it_is(own, build):
+    model = Configured(own)
+    before = copy.deepcopy(vars(own)) if hasattr(own, "__dict__") else copy.copy(own)
+    build(config(num_epochs=1), model).train()
+    assert type(model) is Configured
+    assert model.config is own
+    if not isinstance(own, nn.Module):
+        assert (vars(own) if hasattr(own, "__dict__") else own) == before
+    build(config(num_epochs=1), ConfiguredByProperty((8,), image_shape=(1, 6, 6), num_classes=3)).train()
+    assert vars(ConfiguredByProperty.fixed) == {"use_cache": "mine"}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"max_steps": STEPS + 2},
+        {"torch_compile": True, "torch_compile_backend": "eager", "torch_compile_mode": "default"},
+        {"dataloader_num_workers": 1, "dataloader_prefetch_factor": 2, "dataloader_persistent_workers": True},
+        {"lr_scheduler_kwargs": {"num_cycles": 0.5}, "eval_accumulation_steps": 1},
+        {"disable_tqdm": False, "log_level": "warning", "save_total_limit": 3, "adam_beta2": 0.99},
+    ],
+)
+def test_further_training_arguments_train(arguments, build):
+    trainer = build(config(lr_schedule="cosine", training_arguments=arguments))
+    trainer.train()
+    assert len(timeless(trainer)) == 2
+    assert trainer.state.global_step == arguments.get("max_steps", 2 * STEPS)
+    assert trainer.test()["test_loss"] > 0
+
+
+def test_importing_the_lab_leaves_the_process_as_it_is():
+    code = "import gc, sys, lablib.trainer; print(gc.get_freeze_count(), 'lomo_optim' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["0", "False"]
 
 
 # When it stops
@@ -388,7 +500,7 @@ def test_another_seed_takes_the_images_in_another_order(build):
     assert orders[0] == orders[1] != orders[2]
 
 
-def test_augmentation_and_dropout_draw_anew_in_each_epoch(build):
+def test_augmentation_and_dropout_draw_anew_in_each_epoch(build, unchecked):
     model = small_mlp(model_class=InputsKept)
     build(config(batch_size=27, rotation_degrees=30.0), model).train()
     first, second = model.shown[True]
@@ -491,7 +603,7 @@ def test_a_callback_gets_the_model_with_its_gradients_and_the_optimizer(build):
     ],
     ids=["sgd", "sgd with decay", "adam", "adam with decay", "adamw"],
 )
-def test_two_epochs_agree_with_a_plain_pytorch_loop(knobs, optimizer, build, tiny_data, monkeypatch):
+def test_two_epochs_agree_with_a_plain_pytorch_loop(knobs, optimizer, build, tiny_data, monkeypatch, unchecked):
     order = []
     take = ImageBatches.__getitems__
 
@@ -501,7 +613,6 @@ def test_two_epochs_agree_with_a_plain_pytorch_loop(knobs, optimizer, build, tin
         return take(self, positions)
 
     monkeypatch.setattr(ImageBatches, "__getitems__", noting)
-    monkeypatch.setattr("lablib.trainer.check_batch_fits", lambda trainer: None)  # it takes a batch, too
     knobs = {"learning_rate": 0.01, "early_stopping_metric": "loss", **knobs, **NOTHING_RANDOM}
     trainer = build(config(**knobs), small_mlp(dropout=0.0))
     trainer.train()
