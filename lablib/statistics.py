@@ -118,8 +118,11 @@ def _label_columns(comparison: pd.DataFrame) -> list[str]:
 
 
 def labels(comparison: pd.DataFrame) -> list[str]:
-    """The label of each comparison as one text."""
-    return [", ".join(map(str, parts)) for parts in comparison[_label_columns(comparison)].to_numpy()]
+    """Each row's label as one text, with the name of what is a number: "the shortcut, depth 2"."""
+    rows = comparison[_label_columns(comparison)].to_dict("records")
+    return [
+        ", ".join(part if isinstance(part, str) else f"{name} {part}" for name, part in row.items()) for row in rows
+    ]
 
 
 def points(row: Mapping) -> str:
