@@ -120,6 +120,9 @@ class Fails(TrainerCallback):
     def __init__(self, problem: BaseException | None):
         self.problem = problem
 
+    def __identity__(self) -> str:
+        return type(self.problem).__name__
+
     def on_step_end(self, args, state, control, **kwargs):
         if self.problem and state.global_step == 6:
             raise self.problem
@@ -333,7 +336,7 @@ def test_an_experiment_leaves_no_trace_of_the_token(tiny_data, tmp_path, trace, 
             telegram_every_run=True,
         )
         print(experiment({"tiny": tiny_mlp, "broken": broken}, config, tiny_data, [0]))
-        assert api.methods() == ["sendPhoto"] * 3
+        assert sorted(api.methods()) in (["getMe"] * k + ["sendPhoto"] * (4 - k) for k in (1, 2))  # one is tried again
         assert "failed: broken, seed 0: ValueError: no model from" in api.requests[-1].fields["caption"]
         assert not any(leaks(request.body) for request in api.requests)
     (failed,) = trace.warned
