@@ -164,19 +164,19 @@ class _Messenger(Harmless):
                 if error.status in (401, 404):  # with other problems, the messages may get through later
                     self.fail(error)
 
-        threading.Thread(target=ask, args=(self.notifier,), daemon=True).start()
+        threading.Thread(target=ask, args=(self.notifier,), name="telegram check", daemon=True).start()
 
-    def send(self, title: str, outcome: str, lines: list[str], history: pd.DataFrame | None = None):
-        """Send a text and, if there is a history, its learning curves."""
+    def send(self, title: str, outcome: str, lines: list[str], table: pd.DataFrame | None = None):
+        """Send a text, and the learning curves in a table."""
         info = self.config.telegram_additional_info
         text = "\n".join([f"{title}: {outcome}", *([info] if info else []), *lines])
-        png = None if history is None or history.empty else learning_curves(history, title)
+        png = None if table is None or table.empty else learning_curves(table, title)
         self.notifier.send_report(redacted(text), png)
 
-    def send_run(self, title: str, name: str, result: dict, history: list[dict]):
+    def send_run(self, title: str, name: str, result: dict, rows: list[dict]):
         """Send what came of a training."""
         lines = [line.format(**result) for key, line in _RUN_LINES.items() if key in result]
-        self.send(title, "training finished", [f"run: {name}", *lines], pd.DataFrame(history))
+        self.send(title, "training finished", [f"run: {name}", *lines], pd.DataFrame(rows))
 
 
 class TelegramCallback(_Messenger, ServiceCallback):
@@ -259,18 +259,18 @@ class ExperimentMessages(_Messenger):
         ]
         for name, values in ((name, result.values(name).values()) for name in result.models):
             lines += [f"{name}: test accuracy {sum(values) / len(values):.2%} (n = {len(values)})"] if values else []
-        lines += [f"{name}, seed {seed}: {line}" for (name, seed), line in result.failures.items()]
+        lines += [f"failed: {name}, seed {seed}: {line}" for (name, seed), line in result.failures.items()]
         self.send(f"Experiment on {result.data.name}", _outcome(error), lines, result.histories())
 
 
-def learning_curves(history: pd.DataFrame, title: str) -> bytes:
+def learning_curves(table: pd.DataFrame, title: str) -> bytes:
     """Loss and accuracy by epoch as a PNG; of several models (a column "model"), validation, averaged over seeds."""
     png, figure = io.BytesIO(), Figure(figsize=(9, 3.6), layout="constrained")  # no pyplot, so no notebook shows it
     for axis, metric in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
-        if "model" in history:
-            curves = history.pivot_table(f"val_{metric}", "epoch", "model", sort=False).add_prefix("validation, ")
+        if "model" in table:
+            curves = table.pivot_table(f"val_{metric}", "epoch", "model", sort=False).add_prefix("validation, ")
         else:
-            curves = history.set_index("epoch")[[f"train_{metric}", f"val_{metric}"]]
+            curves = table.set_index("epoch")[[f"train_{metric}", f"val_{metric}"]]
         curves.plot(ax=axis, style=".-", colormap="cividis", logy=metric == "loss", ylabel=metric)
     figure.suptitle(title)
     figure.savefig(png, format="png", dpi=110)
@@ -282,8 +282,8 @@ def _outcome(error: BaseException | None) -> str:
 
 
 def _line(error: BaseException) -> str:
-    """An error's type and the first line of its text; others may be a traceback."""
-    return ": ".join([type(error).__name__, *str(error).splitlines()[:1]])[:500]
+    """An error's type and the first line of its text; further lines may be a traceback."""
+    return ": ".join([type(error).__name__, *redacted(str(error)).splitlines()[:1]])[:500]
 
 
 def _cut(text: str, limit: int) -> str:

@@ -59,7 +59,7 @@ def tiny_data() -> ImageData:
 @pytest.fixture
 def one_picture(monkeypatch):
     """No time goes into drawing the pictures of messages; what they look like is another test's matter."""
-    monkeypatch.setattr("lablib.telegram.learning_curves", lambda history, title: b"png")
+    monkeypatch.setattr("lablib.telegram.learning_curves", lambda table, title: b"png")
 
 
 @pytest.fixture(scope="module", autouse=True)
