@@ -3,7 +3,6 @@
 import os
 import platform
 import secrets
-import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -65,7 +64,6 @@ class WandbCallback(ServiceCallback):
         trainer, config = self.trainer, self.trainer.config
         if not resumed or not id_file.exists():
             id_file.write_text(secrets.token_hex(4))
-        self._hooks = sys.exit, sys.excepthook
         self.run = self._wandb.init(
             project=config.wandb_project,
             group=config.wandb_group or trainer.data.name,
@@ -125,11 +123,7 @@ class WandbCallback(ServiceCallback):
 
     def _finish(self, exit_code: int):
         run, self.run = self.run, None
-        try:
-            run.finish(exit_code=exit_code)
-        finally:
-            # each run hooks into both, and an error would be printed once for each
-            sys.exit, sys.excepthook = self._hooks
+        run.finish(exit_code=exit_code)
 
 
 def described(trainer) -> dict:
@@ -143,17 +137,10 @@ def described(trainer) -> dict:
         "trainer": type(trainer).__name__,
         "precision": trainer.environment["precision"],
         "device": torch.cuda.get_device_name() if trainer.args.device.type == "cuda" else trainer.args.device.type,
-        "model": {
-            "class": type(model).__name__,
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "arguments": getattr(model, "_hub_mixin_config", None) or {},
-        },
-        "data": {
-            "name": data.name,
-            "fingerprint": data.fingerprint,
-            "image_shape": list(data.image_shape),
-            "classes": list(data.class_names),
-        },
+        "model": type(model).__name__,
+        "arguments": getattr(model, "_hub_mixin_config", None) or {},
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "data": {"name": data.name, "fingerprint": data.fingerprint, "classes": list(data.class_names)},
         "versions": {"python": platform.python_version()} | {k: version(k) for k in ("torch", "transformers", "wandb")},
     }
 
