@@ -20,7 +20,7 @@ from lablib.statistics import compare, gradient_ratios, labels, points, summaris
 
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 4)))
 MARKERS = ("o", "s", "^", "D", "v", "P")
-POINTS = "one point per run, mean and 95 % interval (from three seeds on)"
+CAPTION = "one point per run, mean and 95 % interval (from three seeds on)"
 MIN_IMAGES = 30  # in a bin of a reliability diagram: the accuracy of fewer says little
 
 
@@ -150,7 +150,7 @@ def accuracy_by_depth(
         axis.set(xlabel=xlabel, title=title)
         _legend_below(axis)
     axes[0].set_ylabel("test error (%)")
-    figure.suptitle(f"{dataset}: test error by depth\n{POINTS}")
+    figure.suptitle(f"{dataset}: test error by depth\n{CAPTION}")
     return figure
 
 
@@ -191,7 +191,7 @@ def accuracy_by_cost(frame: pd.DataFrame, costs: pd.DataFrame, dataset: str) -> 
         _label_log(axis.xaxis)
         _legend_below(axis)
     axes[0].set_ylabel("test accuracy (%)")
-    figure.suptitle(f"{dataset}: test accuracy by cost (numbers: depth)\n{POINTS}")
+    figure.suptitle(f"{dataset}: test accuracy by cost (numbers: depth)\n{CAPTION}")
     return figure
 
 
