@@ -312,7 +312,7 @@ def sanity_check(trainer: StreamlinedTrainer) -> None:
         if args.bf16:  # accelerate does this when the training begins
             model.forward = convert_outputs_to_fp32(trainer.accelerator.autocast()(model.forward))
         last = (len(validation) - 1) % args.eval_batch_size + 1
-        failure = _failure(trainer, "an evaluation", validation, min(last, batch))
+        failure = _failure(trainer, "an evaluation", validation, min(last, 16))
         failure = failure or _failure(trainer, "a full batch", training, most)
         last = (images - 1) % batch + 1
         if not failure and last < most and not args.dataloader_drop_last:
