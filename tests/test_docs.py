@@ -34,7 +34,7 @@ def blocks():
             yield pytest.param(*block.groups(), id=f"{page.name}:{line}")
 
 
-@pytest.mark.parametrize(("options", "code"), blocks())
+@pytest.mark.parametrize(("options", "code"), [*blocks()])
 def test_a_block_of_python_runs_by_itself(options, code, tmp_path, monkeypatch, capsys):
     if options == "no-run":
         pytest.skip("needs Colab or a bot")
