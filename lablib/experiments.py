@@ -290,7 +290,7 @@ def _messages(result: Experiment):
     """What tells a chat of an experiment, or None; it is imported only where it is switched on."""
     if not result.config.use_telegram_notifications or not is_first_process():
         return nullcontext()
-    from lablib.telegram.callback import ExperimentMessages
+    from lablib.telegram import ExperimentMessages
 
     return ExperimentMessages(result)
 

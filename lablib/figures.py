@@ -20,6 +20,7 @@ from lablib.statistics import compare, gradient_ratios, labels, points, summaris
 
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 4)))
 MARKERS = ("o", "s", "^", "D", "v", "P")
+CAPTION = "one point per run, mean and 95 % interval (from three seeds on)"
 MIN_IMAGES = 30  # in a bin of a reliability diagram: the accuracy of fewer says little
 
 
@@ -105,8 +106,8 @@ def _colors(count: int) -> list:
     return sns.color_palette("colorblind", count)
 
 
-def _row_of_axes(count: int, width: float = 4.4) -> tuple[Figure, np.ndarray]:
-    size = (max(6.8, width * count), 4.4)
+def _row_of_axes(count: int) -> tuple[Figure, np.ndarray]:
+    size = (max(6.8, 4.4 * count), 4.4)
     figure, axes = plt.subplots(1, count, figsize=size, sharey=True, squeeze=False, layout="constrained")
     return figure, axes[0]
 
@@ -120,9 +121,8 @@ def _line_per_seed(axis: Axes, table: pd.DataFrame, column: str, kind: str, orde
 
 
 def _legend_below(axis: Axes):
-    axis.legend(
-        loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=1 if len(axis.get_legend_handles_labels()[0]) < 4 else 2
-    )
+    entries = len(axis.get_legend_handles_labels()[1])
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2 if entries > 3 else 1)
 
 
 def _label_log(axis: Axis):
@@ -150,7 +150,7 @@ def accuracy_by_depth(
         axis.set(xlabel=xlabel, title=title)
         _legend_below(axis)
     axes[0].set_ylabel("test error (%)")
-    figure.suptitle(f"{dataset}: test error by depth\none point per run, lines through the means")
+    figure.suptitle(f"{dataset}: test error by depth\n{CAPTION}")
     return figure
 
 
@@ -191,7 +191,7 @@ def accuracy_by_cost(frame: pd.DataFrame, costs: pd.DataFrame, dataset: str) -> 
         _label_log(axis.xaxis)
         _legend_below(axis)
     axes[0].set_ylabel("test accuracy (%)")
-    figure.suptitle(f"{dataset}: test accuracy by cost (numbers: depth)\none point per run, lines through the means")
+    figure.suptitle(f"{dataset}: test accuracy by cost (numbers: depth)\n{CAPTION}")
     return figure
 
 

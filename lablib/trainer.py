@@ -392,7 +392,7 @@ def _services(trainer: StreamlinedTrainer) -> list[ServiceCallback]:
 
         callbacks.append(WandbCallback(trainer))
     if trainer.config.use_telegram_notifications:
-        from lablib.telegram.callback import TelegramCallback
+        from lablib.telegram import TelegramCallback
 
         callbacks.append(TelegramCallback(trainer))
     return callbacks

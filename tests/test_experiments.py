@@ -522,7 +522,7 @@ def test_workers_that_do_not_know_the_token_leave_the_messages_to_the_experiment
         monkeypatch.setattr(TelegramNotifier.__init__, "__defaults__", (None, None, api.url, 10))
         result = experiment({"narrow": MODELS["narrow"]}, knobs, tiny_data, SEEDS, jobs=2, trainer_class=Silent)
     assert not result.failures
-    heads = [request.fields["caption"].split("\n")[0] for request in api.requests]
+    heads = [request.fields["caption"].split("\n")[0] for request in api.messages()]
     runs = [f"narrow on tiny, seed {seed}: training finished" for seed in SEEDS] if every_run else []
     assert sorted(heads) == sorted([*runs, "Experiment on tiny: finished"])
     assert heads[-1] == "Experiment on tiny: finished"
