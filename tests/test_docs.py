@@ -161,6 +161,12 @@ def test_the_tables_and_numbers_are_those_of_the_results():
     assert REPORT["main"](["--check"]) == 0
 
 
+def test_no_line_begins_with_a_number_that_is_filled_in():
+    """Markdown would take the line for HTML, and end the paragraph there."""
+    lines = (ROOT / "README.md").read_text("utf-8").splitlines()
+    assert [line for line in lines if line.lstrip().startswith("<!--") and line.count("<!--") > 1] == []
+
+
 def test_every_published_table_and_figure_has_a_caption():
     page = (ROOT / "results" / "README.md").read_text("utf-8")
     captions = (ROOT / "tools" / "captions.toml").read_text("utf-8")
@@ -212,7 +218,7 @@ def test_a_report_fills_in_what_is_published_and_says_what_is_not(results, capsy
     assert text.count("*not published yet*") == 2
     page = (root / "results" / "README.md").read_text("utf-8")
     assert f"| MLP-2 | {shown['parameters']} | {shown['validation accuracy']} | {interval} | 50.00 % | 3 |" in page
-    assert "| MLP-4 − MLP-2 | MLP-4 − MLP-2 | " in page
+    assert f"| MLP-4 − MLP-2 | {change:+.2f}" in page
     assert "Not published yet: `mlps_mnist_cosine.csv`, `mlps_mnist_depth.csv`" in page
     assert "](../images/accuracy_by_depth.png)" in page
 

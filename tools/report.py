@@ -31,9 +31,8 @@ def read(path: Path) -> tuple[pd.DataFrame, dict[str, str]]:
         return readable_table(table), {row["model"]: Summary(*map(row.get, columns)).percent() for row in rows}
     if "by_seed" in table:
         numbers = dict(zip(labels(table), map(points, rows), strict=True))
-        texts = [(f"{r['first']} − {r['second']}", points(r), "yes" if r["significant"] else "") for r in rows]
-        columns = ["first − second", "difference", "significant"]
-        return pd.DataFrame(texts, pd.Index([*numbers], name="comparison"), columns), numbers
+        texts = [(points(row), "yes" if row["significant"] else "") for row in rows]
+        return pd.DataFrame(texts, pd.Index([*numbers], name="comparison"), ["difference", "significant"]), numbers
     texts = table.map(lambda value: f"{value:.4g}" if isinstance(value, float) else str(value))
     return texts.set_index(texts.columns[0]), {}
 
