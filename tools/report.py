@@ -63,7 +63,9 @@ def results_page(root: Path) -> str:
         tables = {root / f"results/{name}.csv": text for name, text in section["tables"].items()}
         figures = {root / f"images/{name}": text for name, text in section["figures"].items()}
         precision = ", ".join(sorted({run["precision"] for run in runs if run["dataset"] == section["dataset"]}))
+        executed = root / "results" / section["notebook"]
         parts.append(f"## {section['title']}\n\nData set {section['dataset']}, precision {precision or MISSING}.\n")
+        parts += [f"[Executed notebook]({executed.name})\n"] if executed.exists() else []
         parts += [f"**{text}**\n\n{markdown(read(path)[0])}\n" for path, text in tables.items() if path.exists()]
         parts += [f"![{text}](../images/{path.name})\n\n*{text}*\n" for path, text in figures.items() if path.exists()]
         absent = [f"`{path.name}`" for path in (*tables, *figures) if not path.exists()]
