@@ -33,8 +33,7 @@ def read(path: Path) -> tuple[pd.DataFrame, dict[str, str]]:
         numbers = dict(zip(labels(table), map(points, rows), strict=True))
         texts = [(points(row), "yes" if row["significant"] else "") for row in rows]
         return pd.DataFrame(texts, pd.Index([*numbers], name="comparison"), ["difference", "significant"]), numbers
-    texts = table.map(lambda value: f"{value:.4g}" if isinstance(value, float) else str(value))
-    return texts.set_index(texts.columns[0]), {}
+    return table.map(lambda x: f"{x:.4g}" if isinstance(x, float) else str(x)).set_index(table.columns[0]), {}
 
 
 def markdown(table: pd.DataFrame) -> str:
