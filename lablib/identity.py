@@ -98,11 +98,10 @@ def _network(build_model: Callable[[], nn.Module], seed: int) -> tuple[nn.Module
             f"two calls of the function that builds the {name} gave different weights or attributes with seed {seed}. "
             "Draw what is random with torch, whose generator the seed sets, not with NumPy or random"
         )
-    arguments = getattr(model, "_hub_mixin_config", None)
-    if _origin(type(model)) == "lablib" and isinstance(arguments, dict):
-        if described == describe(build_seeded(partial(type(model), **arguments), seed), name):
-            given = {name: value for name, value in arguments.items() if value is not None}
-            return model, {"class": _name(type(model)), "arguments": describe(given, "arguments")}
+    if _origin(type(model)) == "lablib" and hasattr(model, "_hub_mixin_config"):
+        arguments = {name: value for name, value in model._hub_mixin_config.items() if value is not None}
+        if described == describe(build_seeded(partial(type(model), **arguments), seed), name):  # nothing was changed
+            return model, {"class": _name(type(model)), "arguments": describe(arguments, "arguments")}
     builder = describe(build_model, "the function that builds the model")
     return model, {"class": name, "built_by": builder, "content": described}
 
