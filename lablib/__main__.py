@@ -13,11 +13,10 @@ from pathlib import Path
 from torch import nn
 
 from lablib import models
-from lablib.config import TrainingConfig
+from lablib.config import TrainingConfig, is_first_process
 from lablib.data import ImageData
 from lablib.datasets import load_data
 from lablib.distillation import KnowledgeDistillationTrainer
-from lablib.processes import is_first_process
 from lablib.runs import load_run, train_or_load
 from lablib.trainer import StreamlinedTrainer
 

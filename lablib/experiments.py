@@ -23,14 +23,12 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from lablib import figures
-from lablib.config import TrainingConfig
+from lablib.config import TrainingConfig, is_first_process, num_processes, redacted
 from lablib.data import ImageData
 from lablib.identity import build_seeded, run_identity, run_name
 from lablib.interruption import Interruption, leave_with
-from lablib.processes import is_first_process, num_processes
 from lablib.progress import RunProgress
 from lablib.runs import Run, TrainedModel, find_run, separate_callbacks, train_or_load
-from lablib.secret import redacted
 from lablib.statistics import compare, compare_effects, readable_table, results_table, save_table, verdicts
 
 TrainerClass = type | partial | None  # a StreamlinedTrainer; None is that itself
@@ -309,7 +307,8 @@ def _train_pending(result: Experiment, pending: dict, jobs: int, weights: bool, 
     paths = {key: Path(result.config.output_dir) / run_name(described) for key, (described, *_) in pending.items()}
     if messages:
         messages.begin(paths)
-    config = replace(result.config, use_telegram_notifications=False)  # the experiment speaks for its runs
+    # the experiment speaks for its runs, and the token stays in this process
+    config = replace(result.config, use_telegram_notifications=False, telegram_bot_token=None)
     jobs = min(joblib.effective_n_jobs(jobs), jobs if jobs > 0 else len(pending), len(pending))
     threads = max(1, joblib.cpu_count() // jobs) if jobs > 1 and _is_local() else None
     interruption = Interruption([signal.SIGINT])  # which workers get too: they are waited for, to write a checkpoint

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from lablib.processes import is_first_process
+from lablib.config import is_first_process
 
 
 class RunProgress:

@@ -8,7 +8,7 @@ import weakref
 import torch
 from transformers import TrainerCallback
 
-from lablib.secret import redacted
+from lablib.config import redacted
 
 
 class Harmless:

@@ -16,9 +16,10 @@ import httpcore  # noqa: F401  # its loggers exist from here on
 import httpx
 import pandas as pd
 from matplotlib.figure import Figure
+from pydantic import SecretStr
 
+from lablib.config import redacted
 from lablib.metrics import best_row, history
-from lablib.secret import Secret, redacted
 from lablib.services import Harmless, ServiceCallback, harmless
 
 _RUN_LINES = {
@@ -56,19 +57,19 @@ class TelegramNotifier:
 
     def __init__(
         self,
-        bot_token: str | Secret | None = None,
+        bot_token: str | SecretStr | None = None,
         chat_id: str | int | None = None,
         base_url: str = "https://api.telegram.org",
         timeout: float = 10,  # seconds for one attempt
     ):
-        token = bot_token.reveal() if isinstance(bot_token, Secret) else bot_token
+        token = bot_token.get_secret_value() if isinstance(bot_token, SecretStr) else bot_token
         token = str(token or _credential("TELEGRAM_BOT_TOKEN")).strip()
         self.chat_id = str(chat_id or _credential("TELEGRAM_CHAT_ID")).strip()
         if not re.fullmatch(r"\d+:[\w-]+", token, re.ASCII):
             raise TelegramError(f"set TELEGRAM_BOT_TOKEN to your bot's token, 123456:AAq7… {_WHERE}")
         if not re.fullmatch(r"-?\d+|@\w+", self.chat_id):
             raise TelegramError(f"set TELEGRAM_CHAT_ID to a chat's number or @name {_WHERE}")
-        self._token = Secret(token)
+        self._token = SecretStr(token)
         self.base_url, self.timeout, self._migrated = base_url, timeout, False
 
     def __repr__(self) -> str:
@@ -99,11 +100,6 @@ class TelegramNotifier:
 
     def _call(self, method: str, png: bytes | None = None, **fields: str) -> dict:
         """The result of one of the Bot API's methods; what is temporary is tried again."""
-        if not self._token.reveal():
-            raise TelegramError(
-                "the bot's token stayed in the process that was told it; "
-                "set TELEGRAM_BOT_TOKEN in this one's environment"
-            )
         until, pause = time.monotonic() + self.deadline, self.pause
         while not (reply := self._attempt(method, png, fields, until - time.monotonic())).get("ok"):
             status, parameters = reply.get("error_code"), reply.get("parameters") or {}
@@ -115,7 +111,7 @@ class TelegramNotifier:
             wait = max(pause, parameters.get("retry_after", 0))
             if (status not in (None, 429) and status < 500) or time.monotonic() + wait > until:
                 hint = "; is TELEGRAM_BOT_TOKEN right?" if status in (401, 404) else ""
-                description = redacted(reply.get("description", "").replace(self._token.reveal(), "…"))
+                description = redacted(reply.get("description", "").replace(self._token.get_secret_value(), "…"))
                 raise TelegramError(f"{status or ''} {description[:200]}{hint}".strip(), status)
             time.sleep(wait)
             pause *= 2
@@ -128,7 +124,7 @@ class TelegramNotifier:
         def post():
             reply = {"description": "no connection"}
             try:
-                url = f"{self.base_url}/bot{self._token.reveal()}/{method}"
+                url = f"{self.base_url}/bot{self._token.get_secret_value()}/{method}"
                 data, files = {"chat_id": self.chat_id, **fields}, {"photo": ("picture.png", png)} if png else None
                 response = httpx.post(url, data=data, files=files, timeout=self.timeout, trust_env=False)
                 reply = {"description": "not an answer of the Bot API", "error_code": response.status_code}

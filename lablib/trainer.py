@@ -28,6 +28,7 @@ from lablib.augmentation import augment
 from lablib.checkpoints import contiguous_weights
 from lablib.config import TrainingConfig
 from lablib.data import ImageBatches, ImageData, ShuffledBatches, stratified_split, stratified_subset
+from lablib.distributed import process_seed
 from lablib.hardware import (
     check_device,
     deterministic_algorithms,
@@ -38,7 +39,6 @@ from lablib.hardware import (
     untouched,
 )
 from lablib.metrics import BatchMeter, combined, cross_entropy, evaluation_metrics
-from lablib.processes import process_seed
 from lablib.resuming import ResumableTrainer
 from lablib.services import ServiceCallback
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from lablib import MLP, TrainingConfig, experiment
+from lablib.config import _leave_group, process_seed
 from lablib.data import ImageBatches
 from lablib.distributed import Share
-from lablib.processes import _leave_group, process_seed
 
 QUIET = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 

@@ -507,7 +507,7 @@ def test_workers_that_do_not_know_the_token_leave_the_messages_to_the_experiment
 ):
     class Silent(StreamlinedTrainer):
         def __init__(self, *args, config, **kwargs):
-            if config.use_telegram_notifications or config.telegram_bot_token.reveal() is not None:
+            if config.use_telegram_notifications or config.telegram_bot_token is not None:
                 raise AssertionError("a worker would send messages, or knows the token")
             super().__init__(*args, config=config, **kwargs)
 

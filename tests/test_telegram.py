@@ -15,10 +15,10 @@ import pytest
 import torch
 from bot_api import BotApi, closed_port, drip, error, hang, reply, reset
 from matplotlib.figure import Figure
+from pydantic import SecretStr
 from transformers import TrainerCallback
 
 from lablib import MLP, StreamlinedTrainer, TrainingConfig, experiment, train_or_load
-from lablib.secret import Secret
 from lablib.telegram import ExperimentMessages, TelegramError, TelegramNotifier, learning_curves
 
 TOKEN = "123456789:AAq7Zk-Wm3xVt9Rb_Ls5Yc2Hd8Fg4Jn6PqE"
@@ -105,7 +105,7 @@ def test_arguments_come_before_the_environment_and_the_environment_before_colab(
     monkeypatch.setenv("TELEGRAM_BOT_TOKEN", " 2:environment\n")
     monkeypatch.setenv("TELEGRAM_CHAT_ID", "@name")
     TelegramNotifier(base_url=api.url).send_message("text")
-    TelegramNotifier(Secret("1:secret"), 111, api.url).send_message("text")
+    TelegramNotifier(SecretStr("1:secret"), 111, api.url).send_message("text")
     used = [(request.token, request.fields["chat_id"]) for request in api.requests]
     assert used == [("3:colab", "333"), ("2:environment", "@name"), ("1:secret", "111")]
 
