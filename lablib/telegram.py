@@ -249,16 +249,16 @@ class ExperimentMessages(_Messenger):
 
     @harmless
     def _ended(self, error: BaseException | None):
-        result, done = self.experiment, len(self.experiment.runs)
-        loaded, failed = len(result.runs.keys() - self._pending), len(result.failures)
-        left = len(result.models) * len(result.seeds) - done - failed
+        result, total = self.experiment, len(self.experiment.models) * len(self.experiment.seeds)
+        loaded = len(result.runs.keys() - self._pending)
         lines = [
-            f"runs: {done - loaded} trained, {loaded} loaded, {failed} failed, {left} unfinished",
+            f"runs: {len(result.runs)} of {total} finished ({loaded} loaded), {len(result.failures)} failed",
             f"duration: {timedelta(seconds=round(time.monotonic() - self._began))}",
             *([_line(error), "Run it again to continue where it stopped."] if error else []),
         ]
-        for name, values in ((name, result.values(name).values()) for name in result.models):
-            lines += [f"{name}: test accuracy {sum(values) / len(values):.2%} (n = {len(values)})"] if values else []
+        for name in result.models:
+            if values := result.values(name).values():
+                lines.append(f"{name}: test accuracy {sum(values) / len(values):.2%} (n = {len(values)})")
         lines += [f"failed: {name}, seed {seed}: {line}" for (name, seed), line in result.failures.items()]
         self.send(f"Experiment on {result.data.name}", _outcome(error), lines, result.histories())
 

@@ -332,7 +332,7 @@ def test_an_experiment_sends_one_message_at_its_end_and_none_if_all_was_loaded(a
         result = experiment({**MODELS, "broken": BROKEN}, knobs, tiny_data, [0, 1])
     counts, duration, *rest = sent(api).split("\n")[2:]
     assert sent(api).startswith("Experiment on tiny: finished\ninfo\n")
-    assert counts == "runs: 3 trained, 1 loaded, 2 failed, 0 unfinished"
+    assert counts == "runs: 4 of 6 finished (1 loaded), 2 failed"
     assert duration.startswith("duration: 0:00:")
     means = {name: sum(result.values(name).values()) / 2 for name in MODELS}
     assert rest == [
@@ -352,7 +352,7 @@ def test_each_run_sends_a_message_if_asked_for(api, config, tiny_data):
     narrow, broken, end = (message.text for message in api.messages())
     assert narrow.startswith(f"narrow on tiny, seed 3: training finished\nrun: {run.path.name}\nbest epoch: ")
     assert broken == "broken on tiny, seed 3: training failed\nArithmeticError: no forward with …"
-    assert end.startswith("Experiment on tiny: finished\nruns: 1 trained, 0 loaded, 1 failed")
+    assert end.startswith("Experiment on tiny: finished\nruns: 1 of 2 finished (0 loaded), 1 failed")
 
 
 @pytest.mark.usefixtures("in_environment", "one_picture")
@@ -365,7 +365,7 @@ def test_an_interrupted_experiment_sends_what_is_done_and_the_interruption_passe
 
     with pytest.raises(KeyboardInterrupt):
         experiment({"narrow": MODELS["narrow"]}, config, tiny_data, [0, 1, 2], trainer_class=Interrupted)
-    assert sent(api).startswith("Experiment on tiny: interrupted\nruns: 1 trained, 0 loaded, 0 failed, 2 unfinished\n")
+    assert sent(api).startswith("Experiment on tiny: interrupted\nruns: 1 of 3 finished (0 loaded), 0 failed\n")
     assert "\nKeyboardInterrupt\nRun it again to continue where it stopped.\nnarrow: test accuracy " in sent(api)
 
 
