@@ -3,6 +3,7 @@
 import os
 import platform
 import secrets
+import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -42,6 +43,7 @@ class WandbCallback(ServiceCallback):
 
     @harmless
     def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        start = time.perf_counter()
         self._steps = -(-len(train_dataloader) // args.gradient_accumulation_steps)  # an epoch
         self._histograms = {}
         self._wandb = _installed_wandb()
@@ -56,6 +58,8 @@ class WandbCallback(ServiceCallback):
         except Exception as error:
             _unavailable.add(way)
             raise RuntimeError(f"{error}; {_OFFLINE}" if self._wandb and mode != "offline" else str(error)) from error
+        finally:
+            self.trainer._clock += time.perf_counter() - start  # a run's seconds are those of its training
 
     def _begin(self, id_file: Path, mode: str | None, resumed: bool):
         if not self._wandb:
