@@ -23,6 +23,7 @@ from lablib.trainer import StreamlinedTrainer
 MODELS = {cls.__name__: cls for cls in (models.MLP, models.ResidualMLP, models.SimpleCNN, models.ResidualCNN)}
 _NOT_OPTIONS = ("telegram_bot_token", "training_arguments")  # others would see the one, and the other is a dict
 _FROM_THE_DATA = ("image_shape", "num_classes")
+_NETWORK = sorted({n for cls in MODELS.values() for n in inspect.signature(cls).parameters} - {*_FROM_THE_DATA})
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -56,11 +57,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--image-size", type=_literal, help="pixels to which images are scaled")
     parser.add_argument("--channels", type=_literal, help="1: grey, 3: coloured")
     network = parser.add_argument_group("the model's arguments, each of the models that have it")
-    network.add_argument("--hidden-sizes", type=_literal, nargs="+", metavar="SIZE")
-    network.add_argument("--dropout", type=_literal)
-    network.add_argument("--depth", type=_literal)
-    network.add_argument("--width", type=_literal)
-    network.add_argument("--shortcut", type=_literal)
+    for name in _NETWORK:
+        several = {"nargs": "+"} if name == "hidden_sizes" else {}
+        network.add_argument("--" + name.replace("_", "-"), type=_literal, metavar="VALUE", **several)
     distillation = parser.add_argument_group("distillation")
     distillation.add_argument("--teacher", type=Path, metavar="FOLDER", help="a finished run of one of these models")
     distillation.add_argument("--temperature", type=_literal, default=4.0)
@@ -93,8 +92,7 @@ def _model_builder(options: dict, data: ImageData) -> partial:
     """What builds the model that is asked for, for the images and classes of a data set."""
     model = MODELS[options["model"]]
     parameters = {k: v for k, v in inspect.signature(model).parameters.items() if k not in _FROM_THE_DATA}
-    every = {name for cls in MODELS.values() for name in inspect.signature(cls).parameters} - {*_FROM_THE_DATA}
-    given = {name: options[name] for name in sorted(every) if options[name] is not None}
+    given = {name: options[name] for name in _NETWORK if options[name] is not None}
     if unknown := given.keys() - parameters:
         raise ValueError(f"{model.__name__} has no {_listed(unknown)}; it has {_listed(parameters)}")
     if missing := {k for k, v in parameters.items() if v.default is v.empty} - given.keys():

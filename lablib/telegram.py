@@ -103,13 +103,13 @@ class TelegramNotifier:
         until, pause = time.monotonic() + self.deadline, self.pause
         while not (reply := self._attempt(method, png, fields, until - time.monotonic())).get("ok"):
             status, parameters = reply.get("error_code"), reply.get("parameters") or {}
-            new = parameters.get("migrate_to_chat_id")
-            if new and not self._migrated:  # once: a server may answer so to the new number too
-                self.chat_id, self._migrated = str(new), True
+            if (new := parameters.get("migrate_to_chat_id")) and not self._migrated:
+                self.chat_id, self._migrated = str(new), True  # once, in case the new number is answered the same way
                 warnings.warn(f"Telegram: the group has a new number, set TELEGRAM_CHAT_ID to {new}", stacklevel=4)
                 continue
             wait = max(pause, parameters.get("retry_after", 0))
-            if (status not in (None, 429) and status < 500) or time.monotonic() + wait > until:
+            temporary = status in (None, 429) or status >= 500
+            if not temporary or time.monotonic() + wait > until:
                 hint = "; is TELEGRAM_BOT_TOKEN right?" if status in (401, 404) else ""
                 description = redacted(reply.get("description", "").replace(self._token.get_secret_value(), "…"))
                 raise TelegramError(f"{status or ''} {description[:200]}{hint}".strip(), status)
@@ -133,7 +133,7 @@ class TelegramNotifier:
                 reply["description"] += f" ({type(error).__name__})"
             replies.put(reply)
 
-        # in a thread that may be left behind, as httpx's timeout ends neither a name look-up nor a dripping answer
+        # in a thread that can be abandoned: httpx's timeout ends neither a DNS lookup nor an answer that trickles in
         threading.Thread(target=post, name=_THREAD, daemon=True).start()
         try:
             return replies.get(timeout=max(seconds, 0.001))
@@ -142,7 +142,7 @@ class TelegramNotifier:
 
 
 class _Messenger(Harmless):
-    """What the messages of a training and of an experiment share: the chat of their `config`."""
+    """What messages about a training and about an experiment have in common: the chat in their `config`."""
 
     service = "Telegram"
 
@@ -151,13 +151,13 @@ class _Messenger(Harmless):
         return TelegramNotifier(self.config.telegram_bot_token, self.config.telegram_chat_id)
 
     def check_credentials(self):
-        """Raise TelegramError for malformed ones; meanwhile a thread asks whether Telegram knows the token."""
+        """Raise TelegramError if they are malformed; a thread finds out whether Telegram accepts the token."""
 
         def ask(notifier: TelegramNotifier):
             try:
                 notifier.check()
             except TelegramError as error:
-                if error.status in (401, 404):  # with other problems, the messages may get through later
+                if error.status in (401, 404):  # after any other problem, the messages may still get through
                     self.fail(error)
 
         threading.Thread(target=ask, args=(self.notifier,), name="telegram check", daemon=True).start()
@@ -170,7 +170,7 @@ class _Messenger(Harmless):
         self.notifier.send_report(redacted(text), png)
 
     def send_run(self, title: str, name: str, result: dict, rows: list[dict]):
-        """Send what came of a training."""
+        """Send the result of a training."""
         lines = [line.format(**result) for key, line in _RUN_LINES.items() if key in result]
         self.send(title, "training finished", [f"run: {name}", *lines], pd.DataFrame(rows))
 
@@ -191,7 +191,7 @@ class TelegramCallback(_Messenger, ServiceCallback):
     @harmless
     def on_train_end(self, args, state, control, **kwargs):
         self._training = False
-        result, rows = self.test_result(), history(state.log_history)  # the best weights are loaded by now
+        result, rows = self.test_result(), history(state.log_history)  # of the best weights, which are loaded by now
         if rows:
             best = best_row(rows, self.config.early_stopping_metric)
             result |= best | {"best_epoch": best["epoch"], "epochs": len(rows), "seconds": rows[-1]["seconds"]}
@@ -199,19 +199,19 @@ class TelegramCallback(_Messenger, ServiceCallback):
 
     @harmless
     def on_train_failed(self, error: BaseException):
-        if self._training:  # or somebody interrupted the sending
+        if self._training:  # otherwise somebody interrupted the sending of its result
             epochs = f"after {self.trainer.state.epoch or 0:.1f} of {self.config.num_epochs} epochs"
             lines = [f"run: {self.trainer.run_name}", epochs, _line(error)]
             self.send(self._title, f"training {_outcome(error)}", lines)
 
 
 class ExperimentMessages(_Messenger):
-    """Sends what became of an experiment, and with `telegram_every_run` of each run; a context manager around it.
+    """Sends the outcome of an experiment and, with `telegram_every_run`, of each run; a context manager around it.
 
-    The runs themselves send nothing, so that worker processes need no credentials. `experiment` has `config`, `data`,
-    `models`, `seeds`; by (model, seed) its `runs` (with `path`, `result`, `history`) and `failures` (texts);
-    `values(model)`, the test accuracies by seed; and `histories()`, one table. If nothing was trained and nothing
-    failed, nothing is sent.
+    The runs themselves send nothing, so worker processes need no credentials. If nothing was trained and nothing
+    failed, nothing is sent. `experiment` needs `config`, `data`, `models` and `seeds`; by (model, seed) its `runs`
+    (`path`, `result`, `history`) and `failures` (texts); `values(model)`, which gives test accuracies by seed; and
+    `histories()`, which gives one table of all histories.
     """
 
     def __init__(self, experiment):
@@ -227,13 +227,13 @@ class ExperimentMessages(_Messenger):
 
     @harmless
     def begin(self, pending):
-        """Note the runs, as (model, seed), that are going to be trained."""
+        """Remember the runs, as (model, seed), that are about to be trained."""
         self._pending = set(pending)
         self.check_credentials()
 
     @harmless
     def run_ended(self, key: tuple[str, int]):
-        """A run is finished or failed: send that, if the config asks for it."""
+        """Send the outcome of a run that finished or failed, if the config asks for it."""
         if not self.config.telegram_every_run or key in self._sent:
             return
         self._sent.add(key)
@@ -245,16 +245,16 @@ class ExperimentMessages(_Messenger):
 
     @harmless
     def _ended(self, error: BaseException | None):
-        result, done = self.experiment, len(self.experiment.runs)
-        loaded, failed = len(result.runs.keys() - self._pending), len(result.failures)
-        left = len(result.models) * len(result.seeds) - done - failed
+        result, total = self.experiment, len(self.experiment.models) * len(self.experiment.seeds)
+        loaded = len(result.runs.keys() - self._pending)
         lines = [
-            f"runs: {done - loaded} trained, {loaded} loaded, {failed} failed, {left} unfinished",
+            f"runs: {len(result.runs)} of {total} finished ({loaded} loaded), {len(result.failures)} failed",
             f"duration: {timedelta(seconds=round(time.monotonic() - self._began))}",
-            *([_line(error), "Started again, it resumes where it stopped."] if error else []),
+            *([_line(error), "Run it again to continue where it stopped."] if error else []),
         ]
-        for name, values in ((name, result.values(name).values()) for name in result.models):
-            lines += [f"{name}: test accuracy {sum(values) / len(values):.2%} (n = {len(values)})"] if values else []
+        for name in result.models:
+            if values := result.values(name).values():
+                lines.append(f"{name}: test accuracy {sum(values) / len(values):.2%} (n = {len(values)})")
         lines += [f"failed: {name}, seed {seed}: {line}" for (name, seed), line in result.failures.items()]
         self.send(f"Experiment on {result.data.name}", _outcome(error), lines, result.histories())
 

@@ -3,6 +3,7 @@
 import os
 import platform
 import secrets
+import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -19,7 +20,6 @@ LOGGED = [
     "rotation_degrees", "translation_fraction", "horizontal_flip", "crop_padding", "seed", "deterministic",
 ]  # fmt: skip
 _OFFLINE = "WANDB_MODE=offline keeps the run on this machine, without an account"
-_NO_LOGIN = f"not logged in; run `wandb login` in a terminal or set WANDB_API_KEY, or {_OFFLINE}"
 _PRIVATE = {
     "console": "off",  # not what is printed
     "disable_code": True,  # nor the notebook
@@ -43,24 +43,29 @@ class WandbCallback(ServiceCallback):
 
     @harmless
     def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        start = time.perf_counter()
         self._steps = -(-len(train_dataloader) // args.gradient_accumulation_steps)  # an epoch
         self._histograms = {}
         self._wandb = _installed_wandb()
         mode = self._wandb and _mode(self._wandb)
         settings = [os.environ.get(name) for name in ("WANDB_API_KEY", "WANDB_BASE_URL")]
-        way = (self._wandb, mode, self.trainer.config.wandb_project, *settings)
+        way = hash((self._wandb, mode, self.trainer.config.wandb_project, *settings))
         if way in _unavailable:
             self.broken = True
             return
         try:
             self._begin(Path(args.output_dir) / "wandb_run_id", mode, resumed=state.global_step > 0)
-        except Exception:
+        except Exception as error:
             _unavailable.add(way)
-            raise
+            raise RuntimeError(f"{error}; {_OFFLINE}" if self._wandb and mode != "offline" else str(error)) from error
+        finally:
+            self.trainer._clock += time.perf_counter() - start  # a run's seconds are those of its training
 
     def _begin(self, id_file: Path, mode: str | None, resumed: bool):
-        if mode is None:
-            raise RuntimeError(_NO_LOGIN if self._wandb else "not installed; `pip install wandb` installs it")
+        if not self._wandb:
+            raise RuntimeError("not installed; `pip install wandb` installs it")
+        if not mode:
+            raise RuntimeError("not logged in; run `wandb login` in a terminal or set WANDB_API_KEY")
         trainer, config = self.trainer, self.trainer.config
         if not resumed or not id_file.exists():
             id_file.write_text(secrets.token_hex(4))
@@ -82,13 +87,16 @@ class WandbCallback(ServiceCallback):
         if resumed:
             self.run.summary["error"] = None
 
-    @harmless
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
         if self.run and self.trainer.config.wandb_watch and (state.global_step + 1) % self._steps == 0:
-            for name, parameter in self.trainer.model.named_parameters():
-                self._histograms[f"parameters/{name}"] = self._histogram(parameter)
-                if parameter.grad is not None:
-                    self._histograms[f"gradients/{name}"] = self._histogram(parameter.grad)
+            self._watch()
+
+    @harmless
+    def _watch(self):
+        for name, parameter in self.trainer.model.named_parameters():
+            self._histograms[f"parameters/{name}"] = self._histogram(parameter)
+            if parameter.grad is not None:
+                self._histograms[f"gradients/{name}"] = self._histogram(parameter.grad)
 
     def _histogram(self, tensor: torch.Tensor):
         values = tensor.detach().float().cpu().numpy().ravel()

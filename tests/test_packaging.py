@@ -76,9 +76,9 @@ assert not services, services
 def test_what_takes_seconds_to_import_is_imported_when_it_is_asked_for():
     code = """
 import sys
-import lablib, lablib.execute, lablib.parameters
+import lablib, lablib.config, lablib.parameters
 assert "torch" not in sys.modules
-from lablib import MLP, TrainingConfig, load_data, report
+from lablib import MLP, TrainingConfig, load_data
 TrainingConfig(num_epochs=3)
 import lablib.experiments, lablib.figures  # all that runs which are finished need
 assert not {"transformers.trainer", "accelerate"} & set(sys.modules)

@@ -113,7 +113,7 @@ def test_arguments_come_before_the_environment_and_the_environment_before_colab(
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        ((), "set TELEGRAM_BOT_TOKEN to your bot's token, .* in the environment or in Colab's secrets"),
+        ((), "set TELEGRAM_BOT_TOKEN to your bot's token, 123456:AAq7… in the environment or in Colab's secrets"),
         ((f"{TOKEN}/getMe?", CHAT), "set TELEGRAM_BOT_TOKEN to your bot's token"),
         ((CHAT, TOKEN), "set TELEGRAM_BOT_TOKEN to your bot's token"),
         ((TOKEN,), "set TELEGRAM_CHAT_ID to a chat's number or @name in the environment or in Colab's secrets"),
@@ -171,7 +171,9 @@ def test_check_says_whose_bot_it_is_also_where_an_event_loop_runs_as_in_a_notebo
 def test_a_group_that_became_a_supergroup_is_followed_once(api, notifier):
     moved = error(400, "Bad Request: group chat was upgraded", parameters={"migrate_to_chat_id": -1009})
     api.script = [moved]
-    with pytest.warns(UserWarning, match="the group has a new number, set TELEGRAM_CHAT_ID to -1009") as warned:
+    with pytest.warns(
+        UserWarning, match="Telegram: the group has a new number, set TELEGRAM_CHAT_ID to -1009"
+    ) as warned:
         notifier.send_report("text", PNG)
     assert [request.fields["chat_id"] for request in api.requests] == [CHAT, "-1009"]
     assert len(warned) == 1
@@ -330,7 +332,7 @@ def test_an_experiment_sends_one_message_at_its_end_and_none_if_all_was_loaded(a
         result = experiment({**MODELS, "broken": BROKEN}, knobs, tiny_data, [0, 1])
     counts, duration, *rest = sent(api).split("\n")[2:]
     assert sent(api).startswith("Experiment on tiny: finished\ninfo\n")
-    assert counts == "runs: 3 trained, 1 loaded, 2 failed, 0 unfinished"
+    assert counts == "runs: 4 of 6 finished (1 loaded), 2 failed"
     assert duration.startswith("duration: 0:00:")
     means = {name: sum(result.values(name).values()) / 2 for name in MODELS}
     assert rest == [
@@ -350,7 +352,7 @@ def test_each_run_sends_a_message_if_asked_for(api, config, tiny_data):
     narrow, broken, end = (message.text for message in api.messages())
     assert narrow.startswith(f"narrow on tiny, seed 3: training finished\nrun: {run.path.name}\nbest epoch: ")
     assert broken == "broken on tiny, seed 3: training failed\nArithmeticError: no forward with …"
-    assert end.startswith("Experiment on tiny: finished\nruns: 1 trained, 0 loaded, 1 failed")
+    assert end.startswith("Experiment on tiny: finished\nruns: 1 of 2 finished (0 loaded), 1 failed")
 
 
 @pytest.mark.usefixtures("in_environment", "one_picture")
@@ -363,8 +365,8 @@ def test_an_interrupted_experiment_sends_what_is_done_and_the_interruption_passe
 
     with pytest.raises(KeyboardInterrupt):
         experiment({"narrow": MODELS["narrow"]}, config, tiny_data, [0, 1, 2], trainer_class=Interrupted)
-    assert sent(api).startswith("Experiment on tiny: interrupted\nruns: 1 trained, 0 loaded, 0 failed, 2 unfinished\n")
-    assert "\nKeyboardInterrupt\nStarted again, it resumes where it stopped.\nnarrow: test accuracy " in sent(api)
+    assert sent(api).startswith("Experiment on tiny: interrupted\nruns: 1 of 3 finished (0 loaded), 0 failed\n")
+    assert "\nKeyboardInterrupt\nRun it again to continue where it stopped.\nnarrow: test accuracy " in sent(api)
 
 
 @pytest.mark.parametrize("credentials", ["missing", "malformed", "wrong"])

@@ -6,6 +6,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import ANY
 
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 import torch
 import wandb
 from transformers import TrainerCallback
-from wandb_runs import TrackedRun, go_offline, runs_in
+from wandb_runs import go_offline, runs_in
 
 from lablib import MLP, KnowledgeDistillationTrainer, StreamlinedTrainer, TrainingConfig, train_or_load
 from lablib.metrics import history
@@ -79,31 +80,13 @@ class InterruptAtEpoch(TrainerCallback):
             raise KeyboardInterrupt(f"with {TOKEN}")
 
 
-@dataclasses.dataclass
-class Tracked:
-    """A distillation with everything switched on, and a plain training after it while the user has a run open."""
-
-    folder: Path
-    trainer: KnowledgeDistillationTrainer
-    last: dict[str, torch.Tensor]  # parameters and gradients of the last step
-    first: TrackedRun
-    second: TrackedRun
-    users: TrackedRun
-
-
 @pytest.fixture(scope="module")
-def tracked(tmp_path_factory, tiny_data, _offline) -> Tracked:
-    folder, elsewhere = tmp_path_factory.mktemp("runs"), tmp_path_factory.mktemp("elsewhere")
-    talkative = Talkative()
-    knobs = config(
-        folder,
-        num_epochs=3,
-        wandb_watch=True,
-        wandb_tags=("one", "two"),
-        training_arguments={"adam_beta1": 0.8},
-        telegram_bot_token=TOKEN,
-        telegram_additional_info="a private remark",
-    )
+def tracked(tmp_path_factory, tiny_data, _offline) -> SimpleNamespace:
+    """A distillation with everything switched on, and a plain training after it while the user has a run open."""
+    folder, elsewhere, talkative = tmp_path_factory.mktemp("runs"), tmp_path_factory.mktemp("elsewhere"), Talkative()
+    arguments = {"adam_beta1": 0.8}
+    private = {"telegram_bot_token": TOKEN, "telegram_additional_info": "a private remark"}
+    knobs = config(folder, num_epochs=3, wandb_watch=True, wandb_tags=("one",), training_arguments=arguments, **private)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [sys.argv[0], "--token", TOKEN])
         trainer = distilling(knobs, tiny_data, callbacks=[talkative], run_name="MLP-0123")
@@ -113,7 +96,8 @@ def tracked(tmp_path_factory, tiny_data, _offline) -> Tracked:
     assert wandb.run is users
     users.log({"still": "there"})
     users.finish()
-    return Tracked(folder, trainer, talkative.last, *runs_in(folder), *runs_in(elsewhere))
+    (first, second), (users,) = runs_in(folder), runs_in(elsewhere)
+    return SimpleNamespace(folder=folder, trainer=trainer, last=talkative.last, first=first, second=second, users=users)
 
 
 def same_weights(one, other) -> bool:
@@ -171,7 +155,7 @@ def test_two_trainings_are_two_runs_and_the_users_own_is_left_alone(tracked):
     assert (first.run["display_name"], first.run["run_group"], first.run["tags"]) == (
         "MLP-0123",
         "tiny",
-        ["one", "two"],
+        ["one"],
     )
     assert (second.run["display_name"], second.run["run_group"]) == ("second", "a group")
     assert (len(first.history), len(second.history)) == (3, 2)
@@ -236,13 +220,24 @@ def test_a_failed_training_raises_its_own_error_whatever_wandb_does(tmp_path, ti
         trainer.train()
 
 
+def test_the_wait_for_it_to_begin_does_not_count_as_training(tmp_path, tiny_data, monkeypatch):
+    monkeypatch.setattr("lablib.tracking.time", SimpleNamespace(perf_counter=iter([0.0, 1000.0]).__next__))
+    monkeypatch.setattr(wandb, "init", FailingRun("nothing").init)
+    trainer = StreamlinedTrainer(small_mlp(), config(tmp_path, num_epochs=1), tiny_data)
+    trainer.train()
+    assert history(trainer.state.log_history)[0]["seconds"] < -900
+
+
 def test_without_a_login_it_asks_for_nothing_and_warns_once_until_there_is_one(tmp_path, tiny_data, monkeypatch):
     train = partial(train_briefly, config(tmp_path, num_epochs=1), tiny_data)
     monkeypatch.delenv("WANDB_MODE")
     wandb.teardown()  # it remembers what the environment was
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
     monkeypatch.setattr(wandb, "init", lambda **more: pytest.fail("it would ask"))
-    assert "not logged in; run `wandb login` in a terminal or set WANDB_API_KEY, or WANDB_MODE=" in one_warning(train)
+    assert (
+        "not logged in; run `wandb login` in a terminal or set WANDB_API_KEY; WANDB_MODE=offline keeps"
+        in one_warning(train)
+    )
     train()
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setattr(wandb, "init", FailingRun("log").init)
