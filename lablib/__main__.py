@@ -10,14 +10,12 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from torch import nn
-
 from lablib import models
 from lablib.config import TrainingConfig, is_first_process
 from lablib.data import ImageData
 from lablib.datasets import load_data
 from lablib.distillation import KnowledgeDistillationTrainer
-from lablib.runs import load_run, train_or_load
+from lablib.runs import TrainedModel, load_run, train_or_load
 from lablib.trainer import StreamlinedTrainer
 
 MODELS = {cls.__name__: cls for cls in (models.MLP, models.ResidualMLP, models.SimpleCNN, models.ResidualCNN)}
@@ -108,18 +106,19 @@ def _trainer(options: dict) -> type[StreamlinedTrainer] | partial:
     if options["teacher"] is None:
         return StreamlinedTrainer
     knobs = {"temperature": options["temperature"], "alpha": options["alpha"]}
-    return partial(KnowledgeDistillationTrainer, teacher=_load_model(options["teacher"]), **knobs)
+    return partial(KnowledgeDistillationTrainer, teacher=_teacher(options["teacher"]), **knobs)
 
 
-def _load_model(path: Path) -> nn.Module:
-    """The model of a finished run with its best epoch's weights."""
+def _teacher(path: Path) -> TrainedModel:
+    """The network of a finished run."""
     run = load_run(path)
     if run is None:
         raise ValueError(f"teacher = {path}, but there is no finished run")
     described = json.loads((path / "identity.json").read_bytes())["model"]
-    if described["class"] not in MODELS:
-        raise ValueError(f"teacher = {path} is a {described['class']}, but it must be one of {', '.join(MODELS)}")
-    return run.load_weights(MODELS[described["class"]](**described["arguments"]))
+    name = described["class"].removeprefix("lablib.")
+    if name not in MODELS or "arguments" not in described:
+        raise ValueError(f"teacher = {path} is a {name}, but it must be one of {', '.join(MODELS)}")
+    return TrainedModel(run, partial(MODELS[name], **described["arguments"]))
 
 
 if __name__ == "__main__":

@@ -1,15 +1,18 @@
 """An experiment: some models × some seeds -> their runs, trained side by side where there are cores for it."""
 
 import copy
+import json
 import numbers
 import os
 import signal
+import sys
 import threading
+import time
 import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
@@ -21,13 +24,13 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from torch import nn
+from tqdm import tqdm
 
 from lablib import figures
 from lablib.config import TrainingConfig, is_first_process, num_processes, redacted
 from lablib.data import ImageData
 from lablib.identity import build_seeded, run_identity, run_name
 from lablib.interruption import Interruption, leave_with
-from lablib.progress import RunProgress
 from lablib.runs import Run, TrainedModel, find_run, separate_callbacks, train_or_load
 from lablib.statistics import compare, compare_effects, readable_table, results_table, save_table, verdicts
 
@@ -323,8 +326,8 @@ def _train_pending(result: Experiment, pending: dict, jobs: int, weights: bool, 
     return_as = "generator_unordered" if backend.supports_return_generator else "list"
     # mmap_mode "c": the workers share the images' memory, and may write to their own copy
     parallel = joblib.Parallel(n_jobs=jobs, return_as=return_as, mmap_mode="c", pre_dispatch=jobs)
-    names = {f"{name}, seed {seed}": path for (name, seed), path in paths.items()}
-    with RunProgress(names, result.config.num_epochs, finished=len(result.runs)) as progress, interruption:
+    print(f"{_counted(len(result.runs), 'run')} loaded, {len(pending)} to train", flush=True)
+    with _Progress(paths, result.config.num_epochs) as progress, interruption:
         try:
             for key, run, error in parallel(tasks):
                 if run is not None:
@@ -334,7 +337,7 @@ def _train_pending(result: Experiment, pending: dict, jobs: int, weights: bool, 
                     continue
                 else:
                     failures.report(result, key, *error)
-                progress.finished("{}, seed {}".format(*key))
+                progress.finished(key)
                 if messages:
                     messages.run_ended(key)
         except Exception as error:  # a worker died, and joblib gives up the rest; what is finished is in the store
@@ -345,6 +348,64 @@ def _train_pending(result: Experiment, pending: dict, jobs: int, weights: bool, 
                     failures.report(result, key, *_described(error))
                 if messages:
                     messages.run_ended(key)
+
+
+class _Progress:
+    """A context manager: one bar over all epochs of all runs, with the time left and the latest figures.
+
+    It watches the history files of the store, so it works for runs in other processes and on other machines too.
+    """
+
+    def __init__(self, paths: Mapping[tuple[str, int], Path], num_epochs: int):
+        self._paths, self._num_epochs, self._began = paths, num_epochs, time.time()
+        self._done: set[tuple[str, int]] = set()
+        self._stop = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, daemon=True)
+        terminal = sys.stderr.isatty()
+        look = {"dynamic_ncols": True, "mininterval": 0.1} if terminal else {"ncols": 110, "mininterval": 10}
+        look |= {"file": sys.stderr if terminal else sys.stdout, "disable": not is_first_process()}
+        self.bar = tqdm(
+            total=num_epochs * len(paths), desc=_counted(len(paths), "run"), unit="epoch", miniters=0, **look
+        )
+
+    def __enter__(self):
+        self._watcher.start()
+        return self
+
+    def __exit__(self, *exception):
+        self._stop.set()
+        self._watcher.join()
+        self.bar.set_postfix_str("")
+        self.bar.close()
+
+    def finished(self, key: tuple[str, int]):
+        """Count a run as finished, also where it stopped early."""
+        self._done.add(key)
+        self._show({})
+
+    def _watch(self):
+        while not self._stop.wait(0.5):
+            self._show({key: rows for key in self._paths.keys() - self._done if (rows := self._history(key))})
+
+    def _show(self, running: Mapping[tuple[str, int], list[str]]):
+        epochs = self._num_epochs * len(self._done) + sum(len(rows) for rows in running.values())
+        if running:
+            (name, seed), rows = max(running.items(), key=lambda item: len(item[1]))
+            last = json.loads(rows[-1])
+            figures = f"loss {last['train_loss']:.3f}, validation {100 * last['val_accuracy']:.1f} %"
+            self.bar.set_postfix_str(f"{name}, seed {seed}: {figures}", refresh=False)
+        self.bar.update(max(0, epochs - self.bar.n))
+
+    def _history(self, key: tuple[str, int]) -> list[str]:
+        """The epochs of a run so far; none if it has not begun in this session."""
+        with suppress(OSError):
+            file = self._paths[key] / "history.jsonl"
+            return file.read_text().splitlines() if file.stat().st_mtime >= self._began else []
+        return []
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def _is_local() -> bool:
