@@ -147,10 +147,6 @@ def describe(value: Any, where: str, _above: tuple[int, ...] = (), _code: dict |
     return {"class": inside(type(value)), "attributes": attributes, "content": inside(rest)}
 
 
-def _number(value: float, inside: Callable) -> float:
-    return int(value) if isinstance(value, float) and value.is_integer() else value  # 4 and 4.0 are one
-
-
 def _array(value: np.ndarray, inside: Callable) -> list:
     content = inside(value.tolist()) if value.dtype.hasobject else _sha256(np.ascontiguousarray(value))
     return [str(value.dtype), list(value.shape), content]
@@ -165,15 +161,6 @@ def _mapping(value: dict, inside: Callable) -> Any:
 
 def _sequence(value: list | tuple, inside: Callable) -> list:
     return [inside(item, f"[{number}]") for number, item in enumerate(value)]
-
-
-def _set(value: set | frozenset, inside: Callable) -> list:
-    return sorted((inside(item, "", True) for item in value), key=json.dumps)
-
-
-def _path(value: PurePath, inside: Callable) -> str:
-    """Relative to the working directory where it lies in that, so that a project may be moved."""
-    return (value.relative_to(Path.cwd()) if value.is_relative_to(Path.cwd()) else value).as_posix()
 
 
 def _layers(model: nn.Module, inside: Callable) -> dict[str, Any]:
@@ -392,19 +379,23 @@ _ONLY_A_STATE = (  # what they hold says nothing about what they will do, or cha
     torch.Generator,
 )
 _CONTENT = {
-    **dict.fromkeys((NoneType, bool, str), lambda value, inside: value),
-    **dict.fromkeys((int, float), _number),
+    **dict.fromkeys((NoneType, bool, int, str), lambda value, inside: value),
+    float: lambda value, inside: int(value) if value.is_integer() else value,  # 4 and 4.0 are one
     bytes: lambda value, inside: ["bytes", _sha256(value)],
     **dict.fromkeys((np.ndarray, np.memmap), _array),
     dict: _mapping,
     list: _sequence,
-    **dict.fromkeys((set, frozenset), _set),
+    **dict.fromkeys(
+        (set, frozenset), lambda value, inside: sorted((inside(v, "", True) for v in value), key=json.dumps)
+    ),
 }
 _CONTENT_BY_KIND = {
     (np.number, np.bool_): lambda value, inside: inside(value.item()),
     torch.Tensor: lambda value, inside: [str(value.dtype), list(value.shape), _sha256(_bytes(value))],
     tuple: _sequence,
-    PurePath: _path,
+    PurePath: lambda value, inside: value.as_posix().removeprefix(
+        f"{Path.cwd().as_posix()}/"
+    ),  # a project may be moved
     Enum: lambda value, inside: [inside(type(value)), value.name, inside(value.value)],
     nn.Module: _layers,
     type: _class,

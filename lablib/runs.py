@@ -350,8 +350,9 @@ def _history_writer(path: Path):
     return HistoryWriter()
 
 
-def publish(run: Run, folder: Path = PUBLISHED) -> Path:
+def publish(run: Run, folder: Path | None = None) -> Path:
     """Copy a finished run without its weights, whole or not at all, unless it is there already; its new place."""
+    folder = folder or PUBLISHED
     target, beside = folder / run.path.name, folder / f".{run.path.name}.{os.getpid()}"
     try:
         if load_run(target):

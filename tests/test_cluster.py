@@ -129,8 +129,8 @@ def test_threads_of_one_worker_train_one_after_the_other(monkeypatch):
         most.append(len(running))
         running.remove(threading.get_ident())
 
-    monkeypatch.setattr("lablib.training.train_or_load", training)
-    arguments = [None] * 5  # model, config, data, trainer, threads
+    monkeypatch.setattr("lablib.experiments.train_or_load", training)
+    arguments = [None] * 8  # model, config, data, identity, trainer, callbacks, weights, threads
     with joblib.parallel_config("threading"):
         keys = joblib.Parallel(n_jobs=4)(joblib.delayed(module._train_one)(i, *arguments, 1) for i in range(20))
     assert [key for key, _, _ in keys] == [*range(20)]

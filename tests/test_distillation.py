@@ -9,9 +9,9 @@ from torch.nn import functional as F
 from lablib import MLP, TrainingConfig, experiment
 from lablib.data import stratified_split
 from lablib.distillation import KnowledgeDistillationTrainer, distillation_loss
+from lablib.identity import run_identity, run_name
 from lablib.metrics import history
 from lablib.models import ResidualCNN
-from lablib.runs import run_path
 from lablib.trainer import SanityCheckError
 
 T = 4.0
@@ -214,7 +214,7 @@ def test_the_teachers_weights_alpha_and_temperature_are_part_of_a_runs_identity(
     knobs = config(output_dir=str(tmp_path))
 
     def path(**arguments):
-        return run_path(network, knobs, tiny_data, partial(KnowledgeDistillationTrainer, **arguments))
+        return run_name(run_identity(network, knobs, tiny_data, partial(KnowledgeDistillationTrainer, **arguments)))
 
     base = path(teacher=network(2), temperature=4.0, alpha=0.7)
     assert base == path(alpha=0.7, temperature=4.0, teacher=network(2))
@@ -222,7 +222,7 @@ def test_the_teachers_weights_alpha_and_temperature_are_part_of_a_runs_identity(
         path(teacher=network(3), temperature=4.0, alpha=0.7),
         path(teacher=network(2), temperature=2.0, alpha=0.7),
         path(teacher=network(2), temperature=4.0, alpha=0.5),
-        run_path(network, knobs, tiny_data),
+        run_name(run_identity(network, knobs, tiny_data)),
     ]
     assert len({base, *changed}) == 5
 

@@ -1,3 +1,4 @@
+# ruff: noqa: E501, NPY002
 """What makes another run, what makes no other run, and what is refused: by the code of a notebook's cells."""
 
 import dataclasses
@@ -24,7 +25,8 @@ from lablib.identity import build_seeded, describe, run_identity, run_name
 numbers = count()
 tiny_mlp = partial(MLP, (8,), image_shape=(1, 6, 6), num_classes=3)
 PRELUDE = """
-import argparse, collections, contextlib, dataclasses, enum, functools, io, itertools, logging, random, sys, threading, types
+import argparse, collections, contextlib, dataclasses, enum, functools, itertools, logging, random, sys, threading
+import types
 from functools import partial
 import numpy as np
 import torch

@@ -12,7 +12,8 @@ import pytest
 from filelock import FileLock
 
 from lablib import MLP, TrainingConfig
-from lablib.runs import run_path, train_or_load
+from lablib.identity import run_identity, run_name
+from lablib.runs import train_or_load
 
 QUIET = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -122,6 +123,9 @@ TOGETHER = """
 from transformers import TrainerCallback
 
 class Die(TrainerCallback):
+    def __identity__(self):
+        return None
+
     def on_step_end(self, args, state, control, **kwargs):
         if os.environ.get("DIE") and args.process_index == 1 and state.global_step == STEPS + 3:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -204,7 +208,7 @@ def small_mlp() -> MLP:
 
 
 def test_a_lock_goes_with_the_process_that_held_it_and_whoever_waits_is_told(config, tiny_data, capsys):
-    path = run_path(small_mlp, config, tiny_data)
+    path = Path(config.output_dir, run_name(run_identity(small_mlp, config, tiny_data)))
     path.parent.mkdir()
     lock = path.with_name(path.name + ".lock")
     hold = "import filelock, os, sys, time; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print(flush=True)"

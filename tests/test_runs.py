@@ -1,11 +1,12 @@
-"""The run store: what makes two runs the same, and what survives interruptions, damage and company."""
+"""The run store: what survives interruptions, damage and company, and what is published."""
 
 import contextlib
 import copy
-import dataclasses
 import json
 import os
 import shutil
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from functools import partial
@@ -16,16 +17,15 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from torch import nn
 from torch.nn import functional as F
 from transformers import TrainerCallback
 
-from lablib import MLP, ResidualMLP, StreamlinedTrainer, TrainingConfig
-from lablib.identity import build_seeded, load_run, run_path
-from lablib.runs import train_or_load
+from lablib import MLP, ImageData, StreamlinedTrainer, TrainingConfig, runs
+from lablib.identity import run_identity, run_name
+from lablib.runs import clean, load_run, publish, runs_table, train_or_load
 
 STEPS = 4  # an epoch: 27 of tiny_data's 36 images in batches of 8
-FILES = ["history.jsonl", "identity.json", "model.safetensors", "result.json"]
+FILES = ["history.jsonl", "identity.json", "measured.npz", "model.safetensors", "result.json"]
 
 # with the mmap_mode of an experiment, whose worker processes these then are
 side_by_side = joblib.Parallel(n_jobs=2, batch_size=1, mmap_mode="c")
@@ -40,6 +40,13 @@ def config(tmp_path):
     )
 
 
+@pytest.fixture(autouse=True)
+def published(tmp_path, monkeypatch):
+    """A folder of published runs."""
+    monkeypatch.setattr(runs, "PUBLISHED", tmp_path / "published")
+    return tmp_path / "published"
+
+
 @pytest.fixture
 def undisturbed(config, tiny_data, tmp_path):
     """The same run in another store, where nothing happens to it."""
@@ -51,29 +58,37 @@ def undisturbed(config, tiny_data, tmp_path):
     return undisturbed
 
 
+def path_of(config, data, trainer_class=None) -> Path:
+    return Path(config.output_dir, run_name(run_identity(tiny_mlp, config, data, trainer_class)))
+
+
 def timeless(run):
     """All that a run found out, its weights as bytes, without what a clock adds."""
     rows = [{k: v for k, v in row.items() if k != "seconds"} for row in run.history]
     result = {k: v for k, v in run.result.items() if k != "seconds"}
-    return result, rows, (run.path / "model.safetensors").read_bytes()
+    return result, rows, *((run.path / name).read_bytes() for name in ("model.safetensors", "measured.npz"))
 
 
 class Scripted(StreamlinedTrainer):
-    """Its validation metric by epoch is written in advance, and it keeps the weights of each epoch."""
+    """Its validation metric by epoch is written in advance."""
 
     script = (0.5, 0.9, 0.4, 0.9)
-    weights: tuple[dict, ...] = ()
 
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         if metric_key_prefix == "eval":
-            epoch = round(self.state.epoch)
-            output.metrics[f"eval_{self.config.early_stopping_metric}"] = self.script[epoch - 1]
-            Scripted.weights = (*Scripted.weights[: epoch - 1], copy.deepcopy(self.model.state_dict()))
+            output.metrics[f"eval_{self.config.early_stopping_metric}"] = self.script[round(self.state.epoch) - 1]
         return output
 
 
-class InterruptAtStep(TrainerCallback):
+class Watching(TrainerCallback):
+    """It changes nothing of a result."""
+
+    def __identity__(self):
+        return None
+
+
+class InterruptAtStep(Watching):
     def __init__(self, step: int):
         self.step = step
 
@@ -82,12 +97,17 @@ class InterruptAtStep(TrainerCallback):
             raise KeyboardInterrupt
 
 
-class NoteEpochs(TrainerCallback):
+class Noting(Watching):
+    """Notes the epochs that are begun, and keeps the weights of each."""
+
     def __init__(self):
-        self.begun = []
+        self.begun, self.weights = [], []
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         self.begun.append(round(state.epoch) + 1)
+
+    def on_evaluate(self, args, state, control, model, **kwargs):
+        self.weights.append(copy.deepcopy(model.state_dict()))
 
 
 # Trained once
@@ -109,7 +129,7 @@ def test_a_finished_run_is_loaded_and_not_trained_again(config, tiny_data, monke
         train_or_load(tiny_mlp, replace(config, seed=1), tiny_data)
 
 
-def test_a_finished_run_keeps_its_four_files_and_no_checkpoint(config, tiny_data):
+def test_a_finished_run_keeps_its_files_and_no_checkpoint(config, tiny_data):
     run = train_or_load(tiny_mlp, config, tiny_data)
     assert sorted(file.name for file in run.path.iterdir()) == FILES
     assert run.path.parent == Path(config.output_dir)
@@ -120,15 +140,16 @@ def test_a_finished_run_keeps_its_four_files_and_no_checkpoint(config, tiny_data
 def test_the_result_is_that_of_the_first_best_epoch(metric, config, tiny_data, monkeypatch):
     monkeypatch.setattr(Scripted, "script", (0.5, 0.9, 0.4, 0.9) if metric == "accuracy" else (0.5, 0.1, 0.4, 0.1))
     knobs = replace(config, early_stopping_metric=metric)
-    run = train_or_load(tiny_mlp, knobs, tiny_data, trainer_class=Scripted)
+    noting = Noting()
+    run = train_or_load(tiny_mlp, knobs, tiny_data, trainer_class=Scripted, callbacks=[noting])
     assert run.result["best_epoch"] == 2
     assert run.result["epochs"] == len(run.history) == 4
     assert run.result[f"val_{metric}"] == Scripted.script[1]
     for key in ("val_accuracy", "val_loss"):
         assert run.result[key] == run.history[1][key]
     stored = safetensors.torch.load_file(run.path / "model.safetensors")
-    assert stored.keys() == Scripted.weights[1].keys()
-    assert all(torch.equal(stored[name], tensor) for name, tensor in Scripted.weights[1].items())
+    assert stored.keys() == noting.weights[1].keys()
+    assert all(torch.equal(stored[name], tensor) for name, tensor in noting.weights[1].items())
 
 
 def test_the_loaded_weights_give_the_test_accuracy_of_the_result(config, tiny_data):
@@ -151,17 +172,6 @@ def test_weights_of_another_architecture_are_refused(config, tiny_data):
         run.load_weights(MLP((9,), image_shape=(1, 6, 6), num_classes=3))
 
 
-def test_building_with_a_seed_leaves_the_random_state_alone():
-    torch.manual_seed(5)
-    expected = tiny_mlp().state_dict()
-    torch.manual_seed(6)
-    before = torch.random.get_rng_state()
-    built = build_seeded(tiny_mlp, 5).state_dict()
-    assert torch.equal(torch.random.get_rng_state(), before)
-    assert all(torch.equal(built[name], tensor) for name, tensor in expected.items())
-    assert not torch.equal(build_seeded(tiny_mlp, 4).state_dict()["classifier.bias"], built["classifier.bias"])
-
-
 def test_a_store_may_lie_under_a_path_with_spaces_and_letters_of_any_script(config, tiny_data, tmp_path, undisturbed):
     odd = replace(config, output_dir=str(tmp_path / "Läufe für 実験 'a' & [b]"))
     with pytest.raises(KeyboardInterrupt):
@@ -169,154 +179,6 @@ def test_a_store_may_lie_under_a_path_with_spaces_and_letters_of_any_script(conf
     run = train_or_load(tiny_mlp, odd, tiny_data)
     assert timeless(run) == timeless(undisturbed())
     assert load_run(run.path) == run
-
-
-# What a run is
-
-CHANGED = {
-    "num_epochs": 5,
-    "batch_size": 9,
-    "learning_rate": 0.01,
-    "optimizer": "sgd",
-    "weight_decay": 0.1,
-    "lr_schedule": "cosine",
-    "warmup_fraction": 0.1,
-    "max_grad_norm": 1.0,
-    "validation_split": 0.3,
-    "max_train_images": 10,
-    "early_stopping_patience": 3,
-    "early_stopping_metric": "loss",
-    "rotation_degrees": 0.0,
-    "translation_fraction": 0.0,
-    "horizontal_flip": True,
-    "crop_padding": 1,
-    "precision": "fp32",
-    "seed": 1,
-    "deterministic": True,
-    "training_arguments": {"adam_beta1": 0.5},
-}
-INDIFFERENT = {
-    "output_dir": "elsewhere",
-    "checkpoint_seconds": 1.0,
-    "device": "auto",
-    "use_wandb": True,
-    "wandb_project": "other",
-    "wandb_group": "other",
-    "wandb_tags": ("other",),
-    "wandb_watch": True,
-    "use_telegram_notifications": True,
-    "telegram_additional_info": "other",
-    "telegram_every_run": True,
-    "telegram_bot_token": "1:other",
-    "telegram_chat_id": "other",
-}
-
-
-def test_each_knob_either_makes_another_run_or_does_not():
-    assert CHANGED.keys() | INDIFFERENT.keys() == {field.name for field in dataclasses.fields(TrainingConfig)}
-
-
-@pytest.mark.parametrize("knob", CHANGED)
-def test_a_knob_that_matters_makes_another_run(knob, config, tiny_data):
-    def always_the_same():
-        model = tiny_mlp()
-        for parameter in model.parameters():
-            nn.init.constant_(parameter, 0.1)
-        return model
-
-    other = replace(config, **{knob: CHANGED[knob]})
-    assert run_path(always_the_same, other, tiny_data) != run_path(always_the_same, config, tiny_data)
-
-
-@pytest.mark.parametrize("knob", INDIFFERENT)
-def test_a_knob_that_only_says_where_and_to_whom_makes_no_other_run(knob, config, tiny_data):
-    other = replace(config, **{knob: INDIFFERENT[knob]})
-    assert run_path(tiny_mlp, other, tiny_data).name == run_path(tiny_mlp, config, tiny_data).name
-
-
-@pytest.mark.parametrize("part", ["train_images", "test_images", "train_labels", "test_labels"])
-def test_a_single_pixel_or_label_makes_another_run(part, config, tiny_data):
-    tensor = getattr(tiny_data, part).clone()
-    tensor.view(-1)[4] = (tensor.view(-1)[4] + 1) % 3
-    other = replace(tiny_data, **{part: tensor})
-    same = replace(tiny_data, **{part: getattr(tiny_data, part).clone()})
-    assert run_path(tiny_mlp, config, other) != run_path(tiny_mlp, config, tiny_data)
-    assert run_path(tiny_mlp, config, same) == run_path(tiny_mlp, config, tiny_data)
-
-
-class WithFunction(MLP):
-    def __init__(self, activation=torch.relu):
-        super().__init__((8,), image_shape=(1, 6, 6), num_classes=3)
-        self.activation = activation
-
-
-def net(forward=None, base=tiny_mlp.func):
-    """A class as a notebook may define it, always of the same name."""
-    cls = type("Net", (base,), {"forward": forward} if forward else {})
-    return lambda: cls((8,), image_shape=(1, 6, 6), num_classes=3)
-
-
-def with_last_layer(*, constant: float):
-    model = tiny_mlp()
-    nn.init.constant_(model.classifier.weight, constant)
-    return model
-
-
-@pytest.mark.parametrize(
-    ("one", "other"),
-    [
-        (lambda: MLP((8,)), lambda: MLP((9,))),
-        (lambda: MLP((8,)), lambda: MLP((8,), dropout=0.2)),
-        (lambda: MLP((8,)), lambda: ResidualMLP((8,))),
-        (lambda: ResidualMLP((8,)), lambda: ResidualMLP((8,), shortcut=False)),
-        (lambda: nn.Sequential(nn.Flatten(), nn.ReLU()), lambda: nn.Sequential(nn.Flatten(), nn.Tanh())),
-        (lambda: nn.Sequential(nn.Linear(2, 2)), lambda: nn.Sequential(nn.Linear(2, 2)).requires_grad_(False)),
-        (partial(with_last_layer, constant=0.0), partial(with_last_layer, constant=0.1)),
-        (net(lambda self, x: MLP.forward(self, x) * 2), net(lambda self, x: MLP.forward(self, x) * 3)),
-        (
-            net(base=type("Base", (MLP,), {"forward": lambda self, x: MLP.forward(self, x) * 2})),
-            net(base=type("Base", (MLP,), {"forward": lambda self, x: MLP.forward(self, x) * 3})),
-        ),
-        (lambda: WithFunction(torch.relu), lambda: WithFunction(torch.tanh)),
-    ],
-    ids=["width", "dropout", "class", "shortcut", "layer", "frozen", "initial", "forward", "inherited", "function"],
-)
-def test_another_model_makes_another_run(one, other, config, tiny_data):
-    assert run_path(one, config, tiny_data) != run_path(other, config, tiny_data)
-    assert run_path(one, config, tiny_data) == run_path(one, config, tiny_data)
-
-
-@pytest.mark.parametrize(
-    "written_out",
-    [
-        lambda: MLP((128, 64), 0.1, (1, 28, 28), 10),
-        lambda: MLP(num_classes=10, image_shape=[1, 28, 28], dropout=0.1, hidden_sizes=[128, 64]),
-        partial(MLP, hidden_sizes=(128, 64)),
-    ],
-)
-def test_defaults_that_are_written_out_make_no_other_run(written_out, config, digits):
-    assert run_path(written_out, config, digits) == run_path(MLP, config, digits)
-    full = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    assert run_path(MLP, TrainingConfig(**full), digits) == run_path(MLP, config, digits)
-
-
-def test_a_run_is_found_again_by_another_process(config, tiny_data):
-    class Net(MLP):
-        def forward(self, images):
-            sign = 1 if images.device.type in {"cpu", "cuda", "mps", "xpu", "hpu", "npu", "tpu", "meta"} else -1
-            return sign * super().forward(images)
-
-    def path():
-        return os.getpid(), run_path(lambda: Net((8,), image_shape=(1, 6, 6), num_classes=3), config, tiny_data)
-
-    # a set of strings has another order in each process
-    (process, there), _ = side_by_side(joblib.delayed(path)() for _ in range(2))
-    assert process != os.getpid()
-    assert there == path()[1]
-
-
-def test_another_trainer_makes_another_run(config, tiny_data):
-    assert run_path(tiny_mlp, config, tiny_data, Scripted) != run_path(tiny_mlp, config, tiny_data)
 
 
 # Interruptions
@@ -330,23 +192,23 @@ def test_another_trainer_makes_another_run(config, tiny_data):
 def test_an_interrupted_run_goes_on_where_it_was_and_ends_like_an_undisturbed_one(
     step, begun, config, tiny_data, undisturbed
 ):
-    epochs = NoteEpochs()
+    noting = Noting()
     with pytest.raises(KeyboardInterrupt):
         train_or_load(tiny_mlp, config, tiny_data, callbacks=(InterruptAtStep(step),))
-    assert load_run(run_path(tiny_mlp, config, tiny_data)) is None
+    assert load_run(path_of(config, tiny_data)) is None
     torch.rand(3)
-    run = train_or_load(tiny_mlp, config, tiny_data, callbacks=(epochs,))
-    assert epochs.begun == begun
+    run = train_or_load(tiny_mlp, config, tiny_data, callbacks=(noting,))
+    assert noting.begun == begun
     assert timeless(run) == timeless(undisturbed())
     assert sorted(file.name for file in run.path.iterdir()) == FILES
 
 
 @pytest.mark.parametrize("lost", ["trainer_state.json", "half of trainer_state.json"])
 def test_a_checkpoint_that_was_half_written_is_passed_over(lost, config, tiny_data, undisturbed):
-    epochs = NoteEpochs()
+    noting = Noting()
     with pytest.raises(KeyboardInterrupt):
         train_or_load(tiny_mlp, config, tiny_data, callbacks=(InterruptAtStep(3 * STEPS + 1),))
-    newest = run_path(tiny_mlp, config, tiny_data) / "checkpoints" / f"checkpoint-{3 * STEPS}"
+    newest = path_of(config, tiny_data) / "checkpoints" / f"checkpoint-{3 * STEPS}"
     state = newest / "trainer_state.json"
     if lost == "trainer_state.json":
         state.unlink()
@@ -357,8 +219,8 @@ def test_a_checkpoint_that_was_half_written_is_passed_over(lost, config, tiny_da
         UserWarning,
         match=rf"checkpoint-{3 * STEPS} cannot be used: .*(trainer_state.json|model.safetensors) has .*set aside",
     ):
-        run = train_or_load(tiny_mlp, config, tiny_data, callbacks=(epochs,))
-    assert epochs.begun == [3, 4]
+        run = train_or_load(tiny_mlp, config, tiny_data, callbacks=(noting,))
+    assert noting.begun == [3, 4]
     assert (run.path / "set-aside" / f"checkpoint-{3 * STEPS}-1").is_dir()
     assert timeless(run) == timeless(undisturbed())
 
@@ -370,7 +232,7 @@ def interrupted_before_the_test(monkeypatch, *args, **kwargs):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(StreamlinedTrainer, "test", interrupt)
+        patch.setattr(StreamlinedTrainer, "predict_test", interrupt)
         with pytest.raises(KeyboardInterrupt):
             train_or_load(*args, **kwargs)
 
@@ -412,52 +274,25 @@ def cut_short(file: Path):
     file.write_bytes(file.read_bytes()[:-20])
 
 
-def another_accuracy(file: Path):
-    result = json.loads(file.read_bytes())
-    file.write_text(json.dumps({**result, "test_accuracy": 0.123}))
+def better_accuracy(file: Path):
+    file.write_text(json.dumps(json.loads(file.read_bytes()) | {"test_accuracy": 0.999}))
 
 
-DAMAGES = [
-    ("model.safetensors", flip_a_byte),
-    ("model.safetensors", cut_short),
-    ("model.safetensors", Path.unlink),
-    ("history.jsonl", flip_a_byte),
-    ("history.jsonl", cut_short),
-    ("history.jsonl", Path.unlink),
-    ("identity.json", flip_a_byte),
-    ("identity.json", Path.unlink),
-    ("result.json", cut_short),
-    ("result.json", lambda file: file.write_bytes(b"")),
-    ("result.json", lambda file: file.write_bytes(b"\xff\xfe\x00")),
-    ("result.json", lambda file: file.write_text("{}")),
-    ("result.json", lambda file: file.write_text("null")),
-    ("result.json", lambda file: file.write_text("[]")),
-    ("result.json", lambda file: file.write_text('{"sha256": null}')),
-    ("result.json", another_accuracy),
-]
-DAMAGE_IDS = [
-    "flip",
-    "cut",
-    "lost",
-    "flip",
-    "cut",
-    "lost",
-    "flip",
-    "lost",
-    "cut",
-    "empty",
-    "binary",
-    "{}",
-    "null",
-    "[]",
-    "no sums",
-    "edit",
-]
+def containing(content: bytes):
+    return lambda file: file.write_bytes(content)
 
 
-@pytest.mark.parametrize(
-    ("name", "damage"), DAMAGES, ids=[f"{d}-{n}" for (n, _), d in zip(DAMAGES, DAMAGE_IDS, strict=True)]
-)
+DAMAGES = {
+    **{f"{name}, {damage.__name__}": (name, damage) for name in FILES for damage in (flip_a_byte, cut_short)},
+    **{f"{name}, missing": (name, Path.unlink) for name in FILES[:-1]},
+    **{
+        f"result.json, {c}": (FILES[-1], containing(c)) for c in (b"", b"\xff\xfe", b"null", b"[]", b'{"sha256": null}')
+    },
+    "result.json, edited": ("result.json", better_accuracy),
+}
+
+
+@pytest.mark.parametrize(("name", "damage"), DAMAGES.values(), ids=DAMAGES)
 def test_a_damaged_run_is_reported_set_aside_and_trained_again(name, damage, config, tiny_data):
     before = train_or_load(tiny_mlp, config, tiny_data)
     expected = timeless(before)
@@ -475,21 +310,12 @@ def test_a_damaged_run_is_reported_set_aside_and_trained_again(name, damage, con
     assert load_run(after.path) == after
 
 
-def test_each_damaged_run_is_kept_under_a_number_of_its_own(config, tiny_data):
-    for number in (1, 2):
-        run = train_or_load(tiny_mlp, config, tiny_data)
-        cut_short(run.path / "history.jsonl")
-        with pytest.warns(UserWarning, match=rf"damaged-{number} and trained again"):
-            train_or_load(tiny_mlp, config, tiny_data)
-    assert len(list(Path(config.output_dir).glob("*.damaged-*"))) == 2
-
-
 # Whole or not at all
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_file_that_cannot_be_put_in_its_place_leaves_no_result(name, config, tiny_data, undisturbed, monkeypatch):
-    path = run_path(tiny_mlp, config, tiny_data)
+    path = path_of(config, tiny_data)
     put = os.replace
 
     def full(source, target):
@@ -509,7 +335,7 @@ def test_a_file_that_cannot_be_put_in_its_place_leaves_no_result(name, config, t
 
 
 def test_wherever_the_writing_breaks_off_no_half_file_counts(config, tiny_data, undisturbed, monkeypatch):
-    path = run_path(tiny_mlp, config, tiny_data)
+    path = path_of(config, tiny_data)
     calls, limit = 0, 0
     sync = os.fsync
 
@@ -541,22 +367,13 @@ def test_wherever_the_writing_breaks_off_no_half_file_counts(config, tiny_data, 
     assert timeless(run) == timeless(undisturbed())
 
 
-def test_what_another_process_left_half_written_is_no_result(config, tiny_data, undisturbed):
-    path = run_path(tiny_mlp, config, tiny_data)
-    path.mkdir(parents=True)
-    (path / "result.json.999999.partial").write_bytes(b'{"test_accuracy": 1.0, "sha256": {}}')
-    assert load_run(path) is None
-    run = train_or_load(tiny_mlp, config, tiny_data)
-    assert timeless(run) == timeless(undisturbed())
-
-
 # Company
 
 
 def test_two_processes_that_want_the_same_run_train_it_once(config, tiny_data, tmp_path):
     trainings = tmp_path / "trainings"
 
-    class Noting(StreamlinedTrainer):
+    class Slow(StreamlinedTrainer):
         def train(self, *args, **kwargs):
             with open(trainings, "a") as file:
                 file.write(f"{os.getpid()}\n")
@@ -569,7 +386,7 @@ def test_two_processes_that_want_the_same_run_train_it_once(config, tiny_data, t
         while not (tmp_path / f"here-{1 - number}").exists():
             assert time.monotonic() < deadline, "the other process does not come"
             time.sleep(0.01)
-        return os.getpid(), train_or_load(tiny_mlp, config, tiny_data, trainer_class=Noting)
+        return os.getpid(), train_or_load(tiny_mlp, config, tiny_data, trainer_class=Slow)
 
     both = side_by_side(joblib.delayed(wanted)(number) for number in (0, 1))
     (one_process, one), (other_process, other) = both
@@ -580,42 +397,117 @@ def test_two_processes_that_want_the_same_run_train_it_once(config, tiny_data, t
     assert load_run(one.path) == one
 
 
-def scaled(**attributes):
-    return lambda: type("Net", (MLP,), attributes)((4,), image_shape=(1, 6, 6), num_classes=3)
+def test_loading_runs_does_not_import_transformers():
+    code = "import sys, lablib.runs; sys.exit('transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def gained(gain: float):
-    return scaled(forward=lambda self, images, gain=gain: gain * MLP.forward(self, images))
+# Callbacks
 
 
-def enclosed(constant: float):
-    return scaled(forward=lambda self, images: constant * MLP.forward(self, images))
+def test_callbacks_are_called_those_in_a_partial_trainer_first(config, tiny_data):
+    order = []
+
+    class Telling(Watching):
+        def __init__(self, name):
+            self.name = name
+
+        def on_train_begin(self, *args, **kwargs):
+            order.append(self.name)
+
+    trainer = partial(StreamlinedTrainer, callbacks=[Telling("partial")])
+    run = train_or_load(tiny_mlp, config, tiny_data, trainer_class=trainer, callbacks=[Telling("argument")])
+    assert order == ["partial", "argument"]
+    assert run.path == path_of(config, tiny_data, partial(StreamlinedTrainer))
 
 
-def decorated(factor: str):
-    body = {"2": lambda self, x: MLP.forward(self, x) * 2, "3": lambda self, x: MLP.forward(self, x) * 3}[factor]
-    return scaled(forward=torch.enable_grad()(body))
+# Published runs
 
 
-@pytest.mark.parametrize(
-    ("one", "other"),
-    [
-        (scaled(scale=1), scaled(scale=5)),
-        (gained(1.0), gained(2.0)),
-        (enclosed(1.0), enclosed(2.0)),
-        (decorated("2"), decorated("3")),
-        (scaled(half=staticmethod(lambda x: x / 2)), scaled(half=staticmethod(lambda x: x / 3))),
-        (scaled(size=property(lambda self: 1)), scaled(size=property(lambda self: 2))),
-        (scaled(table={"a": 1}), scaled(table={"a": 2})),
-    ],
-    ids=["attribute", "default", "closure", "decorated", "static", "property", "dict"],
-)
-def test_another_piece_of_a_notebooks_code_makes_another_run(one, other, config, tiny_data):
-    assert run_path(one, config, tiny_data) != run_path(other, config, tiny_data)
-    assert run_path(one, config, tiny_data) == run_path(one, config, tiny_data)
+def test_a_published_run_is_found_without_its_weights_unless_these_are_needed(config, tiny_data, tmp_path, published):
+    trained = train_or_load(tiny_mlp, config, tiny_data)
+    assert publish(trained) == publish(trained) == published / trained.path.name
+    elsewhere = replace(config, output_dir=str(tmp_path / "elsewhere"))
+    run = train_or_load(tiny_mlp, elsewhere, tiny_data)
+    assert run.path == published / trained.path.name
+    assert sorted(file.name for file in run.path.iterdir()) == [name for name in FILES if name != "model.safetensors"]
+    assert (run.result, run.history, run.has_weights) == (trained.result, trained.history, False)
+    assert all((run.measured()[name] == array).all() for name, array in trained.measured().items())
+    message = f"{run.path.name} .MLP on tiny, seed 0. was published without its weights. Train it .* weights=True"
+    with pytest.raises(ValueError, match=message):
+        run.load_weights(tiny_mlp())
+    again = train_or_load(tiny_mlp, elsewhere, tiny_data, weights=True)
+    assert timeless(again) == timeless(trained)
 
 
-def test_without_a_trainer_it_is_the_run_of_the_usual_one(tiny_data, tmp_path):
-    config = TrainingConfig(batch_size=8, output_dir=str(tmp_path))
-    build = partial(MLP, (4,), image_shape=tiny_data.image_shape, num_classes=tiny_data.num_classes)
-    assert run_path(build, config, tiny_data) == run_path(build, config, tiny_data, StreamlinedTrainer)
+def test_what_was_measured_is_what_the_weights_give(config, tiny_data):
+    run = train_or_load(tiny_mlp, config, tiny_data)
+    model, measured = run.load_weights(tiny_mlp()), run.measured()
+    with torch.no_grad():
+        confidence, predicted = model(tiny_data.normalise(tiny_data.test_images)).softmax(1).max(1)
+    assert measured["test_class"].tolist() == predicted.tolist()
+    assert measured["test_confidence"] == pytest.approx(confidence.numpy(), abs=1e-3)
+    assert measured["gradient_layers"].tolist() == ["hidden.0", "classifier"]
+    assert (np.stack([measured["gradient_initial"], measured["gradient_trained"]]) > 0).all()
+
+
+def test_a_published_run_of_ten_thousand_test_images_takes_at_most_60_kb(config):
+    draw = np.random.default_rng(0)
+    images, labels = draw.integers(0, 256, (10_020, 1, 6, 6), np.uint8), np.arange(10_020) % 10  # nothing to compress
+    data = ImageData.from_arrays(
+        "noise", images[:20], labels[:20], images[20:], labels[20:], class_names=(*"0123456789",)
+    )
+    knobs = replace(config, num_epochs=60, early_stopping_patience=None, validation_split=0.5, batch_size=20)
+    run = train_or_load(partial(MLP, (8,), image_shape=(1, 6, 6)), knobs, data)
+    files = publish(run).iterdir()
+    assert len(run.history) == 60
+    assert 20_000 < sum(file.stat().st_size for file in files) <= 60_000
+
+
+def test_a_run_is_published_whole_or_not_at_all(config, tiny_data, published, monkeypatch):
+    run = train_or_load(tiny_mlp, config, tiny_data)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            publish(run)
+    assert list(published.iterdir()) == []
+
+
+def test_a_damaged_published_run_is_passed_over_and_published_again(config, tiny_data, tmp_path, published):
+    target = publish(train_or_load(tiny_mlp, config, tiny_data))
+    cut_short(target / "measured.npz")
+    with pytest.warns(UserWarning, match=r"measured.npz is damaged.* The published run is passed over"):
+        run = train_or_load(tiny_mlp, replace(config, output_dir=str(tmp_path / "elsewhere")), tiny_data)
+    assert run.has_weights
+    assert load_run(publish(run)).result == run.result
+
+
+# List and clean
+
+
+def test_runs_are_listed_with_their_states_published_and_cleaned(config, tiny_data, capsys):
+    finished, published, damaged = (train_or_load(tiny_mlp, replace(config, seed=s), tiny_data) for s in range(3))
+    (published.path / "model.safetensors").unlink()
+    runs._write_result(published.path, published.result, {})
+    cut_short(damaged.path / "history.jsonl")
+    with pytest.raises(KeyboardInterrupt):
+        train_or_load(tiny_mlp, replace(config, seed=3), tiny_data, callbacks=[InterruptAtStep(2 * STEPS + 1)])
+    table = runs_table(config.output_dir).sort_values("seed")
+    states = dict(zip(table["run"], table["state"], strict=True))
+    interrupted = path_of(replace(config, seed=3), tiny_data).name
+    expected = {finished.path.name: "finished", published.path.name: "published", damaged.path.name: "damaged"}
+    assert states == expected | {interrupted: "interrupted"}
+    assert table["epochs"].tolist()[:3] == [4, 4, 2]
+    assert "history.jsonl is damaged" in table["notes"].str.cat()
+
+    runs.main(["publish", config.output_dir])
+    assert "1 finished runs" in capsys.readouterr().out
+    runs.main(["list", config.output_dir])
+    assert len(capsys.readouterr().out.splitlines()) == 1 + 4 + 1
+    assert clean(config.output_dir, ask=lambda question: "n") == []
+    with runs._locked(Path(config.output_dir, interrupted)):
+        assert clean(config.output_dir, ask=lambda question: "y") == [damaged.path.name]
+    runs.main(["clean", config.output_dir, "--finished", "--yes"])
+    assert runs_table(config.output_dir)["state"].tolist() == ["published"]
+    with pytest.raises(SystemExit):
+        runs.main(["list", __file__])

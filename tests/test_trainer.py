@@ -3,6 +3,7 @@
 import copy
 import gc
 import itertools
+import json
 import math
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from transformers import TrainerCallback
 
 from lablib import MLP, ImageData, ResidualCNN, SimpleCNN, StreamlinedTrainer, TrainingConfig, stratified_split
 from lablib.data import ImageBatches, stratified_subset
-from lablib.identity import build_seeded, run_path
+from lablib.identity import build_seeded, run_identity
 from lablib.metrics import evaluation_metrics, history
 from lablib.services import ServiceCallback
 from lablib.trainer import NonFiniteLossError
@@ -308,9 +309,11 @@ def test_a_limit_gives_other_weights_and_another_identity(build, tiny_data):
     limited.train()
     unlimited.train()
     assert not same_bits(limited.model.state_dict(), unlimited.model.state_dict())
-    paths = {run_path(small_mlp, config(max_train_images=most), tiny_data) for most in (15, 18, None)}
+    paths = {json.dumps(run_identity(small_mlp, config(max_train_images=most), tiny_data)) for most in (15, 18, None)}
     assert len(paths) == 3
-    assert run_path(small_mlp, config(max_train_images=None), tiny_data) == run_path(small_mlp, config(), tiny_data)
+    assert run_identity(small_mlp, config(max_train_images=None), tiny_data) == run_identity(
+        small_mlp, config(), tiny_data
+    )
 
 
 def test_a_limit_below_the_number_of_classes_is_refused_before_the_training(build):
