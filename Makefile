@@ -63,10 +63,10 @@ RUNS ?= runs
 FINISHED ?= 0
 
 runs: .venv/lab ## list the runs of the store and the published ones; RUNS=out/runs: those of make lab
-	@$(BIN)/python -m lablib.runs list --output-dir "$(RUNS)"
+	@$(BIN)/python -m lablib.runs list "$(RUNS)"
 
 clean-runs: .venv/lab ## delete interrupted and damaged runs, after asking; FINISHED=1: finished ones too
-	@$(BIN)/python -m lablib.runs clean --output-dir "$(RUNS)" $(if $(filter 1,$(FINISHED)),--finished)
+	@$(BIN)/python -m lablib.runs clean "$(RUNS)" $(if $(filter 1,$(FINISHED)),--finished)
 
 clean: ## delete out/, what make lab wrote; runs/ and results/ stay
 	rm -rf out

@@ -1,10 +1,13 @@
 """TrainingConfig: every knob of a run, checked when it is made."""
 
+import atexit
 import dataclasses
 import difflib
 import functools
+import gc
 import os
 import re
+import sys
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, field_validator
@@ -194,6 +197,8 @@ class TrainingConfig:
                 f"TrainingConfig: batch_size = {self.batch_size}, but batch_size should be a multiple of the number of "
                 f"processes, which is {processes}"
             )
+        if processes > 1:
+            leave_group_at_exit()
         accelerated = torch.cuda.is_available() or torch.backends.mps.is_available()
         warmed_up = {"constant": "constant_with_warmup"}.get(self.lr_schedule, self.lr_schedule)
         defaults = {
@@ -239,3 +244,21 @@ def num_processes() -> int:
 def is_first_process() -> bool:
     """Whether this one writes the files and speaks to people."""
     return int(os.environ.get("RANK", 0)) == 0
+
+
+@functools.cache
+def leave_group_at_exit():
+    """Let this process leave `torch.distributed`'s group when it ends, unless by an error: the others might wait then.
+
+    Gloo's threads would outlive Python otherwise, and one that lets go of a tensor so late aborts the process
+    (https://github.com/pytorch/pytorch/pull/179291).
+    """
+    atexit.register(_leave_group)
+
+
+def _leave_group():
+    import torch
+
+    if torch.distributed.is_initialized() and not hasattr(sys, "last_value"):
+        gc.collect()  # trainers in cycles hold the group, and with it its threads
+        torch.distributed.destroy_process_group()

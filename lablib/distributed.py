@@ -1,9 +1,5 @@
 """One training on several processes (`torchrun`), which is the training of one process with the same batch."""
 
-import atexit
-import functools
-import gc
-import sys
 from collections.abc import Sequence
 
 import torch
@@ -44,7 +40,6 @@ class DistributedTrainer(transformers.Trainer):
     def train(self, *args, **kwargs):
         """As `transformers.Trainer.train`."""
         if self.args.world_size > 1:
-            leave_group_at_exit()
             _share_batch_norms(self.model, self.args.device)
         return super().train(*args, **kwargs)
 
@@ -121,19 +116,3 @@ def _share_batch_norms(model: nn.Module, device: torch.device):
 def process_seed(seed: int, process: int) -> int:
     """The seed of one of the processes: the run's own for the first, and far from other runs' for the others."""
     return (seed + process * 2_654_435_761) % 2**32
-
-
-@functools.cache
-def leave_group_at_exit():
-    """Let this process leave `torch.distributed`'s group when it ends, unless by an error: the others might wait then.
-
-    Gloo's threads would outlive Python otherwise, and one that lets go of a tensor so late aborts the process
-    (https://github.com/pytorch/pytorch/pull/179291).
-    """
-    atexit.register(_leave_group)
-
-
-def _leave_group():
-    if torch.distributed.is_initialized() and not hasattr(sys, "last_value"):
-        gc.collect()  # trainers in cycles hold the group, and with it its threads
-        torch.distributed.destroy_process_group()

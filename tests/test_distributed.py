@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from lablib import MLP, TrainingConfig, experiment
-from lablib.config import _leave_group, process_seed
+from lablib.config import _leave_group
 from lablib.data import ImageBatches
-from lablib.distributed import Share
+from lablib.distributed import Share, process_seed
 
 QUIET = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -29,7 +29,7 @@ def save_threads():  # Linux's; what is registered first is called last
 
 if Path("/proc/self/task").exists():
     atexit.register(save_threads)
-from lablib import training
+from lablib import runs as store
 from lablib import MLP, ImageData, ResidualCNN, StreamlinedTrainer, TrainingConfig, experiment, train_or_load
 
 torch.set_num_threads(1)
@@ -48,8 +48,8 @@ class Seeing(StreamlinedTrainer):
             seen.append((int(self.state.epoch), images[:, 0, 0, 0].tolist()))
         return super().prepare_images(images, training)
 
-write = training.write_atomically
-training.write_atomically = lambda path, *args, **kwargs: (written.append(path.name), write(path, *args, **kwargs))
+write = store.write_atomically
+store.write_atomically = lambda path, *args, **kwargs: (written.append(path.name), write(path, *args, **kwargs))
 plain = {"rotation_degrees": 0, "translation_fraction": 0}
 # 33 images in batches of 8: the last one has a single image
 config = TrainingConfig(num_epochs=2, batch_size=8, validation_split=0.2, max_train_images=33, device="cpu",

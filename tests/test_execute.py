@@ -38,4 +38,4 @@ def test_timings_widgets_and_redrawn_progress_go_and_the_results_stay(tmp_path):
 
 def test_without_two_notebooks_it_says_how_it_is_called(capsys):
     assert main(["Lab1_MLPs.ipynb"]) == 2
-    assert "python -m lablib.execute" in capsys.readouterr().err
+    assert "python tools/execute.py" in capsys.readouterr().err
