@@ -1,204 +1,259 @@
-"""Results -> mean, standard deviation and interval; the paired comparison of two models over seeds; tables."""
+"""Tables of runs -> means, intervals, paired comparisons and tables of results.
+
+A *frame* has one row per run: model, seed, dataset, parameters, val_accuracy, test_accuracy, epochs, seconds, ...;
+accuracies are fractions. Where a run failed the numbers are NaN, and a column `error` may say why.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
-if TYPE_CHECKING:
-    from lablib.experiments import Experiment
+MIN_SEEDS = 3  # with two, an interval means little: tables, figures and verdicts show none
+SIGNIFICANT = 0.05
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Mean of n values, their sample standard deviation, and the half-width of the mean's 95 % interval (Student t).
+    """Mean of n values, their sample standard deviation, and the half-width of the mean's 95 % interval (Student's t).
 
-    One value shows no spread: `std` and `ci95` are None, and the text says so. Nor do equal ones: `ci95` is None.
+    `std` is NaN for one value; `ci95` is NaN for fewer than `MIN_SEEDS` values or equal ones.
     """
 
     mean: float
-    std: float | None
-    ci95: float | None
+    std: float
+    ci95: float
     n: int
 
-    def _why(self) -> str:
-        return f"n = {self.n}: {'one seed shows' if self.n == 1 else 'all the same, which shows'} no spread"
-
     def percent(self) -> str:
-        """As text, for a share such as an accuracy: '98.35 ± 0.12 % (n = 5)'."""
-        if self.ci95 is None:
-            return f"{100 * self.mean:.2f} % ({self._why()})"
-        return f"{100 * self.mean:.2f} ± {100 * self.ci95:.2f} % (n = {self.n})"
+        """A fraction as text: '98.35 ± 0.12 % (n = 5)', '98.35 % (1 seed)'."""
+        return f"{_hundredths(self.mean, self.ci95)} % ({_count(self.n)})"
 
 
-@dataclass(frozen=True)
-class PairedDifference(Summary):
-    """Mean over common seeds of one model's value less another's, with the two-sided p-value of the paired t-test.
+def _hundredths(mean: float, ci95: float = math.nan, sign: str = "") -> str:
+    return f"{100 * mean:{sign}.2f}" + ("" if math.isnan(ci95) else f" ± {100 * ci95:.2f}")
 
-    Where all differences are the same, as with one seed, there is neither an interval nor a p-value.
-    """
 
-    p_value: float | None
-
-    def points(self) -> str:
-        """As text, in percentage points: '+0.25 ± 0.10 points (n = 5, p = 0.003)'."""
-        if self.ci95 is None:
-            return f"{points(self.mean)} points ({self._why()})"
-        p = "p < 0.001" if self.p_value < 0.001 else f"p = {self.p_value:.3f}"
-        return f"{points(self.mean, self.ci95)} points (n = {self.n}, {p})"
-
-    def verdict(self, first: str, second: str) -> str:
-        """A sentence about the two, which says no more than the interval does."""
-        if self.ci95 is None:
-            return f"{first} against {second}: {self.points()}."
-        if not self.excludes_zero:
-            return f"between {first} and {second} no difference is shown: {self.points()}, an interval that holds 0."
-        better, worse = (first, second) if self.mean > 0 else (second, first)
-        return f"**{better} is ahead of {worse}**: {self.points()}."
-
-    @property
-    def excludes_zero(self) -> bool:
-        """Whether the 95 % interval lies on one side of 0; False where there is no interval."""
-        return self.ci95 is not None and abs(self.mean) > self.ci95
+def _count(n: int) -> str:
+    return "1 seed" if n == 1 else f"n = {n}"
 
 
 def summarise(values: Sequence[float]) -> Summary:
-    """Summary of some values. Raises ValueError if there are none or one of them is not finite."""
+    """Summary of one or more finite values; raises ValueError for anything else."""
     array = np.asarray(values, dtype=float)
     if array.ndim != 1 or not len(array) or not np.isfinite(array).all():
-        raise ValueError(f"a summary needs one or more finite values; it got {list(values)!r}")
-    n, mean = len(array), float(array.mean())
-    if n == 1:
-        return Summary(mean, None, None, 1)
-    std = float(array.std(ddof=1))
-    if std < 1e-12:  # equal counts, which differ by rounding at most
-        return Summary(mean, std, None, n)
-    return Summary(mean, std, float(stats.t.ppf(0.975, n - 1)) * std / math.sqrt(n), n)
+        raise ValueError(f"a summary needs one or more finite values, not {list(values)!r}")
+    std = float(array.std(ddof=1)) if len(array) > 1 else math.nan
+    return Summary(float(array.mean()), std, _ci95(array), len(array))
 
 
-def differences(first: Mapping[int, float], second: Mapping[int, float]) -> dict[int, float]:
-    """First less second, by seed, for the seeds that both have."""
-    return {seed: first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())}
+def _ci95(values: Sequence[float]) -> float:
+    """Half-width of the mean's interval; NaN for too few values, and for equal ones (up to rounding)."""
+    if len(values) < MIN_SEEDS or (error := stats.sem(values)) < 1e-12:
+        return math.nan
+    return float(stats.t.ppf(0.975, len(values) - 1) * error)
 
 
-def paired_difference(first: Mapping[int, float], second: Mapping[int, float]) -> PairedDifference:
-    """First less second over the seeds that both have. Raises ValueError if they have none in common."""
-    by_seed = differences(first, second)
-    if not by_seed:
-        raise ValueError(f"no seed in common: {sorted(first)} and {sorted(second)}; train both with the same seeds")
-    return summarise_differences(by_seed)
+def compare(
+    frame: pd.DataFrame,
+    pairs: Mapping[object, tuple[str, str]],
+    metric: str = "test_accuracy",
+    by: Sequence[str] = ("label",),
+) -> pd.DataFrame:
+    """Paired differences, first − second, over the seeds that both models have: one row per pair.
 
-
-def summarise_differences(by_seed: Mapping[int, float]) -> PairedDifference:
-    """Mean of `differences`, with interval and test against 0. Raises ValueError if there are none."""
-    values = list(by_seed.values())
-    summary = summarise(values)
-    if summary.ci95 is None:
-        return PairedDifference(summary.mean, summary.std, None, summary.n, None)
-    p_value = float(stats.ttest_1samp(values, 0).pvalue)
-    return PairedDifference(summary.mean, summary.std, summary.ci95, summary.n, p_value)
-
-
-def results_table(experiment: "Experiment") -> pd.DataFrame:
-    """One row a model; accuracies are fractions. A model whose runs failed has its error in the column `failed`."""
+    `pairs` gives for each label, or tuple of labels, its two models; the columns `by` hold the labels. Other columns:
+    first, second, n, mean, std, ci95, p_value (paired t-test), p_adjusted (Benjamini and Hochberg's correction over the
+    table), significant (adjusted p < 0.05), and by_seed ({seed: difference}). Pairs without a common seed are left out.
+    """
+    values = frame.dropna(subset=metric).pivot(index="seed", columns="model", values=metric)
     rows = []
-    for model in experiment.models:
-        failed = [f"seed {seed}: {error}" for (name, seed), error in experiment.failures.items() if name == model]
-        row = {"model": model, "dataset": experiment.data.name, "failed": "; ".join(failed)}
-        values = experiment.values(model)
-        if values:
-            validation = summarise(list(experiment.values(model, "val_accuracy").values()))
-            test = summarise(list(values.values()))
-            row |= {
-                "parameters": next(iter(experiment.values(model, "parameters").values())),
-                "seeds": test.n,
-                "val_accuracy_mean": validation.mean,
-                "val_accuracy_std": validation.std,
-                "test_accuracy_mean": test.mean,
-                "test_accuracy_std": test.std,
-                "test_accuracy_ci95": test.ci95,
-                "epochs_mean": summarise(list(experiment.values(model, "epochs").values())).mean,
-                "seconds_mean": summarise(list(experiment.values(model, "seconds").values())).mean,
+    for label, (first, second) in pairs.items():
+        if first in values and second in values:
+            key = dict(zip(by, label if isinstance(label, tuple) else (label,), strict=True))
+            differences = (values[first] - values[second]).dropna().to_dict()
+            rows.append({**key, "first": first, "second": second, "by_seed": differences})
+    return _tested(rows, by)
+
+
+def compare_effects(
+    first: pd.DataFrame, second: pd.DataFrame, names: tuple[str, str] = ("first", "second")
+) -> pd.DataFrame:
+    """Does an effect differ, for instance between two recipes? First's paired differences − second's, by seed.
+
+    Both are tables of `compare` with the same labels; so is the result, with `names` in the columns first and second.
+    """
+    by = _label_columns(first)
+    rows = []
+    for row in first.merge(second, on=by).to_dict("records"):
+        a, b = row["by_seed_x"], row["by_seed_y"]
+        differences = {seed: a[seed] - b[seed] for seed in a if seed in b}
+        rows.append({**{key: row[key] for key in by}, "first": names[0], "second": names[1], "by_seed": differences})
+    return _tested(rows, by)
+
+
+def _tested(rows: list[dict], by: Sequence[str]) -> pd.DataFrame:
+    """A table of comparisons, from rows with their labels (the columns `by`), first, second and by_seed."""
+    columns = [*by, "first", "second", "n", "mean", "std", "ci95", "p_value", "p_adjusted", "significant", "by_seed"]
+    tested = []
+    for row in rows:
+        if values := list(row["by_seed"].values()):
+            summary = summarise(values)
+            p_value = math.nan if math.isnan(summary.ci95) else float(stats.ttest_1samp(values, 0).pvalue)
+            tested.append({**row, **vars(summary), "p_value": p_value})
+    table = pd.DataFrame(tested, columns=columns)
+    known = table["p_value"].dropna()
+    if len(known):
+        table["p_adjusted"] = pd.Series(stats.false_discovery_control(known.astype(float)), known.index)
+    table["significant"] = table["p_adjusted"] < SIGNIFICANT
+    return table
+
+
+def _label_columns(comparison: pd.DataFrame) -> list[str]:
+    return list(comparison.columns[: comparison.columns.get_loc("first")])
+
+
+def labels(comparison: pd.DataFrame) -> list[str]:
+    """Each row's label as one text, with the name of what is a number: "the shortcut, depth 2"."""
+    rows = comparison[_label_columns(comparison)].to_dict("records")
+    return [
+        ", ".join(part if isinstance(part, str) else f"{name} {part}" for name, part in row.items()) for row in rows
+    ]
+
+
+def points(row: Mapping) -> str:
+    """A comparison as text, in percentage points: '+0.63 ± 0.20 points (n = 5, p = 0.003)'."""
+    text = f"{_hundredths(row['mean'], row['ci95'], '+')} points ({_count(row['n'])}"
+    p = row["p_adjusted"]
+    if math.isnan(p):
+        return f"{text})"
+    name = "p" if p == row["p_value"] else "adjusted p"
+    return f"{text}, {name} < 0.001)" if p < 0.001 else f"{text}, {name} = {p:.2g})"
+
+
+def verdict(row: Mapping, word: str = "better") -> str:
+    """A comparison as a sentence that says no more than its interval; `word` is what the larger value is."""
+    first, second = row["first"], row["second"]
+    if math.isnan(row["ci95"]):
+        why = "too few seeds to tell" if row["n"] < MIN_SEEDS else "with every seed, so there is no interval"
+        return f"{first} − {second}: {points(row)}, {why}."
+    if not row["significant"]:
+        return f"No significant difference between {first} and {second}: {points(row)}."
+    larger, smaller = (first, second) if row["mean"] > 0 else (second, first)
+    return f"**{larger} is {word} than {smaller}**: {points({**row, 'mean': abs(row['mean'])})}."
+
+
+def verdicts(comparison: pd.DataFrame, word: str = "better") -> str:
+    """All comparisons as a Markdown list of sentences."""
+    rows = comparison.to_dict("records")
+    return "\n".join(f"- {text}: {verdict(row, word)}" for text, row in zip(labels(comparison), rows, strict=True))
+
+
+def effects_table(comparisons: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """Comparisons for people, in percentage points: one row per label, one column per comparison, * if significant."""
+
+    def cell(row) -> str:
+        return f"{_hundredths(row.mean, row.ci95, '+')} ({_count(row.n)}){' *' * row.significant}"
+
+    columns = {
+        name: pd.Series([cell(row) for row in table.itertuples()], labels(table), dtype=object)
+        for name, table in comparisons.items()
+    }
+    return pd.concat(columns, axis=1).fillna("").rename_axis(columns="points, * significant")
+
+
+def results_table(frame: pd.DataFrame, reference: Mapping[str, float] | None = None) -> pd.DataFrame:
+    """One row per model, in order of appearance; accuracies are fractions, `n` counts the finished runs.
+
+    `reference` gives published test accuracies (fractions) by model. Where runs failed, `error` says why.
+    """
+    by_model = frame.groupby("model", sort=False)
+    table = by_model.agg(
+        dataset=("dataset", "first"),
+        parameters=("parameters", "first"),
+        n=("test_accuracy", "count"),
+        val_accuracy_mean=("val_accuracy", "mean"),
+        val_accuracy_std=("val_accuracy", "std"),
+        test_accuracy_mean=("test_accuracy", "mean"),
+        test_accuracy_std=("test_accuracy", "std"),
+        test_accuracy_ci95=("test_accuracy", lambda values: _ci95(values.dropna())),
+        epochs_mean=("epochs", "mean"),
+        seconds_mean=("seconds", "mean"),
+    ).astype({"parameters": "Int64"})
+    if reference:
+        table["reference"] = table.index.map(reference).astype(float)
+    if "error" in frame:
+        table["error"] = by_model["error"].agg(lambda errors: "; ".join(errors.dropna().unique()))
+    return table.reset_index()
+
+
+def readable_table(table: pd.DataFrame) -> pd.DataFrame:
+    """A `results_table` for people: texts, with percent, intervals and thousands separators."""
+    rows = []
+    for row in table.to_dict("records"):
+        error = row.get("error") if isinstance(row.get("error"), str) else ""  # joined tables may lack the column
+        if not row["n"]:
+            rows.append({"test accuracy": f"failed: {error}" if error else "not trained", "n": "0"})
+            continue
+        reference = row.get("reference", math.nan)
+        rows.append(
+            {
+                "parameters": f"{row['parameters']:,}",
+                "validation accuracy": f"{_hundredths(row['val_accuracy_mean'])} %",
+                "test accuracy": f"{_hundredths(row['test_accuracy_mean'], row['test_accuracy_ci95'])} %",
+                "reference": "" if math.isnan(reference) else f"{_hundredths(reference)} %",
+                "n": str(row["n"]),
+                "epochs": f"{row['epochs_mean']:.0f}",
+                "seconds per run": f"{row['seconds_mean']:,.0f}",
+                "failed": error,
             }
-        rows.append(row)
-    columns = ["model", "dataset", "parameters", "seeds", "val_accuracy_mean", "val_accuracy_std"]
-    columns += ["test_accuracy_mean", "test_accuracy_std", "test_accuracy_ci95", "epochs_mean", "seconds_mean"]
-    table = pd.DataFrame(rows).reindex(columns=[*columns, "failed"])
-    table = table.astype({"parameters": "Int64", "seeds": "Int64"})
-    return table if experiment.failures else table.drop(columns="failed")
+        )
+    columns = ["parameters", "validation accuracy", "test accuracy", "reference", "n", "epochs", "seconds per run"]
+    readable = pd.DataFrame(rows, pd.Index(table["model"]), [*columns, "failed"]).fillna("")
+    empty = [column for column in ("reference", "failed") if not readable[column].any()]
+    return readable.drop(columns=empty).rename_axis(columns=", ".join(table["dataset"].dropna().unique()))
+
+
+def recommend(table: pd.DataFrame) -> str:
+    """The recommended model of a `results_table`, chosen on validation accuracy by the one-standard-error rule.
+
+    It is the smallest model within one standard error of the best mean (Breiman, Friedman, Olshen and Stone,
+    Classification and Regression Trees, 1984). Where some models have several seeds, those with one are no candidates:
+    the best of single runs is lucky. Raises ValueError if no model has a result.
+    """
+    finished = table[table["n"] >= min(2, table["n"].max())].dropna(subset="val_accuracy_mean")
+    if finished.empty:
+        raise ValueError("no model has a finished run, so there is none to recommend")
+    best = finished.loc[finished["val_accuracy_mean"].idxmax()]
+    error = 0.0 if math.isnan(best["val_accuracy_std"]) else best["val_accuracy_std"] / math.sqrt(best["n"])
+    close = finished[finished["val_accuracy_mean"] >= best["val_accuracy_mean"] - error]
+    return close.loc[close["parameters"].astype(int).idxmin(), "model"]
 
 
 def save_table(table: pd.DataFrame, path: str | Path) -> pd.DataFrame:
-    """Write a table as CSV with all digits of its numbers, making its folder, and return it."""
+    """Write a table as CSV with all digits, making its folder, and return it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     table.to_csv(path, index=False)
     return table
 
 
-def differences_table(differences: Mapping[tuple, PairedDifference], keys: Sequence[str]) -> pd.DataFrame:
-    """One row a paired difference (fractions): the parts of its key, named by `keys`, and what it holds."""
-    rows = [dict(zip(keys, key, strict=True)) | asdict(difference) for key, difference in differences.items()]
-    return pd.DataFrame(rows, columns=[*keys, *(field.name for field in fields(PairedDifference))])
+def with_depth(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows whose model is named as "ResidualMLP-8" is, with its family and depth (int) as further columns."""
+    parts = table["model"].str.extract(r"^(?P<family>.+)-(?P<depth>\d+)$")
+    return table.join(parts).dropna(subset="depth").astype({"depth": int})
 
 
-def recommend(table: pd.DataFrame) -> str:
-    """The model of a `results_table` to take, chosen on validation accuracy by the rule of one standard error.
+def gradient_ratios(gradients: pd.DataFrame) -> pd.DataFrame:
+    """The first layer's gradient over the last hidden one's, for each run: model, seed, moment, ratio.
 
-    That is the one with the fewest parameters among those whose mean is within a standard error of the best mean
-    (Breiman, Friedman, Olshen and Stone, Classification and Regression Trees, 1984). With one seed: the best.
-    Where some have several seeds, those with one are no candidates: of single runs one is lucky.
-    Raises ValueError if no model has a result.
+    `gradients` has one row per layer, in order: model, seed, moment, layer (the last is the classifier), rms. The ratio
+    is NaN where the last hidden layer has no gradient.
     """
-    finished = table.dropna(subset="val_accuracy_mean")
-    if finished.empty:
-        raise ValueError("no model has a finished run, so there is none to recommend")
-    if finished["seeds"].max() > 1:
-        finished = finished[finished["seeds"] > 1]
-    best = finished.loc[finished["val_accuracy_mean"].idxmax()]
-    error = 0.0 if pd.isna(best["val_accuracy_std"]) else best["val_accuracy_std"] / math.sqrt(best["seeds"])
-    close = finished[finished["val_accuracy_mean"] >= best["val_accuracy_mean"] - error]
-    return close.loc[close["parameters"].astype(int).idxmin(), "model"]
-
-
-def readable_table(table: pd.DataFrame, reference: Mapping[str, float] | None = None) -> pd.DataFrame:
-    """A `results_table` for people: percent with intervals, and beside it a reference figure (a fraction) by model."""
-    rows = []
-    for row in table.to_dict("records"):
-        if pd.isna(row["seeds"]):
-            why = row.get("failed")
-            rows.append({"model": row["model"], "test accuracy": f"failed: {why}" if why else "not trained"})
-            continue
-        test = percent(row["test_accuracy_mean"], row["test_accuracy_ci95"])
-        rows.append(
-            {
-                "model": row["model"],
-                "parameters": f"{int(row['parameters']):,}",
-                "validation accuracy": percent(row["val_accuracy_mean"]),
-                "test accuracy": test,
-                "reference": percent(reference[row["model"]]) if row["model"] in (reference or {}) else "",
-                "n": str(int(row["seeds"])),
-                "epochs": f"{row['epochs_mean']:.0f}",
-                "seconds a run": f"{row['seconds_mean']:.0f}",
-            }
-        )
-        if isinstance(row.get("failed"), str) and row["failed"]:  # of joined tables one may lack the column
-            rows[-1]["failed"] = row["failed"]
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    readable = pd.DataFrame([{key: row.get(key, "") for key in columns} for row in rows]).set_index("model")
-    return readable if reference else readable.drop(columns="reference", errors="ignore")
-
-
-def points(mean: float, ci95: float | None = None) -> str:
-    """A difference of shares as text: '+0.25 ± 0.10', or '+0.25' where there is no interval."""
-    return f"{100 * mean:+.2f}" if ci95 is None or pd.isna(ci95) else f"{100 * mean:+.2f} ± {100 * ci95:.2f}"
-
-
-def percent(mean: float, ci95: float | None = None) -> str:
-    """A share as text: '98.35 ± 0.12 %', or '98.35 %' where there is no interval."""
-    return f"{100 * mean:.2f} %" if ci95 is None or pd.isna(ci95) else f"{100 * mean:.2f} ± {100 * ci95:.2f} %"
+    layers = gradients.groupby(["model", "seed", "moment"], sort=False)["rms"]
+    ratios = layers.agg(lambda rms: rms.iloc[0] / rms.iloc[-2] if rms.iloc[-2] else math.nan)
+    return ratios.rename("ratio").reset_index()
