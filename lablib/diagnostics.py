@@ -1,8 +1,9 @@
 """A model -> gradients by layer, angles between features, predictions, calibration, agreement."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import nn
@@ -88,16 +89,15 @@ def eval_mode(model: nn.Module):
             module.training = training
 
 
-def calibration(probabilities: torch.Tensor, labels: torch.Tensor, bins: int = 15) -> pd.DataFrame:
+def calibration(confidence: Sequence[float], correct: Sequence[bool], bins: int = 15) -> pd.DataFrame:
     """Confidence against accuracy, for a reliability diagram; one row per non-empty bin of equal width.
 
-    `probabilities` are images × classes, `labels` images. The confidence is the largest probability; columns: low, high
-    (the bin's ends; an image on an end belongs to the bin below), images, confidence and accuracy (means in the bin).
+    For each image the probability of the predicted class, and whether that is the right one. Columns: low, high (the
+    bin's ends; an image on an end belongs to the bin below), images, confidence and accuracy (means in the bin).
     """
-    probabilities, labels = probabilities.cpu(), labels.cpu()
-    confidence, predicted = probabilities.max(1)
-    bin_of = (confidence.double() * bins).ceil().long().clamp(1, bins) - 1
-    table = pd.DataFrame({"bin": bin_of, "confidence": confidence.double(), "hit": (predicted == labels).double()})
+    confidence = np.asarray(confidence, dtype=float)
+    bin_of = np.ceil(confidence * bins).astype(int).clip(1, bins) - 1
+    table = pd.DataFrame({"bin": bin_of, "confidence": confidence, "correct": np.asarray(correct, dtype=float)})
     grouped = table.groupby("bin")
     return pd.DataFrame(
         {
@@ -105,27 +105,14 @@ def calibration(probabilities: torch.Tensor, labels: torch.Tensor, bins: int = 1
             "high": [(index + 1) / bins for index in grouped.groups],
             "images": grouped.size().to_numpy(),
             "confidence": grouped["confidence"].mean().to_numpy(),
-            "accuracy": grouped["hit"].mean().to_numpy(),
+            "accuracy": grouped["correct"].mean().to_numpy(),
         }
     )
 
 
-def expected_calibration_error(probabilities: torch.Tensor, labels: torch.Tensor, bins: int = 15) -> float:
+def expected_calibration_error(confidence: Sequence[float], correct: Sequence[bool], bins: int = 15) -> float:
     """Mean distance of confidence and accuracy over bins, weighted by images (Guo et al. 2017,
     https://arxiv.org/abs/1706.04599): 0 for a classifier that is right as often as it says it will be."""
-    table = calibration(probabilities, labels, bins)
+    table = calibration(confidence, correct, bins)
     distance = (table["confidence"] - table["accuracy"]).abs()
     return float((distance * table["images"]).sum() / table["images"].sum())
-
-
-def agreement(first: torch.Tensor, second: torch.Tensor) -> float:
-    """Share of images for which two models' logits or probabilities (images × classes) name the same class.
-
-    Raises ValueError for two shapes.
-    """
-    if first.shape != second.shape:
-        raise ValueError(
-            f"predictions of shapes {tuple(first.shape)} and {tuple(second.shape)} cannot be compared; "
-            "both must be images × classes, for the same images and classes"
-        )
-    return (first.argmax(1) == second.argmax(1)).double().mean().item()

@@ -301,9 +301,9 @@ def distillation(frame: pd.DataFrame, names: Mapping[str, str], dataset: str, ch
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 4.6), layout="constrained")
     accuracies = 100 * frame.pivot(index="seed", columns="model", values="test_accuracy")
     accuracies = accuracies.reindex(columns=names.values())
-    parameters = frame.groupby("model")["parameters"].first().reindex(names.values())
-    for place, (model, color) in enumerate(zip(names.values(), _colors(3), strict=True)):
-        values = accuracies[model].dropna()
+    parameters = frame.groupby("model")["parameters"].first()
+    for place, color in enumerate(_colors(3)):
+        values = accuracies.iloc[:, place].dropna()  # a teacher may be the student itself
         if values.empty:
             continue  # none of its runs finished
         mean, low, high = _mean_and_interval(values)

@@ -248,6 +248,12 @@ def with_depth(table: pd.DataFrame) -> pd.DataFrame:
     return table.join(parts).dropna(subset="depth").astype({"depth": int})
 
 
+def with_knobs(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows whose model is named as "T = 4, α = 0.7" is, with temperature and alpha (float) as further columns."""
+    knobs = table["model"].str.extract(r"^T = (?P<temperature>.+), α = (?P<alpha>.+)$").astype(float)
+    return table.join(knobs).dropna(subset="temperature")
+
+
 def gradient_ratios(gradients: pd.DataFrame) -> pd.DataFrame:
     """The first layer's gradient over the last hidden one's, for each run: model, seed, moment, ratio.
 

@@ -2,20 +2,25 @@ import numpy as np
 import pytest
 import torch
 
-from lablib.diagnostics import agreement, calibration, expected_calibration_error
+from lablib.diagnostics import calibration, expected_calibration_error
+
+
+def answers(probabilities: torch.Tensor, labels: torch.Tensor):
+    confidence, predicted = probabilities.double().max(1)
+    return confidence, predicted == labels
 
 
 def test_a_case_made_by_hand():
     # bins of a half: (0.5, 1] holds confidences 0.6, 0.8, 1.0 with two hits, (0, 0.5] one of 0.5 that misses
     probabilities = torch.tensor([[0.6, 0.4], [0.2, 0.8], [1.0, 0.0], [0.5, 0.5]])
     labels = torch.tensor([0, 0, 0, 1])
-    table = calibration(probabilities, labels, bins=2)
+    table = calibration(*answers(probabilities, labels), bins=2)
     assert table["images"].tolist() == [1, 3]
     assert table["confidence"].tolist() == pytest.approx([0.5, 0.8])
     assert table["accuracy"].tolist() == pytest.approx([0.0, 2 / 3])
     assert table[["low", "high"]].to_numpy().tolist() == [[0.0, 0.5], [0.5, 1.0]]
     expected = (1 * 0.5 + 3 * (0.8 - 2 / 3)) / 4
-    assert expected_calibration_error(probabilities, labels, bins=2) == pytest.approx(expected)
+    assert expected_calibration_error(*answers(probabilities, labels), bins=2) == pytest.approx(expected)
 
 
 def test_the_error_is_that_of_a_loop_over_fifteen_bins_in_numpy():
@@ -29,7 +34,7 @@ def test_the_error_is_that_of_a_loop_over_fifteen_bins_in_numpy():
         inside = (confidence > low) & (confidence <= low + 1 / 15)
         if inside.any():
             error += inside.mean() * abs(confidence[inside].mean() - hits[inside].mean())
-    assert expected_calibration_error(probabilities, labels) == pytest.approx(error, abs=1e-9)
+    assert expected_calibration_error(*answers(probabilities, labels)) == pytest.approx(error, abs=1e-9)
 
 
 def test_the_error_agrees_with_torchmetrics():
@@ -38,25 +43,11 @@ def test_the_error_agrees_with_torchmetrics():
     probabilities = torch.randn(200, 5, generator=generator).softmax(1)
     labels = torch.randint(0, 5, (200,), generator=generator)
     theirs = torchmetrics.functional.calibration_error(probabilities, labels, "multiclass", n_bins=15, num_classes=5)
-    assert expected_calibration_error(probabilities, labels) == pytest.approx(theirs.item(), abs=1e-5)
+    assert expected_calibration_error(*answers(probabilities, labels)) == pytest.approx(theirs.item(), abs=1e-5)
 
 
 def test_a_classifier_that_is_right_as_often_as_it_says_has_no_error():
     probabilities = torch.tensor([[0.75, 0.25]] * 4)
-    assert expected_calibration_error(probabilities, torch.tensor([0, 0, 0, 1])) == pytest.approx(0, abs=1e-12)
-
-
-def test_agreement_is_the_share_of_the_same_class():
-    first = torch.tensor([[1.0, 0.0], [0.0, 1.0], [3.0, 2.0], [0.0, 5.0]])
-    assert agreement(first, first * 2) == 1.0
-    assert agreement(first, first.flip(1)) == 0.0
-    assert agreement(first, torch.tensor([[1.0, 0.0]] * 4)) == 0.5
-    with pytest.raises(ValueError, match=r"shapes \(4, 2\) and \(4, 3\)"):
-        agreement(first, torch.zeros(4, 3))
-
-
-def test_predictions_of_different_shapes_are_not_compared():
-    words = "cannot be compared; both must be images × classes, for the same images and classes"
-    for other in (torch.zeros(5, 4), torch.zeros(6, 3)):
-        with pytest.raises(ValueError, match=rf"predictions of shapes \(5, 3\) and \({len(other)}, .* {words}"):
-            agreement(torch.zeros(5, 3), other)
+    assert expected_calibration_error(*answers(probabilities, torch.tensor([0, 0, 0, 1]))) == pytest.approx(
+        0, abs=1e-12
+    )

@@ -261,11 +261,8 @@ def test_a_distillation_grid_frames_the_best_cell_and_the_used_one_around_their_
 
 
 def test_reliability_draws_the_accuracy_of_bins_with_30_images_or_more_and_the_share_of_all():
-    probabilities = torch.tensor([[0.1, 0.9]] * 40 + [[0.45, 0.55]] * 29 + [[0.3, 0.7]] * 30)
-    labels = torch.tensor([1, 0] * 20 + [1] * 29 + [0] * 30)
-    above, below = drawn(
-        figures.reliability({"net": calibration(probabilities, labels, 10)}, {"net": [0.1]}, "cifar10-jpeg")
-    )
+    table = calibration([0.9] * 40 + [0.55] * 29 + [0.7] * 30, [True, False] * 20 + [True] * 29 + [False] * 30, 10)
+    above, below = drawn(figures.reliability({"net": table}, {"net": [0.1]}, "cifar10-jpeg"))
     bars = {round(bar.get_x() + bar.get_width() / 2, 2): bar.get_height() for bar in above.patches}
     drawn_bars = {x: height for x, height in bars.items() if np.isfinite(height)}
     assert drawn_bars == {0.65: 0, 0.85: 0.5}
