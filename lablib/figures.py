@@ -313,7 +313,7 @@ def distillation(frame: pd.DataFrame, names: Mapping[str, str], dataset: str, ch
     left.axhline(100 * chance, color="0.2", linewidth=1, linestyle=":")
     left.set(ylim=(0, 101), ylabel="test accuracy (%)", title="mean (dotted: guessing)")
     right.plot(range(len(names)), accuracies.T, color="0.4", linewidth=1, marker=".")
-    ticks = [f"{role}\n{model}\n{parameters[model]:,.0f} parameters" for role, model in names.items()]
+    ticks = [f"{role}\n{model}\n{parameters.get(model, 0):,.0f} parameters" for role, model in names.items()]
     for axis in (left, right):
         axis.set_xticks(range(len(names)), labels=ticks, fontsize="x-small")
         axis.grid(axis="x", visible=False)
