@@ -205,7 +205,8 @@ def export_onnx(model: nn.Module, path: str | Path, image_shape: Sequence[int]) 
     the batch size, and what `torch.onnx.export` raises where it fails.
     """
     try:
-        import onnx, onnxscript  # noqa: E401, F401
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
     except ImportError as error:
         install = "python -m pip install --editable '.[onnx]' in the repository's root gets them"
         raise ImportError(f"export_onnx needs the packages onnx and onnxscript; {install}") from error
