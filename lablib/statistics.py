@@ -216,8 +216,8 @@ def recommend(table: pd.DataFrame) -> str:
     """The recommended model of a `results_table`, chosen on validation accuracy by the one-standard-error rule.
 
     It is the smallest within one standard error of the best (Breiman et al., Classification and Regression Trees,
-    1984). Where some models have several seeds, those with one, which may be lucky, are no candidates. Raises ValueError
-    if no model has a result.
+    1984). Where some models have several seeds, those with one are no candidates: they may be lucky. Raises
+    ValueError if no model has a result.
     """
     finished = table[table["n"] >= min(2, table["n"].max())].dropna(subset="val_accuracy_mean")
     if finished.empty:

@@ -222,6 +222,7 @@ def test_gradient_ratios_are_of_the_first_to_the_last_hidden_layer_by_run_and_mo
     assert list(statistics.with_depth(ratios)["family"]) == ["net", "net", "dead"]
 
 
-def test_a_depth_is_the_number_at_the_end_of_a_models_name():
-    table = statistics.with_depth(pd.DataFrame({"model": ["a-b-16", "no teacher", "MLP-2"]}))
-    assert table.to_numpy().tolist() == [["a-b-16", "a-b", 16], ["MLP-2", "MLP", 2]]
+def test_depths_and_knobs_are_the_numbers_in_the_names_of_models():
+    table = pd.DataFrame({"model": ["a-b-16", "no teacher", "MLP-2", "T = 4, α = 0.7"]})
+    assert statistics.with_depth(table).to_numpy().tolist() == [["a-b-16", "a-b", 16], ["MLP-2", "MLP", 2]]
+    assert statistics.with_knobs(table).to_numpy().tolist() == [["T = 4, α = 0.7", 4, 0.7]]
