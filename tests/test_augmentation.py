@@ -63,6 +63,11 @@ def test_a_generator_makes_the_draws_reproducible_and_leaves_pytorchs_own_alone(
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert torch.equal(torch.get_rng_state(), before)
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        own = augment(images, **knobs)
+        torch.manual_seed(3)
+        assert torch.equal(augment(images, **knobs), own)
 
 
 @pytest.fixture

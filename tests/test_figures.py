@@ -94,15 +94,11 @@ def test_loss_curves_are_one_whole_line_per_seed_on_a_logarithmic_axis_with_the_
     kept = table[table["epoch"] == 2]  # the first of equals
     expected = sorted(kept[["epoch", "val_loss"]].to_numpy().tolist())
     np.testing.assert_allclose(sorted(dots.get_offsets().tolist()), expected)
-    assert drawn(figures.loss_curves(table, "val_accuracy", "cifar10-jpeg"))[0].get_yscale() == "linear"
-
-
-def test_panels_of_loss_curves_share_their_axis_and_leave_out_what_is_missing():
-    models = {f"model-{i}": [3] for i in range(12)}
-    panels = {"all": list(models), "two": ["model-0", "missing"], "none": ["missing"]}
-    every, two, none = drawn(figures.loss_curves(histories_of(models), "train_loss", "cifar10-jpeg", panels))
-    assert [len(seed_lines(axis)) for axis in (every, two, none)] == [12, 1, 0]
-    assert every.get_ylim() == two.get_ylim() == none.get_ylim()
+    panels = {"both": ["plain", "residual"], "one": ["plain", "missing"], "none": ["missing"]}
+    axes = drawn(figures.loss_curves(table, "val_accuracy", "cifar10-jpeg", panels))
+    assert [len(seed_lines(axis)) for axis in axes] == [4, 3, 0]
+    assert {axis.get_ylim() for axis in axes} == {axes[0].get_ylim()}
+    assert axes[0].get_yscale() == "linear"
 
 
 def test_loss_terms_are_drawn_with_their_weights():
