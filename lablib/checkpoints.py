@@ -1,4 +1,4 @@
-"""Checkpoints on the disk: sealed when they are whole, checked before they are used, the newest two kept."""
+"""Checkpoints on disk: sealed when complete, verified before use, the newest two kept."""
 
 import errno
 import hashlib
@@ -22,14 +22,14 @@ _SIGNS_OF_THE_DISK = ("PytorchStreamWriter", "inline_container", "iostream", "Io
 
 
 class DamagedCheckpointError(OSError):
-    """A checkpoint is not what was written, or cannot be loaded."""
+    """A checkpoint has changed since it was written, or cannot be loaded."""
 
 
 def contiguous_weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """A model's state as safetensors takes it: each tensor by itself and contiguous, on the model's device.
+    """A model's state_dict as contiguous clones on its device, which safetensors accepts.
 
-    safetensors refuses tensors that share memory (one block used three times) or lie in it in another order
-    (transposed, channels last). Raises TypeError for a state that is no tensor.
+    It refuses tensors that share memory (one block used three times) or are not contiguous (transposed, channels last).
+    Raises TypeError for an entry that is not a tensor.
     """
     weights = model.state_dict()
     for name, value in weights.items():
@@ -39,14 +39,14 @@ def contiguous_weights(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def own_memory(model: nn.Module):
-    """Give expanded weights and buffers memory of their own, or nothing could be written to them: no step, no load."""
+    """Give expanded weights and buffers memory of their own; PyTorch can neither update nor load them otherwise."""
     for tensor in (*model.parameters(), *model.buffers()):
         if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
             tensor.data = tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """The checkpoints of a training, the newest first; none of them is verified."""
+    """The checkpoints in a folder, newest first, not verified."""
     numbered = [path for path in folder.glob(f"{_PREFIX}*") if path.name.removeprefix(_PREFIX).isdigit()]
     return sorted(numbered, key=lambda path: int(path.name.removeprefix(_PREFIX)), reverse=True)
 
@@ -57,13 +57,13 @@ def unfinished(folder: Path) -> Path:
 
 
 def discard_unfinished(folder: Path):
-    """Delete what a process that was killed left behind while it wrote or deleted a checkpoint."""
+    """Delete what a process left behind that was killed while writing or deleting a checkpoint."""
     for path in folder.glob(f"{_LEFTOVER}*"):
         shutil.rmtree(path)
 
 
 def seal(written: Path, target: Path):
-    """Make a written folder a checkpoint: all on the disk, with a manifest of sizes and sums, then in its place."""
+    """Turn a written folder into a checkpoint: flush it, add a manifest of sizes and checksums, move it into place."""
     manifest = {}
     for path in sorted(path for path in written.rglob("*") if path.is_file()):
         with open(path, "rb") as file:
@@ -79,7 +79,7 @@ def seal(written: Path, target: Path):
 
 
 def verify(checkpoint: Path):
-    """Compare a checkpoint with its manifest. Raises DamagedCheckpointError, naming what is not as it was written."""
+    """Compare a checkpoint with its manifest. Raises DamagedCheckpointError, naming the file that differs."""
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_bytes())
         for name, written in manifest.items():
@@ -98,10 +98,7 @@ def verify(checkpoint: Path):
 
 
 def newest_usable(folder: Path, check: Callable[[Path], None] = verify) -> Path | None:
-    """The newest checkpoint that passes a check, or None.
-
-    One that raises DamagedCheckpointError is passed over with a warning that names it, and set aside beside the folder.
-    """
+    """The newest checkpoint that passes a check, or None; damaged ones are set aside with a warning."""
     for path in checkpoints_in(folder):
         try:
             check(path)
@@ -118,7 +115,7 @@ def newest_usable(folder: Path, check: Callable[[Path], None] = verify) -> Path 
 
 
 def set_aside(checkpoint: Path) -> Path:
-    """Move a checkpoint out of the way of the training, to be looked at; its new place."""
+    """Move a checkpoint out of the way, to be looked at; returns its new path."""
     folder = checkpoint.parent.parent / "set-aside"
     folder.mkdir(exist_ok=True)
     number = 1
@@ -135,10 +132,7 @@ def keep_newest(folder: Path, number: int):
 
 
 def check_room(folder: Path, num_bytes: int):
-    """Make a folder and make sure that it can be written to and has room.
-
-    Raises OSError, naming the folder, what is missing, and what to do.
-    """
+    """Make a folder and check that it is writable and has room. Raises OSError with the reason and what to do."""
     what = f"the folder {folder} cannot be written to"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -160,12 +154,12 @@ def check_room(folder: Path, num_bytes: int):
 
 
 def is_about_the_disk(error: Exception) -> bool:
-    """Whether a checkpoint could not be written because of the disk, which PyTorch and safetensors say in words."""
+    """Whether writing failed because of the disk; PyTorch and safetensors say so only in the message."""
     return isinstance(error, OSError) or any(sign in str(error) for sign in _SIGNS_OF_THE_DISK)
 
 
 def describe_failed_write(error: Exception, target: Path, num_bytes: int) -> OSError:
-    """What to raise when a checkpoint could not be written: which, why, what is safe, what to do."""
+    """The error to raise for a failed write: which checkpoint, why, what is safe, what to do."""
     free = _mebibytes(shutil.disk_usage(target.parent).free)
     return OSError(
         getattr(error, "errno", None) or errno.EIO,

@@ -21,82 +21,40 @@ EARLY_STOPPING_METRICS = ("accuracy", "loss")
 PRECISIONS = ("auto", "fp32", "bf16")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
-# Further fields of transformers.TrainingArguments that are known to work here.
+# Further fields of transformers.TrainingArguments that are known to work here; dataloader_drop_last in training only.
 TRAINING_ARGUMENTS = (
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
-    "dataloader_drop_last",  # in training only: evaluations count every image
-    "dataloader_num_workers",
-    "dataloader_persistent_workers",
-    "dataloader_prefetch_factor",
-    "ddp_backend",
-    "ddp_broadcast_buffers",
-    "ddp_bucket_cap_mb",
-    "ddp_find_unused_parameters",
-    "ddp_static_graph",
-    "ddp_timeout",
-    "disable_tqdm",
-    "eval_accumulation_steps",
-    "gradient_accumulation_steps",
-    "log_level",
-    "lr_scheduler_kwargs",
-    "max_steps",
-    "save_total_limit",
-    "torch_compile",
-    "torch_compile_backend",
-    "torch_compile_mode",
-)
-# TrainingConfig's field -> the arguments that it sets
-_OWNED_ARGUMENTS = {
+    "adam_beta1", "adam_beta2", "adam_epsilon", "dataloader_drop_last", "dataloader_num_workers",
+    "dataloader_persistent_workers", "dataloader_prefetch_factor", "ddp_backend", "ddp_broadcast_buffers",
+    "ddp_bucket_cap_mb", "ddp_find_unused_parameters", "ddp_static_graph", "ddp_timeout", "disable_tqdm",
+    "eval_accumulation_steps", "gradient_accumulation_steps", "log_level", "lr_scheduler_kwargs", "max_steps",
+    "save_total_limit", "torch_compile", "torch_compile_backend", "torch_compile_mode",
+)  # fmt: skip
+# TrainingConfig's field -> the arguments that it sets.
+_SET_BY = {
     "batch_size": ("per_device_train_batch_size", "per_device_eval_batch_size", "auto_find_batch_size"),
     "checkpoint_seconds": ("save_strategy", "save_steps", "save_only_model"),
-    "deterministic": ("full_determinism",),
-    "device": ("use_cpu",),
+    "deterministic": ("full_determinism",), "device": ("use_cpu",),
     "early_stopping_metric": ("metric_for_best_model", "greater_is_better", "load_best_model_at_end"),
-    "learning_rate": ("learning_rate",),
-    "lr_schedule": ("lr_scheduler_type",),
-    "max_grad_norm": ("max_grad_norm",),
-    "num_epochs": ("num_train_epochs",),
-    "optimizer": ("optim", "optim_args"),
-    "output_dir": ("output_dir",),
-    "precision": ("bf16", "fp16", "bf16_full_eval", "fp16_full_eval", "tf32"),
-    "seed": ("seed", "data_seed"),
-    "use_wandb": ("report_to",),
-    "warmup_fraction": ("warmup_steps",),
-    "weight_decay": ("weight_decay",),
-}
-_REFUSED_ARGUMENTS = {
-    **{name: f"which TrainingConfig sets by its field {field}" for field, n in _OWNED_ARGUMENTS.items() for name in n},
-    **dict.fromkeys(
-        (
-            "eval_strategy",
-            "eval_steps",
-            "eval_delay",
-            "eval_on_start",
-            "logging_strategy",
-            "logging_steps",
-            "logging_nan_inf_filter",
-        ),
-        "but early stopping and history need one validation and one log in each epoch",
+    "learning_rate": ("learning_rate",), "lr_schedule": ("lr_scheduler_type",), "max_grad_norm": ("max_grad_norm",),
+    "num_epochs": ("num_train_epochs",), "optimizer": ("optim", "optim_args"), "output_dir": ("output_dir",),
+    "precision": ("bf16", "fp16", "bf16_full_eval", "fp16_full_eval"), "seed": ("seed", "data_seed"),
+    "use_wandb": ("report_to",), "warmup_fraction": ("warmup_steps",), "weight_decay": ("weight_decay",),
+}  # fmt: skip
+_REASONS = {
+    "but early stopping and history need one log and one validation per epoch": (
+        "eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "logging_strategy", "logging_steps",
     ),
-    **dict.fromkeys(
-        ("eval_do_concat_batches", "include_for_metrics", "batch_eval_metrics", "prediction_loss_only"),
-        "but an evaluation needs the logits of all images at once",
+    "but an evaluation needs the logits of all images at once": (
+        "eval_do_concat_batches", "include_for_metrics", "batch_eval_metrics", "prediction_loss_only",
     ),
-    **dict.fromkeys(
-        (
-            "ignore_data_skip",
-            "restore_callback_states_from_checkpoint",
-            "train_sampling_strategy",
-            "accelerator_config",
-        ),
-        "which would make a resumed training another one",
+    "but a resumed training would no longer be exact": (
+        "ignore_data_skip", "restore_callback_states_from_checkpoint", "train_sampling_strategy",
     ),
-    **dict.fromkeys(("remove_unused_columns", "label_names"), "but the lab's batches are images and labels"),
-    "logging_nan_inf_filter": "but a loss that is not finite ends the training",
-    "label_smoothing_factor": "which would do nothing: the loss is that of the trainer's `losses`",
-}
+    "but the lab's batches are images and labels": ("remove_unused_columns", "label_names"),
+    "but a loss that is not finite ends the training": ("logging_nan_inf_filter",),
+    "which would do nothing: the trainer's `losses` make the loss": ("label_smoothing_factor",),
+} | {f"which TrainingConfig sets by its field {name}": arguments for name, arguments in _SET_BY.items()}  # fmt: skip
+_REFUSED_ARGUMENTS = {name: reason for reason, names in _REASONS.items() for name in names}
 
 # What has no influence on the science of a run: who is told about it, and where its files lie.
 NOT_IDENTITY = (
@@ -156,7 +114,7 @@ class TrainingConfig:
     telegram_every_run: bool = False  # a message for each run of an experiment too, not only one at its end
     telegram_bot_token: Secret | str | None = None  # None: from the environment, TELEGRAM_BOT_TOKEN; kept as a Secret
     telegram_chat_id: str | int | None = None  # None: from the environment, TELEGRAM_CHAT_ID
-    training_arguments: dict[str, Any] = field(default_factory=dict)  # any further transformers.TrainingArguments
+    training_arguments: dict[str, Any] = field(default_factory=dict)  # those of TRAINING_ARGUMENTS
 
     def __post_init__(self):
         self._check_credentials()  # before anything that may show the config
@@ -289,7 +247,7 @@ class TrainingConfig:
     def to_training_arguments(self, output_dir: str, *, bf16: bool = False) -> "TrainingArguments":
         """The same knobs as `transformers.TrainingArguments`; checkpoints go to `output_dir`.
 
-        `training_arguments` come last, so that they can set everything that this config does not.
+        `training_arguments` come last, and win over the lab's defaults.
         Raises ValueError where several processes (`torchrun`) cannot share a batch out evenly.
         """
         from transformers import TrainingArguments

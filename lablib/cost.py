@@ -1,4 +1,4 @@
-"""What a model costs: multiply-adds, bytes on disk and in memory, time for a batch."""
+"""What a model costs: multiply-adds, bytes on disk and in memory, time per batch."""
 
 import statistics
 import time
@@ -38,10 +38,10 @@ def bytes_on_disk(model: nn.Module) -> int:
 
 @torch.no_grad()
 def peak_memory(model: nn.Module, image_shape: Sequence[int], batch: int = 128) -> int:
-    """Bytes of the tensors that live at the same time in a forward pass, at most: the images and what is made of them.
+    """Peak bytes of the tensors alive in a forward pass in eval mode: the images and all that is computed from them.
 
-    Weights are not counted (`bytes_on_disk` gives them), nor is an operation's own scratch memory. `image_shape` is
-    (channels, height, width); the model is in eval mode where it is.
+    Neither weights (see `bytes_on_disk`) nor an operation's scratch memory count. `image_shape` is (channels, height,
+    width).
     """
     images = torch.zeros(batch, *image_shape, device=next(model.parameters()).device)
     with eval_mode(model), _LiveBytes([images, *model.parameters(), *model.buffers()]) as live:
@@ -57,11 +57,11 @@ def latency(
     repeats: int = 10,
     rounds: int = 5,
 ) -> pd.DataFrame:
-    """Time of a forward pass, a row for each model and batch size.
+    """Time of a forward pass in eval mode, one row per model and batch size.
 
-    Columns: model, batch, milliseconds (median), images_per_second, device, threads. The models take turns for some
-    `rounds`, so that a machine that is busy for a while slows all of them alike; a turn is `repeats` passes, after two
-    to warm up. They are measured in eval mode where they are, in their own precision.
+    Columns: model, batch, milliseconds (median), images_per_second, device, threads. The models take turns for several
+    `rounds`, so that a busy machine slows all of them alike; a turn is `repeats` passes after two to warm up. They stay
+    on their device and in their precision.
     Raises ValueError for fewer than one repeat or round.
     """
     if min(repeats, rounds) < 1:

@@ -49,8 +49,8 @@ class ImageData:
                 )
             if wrong := sorted({*range(number)} ^ {*labels.unique().tolist()}):
                 raise ValueError(
-                    f"{self.name}: the {part} labels must be 0 to {number - 1}, and each class needs images, "
-                    f"but that is not so for {wrong}"
+                    f"{self.name}: the {part} labels must be 0 to {number - 1}, each at least once; missing or out "
+                    f"of range: {wrong}"
                 )
         if self.train_images.shape[1:] != self.test_images.shape[1:]:
             raise ValueError(

@@ -120,8 +120,8 @@ def _unreadable(name: str, data_dir: Path, error: Exception) -> OSError:
     bad = [file for file, md5 in files if not datasets.utils.check_integrity(where / file, md5)]
     return OSError(
         f"{name} can be neither read from {where} nor downloaded ({type(error).__name__}: {error}). Missing or damaged "
-        f"there: {', '.join(bad) or 'a file that was unpacked'}. Put good copies there and delete what was unpacked, "
-        "or connect to a network; dataset = 'digits' needs neither"
+        f"there: {', '.join(bad) or 'an unpacked file'}. Put good copies there and delete unpacked ones, or connect to "
+        "a network; dataset = 'digits' needs neither"
     )
 
 
@@ -145,7 +145,7 @@ def _from_folder(folder: Path, size, channels) -> ImageData:
         labels += [number] * len(images)
         split += len(images) if part == "train" else 0
     if others:
-        warnings.warn(f"{len(others)} files are not read, as they are no images, such as {others[0]}", stacklevel=3)
+        warnings.warn(f"{len(others)} files are ignored, since they are not images: {others[0]}", stacklevel=3)
     status = [(path.removeprefix(str(folder)), (s := os.stat(path)).st_size, s.st_mtime_ns) for path in paths]
     key = hashlib.sha256(repr(status).encode()).hexdigest()[:16]
     kind = ("x".join(map(str, size)) if size else "anysize", {None: "anycolour", 1: "grey", 3: "rgb"}[channels])
@@ -160,7 +160,7 @@ def _pixels(paths: list[str], size, channels, cache: Path) -> np.ndarray:
     with suppress(OSError, ValueError, EOFError):  # absent or damaged
         images = np.load(cache, mmap_mode="r")
         with suppress(OSError):
-            os.utime(cache)
+            os.utime(cache)  # in use, see _write
         return images
     if channels is None:
         channels = 1 if all(map(_is_grey, paths)) else 3
@@ -194,7 +194,7 @@ def _write(cache: Path, shape: tuple[int, ...], images: Iterator[np.ndarray]):
         partial_file.unlink(missing_ok=True)
     for old in cache.parent.glob(f"{cache.name.rpartition('-')[0]}-*"):
         with suppress(OSError):
-            if old.stat().st_mtime < time.time() - 24 * 60 * 60:  # joblib's workers open a cache again by its name
+            if old.stat().st_mtime < time.time() - 24 * 60 * 60:  # joblib's workers open caches by name at any time
                 old.unlink()
 
 

@@ -1,13 +1,13 @@
-"""A model -> what it is like inside: the gradients by layer, and what it predicts."""
+"""A model -> gradients by layer, angles between features, predictions, calibration."""
 
 import contextlib
-import copy
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import nn
+from torch.func import functional_call
 from torch.nn import functional as F
 
 
@@ -45,19 +45,24 @@ def gradient_norms(
 
 @torch.no_grad()
 def mean_angle(model: nn.Module, images: torch.Tensor) -> float:
-    """How well a model's last hidden layer tells images apart: the mean angle between two of them, in degrees.
+    """How well a model's last hidden layer separates images: the mean angle between two of them, in degrees.
 
-    `images` as the model takes them, batch × channels × height × width, two or more. The features are the input of the
-    last linear layer; 0 means that all images look the same there. Computed in float64, without dropout; the model
-    stays as it was. Raises ValueError for fewer than two images or a model without a linear layer.
+    `images` are the model's input, batch × channels × height × width, two or more. The features are the input of the
+    last linear layer; 0 means that all images have the same direction there. Computed in float64, without dropout; the
+    model is not changed. Raises ValueError for fewer than two images or a model without a linear layer.
     """
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     if not linear or len(images) < 2:
         raise ValueError(f"an angle needs a linear layer and two images; there are {len(linear)} and {len(images)}")
-    double = copy.deepcopy(model).cpu().double().eval()
+    state = {name: tensor.detach().cpu() for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    double = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
     features = []
-    double.get_submodule(linear[-1]).register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
-    double(images.cpu().double())
+    hook = model.get_submodule(linear[-1]).register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
+    try:
+        with eval_mode(model):
+            functional_call(model, double, (images.cpu().double(),))
+    finally:
+        hook.remove()
     directions = F.normalize(features[0].flatten(1), dim=1)  # (batch, features)
     first, second = torch.triu_indices(len(images), len(images), offset=1)
     # the angle by its half's sine: an arc cosine loses small angles to rounding
@@ -74,7 +79,7 @@ def predict(model: nn.Module, images: torch.Tensor, batch_size: int = 1000) -> t
 
 @contextlib.contextmanager
 def eval_mode(model: nn.Module):
-    """Eval mode for a while; afterwards each part is in the mode that it was in."""
+    """Eval mode; afterwards each module is in its earlier mode."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -85,7 +90,7 @@ def eval_mode(model: nn.Module):
 
 
 def calibration(confidence: Sequence[float], correct: Sequence[bool], bins: int = 15) -> pd.DataFrame:
-    """Confidence against accuracy, for a reliability diagram; one row a bin of equal width that has images in it.
+    """Confidence against accuracy, for a reliability diagram; one row per non-empty bin of equal width.
 
     For each image the probability of the predicted class, and whether that is the right one. Columns: low, high (the
     bin's ends; an image on an end belongs to the bin below), images, confidence and accuracy (means in the bin).

@@ -1,4 +1,4 @@
-"""Knowledge distillation: a small network learns from the answers of a large one."""
+"""Knowledge distillation: a small network learns from the logits of a large one."""
 
 import copy
 import math
@@ -24,10 +24,10 @@ def distillation_loss(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Total, soft and hard loss of a batch (Hinton, Vinyals and Dean 2015, https://arxiv.org/abs/1503.02531).
 
-    `alpha` weighs the teacher's term (some libraries have it the other way round):
-    total = alpha · soft + (1 − alpha) · hard, where soft = temperature² · KL(teacher ‖ student), both softened by the
-    temperature, and hard = cross-entropy with the labels; means over the batch. The factor temperature² keeps the size
-    of the soft term's gradient, which would else fall with it. Logits are batch × classes, labels batch.
+    total = alpha · soft + (1 − alpha) · hard; some libraries swap the two. soft = temperature² · KL(teacher ‖ student),
+    both softened by the temperature; hard = cross-entropy with the labels; means over the batch. The factor
+    temperature² keeps the soft term's gradient the same size at all temperatures. Logits are batch × classes, labels
+    batch.
     """
     soft = temperature**2 * F.kl_div(
         F.log_softmax(student_logits / temperature, dim=1),
@@ -40,10 +40,10 @@ def distillation_loss(
 
 
 class KnowledgeDistillationTrainer(StreamlinedTrainer):
-    """Trains a student on its labels and on a teacher's answers to the same images; all else is as without a teacher.
+    """Trains a student on the labels and on a teacher's logits for the same images; only the loss changes.
 
-    The trainer has a teacher of its own, a frozen copy in eval mode. Both terms are recorded by epoch, as soft_loss and
-    hard_loss. Raises ValueError for an alpha outside [0, 1], a temperature that is not above 0, and a teacher that is
+    The teacher is copied, frozen, and in eval mode. Both terms are recorded by epoch, as soft_loss and hard_loss.
+    Raises ValueError for an alpha outside [0, 1], a temperature that is not above 0, and a teacher that is
     the student, cannot be copied, or has another number of classes.
     """
 
@@ -81,7 +81,7 @@ class KnowledgeDistillationTrainer(StreamlinedTrainer):
 
     @cached_property
     def environment(self) -> dict[str, str]:
-        """As `ResumableTrainer.environment`, with the teacher's weights: one that is resumed should have the same."""
+        """As `ResumableTrainer.environment`, with the teacher's weights, which should not change on resume."""
         return super().environment | {"teacher": weights_digest(self.teacher)[:12]}
 
     def outputs(self, model: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -91,7 +91,7 @@ class KnowledgeDistillationTrainer(StreamlinedTrainer):
         return model(images), teacher_logits.float()
 
     def losses(self, outputs: tuple[torch.Tensor, torch.Tensor], labels: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The total loss, and its two terms without their weights."""
+        """The total loss and its two unweighted terms."""
         total, soft, hard = distillation_loss(*outputs, labels, self.temperature, self.alpha)
         return {"loss": total, "soft_loss": soft, "hard_loss": hard}
 

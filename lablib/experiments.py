@@ -321,7 +321,7 @@ def _messages(result: Experiment):
     """What tells a chat of an experiment, or None; it is imported only where it is switched on."""
     if not result.config.use_telegram_notifications or not is_first_process():
         return nullcontext()
-    from lablib.telegram.callback import ExperimentMessages
+    from lablib.telegram import ExperimentMessages
 
     return ExperimentMessages(result)
 
@@ -337,8 +337,9 @@ def _by_run(trainer_class: TrainerClass | Mapping, runs: list[tuple[str, int]]) 
 
 
 def _train_pending(result: Experiment, pending: dict, jobs: int, weights: bool, messages, failures: "_Failures"):
+    paths = {key: Path(result.config.output_dir) / run_name(described) for key, (described, *_) in pending.items()}
     if messages:
-        messages.begin(pending)
+        messages.begin(paths)
     config = replace(result.config, use_telegram_notifications=False)  # the experiment speaks for its runs
     jobs = min(joblib.effective_n_jobs(jobs), jobs if jobs > 0 else len(pending), len(pending))
     threads = max(1, joblib.cpu_count() // jobs) if jobs > 1 and _is_local() else None
@@ -354,7 +355,6 @@ def _train_pending(result: Experiment, pending: dict, jobs: int, weights: bool, 
     return_as = "generator_unordered" if backend.supports_return_generator else "list"
     # mmap_mode "c": the workers share the images' memory, and may write to their own copy
     parallel = joblib.Parallel(n_jobs=jobs, return_as=return_as, mmap_mode="c", pre_dispatch=jobs)
-    paths = {key: Path(config.output_dir) / run_name(described) for key, (described, *_) in pending.items()}
     names = {f"{name}, seed {seed}": path for (name, seed), path in paths.items()}
     with RunProgress(names, result.config.num_epochs, finished=len(result.runs)) as progress, interruption:
         try:

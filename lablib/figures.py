@@ -20,6 +20,7 @@ from lablib.statistics import compare, gradient_ratios, labels, points, summaris
 
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 4)))
 MARKERS = ("o", "s", "^", "D", "v", "P")
+CAPTION = "one point per run, mean and 95 % interval (from three seeds on)"
 MIN_IMAGES = 30  # in a bin of a reliability diagram: the accuracy of fewer says little
 
 
@@ -105,8 +106,8 @@ def _colors(count: int) -> list:
     return sns.color_palette("colorblind", count)
 
 
-def _row_of_axes(count: int, width: float = 4.4) -> tuple[Figure, np.ndarray]:
-    size = (max(6.8, width * count), 4.4)
+def _row_of_axes(count: int) -> tuple[Figure, np.ndarray]:
+    size = (max(6.8, 4.4 * count), 4.4)
     figure, axes = plt.subplots(1, count, figsize=size, sharey=True, squeeze=False, layout="constrained")
     return figure, axes[0]
 
@@ -120,9 +121,8 @@ def _line_per_seed(axis: Axes, table: pd.DataFrame, column: str, kind: str, orde
 
 
 def _legend_below(axis: Axes):
-    axis.legend(
-        loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=1 if len(axis.get_legend_handles_labels()[0]) < 4 else 2
-    )
+    entries = len(axis.get_legend_handles_labels()[1])
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2 if entries > 3 else 1)
 
 
 def _label_log(axis: Axis):
@@ -150,7 +150,7 @@ def accuracy_by_depth(
         axis.set(xlabel=xlabel, title=title)
         _legend_below(axis)
     axes[0].set_ylabel("test error (%)")
-    figure.suptitle(f"{dataset}: test error by depth, one point per run, lines through the means")
+    figure.suptitle(f"{dataset}: test error by depth\n{CAPTION}")
     return figure
 
 
@@ -191,7 +191,7 @@ def accuracy_by_cost(frame: pd.DataFrame, costs: pd.DataFrame, dataset: str) -> 
         _label_log(axis.xaxis)
         _legend_below(axis)
     axes[0].set_ylabel("test accuracy (%)")
-    figure.suptitle(f"{dataset}: test accuracy by cost, one point per run, lines through the means; numbers: depth")
+    figure.suptitle(f"{dataset}: test accuracy by cost (numbers: depth)\n{CAPTION}")
     return figure
 
 
@@ -274,7 +274,8 @@ def gradient_norms(gradients: pd.DataFrame, dataset: str) -> Figure:
 def paired_differences(comparison: pd.DataFrame, dataset: str, title: str) -> Figure:
     """A table of `lablib.statistics.compare`: for each row a dot per seed, and below them their mean and interval."""
     names = [f"{label} (n = {n})" for label, n in zip(labels(comparison), comparison["n"], strict=True)]
-    figure, axis = plt.subplots(figsize=(8, 0.6 * len(names) + 1.8), layout="constrained")
+    width = 5.5 + 0.08 * max(map(len, names), default=0)  # inches
+    figure, axis = plt.subplots(figsize=(width, 0.6 * len(names) + 1.8), layout="constrained")
     axis.axvline(0, color="0.4", linewidth=1)
     for place, row in enumerate(comparison.itertuples()):
         axis.plot(
@@ -288,7 +289,7 @@ def paired_differences(comparison: pd.DataFrame, dataset: str, title: str) -> Fi
     axis.margins(x=0.08)
     legend = "circle: one seed; diamond: mean, filled if significant; bar: 95 % interval"
     axis.set_xlabel(f"difference in test accuracy (percentage points)\n{legend}", fontsize="small")
-    axis.set_title(f"{dataset}: {title}")
+    figure.suptitle(f"{dataset}: {title}")
     return figure
 
 
@@ -300,7 +301,7 @@ def distillation(frame: pd.DataFrame, names: Mapping[str, str], dataset: str, ch
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 4.6), layout="constrained")
     accuracies = 100 * frame.pivot(index="seed", columns="model", values="test_accuracy")
     accuracies = accuracies.reindex(columns=names.values())
-    parameters = frame.groupby("model")["parameters"].first()
+    parameters = frame.groupby("model")["parameters"].first().reindex(names.values())
     for place, color in enumerate(_colors(3)):
         values = accuracies.iloc[:, place].dropna()  # a teacher may be the student itself
         if values.empty:
@@ -312,7 +313,8 @@ def distillation(frame: pd.DataFrame, names: Mapping[str, str], dataset: str, ch
     left.axhline(100 * chance, color="0.2", linewidth=1, linestyle=":")
     left.set(ylim=(0, 101), ylabel="test accuracy (%)", title="mean (dotted: guessing)")
     right.plot(range(len(names)), accuracies.T, color="0.4", linewidth=1, marker=".")
-    ticks = [f"{role}\n{model}\n{parameters[model]:,.0f} parameters" for role, model in names.items()]
+    rows = zip(names.items(), parameters, strict=True)
+    ticks = [f"{role}\n{model}\n{number:,.0f} parameters" for (role, model), number in rows]
     for axis in (left, right):
         axis.set_xticks(range(len(names)), labels=ticks, fontsize="x-small")
         axis.grid(axis="x", visible=False)
@@ -320,8 +322,8 @@ def distillation(frame: pd.DataFrame, names: Mapping[str, str], dataset: str, ch
     right.set_title("close up: one line per seed")
     _, alone, distilled = names
     gain = compare(frame, {"gain": (names[distilled], names[alone])}).to_dict("records")
-    what = f"{distilled} − {alone}: {points(gain[0])}" if gain else "no seed in common"
-    figure.suptitle(f"{dataset}, {what}")
+    what = f"{distilled} − {alone}: {points(gain[0])}" if gain else f"{distilled} and {alone} share no seed"
+    figure.suptitle(f"{dataset}\n{what}")
     return figure
 
 

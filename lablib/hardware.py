@@ -15,10 +15,10 @@ from lablib.data import ImageData
 
 
 def resolve_bf16(config: TrainingConfig, model: nn.Module) -> bool:
-    """Whether a run computes in bfloat16: by the config, or where it is faster.
+    """Whether a run computes in bfloat16: as the config says, or where it is faster.
 
-    That is, for convolutions on a processor or GPU with bfloat16 units (AMX or AVX-512 BF16 on x86), which take half to
-    two thirds of the time; small linear layers gain nothing.
+    It is for convolutions on a processor or GPU with bfloat16 units (AMX or AVX-512 BF16 on x86), which take half to
+    two thirds of the time. Small linear layers gain nothing.
     """
     if config.precision != "auto":
         return config.precision == "bf16"
@@ -30,12 +30,12 @@ def resolve_bf16(config: TrainingConfig, model: nn.Module) -> bool:
 
 
 def memory_format(model: nn.Module, device: torch.device, image_shape: Sequence[int]) -> torch.memory_format:
-    """How images lie in memory where a model is fastest: channels last for convolutions.
+    """The fastest memory format for a model's images of (channels, height, width): channels last for convolutions.
 
-    Not so on a processor for a network with strided 1 × 1 convolutions of fewer than 16 channels: oneDNN (to 3.13 at
-    least) then writes past its workspace, which ruins gradients or ends the process
-    (https://github.com/uxlfoundation/oneDNN/issues/6035). Nor for a model that does not take such images, as one that
-    flattens its features with `view` does not; it is tried. `image_shape` is (channels, height, width).
+    There are two exceptions. On a processor, strided 1 × 1 convolutions of fewer than 16 channels make oneDNN (up to
+    3.13 at least) write past its workspace, which ruins gradients or ends the process
+    (https://github.com/uxlfoundation/oneDNN/issues/6035). And some models fail on such images, for instance where they
+    flatten features with `view`; this is tried.
     """
     if device.type not in ("cpu", "cuda") or not has_convolutions(model):
         return torch.contiguous_format
@@ -46,22 +46,22 @@ def memory_format(model: nn.Module, device: torch.device, image_shape: Sequence[
 
 @torch.no_grad()
 def takes_channels_last(model: nn.Module, image_shape: Sequence[int]) -> bool:
-    """Whether a model takes images of (channels, height, width) that lie in memory channels last."""
+    """Whether a model accepts channels-last images of (channels, height, width)."""
     images = torch.zeros(2, *image_shape, device=next(model.parameters(), torch.empty(0)).device)
     with untouched(model):
         try:
             model.eval()(images.contiguous(memory_format=torch.channels_last))
-        except Exception:  # what else is wrong with the model, the sanity check says
+        except Exception:  # if something else is wrong with the model, the sanity check says so
             return False
     return True
 
 
 @contextlib.contextmanager
 def untouched(owner: object):
-    """Leave a model, or a trainer and the models that it holds, as they were, and the random states too.
+    """Afterwards restore a model, or a trainer with the models it holds, and the random states.
 
-    That is weights, buffers, gradients, modes and plain attributes, but not what is in a list that a model fills. The
-    models begin without gradients. Nothing is copied but tensors, since a model may hold what cannot be copied.
+    Restores weights, buffers, gradients, modes and plain attributes, but not the contents of lists. Inside, gradients
+    are None. Only tensors are copied, since a model as a whole may not be.
     """
     models = [held for held in (owner, *vars(owner).values()) if isinstance(held, nn.Module)]
     modules = {module for model in models for module in model.modules()}
@@ -112,9 +112,9 @@ def check_device(device: str):
 
 @contextlib.contextmanager
 def deterministic_algorithms(wanted: bool):
-    """PyTorch's deterministic algorithms, which give the same bits each time on a GPU and take longer.
+    """PyTorch's deterministic algorithms, slower and bitwise reproducible on a GPU; restores the settings afterwards.
 
-    https://pytorch.org/docs/stable/notes/randomness.html; the settings are as before at the end.
+    https://pytorch.org/docs/stable/notes/randomness.html
     """
     if not wanted:
         yield
@@ -132,7 +132,7 @@ def deterministic_algorithms(wanted: bool):
 
 
 def fits(data: ImageData, device: torch.device) -> bool:
-    """Whether the training images may live on the device: in half of the memory that is free there."""
+    """Whether the training images fit into half of the device's free memory."""
     if device.type != "cuda":
         return True
     free, _ = torch.cuda.mem_get_info(device)
@@ -140,11 +140,10 @@ def fits(data: ImageData, device: torch.device) -> bool:
 
 
 def keep_freed_memory():
-    """Let glibc keep the memory of freed tensors for the next step; without glibc this does nothing.
+    """Let glibc keep the memory of freed tensors for the next step; elsewhere this does nothing.
 
-    By default it returns each block above its threshold to the system, and every step pays for the page faults again:
-    ten times the price of an elementwise operation on a batch of MNIST. But what it keeps falls into pieces, so that a
-    training takes up to twice the memory of its tensors.
+    By default it returns large blocks to the system, and every step pays for the page faults again: ten times the cost
+    of an elementwise operation on a batch of MNIST. Fragmentation may double a training's memory in return.
     """
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")

@@ -1,18 +1,25 @@
 """What a run is: everything that changes its outcome, described by content, and the name that follows from it."""
 
 import ast
+import copyreg
+import dataclasses
+import dis
 import hashlib
+import inspect
 import json
 import linecache
+import logging
 import os
+import random
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator
 from enum import Enum
-from functools import cached_property, partial
-from pathlib import PurePath
-from types import BuiltinFunctionType, CodeType, FunctionType, MethodDescriptorType, MethodType, ModuleType
+from functools import _lru_cache_wrapper, cache, cached_property, lru_cache, partial
+from pathlib import Path, PurePath
+from types import CodeType, FunctionType, MemberDescriptorType, MethodType, ModuleType, NoneType
 from typing import Any
+from weakref import ReferenceType
 
 import numpy as np
 import torch
@@ -23,11 +30,7 @@ from lablib.data import ImageData
 from lablib.hardware import resolve_bf16
 
 _SCHEME = 2  # raise it when a change to lablib makes the runs in a store answer another question
-_STANDARD_LIBRARY = os.path.realpath(sysconfig.get_path("stdlib")) + os.sep
-_LABLIB = os.path.dirname(os.path.realpath(__file__)) + os.sep
 _OF_EVERY_MODULE = {*vars(nn.Module()), "_hub_mixin_config"}
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_LITERALS = (complex, bytes, range, slice, torch.dtype, torch.device, torch.memory_format, type(...))
 
 
 def run_identity(
@@ -36,26 +39,28 @@ def run_identity(
     """What is trained, on what, and how; not where it runs, nor who is told of it. None is StreamlinedTrainer.
 
     One of lablib's networks is known by its class, arguments and seed; any other by the source of the function that
-    builds it, its layers, their attributes and its initial weights.
-    Raises TypeError for what cannot be described by its content, and ValueError as `build_seeded` does.
+    builds it, its layers, their attributes and its initial weights. A callback whose `__identity__` returns None only
+    watches, and makes no other run. Raises TypeError for what cannot be described by its content, and ValueError if two
+    calls of `build_model` do not give two equal networks.
     """
-    model = _built_twice(build_model, config.seed)
+    model, network = _network(build_model, config.seed)
     precision = {"precision": "bf16" if resolve_bf16(config, model) else "fp32"}
     described = {
         "scheme": _SCHEME,
-        "model": _network(model, build_model, config.seed),
+        "model": network,
         "data": describe(data, "data"),
         "config": describe(config, "config") | precision,
         "trainer": "lablib.StreamlinedTrainer" if trainer_class is None else describe(trainer_class, "trainer_class"),
     }
-    if callbacks:
-        described["callbacks"] = describe(list(callbacks), "callbacks")
+    if acting := [content for content in describe(list(callbacks), "callbacks") if content is not None]:
+        described["callbacks"] = acting
     return described
 
 
 def run_name(described: dict[str, Any]) -> str:
     """`<model class>-<hash of the identity>`, the name of a run's folder."""
-    return f"{described['model']['class'].rpartition('.')[2]}-{_digest(described)[:12]}"
+    digest = _sha256(json.dumps(described, sort_keys=True).encode())
+    return f"{described['model']['class'].rpartition('.')[2]}-{digest[:12]}"
 
 
 def build_seeded(build_model: Callable[[], nn.Module], seed: int) -> nn.Module:
@@ -68,180 +73,184 @@ def build_seeded(build_model: Callable[[], nn.Module], seed: int) -> nn.Module:
 def weights_digest(model: nn.Module) -> str:
     """SHA-256 over the names, types and bytes of a model's parameters and buffers, unsaved buffers included."""
     digest = hashlib.sha256()
-    for name, tensor in _tensors(model):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    for tensors in (model.named_parameters, model.named_buffers):
+        for name, tensor in tensors(remove_duplicate=False):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(_bytes(tensor))
     return digest.hexdigest()
 
 
-def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    yield from model.named_parameters(remove_duplicate=False)
-    yield from model.named_buffers(remove_duplicate=False)
-
-
-def _built_twice(build_model: Callable[[], nn.Module], seed: int) -> nn.Module:
-    first, second = build_seeded(build_model, seed), build_seeded(build_model, seed)
-    if not isinstance(first, nn.Module):
-        raise TypeError(f"the function that builds the model returned {first!r}, which is no torch.nn.Module")
-    if first is second or {id(t) for _, t in _tensors(first)} & {id(t) for _, t in _tensors(second)}:
+def _network(build_model: Callable[[], nn.Module], seed: int) -> tuple[nn.Module, dict[str, Any]]:
+    """A network with its initial weights, and its description. Raises ValueError if a second call gives another one."""
+    model, second = build_seeded(build_model, seed), build_seeded(build_model, seed)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"the function that builds the model returned {model!r}, which is no torch.nn.Module")
+    name = type(model).__name__
+    if _trained_parts(model) & _trained_parts(second):
         raise ValueError(
-            f"the function that builds the {type(first).__name__} returned parts of an existing network. It must build "
+            f"the function that builds the {name} returned parts of an existing network. It must build "
             "a new one at each call, or each seed would continue the training of the one before: build the network in "
             "the function, or return copy.deepcopy(network)"
         )
-    if weights_digest(first) != weights_digest(second):
+    described = describe(model, name)
+    if described != describe(second, name):
         raise ValueError(
-            f"two calls of the function that builds the {type(first).__name__} gave different weights with seed {seed}."
-            " Draw initial weights with torch, whose generator the seed sets, not with NumPy or random"
+            f"two calls of the function that builds the {name} gave different weights or attributes with seed {seed}. "
+            "Draw what is random with torch, whose generator the seed sets, not with NumPy or random"
         )
-    return first
+    if _origin(type(model)) == "lablib" and hasattr(model, "_hub_mixin_config"):
+        arguments = {name: value for name, value in model._hub_mixin_config.items() if value is not None}
+        if described == describe(build_seeded(partial(type(model), **arguments), seed), name):  # nothing was changed
+            return model, {"class": _name(type(model)), "arguments": describe(arguments, "arguments")}
+    builder = describe(build_model, "the function that builds the model")
+    return model, {"class": name, "built_by": builder, "content": described}
 
 
-def _network(model: nn.Module, build_model: Callable[[], nn.Module], seed: int) -> dict[str, Any]:
-    described = describe(model, type(model).__name__)
-    arguments = getattr(model, "_hub_mixin_config", None)
-    if _origin(type(model)) == "lablib" and isinstance(arguments, dict):
-        untouched = build_seeded(partial(type(model), **arguments), seed)
-        if described == describe(untouched, ""):
-            given = {name: value for name, value in arguments.items() if value is not None}
-            return {"class": _name(type(model)), "arguments": describe(given, "arguments")}
-    return {"class": type(model).__name__, "built_by": describe(build_model, "the function that builds it")} | described
+def _trained_parts(model: nn.Module) -> set[int]:
+    """What a training changes in place: modules with tensors of their own, and the memory of trainable weights."""
+    modules = {id(m) for m in model.modules() if m._parameters or m._buffers}
+    return modules | {p.untyped_storage().data_ptr() for p in model.parameters() if p.requires_grad} - {0}
 
 
-def describe(value: Any, where: str, _above: tuple[int, ...] = ()) -> Any:
+def describe(value: Any, where: str, _above: tuple[int, ...] = (), _code: dict | None = None) -> Any:
     """A value as JSON, by its content: the same for equal values in every process and on Python 3.11 to 3.13.
 
     `where` names the value in an error. An object with a method `__identity__` is described by what that returns.
     Raises TypeError where the content cannot be told.
     """
+    code = {} if _code is None else _code  # the functions and classes so far, each of which is described once
 
-    def inside(part: Any, name: str) -> Any:
-        return describe(part, f"{where}{name}", (*_above, id(value)))
+    def inside(part: Any, name: str = "", unordered: bool = False) -> Any:
+        return describe(part, where + name, (*_above, id(value)), dict(code) if unordered else code)
 
-    if value is None or isinstance(value, (bool, str)):
-        return value
-    if isinstance(value, (int, float, np.number, np.bool_)):
-        number = value.item() if isinstance(value, np.generic) else value
-        return int(number) if isinstance(number, float) and number.is_integer() else number  # 4 and 4.0 are one
-    if isinstance(value, Enum):
-        return f"{type(value).__name__}.{value.name}"
-    if isinstance(value, PurePath):
-        return value.as_posix()
-    if isinstance(value, _LITERALS):
-        return repr(value)
-    if id(value) in _above:  # it refers to itself
-        return "..."
-    if hasattr(value, "__identity__") and not isinstance(value, type):
-        return inside(value.__identity__(), "")
-    if isinstance(value, ModuleType):
-        return value.__name__.partition(".")[0]
-    if isinstance(value, torch.Tensor):
-        value = value.detach().cpu().contiguous()
-        return [str(value.dtype), list(value.shape), _sha256(value.view(-1).view(torch.uint8).numpy())]
-    if isinstance(value, np.ndarray) and not value.dtype.hasobject:
-        return [str(value.dtype), list(value.shape), _sha256(np.ascontiguousarray(value))]
-    if isinstance(value, dict):
-        items = [(inside(key, ""), inside(item, f"[{key!r}]")) for key, item in value.items()]
-        if all(isinstance(key, str) for key, _ in items):
-            return dict(sorted(items))
-        return sorted(items, key=json.dumps)
-    if isinstance(value, (list, tuple)) or (isinstance(value, np.ndarray) and value.ndim):
-        return [inside(item, f"[{number}]") for number, item in enumerate(value)]
-    if isinstance(value, (set, frozenset)):
-        return sorted((inside(item, "") for item in value), key=json.dumps)
-    if isinstance(value, partial):
-        return {"partial": inside(value.func, ""), "with": [inside(value.args, ""), inside(value.keywords, "")]}
-    if isinstance(value, MethodType):
-        return [inside(value.__func__, ""), inside(value.__self__, "")]
-    if isinstance(value, (staticmethod, classmethod)):
-        return inside(value.__func__, "")
-    if isinstance(value, property):
-        return [inside(function, "") for function in (value.fget, value.fset, value.fdel)]
-    if isinstance(value, BuiltinFunctionType):
-        return _name(value)
-    if isinstance(value, cached_property) or hasattr(value, "cache_info"):
-        return inside(getattr(value, "func", None) or value.__wrapped__, "")
-    if isinstance(value, FunctionType):
-        return _function(value, where, inside)
-    if isinstance(value, type):
-        return _class(value, inside)
-    if isinstance(value, nn.Module):
-        return _layers(value, inside)
-    if not any(
-        isinstance(member, MethodDescriptorType) for c in type(value).__mro__[:-1] for member in vars(c).values()
-    ):
-        slots = [name for c in type(value).__mro__ for name in getattr(c, "__slots__", ()) if hasattr(value, name)]
-        held = getattr(value, "__dict__", {}) | {name: getattr(value, name) for name in slots if name[:2] != "__"}
-        return {"class": inside(type(value), "")} | {n: inside(v, f".{n}") for n, v in sorted(held.items())}
-    raise TypeError(
-        f"{where} is a {_name(type(value))}, which cannot be described by its content, so that a run with another one "
-        "would be taken for the same. Use numbers, texts, lists, dicts, dataclasses, arrays, tensors, modules, or "
-        "functions with source; or give its class a method __identity__ that returns such values"
-    )
+    if hasattr(type(value), "__identity__"):
+        return inside(value.__identity__())
+    if isinstance(value, (FunctionType, type)):
+        if id(value) in code:
+            return {"described": code[id(value)][0]}
+        code[id(value)] = len(code), value  # which keeps it, and so its id
+    elif id(value) in _above:
+        return {"above": len(_above) - _above.index(id(value))}
+    if content := _CONTENT.get(type(value)):
+        return content(value, inside)
+    for kind, content in _CONTENT_BY_KIND.items():
+        if isinstance(value, kind):
+            return content(value, inside)
+    if (held := _pickled(value)) is None:
+        raise TypeError(
+            f"{where} is a {_name(type(value))}, which cannot be described by its content, so that a run with another "
+            "one would be taken for the same. Make it in the function that uses it, or give the object that holds it a "
+            "method __identity__ that returns numbers, texts, lists, dicts, arrays or tensors"
+        )
+    attributes, *rest = held
+    attributes = {n: inside(v, f".{n}") for n, v in sorted(attributes.items())}
+    return {"class": inside(type(value)), "attributes": attributes, "content": inside(rest)}
+
+
+def _number(value: float, inside: Callable) -> float:
+    return int(value) if isinstance(value, float) and value.is_integer() else value  # 4 and 4.0 are one
+
+
+def _array(value: np.ndarray, inside: Callable) -> list:
+    content = inside(value.tolist()) if value.dtype.hasobject else _sha256(np.ascontiguousarray(value))
+    return [str(value.dtype), list(value.shape), content]
+
+
+def _mapping(value: dict, inside: Callable) -> Any:
+    if all(isinstance(key, str) for key in value):
+        return {key: inside(item, f"[{key!r}]") for key, item in sorted(value.items())}
+    items = [[inside(key, "", True), inside(item, f"[{key!r}]", True)] for key, item in value.items()]
+    return sorted(items, key=json.dumps)
+
+
+def _sequence(value: list | tuple, inside: Callable) -> list:
+    return [inside(item, f"[{number}]") for number, item in enumerate(value)]
+
+
+def _set(value: set | frozenset, inside: Callable) -> list:
+    return sorted((inside(item, "", True) for item in value), key=json.dumps)
+
+
+def _path(value: PurePath, inside: Callable) -> str:
+    """Relative to the working directory where it lies in that, so that a project may be moved."""
+    return (value.relative_to(Path.cwd()) if value.is_relative_to(Path.cwd()) else value).as_posix()
 
 
 def _layers(model: nn.Module, inside: Callable) -> dict[str, Any]:
     """Classes and attributes of all modules, what hooks them, what is frozen, and the digest of the weights."""
     layers = {}
-    for name, module in model.named_modules():
-        own = _origin(type(module)) is None
+    for name, module in model.named_modules(remove_duplicate=False):
+        own, place = _is_own(type(module)), f".{name}" if name else ""
         held = {n: v for n, v in vars(module).items() if n not in _OF_EVERY_MODULE and (own or n[0] != "_")}
-        held |= {hooks: list(getattr(module, hooks).values()) for hooks in _HOOKS if getattr(module, hooks, None)}
-        place = f".{name}" if name else ""
-        attributes = {n: inside(value, f"{place}.{n}") for n, value in sorted(held.items())}
-        layers[name] = [inside(type(module), place), attributes]
+        held |= {n: list(hooks.values()) for n, hooks in vars(module).items() if n.endswith("_hooks") and hooks}
+        layers[name] = [inside(type(module), place), {n: inside(v, f"{place}.{n}") for n, v in sorted(held.items())}]
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     return {"layers": layers, "frozen": frozen, "weights": weights_digest(model)}
 
 
 def _class(cls: type, inside: Callable) -> Any:
-    """The name of an installed class; of the user's own the members, those of its own bases included."""
-    if _origin(cls):
+    """The name of an installed class; of the user's own the bases and members."""
+    if not _is_own(cls):
         return _name(cls)
-    own = [c for c in cls.__mro__ if _origin(c) is None]
-    members = {}
-    for c in reversed(own):
-        for name, value in vars(c).items():
-            generated = isinstance(value, FunctionType) and value.__code__.co_filename.startswith(
-                "<string>"
-            )  # dataclass
-            kept = isinstance(value, (FunctionType, staticmethod, classmethod)) or not name.startswith(("__", "_abc_"))
-            if (
-                kept
-                and not generated
-                and not name.startswith("_hub_mixin")
-                and type(value).__name__ != "member_descriptor"
-            ):
-                members[f"{c.__name__}.{name}"] = inside(value, f".{name}")
-    return {"class": cls.__name__, "bases": [_name(c) for c in cls.__mro__ if _origin(c)], "members": members}
+    members = {name: value for name, value in vars(cls).items() if _is_written(name, value)}
+    if issubclass(cls, Enum):
+        members |= {name: member.value for name, member in cls.__members__.items()}
+    if dataclasses.is_dataclass(cls):
+        members["fields"] = [[f.name, f.default, f.default_factory] for f in dataclasses.fields(cls)]
+    members = {name: inside(value, f".{name}") for name, value in sorted(members.items())}
+    return {"class": cls.__name__, "bases": inside(cls.__bases__), "members": members}
 
 
-def _function(function: FunctionType, where: str, inside: Callable) -> Any:
-    """The name of an installed function; of the user's own the source, and the values that it refers to."""
+def _is_written(name: str, member: Any) -> bool:
+    """Whether the user wrote a member of a class: Python, dataclasses and enums add their own."""
+    if name.startswith("_") and name.endswith("_"):
+        function = inspect.unwrap(getattr(member, "__func__", member))
+        own = isinstance(function, FunctionType) and not _origin_of_file(function.__code__.co_filename)
+        return own and _definition(function.__code__) is not None
+    return not name.startswith(("_abc_", "_hub_mixin_")) and not isinstance(member, MemberDescriptorType)
+
+
+def _function(function: FunctionType, inside: Callable) -> Any:
+    """Of an installed function the name; of the user's own the source; of both, the values that it refers to."""
     code = function.__code__
+    cells = dict(zip(code.co_freevars, map(_cell_content, function.__closure__ or ()), strict=True))
     if origin := _origin_of_file(code.co_filename):
-        wrapped = getattr(function, "__wrapped__", None)  # torch.no_grad() around a user's function, for instance
         name = f"{origin}.{function.__qualname__}"
-        return name if wrapped is None else [origin, inside(wrapped, "")]
+        return {"function": name, "uses": inside(cells)} if cells else name
     node = _definition(code)
     if node is None:
         raise TypeError(
-            f"{where} is the function {function.__qualname__}, whose source cannot be found, so that a run with another "
-            "one would be taken for the same. Define it in a file or in a notebook's cell"
+            f"the source of the function {function.__qualname__} is not in {code.co_filename}, so that a run with "
+            "another one would be taken for the same. Define it in a file or in a notebook's cell"
         )
-    cells = dict(zip(code.co_freevars, function.__closure__ or (), strict=True))
-    used = {name: _content(cell) for name, cell in cells.items() if name != "__class__"}
-    names = {part.id for part in ast.walk(node) if isinstance(part, ast.Name)} & _global_names(code)
-    used |= {name: function.__globals__[name] for name in names if name in function.__globals__}
-    defaults = [function.__defaults__, function.__kwdefaults__]
+    known = function.__globals__ | cells
+    names = {name: known[name] for name in _global_names(code) | cells.keys() if name in known and name[:2] != "__"}
+    used = {}
+    for part in ast.walk(node):
+        if isinstance(part, (ast.Name, ast.Attribute)):
+            used |= _looked_up(ast.unparse(part).split("."), names)
     return {
         "source": _sha256(json.dumps(_canonical(node)).encode()),
         "uses": {name: inside(value, f" -> {name}") for name, value in sorted(used.items())},
-        "defaults": inside(defaults, ""),
+        "defaults": inside([function.__defaults__, function.__kwdefaults__]),
+        "attributes": inside(vars(function)),
     }
 
 
-def _content(cell: Any) -> Any:
+def _looked_up(path: list[str], names: dict[str, Any]) -> dict[str, Any]:
+    """The value of a name, or of a dotted name into a module of the user's own; nothing for such a module itself."""
+    name, value = path[0], names.get(path[0])
+    for attribute in path[1:]:
+        if _is_own_module(value):
+            name, value = f"{name}.{attribute}", getattr(value, attribute, None)
+    return {name: value} if path[0] in names and not _is_own_module(value) else {}
+
+
+def _is_own_module(value: Any) -> bool:
+    return isinstance(value, ModuleType) and _origin(value) is None
+
+
+def _cell_content(cell: Any) -> Any:
     try:
         return cell.cell_contents
     except ValueError:  # not filled yet
@@ -249,33 +258,44 @@ def _content(cell: Any) -> Any:
 
 
 def _global_names(code: CodeType) -> set[str]:
-    nested = (_global_names(constant) for constant in code.co_consts if isinstance(constant, CodeType))
-    return {*code.co_names}.union(*nested)
+    loaded = {i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    return loaded.union(*(_global_names(constant) for constant in code.co_consts if isinstance(constant, CodeType)))
 
 
 def _definition(code: CodeType) -> ast.AST | None:
     """The syntax tree of the function or lambda that a code object was compiled from."""
     linecache.checkcache(code.co_filename)
-    lines = linecache.getlines(code.co_filename)
-    try:
-        nodes = list(ast.walk(ast.parse("".join(lines))))
-    except SyntaxError:
-        return None
+    nodes = _syntax("".join(linecache.getlines(code.co_filename)))
     if code.co_name != "<lambda>":
-        named = [n for n in nodes if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef) and n.name == code.co_name]
-        return next(
-            (n for n in named if min(part.lineno for part in (n, *n.decorator_list)) == code.co_firstlineno), None
-        )
-    lambdas = [n for n in nodes if isinstance(n, ast.Lambda) and n.lineno <= code.co_firstlineno <= n.end_lineno]
-    for line, end_line, column, end_column in code.co_positions():  # of the instructions: several may be on a line
-        if None not in (line, end_line, column, end_column) and (line, column) != (end_line, end_column):
-            lambdas = [
-                n
-                for n in lambdas
-                if (n.lineno, n.col_offset) <= (line, column)
-                and (end_line, end_column) <= (n.end_lineno, n.end_col_offset)
-            ]
-    return max(lambdas, key=lambda n: (n.lineno, n.col_offset), default=None)  # the innermost
+        named = (n for n in nodes if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef) and n.name == code.co_name)
+        return next((n for n in named if code.co_firstlineno == min(p.lineno for p in (n, *n.decorator_list))), None)
+    # several lambdas may be on a line: it is the innermost whose body has all instructions
+    places = [
+        ((p[0], p[2]), (p[1], p[3])) for p in code.co_positions() if None not in p and (p[0], p[2]) != (p[1], p[3])
+    ]
+    around = [
+        n
+        for n in nodes
+        if isinstance(n, ast.Lambda)
+        and n.lineno == code.co_firstlineno
+        and all(_start(n.body) <= start and end <= (n.body.end_lineno, n.body.end_col_offset) for start, end in places)
+    ]
+    if not places and len(around) > 1:  # a constant's place is not known on Python 3.12
+        return None
+    return max(around, key=_start, default=None)
+
+
+def _start(node: ast.AST) -> tuple[int, int]:
+    return node.lineno, node.col_offset
+
+
+@lru_cache(maxsize=64)
+def _syntax(text: str) -> list[ast.AST]:
+    """All nodes of a file or cell."""
+    try:
+        return list(ast.walk(ast.parse(text)))
+    except SyntaxError:
+        return []
 
 
 def _canonical(node: Any) -> Any:
@@ -285,43 +305,118 @@ def _canonical(node: Any) -> Any:
     if not isinstance(node, ast.AST):
         return repr(node)
     fields = {name: value for name, value in ast.iter_fields(node) if name not in ("ctx", "kind", "type_comment")}
+    if isinstance(node, ast.JoinedStr):  # Python 3.12 adds empty texts
+        fields["values"] = [part for part in node.values if getattr(part, "value", None) != ""]
     body = fields.get("body")
     if isinstance(body, list) and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
         fields["body"] = body[1:]
     return [type(node).__name__, {name: _canonical(value) for name, value in fields.items() if value not in (None, [])}]
 
 
-def _origin(cls: type) -> str | None:
-    """The package of an installed class; None if it is the user's own."""
-    if cls.__module__.partition(".")[0] in sys.builtin_module_names:
-        return cls.__module__ if cls.__module__ != "__main__" else None
-    file = getattr(sys.modules.get(cls.__module__), "__file__", None)
-    return _origin_of_file(file) if file else None
+def _pickled(value: Any) -> tuple | None:
+    """What pickle would keep of an object: its attributes, and the rest; None if that would not tell its content."""
+    if isinstance(value, ModuleType) and _origin(value):
+        return {}, value.__name__
+    if isinstance(value, _ONLY_A_STATE):
+        return None
+    reduce = copyreg.dispatch_table.get(type(value), lambda value: value.__reduce_ex__(4))
+    try:
+        reduced = reduce(value)
+    except Exception:  # locks, open files, what lies outside of Python
+        return None
+    if isinstance(reduced, str):  # a function in C, a dtype
+        return {}, f"{getattr(value, '__module__', None)}.{reduced}"
+    _, arguments, state, items, pairs = (*reduced, None, None, None)[:5]
+    attributes, state = (state, None) if isinstance(state, dict) else ({}, state)
+    if isinstance(state, tuple) and len(state) == 2 and isinstance(state[1], dict):  # of a class with __slots__
+        attributes, state = (state[0] or {}) | state[1], None
+    computed = (name for name in attributes if isinstance(getattr(type(value), name, None), cached_property))
+    attributes = {name: attributes[name] for name in attributes.keys() - computed}
+    return attributes, arguments, state, list(items or ()), dict(pairs or ())
 
 
+def _is_own(cls: type) -> bool:
+    """Whether a class, or one that it inherits from, is the user's."""
+    return any(_origin(base) is None for base in cls.__mro__)
+
+
+def _origin(thing: type | ModuleType) -> str | None:
+    """The package of an installed class or module; None if it is the user's own."""
+    name = thing.__name__ if isinstance(thing, ModuleType) else thing.__module__
+    package = name.partition(".")[0]
+    if package == "__main__":
+        return None
+    if package in sys.builtin_module_names:
+        return package
+    files = (getattr(sys.modules.get(module), "__file__", None) for module in (name, package))
+    return next((_origin_of_file(file) for file in files if file), None)
+
+
+@cache
 def _origin_of_file(file: str) -> str | None:
-    path = os.path.realpath(file)
-    if path.startswith(_LABLIB):
+    if file.startswith("<"):  # a cell; or a part of Python that is frozen into it
+        return "python" if file.startswith("<frozen") else None
+    path = PurePath(os.path.realpath(file))
+    if path.is_relative_to(_LABLIB):
         return "lablib"
-    parts = PurePath(path).parts
     for packages in ("site-packages", "dist-packages"):
-        if packages in parts:
-            return parts[parts.index(packages) + 1]
-    if path.startswith(_STANDARD_LIBRARY):
-        return PurePath(path).relative_to(_STANDARD_LIBRARY).parts[0].removesuffix(".py")
-    return "python" if file.startswith("<frozen") else None
+        if packages in path.parts:
+            return path.parts[path.parts.index(packages) + 1]
+    if path.is_relative_to(_STANDARD_LIBRARY):
+        return path.relative_to(_STANDARD_LIBRARY).parts[0].removesuffix(".py")
+    return None
 
 
-def _name(thing: Any) -> str:
-    """The name of a class or function; an installed one's begins with its package, wherever in that it lies."""
-    module = (thing.__module__ or "builtins").partition(".")[0]
-    own = isinstance(thing, type) and _origin(thing) is None
-    return thing.__name__ if own else f"{module}.{thing.__qualname__}"
+def _name(cls: type) -> str:
+    """The name of a class; an installed one's begins with its package, wherever in that it lies."""
+    return f"{cls.__module__.partition('.')[0]}.{cls.__qualname__}" if _origin(cls) else cls.__name__
 
 
-def _digest(described: dict[str, Any]) -> str:
-    return _sha256(json.dumps(described, sort_keys=True).encode())
+def _bytes(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
 
 
 def _sha256(content: Any) -> str:
     return hashlib.sha256(content).hexdigest()
+
+
+_LABLIB = os.path.dirname(os.path.realpath(__file__))
+_STANDARD_LIBRARY = os.path.realpath(sysconfig.get_path("stdlib"))
+_ONLY_A_STATE = (  # what they hold says nothing about what they will do, or changes while a run is trained
+    Iterator,
+    logging.Filterer,
+    np.random.BitGenerator,
+    np.random.Generator,
+    np.random.RandomState,
+    random.Random,
+    torch.Generator,
+)
+_CONTENT = {
+    **dict.fromkeys((NoneType, bool, str), lambda value, inside: value),
+    **dict.fromkeys((int, float), _number),
+    bytes: lambda value, inside: ["bytes", _sha256(value)],
+    **dict.fromkeys((np.ndarray, np.memmap), _array),
+    dict: _mapping,
+    list: _sequence,
+    **dict.fromkeys((set, frozenset), _set),
+}
+_CONTENT_BY_KIND = {
+    (np.number, np.bool_): lambda value, inside: inside(value.item()),
+    torch.Tensor: lambda value, inside: [str(value.dtype), list(value.shape), _sha256(_bytes(value))],
+    tuple: _sequence,
+    PurePath: _path,
+    Enum: lambda value, inside: [inside(type(value)), value.name, inside(value.value)],
+    nn.Module: _layers,
+    type: _class,
+    FunctionType: _function,
+    MethodType: lambda value, inside: [inside(value.__func__), inside(value.__self__)],
+    partial: lambda value, inside: {
+        "partial": inside(value.func),
+        "with": [inside(value.args), inside(value.keywords)],
+    },
+    property: lambda value, inside: [inside(value.fget), inside(value.fset), inside(value.fdel)],
+    (staticmethod, classmethod): lambda value, inside: inside(value.__func__),
+    _lru_cache_wrapper: lambda value, inside: inside(value.__wrapped__),
+    cached_property: lambda value, inside: inside(value.func),
+    ReferenceType: lambda value, inside: inside(value()),
+}

@@ -1,4 +1,4 @@
-"""What is measured: batch by batch in training, all predictions at once in an evaluation, and a run by epoch."""
+"""Loss and accuracy: by batch in training, over all predictions in an evaluation, by epoch in a run's history."""
 
 import math
 from collections.abc import Callable
@@ -25,8 +25,9 @@ def evaluation_metrics(
 ) -> dict[str, float]:
     """The losses and the accuracy over all images, each counted once.
 
-    Predictions are the logits, or a tuple that begins with them. The losses see all of them at once, since a weighted
-    loss is no mean over batches, on the training's device and in its dtype, as the tensors that a loss holds are.
+    Predictions are logits (images × classes), or a tuple that begins with them. `losses` gets all of them at once,
+    since a weighted loss is not a mean over batches, on the device and in the dtype of the training, since it may hold
+    tensors such as class weights.
     """
     outputs = tree_map(lambda array: torch.from_numpy(array).to(device), prediction.predictions)
     labels = torch.from_numpy(prediction.label_ids).to(device)
@@ -45,12 +46,12 @@ class BatchMeter:
         return len(self._sizes)
 
     def state(self) -> dict:
-        """All that was collected, as JSON takes it; the numbers come back as they were."""
+        """All measurements as JSON, exactly."""
         losses = {name: values.tolist() for name, values in self.losses().items()}
         return {"sizes": self._sizes, "correct": self._hits(), "losses": losses}
 
     def restore(self, state: dict):
-        """Go on from what `state` gave."""
+        """Continue from a `state`."""
         self.forget()
         self._sizes = list(state["sizes"])
         self._correct = _Scalars(torch.tensor(state["correct"]))
@@ -59,13 +60,13 @@ class BatchMeter:
         }
 
     def forget(self):
-        """Begin anew."""
+        """Start again."""
         self._sizes: list[int] = []
         self._correct = _Scalars()
         self._losses: dict[str, _Scalars] = {}
 
     def add(self, losses: dict[str, torch.Tensor], logits: torch.Tensor, labels: torch.Tensor):
-        """Note one batch: its mean losses, its logits (batch × classes) and labels (batch)."""
+        """Add one batch: its mean losses, its logits (batch × classes) and labels (batch)."""
         self._sizes.append(len(labels))
         self._correct.append((logits.detach().argmax(1) == labels).sum())
         for name, loss in losses.items():
@@ -86,7 +87,7 @@ class BatchMeter:
 
 
 def combined(states: list[dict]) -> dict:
-    """What several processes collected of the same batches, each of its own images, as if one had collected it."""
+    """Merge the states of several processes, each of which measured its share of the same batches."""
     sizes = torch.tensor([state["sizes"] for state in states])  # (processes, batches)
     correct = torch.tensor([state["correct"] for state in states])
     means = {
@@ -99,10 +100,10 @@ def combined(states: list[dict]) -> dict:
 
 
 class _Scalars:
-    """Scalars on their device, in the order in which they came.
+    """Scalars on their device, in order.
 
-    They are put together a few at a time: each by itself would hold its place between the tensors of a step, and the
-    memory that those leave would fall into pieces, so that an epoch of many steps takes more and more of it.
+    They are stacked a few at a time: as single tensors they would fragment the memory between the tensors of a step, so
+    that a long epoch would take more and more of it.
     """
 
     _TOGETHER = 64
@@ -128,7 +129,7 @@ class _Scalars:
 def history(log: list[dict]) -> list[dict]:
     """A run's metrics by epoch, from `trainer.state.log_history`.
 
-    One dict an epoch: epoch, train_loss, train_accuracy, val_loss, val_accuracy, learning_rate, grad_norm (of the
+    One dict per epoch: epoch, train_loss, train_accuracy, val_loss, val_accuracy, learning_rate, grad_norm (of the
     epoch's last step), seconds (since the run began); and the terms of the loss, if it has several, such as
     train_soft_loss and val_soft_loss.
     """
@@ -144,10 +145,7 @@ def history(log: list[dict]) -> list[dict]:
 
 
 def best_row(rows: list[dict], metric: str) -> dict:
-    """The row of `history` with the best validation "accuracy" or "loss", whose weights a trainer restores.
-
-    It is the first of equals, as the trainer keeps it.
-    """
+    """The first row of `history` with the best validation "accuracy" or "loss", whose weights a trainer restores."""
     best = max if metric == "accuracy" else min
     return best(rows, key=lambda row: row[f"val_{metric}"])
 

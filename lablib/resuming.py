@@ -1,4 +1,4 @@
-"""ResumableTrainer: a transformers.Trainer that goes on from a checkpoint as if it had never stopped."""
+"""ResumableTrainer: a transformers.Trainer that resumes from a checkpoint as if it had never stopped."""
 
 import json
 import platform
@@ -40,16 +40,15 @@ _STEPS_BETWEEN_DECISIONS = 50  # of several processes, which have to agree
 
 
 class ResumableTrainer(DistributedTrainer):
-    """Its checkpoints appear whole or not at all, hold all that the training depends on, and are checked before use.
+    """Writes checkpoints that are complete or absent, hold all that the training depends on, and are verified on use.
 
-    There is one at each epoch's end and, within an epoch, one every `checkpoint_seconds`, or less often where that
-    would cost more than a hundredth of the time. Each holds weights, optimizer, schedule, random states, position,
-    history, early stopping's counter, and the best epoch's weights, so that none depends on another one. SIGINT and
-    SIGTERM end the step, write a checkpoint and leave.
+    One is written after each epoch and, within an epoch, every `checkpoint_seconds`, or less often where that would
+    take more than 1 % of the time. Each is self-contained: weights, optimizer, schedule, random states, position,
+    history, early stopping's counter, and the best epoch's weights. SIGINT and SIGTERM finish the step, write a
+    checkpoint and exit.
 
-    `notes` says what keeps a resumed training from being the one that was begun: other versions, another precision,
-    device or number of processes. Nothing is unpickled. Subclasses add to `progress` and take it back in
-    `restore_progress`.
+    `notes` lists what differs from the training that is resumed: versions, precision, device, number of processes.
+    Nothing is unpickled. Subclasses add to `progress` and take it back in `restore_progress`.
     """
 
     checkpoint_seconds = 300.0
@@ -64,10 +63,10 @@ class ResumableTrainer(DistributedTrainer):
         self.add_callback(_CheckpointCallback(self._interruption, self.checkpoint_seconds))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        """Train, or go on from a checkpoint: a path, or True for the newest that can be used.
+        """Train, or resume from a checkpoint: a path, or True for the newest usable one.
 
-        Raises DamagedCheckpointError if the checkpoint of a path is damaged or cannot be loaded, ValueError if True
-        finds none, and OSError if the folder of the checkpoints has no room or cannot be written to.
+        Raises DamagedCheckpointError for the path of a checkpoint that is damaged or cannot be loaded, ValueError if
+        True finds none, and OSError if the checkpoint folder is not writable or has no room.
         """
         folder = Path(self.args.output_dir)
         check_room(folder, 3 * self._checkpoint_bytes())  # two are kept, and one is written
@@ -91,7 +90,7 @@ class ResumableTrainer(DistributedTrainer):
                 raise
 
     def newest_checkpoint(self) -> Path | None:
-        """The newest checkpoint that can be gone on from, or None; those that cannot be used are set aside."""
+        """The newest usable checkpoint, or None; those that cannot be used are set aside."""
         chosen = [None]
         if self.is_world_process_zero():
             chosen = [newest_usable(Path(self.args.output_dir), self._check)]
@@ -100,17 +99,17 @@ class ResumableTrainer(DistributedTrainer):
         return chosen[0]
 
     def before_training(self) -> None:
-        """Called when the training is about to begin; what it raises ends it."""
+        """Called before the training starts."""
 
     def progress(self) -> dict[str, Any]:
-        """What a subclass needs to go on within an epoch, as JSON takes it."""
+        """What a subclass needs in order to resume within an epoch, as JSON."""
         return {}
 
     def restore_progress(self, progress: list[dict[str, Any]]) -> None:
-        """Take back what `progress` gave in each of the processes that wrote the checkpoint."""
+        """Restore what `progress` returned in each process that wrote the checkpoint."""
 
     def training_failed(self, error: BaseException) -> None:
-        """Called when the training ends with an exception, an interruption included."""
+        """Called when the training ends with an exception, including an interruption."""
 
     # Writing
 
@@ -164,12 +163,12 @@ class ResumableTrainer(DistributedTrainer):
         self.model.load_state_dict(self._best_weights)
 
     def _checkpoint_bytes(self) -> int:
-        """About the size of a checkpoint: the weights, the best epoch's, and the optimizer's two moments."""
+        """The approximate size of a checkpoint: weights, the best epoch's weights, the optimizer's two moments."""
         return 4 * sum(tensor.nbytes for tensor in (*self.model.parameters(), *self.model.buffers())) + 2**20
 
     @cached_property
     def environment(self) -> dict[str, str]:
-        """What a resumed training should find as it was: `VERSIONS`, precision, device, number of processes."""
+        """What a resumed training should find unchanged: `VERSIONS`, precision, device, number of processes."""
         precision = "bf16" if self.args.bf16 else "fp16" if self.args.fp16 else "fp32"
         here = {"precision": precision, "device": self.args.device.type, "processes": str(self.args.world_size)}
         return {name: version(name) for name in VERSIONS if name != "python"} | {
@@ -225,7 +224,7 @@ class ResumableTrainer(DistributedTrainer):
 
 
 class _CheckpointCallback(TrainerCallback):
-    """Asks for a checkpoint within an epoch where one is due, and leaves after it if that was asked for."""
+    """Requests a checkpoint within an epoch when one is due, and exits after it if the user asked for that."""
 
     def __init__(self, interruption: Interruption, seconds: float):
         self.interruption, self.seconds = interruption, seconds
@@ -258,7 +257,7 @@ class _CheckpointCallback(TrainerCallback):
 
 
 def _progress_files(checkpoint: Path) -> list[str]:
-    """One for each process that wrote the checkpoint, in their order."""
+    """One per process that wrote the checkpoint, in order."""
     return [f"lablib_{process}.json" for process in range(len(list(checkpoint.glob("lablib_*.json"))))]
 
 
@@ -269,6 +268,6 @@ def _best_file(state: dict) -> str:
 
 
 def _stopped_after(state: dict) -> int | None:
-    """After how many epochs a training had ended when it wrote a checkpoint; None if it was to go on."""
+    """The epochs after which a training had already stopped at its checkpoint; None if it had not."""
     control = state.get("stateful_callbacks", {}).get("TrainerControl", {}).get("args", {})
     return round(state["epoch"]) if control.get("should_training_stop") else None

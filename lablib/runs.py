@@ -10,7 +10,6 @@ import hashlib
 import io
 import json
 import os
-import re
 import shutil
 import sys
 import warnings
@@ -18,6 +17,7 @@ from collections.abc import Callable, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +40,7 @@ from lablib.processes import num_processes
 PUBLISHED = Path(__file__).resolve().parents[1] / "results" / "runs"  # runs that every checkout has, without weights
 _WEIGHTS = "model.safetensors"
 _GRADIENT_IMAGES = 256
-_RUN_NAME = re.compile(r".+-[0-9a-f]{12}(\.damaged-\d+)?")
-_COLUMNS = ["run", "model", "dataset", "seed", "state", "epochs", "val_accuracy", "test_accuracy", "mib", "notes"]
+_COLUMNS = ["run", "state", "dataset", "seed", "epochs", "val_accuracy", "test_accuracy", "mib", "notes"]
 
 
 class DamagedRunError(OSError):
@@ -140,7 +139,14 @@ def train_or_load(
 
 def find_run(name: str, output_dir: str | Path, weights: bool = False) -> Run | None:
     """A finished run by its name, from a store or, unless weights are needed, from the published ones; or None."""
-    run = _load_or_set_aside(Path(output_dir) / name)
+    path = Path(output_dir) / name
+    try:
+        run = load_run(path)
+    except DamagedRunError:
+        with _locked(path):
+            run = _load_or_set_aside(path)
+    if run:
+        shutil.rmtree(path / "checkpoints", ignore_errors=True)  # the process may have ended before it could
     if run or weights:
         return run
     try:
@@ -161,36 +167,23 @@ def load_run(path: Path) -> Run | None:
         raise DamagedRunError(f"{path / 'result.json'} is damaged: {error!r}") from error
     if sums.pop("result", None) != _result_digest(result):
         raise DamagedRunError(f"{path / 'result.json'} is damaged: it is not what was written")
-    for name, expected in sums.items():
+    for name, digest in sums.items():
         try:
             content = (path / name).read_bytes()
         except FileNotFoundError as error:
             raise DamagedRunError(f"{path / name} is missing") from error
-        if hashlib.sha256(content).hexdigest() != expected:
+        if _sha256(content) != digest:
             raise DamagedRunError(f"{path / name} is damaged: it is not what was written")
-    rows = [json.loads(line) for line in (path / "history.jsonl").read_text().splitlines()]
-    return Run(path, result, rows)
+    rows = (path / "history.jsonl").read_text().splitlines()
+    return Run(path, result, [json.loads(row) for row in rows])
 
 
 def _load_or_set_aside(path: Path) -> Run | None:
     try:
-        run = load_run(path)
-    except DamagedRunError:
-        with _locked(path):
-            return _load_or_rename(path)
-    if run:
-        shutil.rmtree(path / "checkpoints", ignore_errors=True)  # the process may have ended before it could
-    return run
-
-
-def _load_or_rename(path: Path) -> Run | None:
-    try:
         return load_run(path)  # another process may have been faster
     except DamagedRunError as error:
-        number = 1
-        while (aside := path.with_name(f"{path.name}.damaged-{number}")).exists():
-            number += 1
-        path.rename(aside)
+        asides = (path.with_name(f"{path.name}.damaged-{number}") for number in count(1))
+        aside = path.rename(next(aside for aside in asides if not aside.exists()))
         warnings.warn(f"{error}. The run is set aside as {aside} and trained again.", stacklevel=4)
         return None
 
@@ -199,7 +192,7 @@ def _load_or_rename(path: Path) -> Run | None:
 def _locked(path: Path):
     """Hold a run's lock; the system releases it when the process ends, however it ends."""
     check_room(path.parent, 0)
-    lock = FileLock(path.with_name(path.name + ".lock"), is_singleton=True)  # one process may take it twice
+    lock = FileLock(f"{path}.lock", is_singleton=True)  # one process may take it twice
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -213,13 +206,11 @@ def _locked(path: Path):
 
 def separate_callbacks(trainer_class, callbacks: Sequence) -> tuple[Any, list]:
     """The trainer without the callbacks that a `partial` of it holds, and all callbacks."""
-    if isinstance(trainer_class, partial) and "callbacks" in trainer_class.keywords:
-        rest = {name: value for name, value in trainer_class.keywords.items() if name != "callbacks"}
-        return partial(trainer_class.func, *trainer_class.args, **rest), [
-            *trainer_class.keywords["callbacks"],
-            *callbacks,
-        ]
-    return trainer_class, list(callbacks)
+    if not isinstance(trainer_class, partial):
+        return trainer_class, list(callbacks)
+    others = dict(trainer_class.keywords)
+    callbacks = [*others.pop("callbacks", ()), *callbacks]
+    return partial(trainer_class.func, *trainer_class.args, **others), callbacks
 
 
 def _train_or_load_together(weights: bool, path: Path, described, build_model, config, *more) -> Run:
@@ -246,38 +237,35 @@ def _train(path: Path, described, build_model, config, data, trainer_class, call
         checkpoint_dir=str(path / "checkpoints"),
         run_name=path.name,
     )
+    identity = json.dumps(described, indent=1).encode()
     first = trainer.is_world_process_zero()
     if first:
         for leftover in path.glob("*.partial"):  # of a process that was killed
             leftover.unlink()
-        write_atomically(path / "identity.json", json.dumps(described, indent=1).encode())
-    gradients = _gradients(trainer, "initial")
+        write_atomically(path / "identity.json", identity)  # tells what is trained here, should it be interrupted
+    initial = _gradients(trainer, "initial")
     trainer.train(resume_from_checkpoint=trainer.newest_checkpoint())
-    rows = history(trainer.state.log_history)
-    prediction = trainer.predict_test()
+    rows, prediction = history(trainer.state.log_history), trainer.predict_test()
     result = _result(trainer, rows, prediction.metrics)
     if not first:
         return None
     files = {
         _WEIGHTS: safetensors.torch.save(contiguous_weights(trainer.model)),
         "history.jsonl": _json_lines(rows),
-        "identity.json": json.dumps(described, indent=1).encode(),
-        "measured.npz": _measured(trainer, prediction, gradients | _gradients(trainer, "trained")),
+        "identity.json": identity,
+        "measured.npz": _measured(trainer, prediction, initial | _gradients(trainer, "trained")),
     }
     for name, content in files.items():
         write_atomically(path / name, content)
-    sums = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-    _write_result(path, result, sums)
+    _write_result(path, result, {name: _sha256(content) for name, content in files.items()})
     shutil.rmtree(path / "checkpoints", ignore_errors=True)
     return load_run(path)
 
 
 def _with_teachers(trainer_class):
     """A `partial` trainer with its TrainedModels loaded."""
-    if not isinstance(trainer_class, partial):
-        return trainer_class
-    loaded = {n: v.load() if isinstance(v, TrainedModel) else v for n, v in trainer_class.keywords.items()}
-    return partial(trainer_class.func, *trainer_class.args, **loaded)
+    given = trainer_class.keywords if isinstance(trainer_class, partial) else {}
+    return partial(trainer_class, **{n: model.load() for n, model in given.items() if isinstance(model, TrainedModel)})
 
 
 def _result(trainer, rows: list[dict], test: dict[str, float]) -> dict[str, Any]:
@@ -340,7 +328,11 @@ def _write_result(path: Path, result: dict[str, Any], sums: dict[str, str]) -> N
 
 
 def _result_digest(result: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(result, sort_keys=True).encode()).hexdigest()
+    return _sha256(json.dumps(result, sort_keys=True).encode())
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _json_lines(rows: list[dict]) -> bytes:
@@ -360,10 +352,13 @@ def _history_writer(path: Path):
 
 
 def publish(run: Run, folder: Path = PUBLISHED) -> Path:
-    """Copy a finished run without its weights, unless it is there already; its new place."""
+    """Copy a finished run without its weights, whole or not at all, unless it is there already; its new place."""
     target, beside = folder / run.path.name, folder / f".{run.path.name}.{os.getpid()}"
-    if load_run(target):
-        return target
+    try:
+        if load_run(target):
+            return target
+    except DamagedRunError:
+        shutil.rmtree(target)
     sums = json.loads((run.path / "result.json").read_bytes())["sha256"]
     sums = {name: digest for name, digest in sums.items() if name not in ("result", _WEIGHTS)}
     beside.mkdir(parents=True)
@@ -378,51 +373,42 @@ def publish(run: Run, folder: Path = PUBLISHED) -> Path:
 
 
 def runs_table(output_dir: str | Path) -> pd.DataFrame:
-    """One row a run of a store, by data set, model and seed.
+    """One row a run of a store; accuracies are fractions.
 
     The state is "finished", "published" (finished, without weights), "training" (a process holds its lock),
     "interrupted" (it resumes when it is asked for again), "damaged" (`notes` says why) or "set aside" (a damaged one
-    that was trained again). Accuracies are fractions. Raises NotADirectoryError if `output_dir` is a file.
+    that was trained again). Raises NotADirectoryError if `output_dir` is a file.
     """
     store = Path(output_dir)
-    if store.exists() and not store.is_dir():
+    if store.is_file():
         raise NotADirectoryError(f"{store} is a file; a run store is a folder, such as runs")
-    folders = store.iterdir() if store.exists() else ()
-    rows = [_row(path) for path in folders if _RUN_NAME.fullmatch(path.name) and path.is_dir()]
-    return pd.DataFrame(rows, columns=_COLUMNS).sort_values(["dataset", "model", "seed", "run"], ignore_index=True)
+    rows = []
+    for path in sorted({file.parent for file in store.glob(f"*-{'[0-9a-f]' * 12}*/*.json")}):
+        held = _is_held(path)  # asked first: a run that ends in between is then finished
+        row = {"run": path.name, "mib": sum(file.stat().st_size for file in path.rglob("*")) / 2**20} | _found(path)
+        rows.append(row | ({"state": "training"} if held and row["state"] == "interrupted" else {}))
+    return pd.DataFrame(rows, columns=_COLUMNS)
 
 
-def _row(path: Path) -> dict[str, Any]:
-    row = dict.fromkeys(_COLUMNS, "") | {"run": path.name, "seed": 0, "val_accuracy": None, "test_accuracy": None}
-    row["mib"] = sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) / 2**20
-    held = _is_held(path)  # asked first: a run that ends in between is then finished
+def _found(path: Path) -> dict[str, Any]:
+    """The state of a run that no process trains, and what is known of it."""
+    if ".damaged-" in path.name:
+        return {"state": "set aside", "notes": ""}
     try:
-        run = load_run(path)
-        row["state"] = "interrupted" if run is None else "finished" if run.has_weights else "published"
-        rows = run.history if run else [json.loads(line) for line in _lines(path / "history.jsonl")]
-        described = json.loads((path / "identity.json").read_bytes())
-        row |= {"model": described["model"]["class"].rpartition(".")[2], "dataset": described["data"][0]}
-        row |= {"seed": described["config"].get("seed", 0)}
-        row["epochs"] = f"{len(rows)} of {described['config']['num_epochs']}"
-        metric = described["config"]["early_stopping_metric"]
-        row["val_accuracy"] = best_row(rows, metric)["val_accuracy"] if rows else None
-        if run:
-            row |= {"test_accuracy": run.result["test_accuracy"], "notes": "; ".join(run.result.get("notes", []))}
+        if run := load_run(path):
+            state = "finished" if run.has_weights else "published"
+            return run.result | {"state": state, "notes": "; ".join(run.result.get("notes", []))}
+        described, rows = json.loads((path / "identity.json").read_bytes()), path / "history.jsonl"
+        epochs = len(rows.read_bytes().splitlines()) if rows.exists() else 0
+        known = {"dataset": described["data"][0], "seed": described["config"].get("seed", 0), "epochs": epochs}
+        return known | {"state": "interrupted", "notes": ""}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        row |= {"state": "damaged", "notes": str(error).replace(f"{path}{os.sep}", "")}
-    if held and row["state"] in ("interrupted", "damaged"):
-        row["state"] = "training"
-    return row | ({"state": "set aside"} if ".damaged-" in path.name else {})
-
-
-def _lines(path: Path) -> list[bytes]:
-    return path.read_bytes().splitlines() if path.exists() else []
+        return {"state": "damaged", "notes": str(error)}
 
 
 def _is_held(path: Path) -> bool:
-    lock = path.with_name(path.name + ".lock")
     try:
-        with FileLock(lock, blocking=False) if lock.exists() else nullcontext():
+        with FileLock(f"{path}.lock", blocking=False) if Path(f"{path}.lock").exists() else nullcontext():
             return False
     except (Timeout, OSError):  # held, or another user's
         return True
@@ -437,20 +423,14 @@ def clean(output_dir: str | Path, finished: bool = False, ask: Callable[[str], s
     unwanted = {"interrupted", "damaged", "set aside"} | ({"finished"} if finished else set())
     table = runs_table(output_dir)
     table = table[table["state"].isin(unwanted)]
-    if table.empty:
-        print(f"Nothing to clean in {output_dir}")
-        return []
     print(table[["run", "state", "epochs", "mib"]].to_string(index=False))
-    try:
-        agreed = ask(f"Delete these {len(table)}, {table['mib'].sum():.1f} MiB? [y/N] ").strip().lower() in ("y", "yes")
-    except (EOFError, KeyboardInterrupt):  # nobody there, or Ctrl-C
-        agreed = False
+    question = f"Delete these {len(table)}, {table['mib'].sum():.1f} MiB? [y/N] "
     gone = []
-    for name, state in zip(table["run"], table["state"], strict=True) if agreed else ():
+    for name in table["run"] if len(table) and ask(question).strip().lower() in ("y", "yes") else ():
         path = Path(output_dir, name)
         try:
-            with FileLock(path.with_name(path.name + ".lock"), blocking=False):
-                if _row(path)["state"] in (state, "training"):  # the lock is this process's own
+            with FileLock(f"{path}.lock", blocking=False):
+                if _found(path)["state"] in unwanted:  # still
                     shutil.rmtree(path)
                     gone.append(name)
         except (Timeout, OSError) as error:
@@ -459,33 +439,33 @@ def clean(output_dir: str | Path, finished: bool = False, ask: Callable[[str], s
     return gone
 
 
-def main(arguments: Sequence[str]) -> int:
-    """0; wrong arguments end the process with a message and 2."""
+def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m lablib.runs", description="The run store.")
-    parser.add_argument("command", nargs="?", choices=("list", "publish", "clean"), default="list")
-    parser.add_argument("--output-dir", default="runs", help="the run store (runs)")
-    parser.add_argument("--finished", action="store_true", help="with clean: delete finished runs too")
-    parser.add_argument("--yes", action="store_true", help="with clean: do not ask")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, what in {
+        "list": "what lies in a store, and what is published",
+        "publish": "copy the finished runs to results/runs/, without their weights",
+        "clean": "delete interrupted and damaged runs, after asking",
+    }.items():
+        command = commands.add_parser(name, help=what, description=what)
+        command.add_argument("output_dir", nargs="?", default="runs", help="the run store (runs)")
+    command.add_argument("--finished", action="store_true", help="delete finished runs too")
+    command.add_argument("--yes", action="store_true", help="do not ask")
     options = parser.parse_args(arguments)
-    if options.command != "clean" and (options.finished or options.yes):
-        parser.error("--finished and --yes go with clean")
     try:
-        if options.command == "clean":
-            clean(options.output_dir, options.finished, ask=(lambda _: "yes") if options.yes else input)
-            return 0
         table = runs_table(options.output_dir)
     except NotADirectoryError as error:
         parser.error(str(error))
-    if options.command == "publish":
+    if options.command == "list":
+        print(pd.concat([table, runs_table(PUBLISHED)]).to_string(index=False))
+    elif options.command == "clean":
+        clean(options.output_dir, options.finished, (lambda _: "yes") if options.yes else input)
+    else:
         finished = table.loc[table["state"] == "finished", "run"]
         for name in finished:
             publish(load_run(Path(options.output_dir, name)))
         print(f"{len(finished)} finished runs of {options.output_dir} are in {PUBLISHED}")
-    else:
-        tables = [table.assign(store=options.output_dir), runs_table(PUBLISHED).assign(store="results/runs")]
-        print(pd.concat(tables).to_string(index=False))
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main(sys.argv[1:])

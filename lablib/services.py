@@ -1,8 +1,7 @@
-"""What a service that is told of a training has in common with the others: it cannot harm the training."""
+"""What Weights & Biases and Telegram have in common: their errors never reach a training."""
 
 import contextlib
 import functools
-import io
 import warnings
 import weakref
 
@@ -12,75 +11,59 @@ from transformers import TrainerCallback
 from lablib.secret import redacted
 
 
-class ServiceCallback(TrainerCallback):
-    """A callback that knows its trainer and is also told of a failure; an error of its own becomes one warning.
-
-    After that warning it does nothing more. Subclasses wrap what they do with `harmless`.
-    """
+class Harmless:
+    """Something optional: the first error in one of its `@harmless` methods is a warning, and then they do nothing."""
 
     service = "the service"
+    broken = False
+
+    def fail(self, error: BaseException) -> None:
+        """Say once what is wrong, and do nothing more."""
+        if self.broken:
+            return
+        self.broken = True
+        with contextlib.suppress(Exception):
+            self.give_up()
+        reason = redacted(str(error)) or type(error).__name__
+        # without a line of somebody else's source below the message
+        warnings.warn_explicit(f"{self.service}: {reason}; continuing without it", UserWarning, "lablib", 0)
+
+    def give_up(self) -> None:
+        """Let go of what the service holds."""
+
+
+def harmless(method):
+    """Decorate a method of a `Harmless` that may fail. It leaves PyTorch's random state as it was."""
+
+    @functools.wraps(method)
+    def guarded(self, *args, **kwargs):
+        if self.broken:
+            return
+        random_state = torch.get_rng_state()
+        try:
+            method(self, *args, **kwargs)
+        except Exception as error:
+            self.fail(error)
+        finally:
+            torch.set_rng_state(random_state)
+
+    return guarded
+
+
+class ServiceCallback(Harmless, TrainerCallback):
+    """A callback that knows its trainer, and that hears of a failed training too; only the first process has it."""
 
     def __init__(self, trainer):
-        self._trainer = weakref.ref(trainer)
-        self.broken = False
+        self._trainer = weakref.ref(trainer)  # which has this callback
+        self.broken = not trainer.is_world_process_zero()
 
     @property
     def trainer(self):
         return self._trainer()
 
     def on_train_failed(self, error: BaseException) -> None:
-        """The training ended with an exception, KeyboardInterrupt included."""
-
-    def give_up(self) -> None:
-        """Let go of what the service holds, after an error of its own."""
+        """The training ended with an exception, which may be a KeyboardInterrupt."""
 
     def test_result(self) -> dict[str, float]:
-        """The test set's loss and accuracy; none where several processes train, as all would have to take part."""
+        """Loss and accuracy on the test set; empty under `torchrun`, where every process would have to take part."""
         return self.trainer.final_test() if self.trainer.args.world_size == 1 else {}
-
-
-def harmless(method):
-    """Let a ServiceCallback's method do nothing once the service is broken, and never raise an Exception."""
-
-    @functools.wraps(method)
-    def guarded(self, *args, **kwargs):
-        if self.broken or not self.trainer.is_world_process_zero():
-            return
-        random_state = torch.get_rng_state()
-        try:
-            method(self, *args, **kwargs)
-        except Exception as error:
-            self.broken = True
-            with contextlib.suppress(Exception):
-                self.give_up()
-            reason = redacted(str(error)) or type(error).__name__
-            message = f"{self.service}: {reason}; the training goes on without it"
-            warnings.warn_explicit(message, UserWarning, "lablib", 0)  # without a line of transformers' source below it
-        finally:
-            torch.set_rng_state(random_state)  # a service draws no numbers from the training
-
-    return guarded
-
-
-def learning_curves(rows: list[dict[str, float]], title: str) -> bytes:
-    """A run's loss and accuracy by epoch, training and validation, as a PNG; `rows` are those of `metrics.history`."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.6), layout="constrained")  # pyplot does not know of it, so that no notebook shows it
-    FigureCanvasAgg(figure)
-    epochs = [row["epoch"] for row in rows]
-    look = {"marker": "." if len(epochs) == 1 else None}
-    # blue and orange of seaborn's palette for colour-blind readers
-    parts = {"training": ("train", "#0173b2", "-"), "validation": ("val", "#de8f05", "--")}
-    for axis, metric, unit in zip(figure.subplots(1, 2), ("loss", "accuracy"), (" (nats)", ""), strict=True):
-        for label, (part, color, line) in parts.items():
-            axis.plot(epochs, [row[f"{part}_{metric}"] for row in rows], line, color=color, label=label, **look)
-        axis.set(xlabel="epoch", ylabel=metric + unit)
-        axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.grid(alpha=0.3)
-        axis.legend(frameon=False)
-    figure.suptitle(title)
-    png = io.BytesIO()
-    figure.savefig(png, format="png", dpi=110)
-    return png.getvalue()

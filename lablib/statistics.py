@@ -139,7 +139,7 @@ def verdict(row: Mapping, word: str = "better") -> str:
     """A comparison as a sentence that says no more than its interval; `word` is what the larger value is."""
     first, second = row["first"], row["second"]
     if math.isnan(row["ci95"]):
-        why = "too few seeds to tell" if row["n"] < MIN_SEEDS else "with every seed, so there is no interval"
+        why = "too few seeds to tell" if row["n"] < MIN_SEEDS else "the same with every seed, so there is no interval"
         return f"{first} − {second}: {points(row)}, {why}."
     if not row["significant"]:
         return f"No significant difference between {first} and {second}: {points(row)}."

@@ -55,21 +55,20 @@ class NonFiniteLossError(ArithmeticError):
 
 
 class SanityCheckError(RuntimeError):
-    """A training would fail, at its first step or hours later; it has not begun."""
+    """The training would fail at its first step or hours later; it has not started."""
 
 
 class StreamlinedTrainer(ResumableTrainer):
-    """Trains, validates each epoch, stops early and restores the best weights; `.test()` then sees the test set.
+    """Trains, validates after each epoch, stops early and restores the best weights; `.test()` evaluates the test set.
 
     The training set is split by class into a training and a validation part. Augmentation and normalisation happen in
-    the training step, on the device: what is random there is in a checkpoint's random state, so that a resumed run
-    draws what the uninterrupted one would have drawn (see `ResumableTrainer`). Whatever a `transformers.Trainer` can do
-    (callbacks, checkpoints, `torchrun`) this can do too.
+    the training step, on the device, so that a resumed run draws the random numbers of an uninterrupted one (see
+    `ResumableTrainer`). Callbacks, checkpoints and `torchrun` work as in any `transformers.Trainer`.
 
-    `checkpoint_dir` is where checkpoints go; without one they lie in a temporary folder that goes with the trainer.
-    `run_name` is what Weights & Biases and Telegram call it.
-    Raises ValueError for a device that is not there, and NonFiniteLossError, naming the epoch, when a loss is NaN or
-    infinite. `train` raises SanityCheckError before its first step if what it will do later fails (`sanity_check`).
+    Checkpoints go to `checkpoint_dir`, or to a temporary folder that is deleted with the trainer. `run_name` is the
+    name in Weights & Biases and Telegram.
+    Raises ValueError if the device does not exist. `train` raises SanityCheckError before its first step (see
+    `sanity_check`), and NonFiniteLossError, naming epoch and step, for a loss that is NaN or infinite.
     """
 
     def __init__(
@@ -122,13 +121,13 @@ class StreamlinedTrainer(ResumableTrainer):
         self._final_test: dict[str, float] | None = None  # of the training that ended last
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        """Train to the end or to the early stop and load the best epoch's weights; see `ResumableTrainer.train`."""
+        """Train until the last epoch or the early stop, then load the best weights; see `ResumableTrainer.train`."""
         _freeze_imports()
         with deterministic_algorithms(self.config.deterministic):
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def before_training(self) -> None:
-        """Try what the training will do, then seed and begin to measure. Raises SanityCheckError."""
+        """Run the sanity check, then seed and start the clock. Raises SanityCheckError."""
         sanity_check(self)
         transformers.set_seed(process_seed(self.args.seed, self.args.process_index))
         self._final_test = None
@@ -136,17 +135,17 @@ class StreamlinedTrainer(ResumableTrainer):
         self._clock = time.perf_counter()
 
     def training_failed(self, error: BaseException) -> None:
-        """Tell the services."""
+        """Tell Weights & Biases and Telegram."""
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, ServiceCallback):
                 callback.on_train_failed(error)
 
     def progress(self) -> dict[str, Any]:
-        """What has been measured since the last epoch's end, and the seconds since then."""
+        """The measurements and seconds since the last epoch ended."""
         return {"measured": self._since_last_log.state(), "seconds": time.perf_counter() - self._clock}
 
     def restore_progress(self, progress: list[dict[str, Any]]) -> None:
-        """Go on measuring where the checkpoint was written."""
+        """Continue the measurements of the checkpoint."""
         measured = [of_process["measured"] for of_process in progress]
         if len(measured) != self.args.world_size:  # now the first process has it all
             total = combined(measured)
@@ -155,11 +154,11 @@ class StreamlinedTrainer(ResumableTrainer):
         self._clock = time.perf_counter() - progress[0]["seconds"]
 
     def test(self) -> dict[str, float]:
-        """Loss and accuracy on the test set, with the present weights: after `train()`, those of the best epoch."""
+        """Loss and accuracy on the test set with the current weights: after `train()`, those of the best epoch."""
         return self.predict_test().metrics
 
     def final_test(self) -> dict[str, float]:
-        """What `test` says at a training's end, computed once however many ask: the run, W&B, Telegram."""
+        """The test result of the last training, computed once for all who ask: the run, W&B, Telegram."""
         if self._final_test is None:
             self._final_test = self.test()
         return dict(self._final_test)
@@ -169,7 +168,7 @@ class StreamlinedTrainer(ResumableTrainer):
         return self.predict(ImageBatches(self.data.test_images, self.data.test_labels), metric_key_prefix="test")
 
     def get_train_dataloader(self) -> DataLoader:
-        """As `transformers.Trainer.get_train_dataloader`; a single process gathers its batches by tensors."""
+        """As upstream; a single process draws its batches as tensors of indices."""
         args = self.args
         if args.world_size > 1 or args.dataloader_num_workers or args.dataloader_drop_last:
             return super().get_train_dataloader()
@@ -187,7 +186,7 @@ class StreamlinedTrainer(ResumableTrainer):
             self.args.dataloader_drop_last = drop_last
 
     def prepare_images(self, images: torch.Tensor, training: bool) -> torch.Tensor:
-        """uint8 images -> what the model sees: augmented if training, normalised by the training set's statistics."""
+        """uint8 images -> the model's input: augmented if training, normalised by the training set's statistics."""
         config = self.config
         pixels = images.to(torch.float32)
         if training and len(pixels):
@@ -201,20 +200,20 @@ class StreamlinedTrainer(ResumableTrainer):
         return (pixels * self._scale + self._offset).contiguous(memory_format=self._memory_format)
 
     def outputs(self, model: nn.Module, images: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        """What the losses are made of, for images as a model takes them: logits, or a tuple that begins with them."""
+        """The model's logits (batch × classes), or a tuple that begins with them, as `losses` needs."""
         return model(images)
 
     def losses(self, outputs: torch.Tensor | tuple[torch.Tensor, ...], labels: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The "loss" to minimise, and what else is to be recorded by epoch: a mean over the batch each."""
+        """The "loss" to minimise and other terms to record by epoch, each a mean over the batch."""
         return cross_entropy(outputs, labels)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The loss of one batch; in training, of its augmented images."""
+        """The loss of one batch, augmented in training."""
         labels = inputs["labels"]
         outputs = self.outputs(model, self.prepare_images(inputs["images"], model.training))
         logits = outputs[0] if isinstance(outputs, tuple) else outputs
         losses = self.losses(outputs, labels)
-        if len(labels) == 0:  # the others have all of the last batch, and this process's part in the step is nothing
+        if len(labels) == 0:  # the other processes have all of the last batch; this one contributes nothing
             losses = dict.fromkeys(losses, 0 * logits.sum())
         if model.training:
             self._since_last_log.add(losses, logits, labels)
@@ -223,14 +222,14 @@ class StreamlinedTrainer(ResumableTrainer):
 
     @torch.no_grad()
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Outputs and labels of one batch; the losses are made of all of them at once, in `evaluation_metrics`."""
+        """Outputs and labels of one batch; `evaluation_metrics` computes the losses of all batches at once."""
         inputs = self._prepare_inputs(inputs)
         with self.compute_loss_context_manager():
             outputs = self.outputs(model, self.prepare_images(inputs["images"], training=False))
         return None, outputs, inputs["labels"]
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
-        """The config's optimizer in its plain form, weight decay on every parameter."""
+        """The config's plain optimizer, with weight decay on every parameter."""
         if self.optimizer is None:
             config = self.config
             more = {"betas": (self.args.adam_beta1, self.args.adam_beta2), "eps": self.args.adam_epsilon}
@@ -244,13 +243,13 @@ class StreamlinedTrainer(ResumableTrainer):
         return self.optimizer
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As `transformers.Trainer.log`; the training loss and accuracy are means over images since the last log."""
+        """As upstream; training loss and accuracy are means over the images since the last log."""
         if "loss" in logs and len(self._since_last_log):
             logs |= self._training_metrics()
         super().log(logs, start_time)
 
     def _get_grad_norm(self, model, grad_norm=None):
-        # Upstream computes the norm in each step (a tenth of a small MLP's time) and logs it once an epoch.
+        # Upstream computes the norm in every step (a tenth of a small MLP's time) and logs it once per epoch.
         steps = math.ceil(len(self.callback_handler.train_dataloader) / self.args.gradient_accumulation_steps)
         if (self.state.global_step + 1) % steps == 0:
             return super()._get_grad_norm(model, grad_norm)
@@ -285,7 +284,7 @@ class StreamlinedTrainer(ResumableTrainer):
         )
 
     def _measured_by_all(self) -> BatchMeter:
-        """What all processes measured since the last log, of which each has its own images only."""
+        """The measurements since the last log; each process measures only its own images."""
         if self.args.world_size == 1:
             return self._since_last_log
         states = [None] * self.args.world_size
@@ -296,79 +295,78 @@ class StreamlinedTrainer(ResumableTrainer):
 
 
 def sanity_check(trainer: StreamlinedTrainer) -> None:
-    """Try on a few real images what a training does, so that it fails in its first seconds or not at all.
+    """Try what a training does on a few real images, so that it fails in the first seconds or not at all.
 
-    An evaluation; a full batch and the last of an epoch, forward and backward; the weights as safetensors. It leaves no
-    trace (see `untouched`). Of several processes each tries by itself what fits its share of a batch.
-    Raises SanityCheckError, which says what failed, what the network was given and returned, and the original error.
+    An evaluation, the number of classes, a full batch and the last batch of an epoch (forward and backward), and the
+    weights as safetensors. It leaves no trace (see `untouched`) and needs no other process.
+    Raises SanityCheckError: which of these fails, what the network was given and returned, and the original error.
     """
-    args, model, images = trainer.args, trainer.model, len(trainer.train_dataset)
-    processes, batch = args.world_size, args.train_batch_size * args.world_size
-    most = batch if processes == 1 else max(2, args.train_batch_size)
-    last = (images - 1) % batch + 1
+    args, model = trainer.args, trainer.model
+    training, validation = trainer.train_dataset, trainer.eval_dataset
+    processes, batch, images = args.world_size, args.train_batch_size * args.world_size, len(training)
     if args.dataloader_drop_last and images < batch:
-        raise SanityCheckError(f"dataloader_drop_last leaves none of {images} images: write a smaller batch_size")
+        raise SanityCheckError(f"dataloader_drop_last leaves none of {images} images: use a smaller batch_size")
+    most = min(images, batch if processes == 1 else max(2, args.train_batch_size))  # of several, each has a share
     with untouched(trainer):
         trainer._since_last_log = BatchMeter()
-        if args.bf16:  # accelerate does so when the training begins
+        if args.bf16:  # accelerate does this when the training begins
             model.forward = convert_outputs_to_fp32(trainer.accelerator.autocast()(model.forward))
-        _try(trainer, "an evaluation", min((len(trainer.eval_dataset) - 1) % args.eval_batch_size + 1, batch))
-        _try(trainer, "a full batch", min(images, most))
-        if last < min(images, most) and not args.dataloader_drop_last:
-            try:
-                _try(trainer, "the last batch of an epoch", last)
-            except SanityCheckError as error:
+        last = (len(validation) - 1) % args.eval_batch_size + 1
+        failure = _failure(trainer, "an evaluation", validation, min(last, 16))
+        failure = failure or _failure(trainer, "a full batch", training, most)
+        last = (images - 1) % batch + 1
+        if not failure and last < most and not args.dataloader_drop_last:
+            failure = _failure(trainer, "the last batch of an epoch", training, last)
+            if failure:
                 nearby = sorted(range(processes, batch + 9 * processes, processes), key=lambda size: abs(size - batch))
-                fitting = (str(size) for size in nearby[1:17] if _trains(trainer, min((images - 1) % size + 1, most)))
-                sizes = f"write batch_size = {' or '.join(islice(fitting, 2)) or images}, which leaves no such batch"
-                drop = "or training_arguments={'dataloader_drop_last': True}, which leaves it out"
-                raise SanityCheckError(f"{error}; {sizes}, {drop}") from error.__cause__
+                lasts = ((size, min(most, (images - 1) % size + 1)) for size in nearby[1:17])
+                works = (str(size) for size, last in lasts if not _failure(trainer, "", training, last))
+                advice = f"Use batch_size = {' or '.join(islice(works, 2)) or images}, which leaves no such batch"
+                drop = "training_arguments={'dataloader_drop_last': True}, which leaves it out"
+                failure.args = (f"{failure}. {advice}, or {drop}",)
+        if failure:
+            raise failure
         try:
             safetensors.torch.save(contiguous_weights(model))
         except Exception as error:
-            what = f"no checkpoint can be written: safetensors does not take the weights of {type(model).__name__}"
-            raise SanityCheckError(f"{what}: {type(error).__name__}: {error}") from error
+            reason = f"{type(error).__name__}: {error}"
+            raise SanityCheckError(f"no checkpoint of {type(model).__name__} can be written: {reason}") from error
 
 
-def _try(trainer: StreamlinedTrainer, what: str, size: int) -> None:
-    training, model, data, seen = what != "an evaluation", trainer.model, trainer.data, {}
+def _failure(trainer: StreamlinedTrainer, what: str, dataset: ImageBatches, size: int) -> SanityCheckError | None:
+    """Why a batch of the first images of a data set fails, or None."""
+    model, seen = trainer.model, {}
     hooks = [
         model.register_forward_pre_hook(lambda _, inputs: seen.update(given=_shapes(inputs))),
         model.register_forward_hook(lambda _, inputs, outputs: seen.update(returned=_shapes(outputs))),
     ]
     try:
-        dataset = trainer.train_dataset if training else trainer.eval_dataset
         batch = trainer._prepare_inputs(dataset.__getitems__(range(size)))
-        if training:
+        if dataset is trainer.train_dataset:
             with trainer.compute_loss_context_manager():
                 loss = trainer.compute_loss(model.train(), batch)
             loss.backward()
-            return
+            return None
         _, outputs, labels = trainer.prediction_step(model.eval(), batch, prediction_loss_only=False)
-        logits = outputs[0] if isinstance(outputs, tuple) else outputs
+        logits, data = outputs[0] if isinstance(outputs, tuple) else outputs, trainer.data
         if not isinstance(logits, torch.Tensor) or logits.ndim != 2 or len(logits) != size:
             raise TypeError("a network must return logits, images × classes, or a tuple that begins with them")
-        if (given := logits.shape[1]) != data.num_classes:
-            raise ValueError(f"the network gives {given} outputs, and {data.name} has {data.num_classes} classes")
+        if (outs := logits.shape[1]) != data.num_classes:
+            return SanityCheckError(f"the network gives {outs} outputs, and {data.name} has {data.num_classes} classes")
         evaluation_metrics(EvalPrediction(*nested_numpify((outputs, labels))), trainer.losses, trainer.args.device)
+        return None
     except Exception as error:
-        if isinstance(error, MemoryError) or any(sign in str(error) for sign in _OUT_OF_MEMORY):
-            smaller = "write a smaller batch_size, or a smaller image_size in load_data"
-            raise SanityCheckError(f"{what} of {size} images does not fit into memory: {smaller}") from error
         network = f". {type(model).__name__} was given {seen['given']}" if "given" in seen else ""
-        network += f" and returned {seen['returned']}, of which `losses` makes a loss" if "returned" in seen else ""
-        raise SanityCheckError(
-            f"{what} ({size} of {len(dataset)} images) fails with {type(error).__name__}: {error}{network}"
-        ) from error
+        network += f" and returned {seen['returned']}, which `losses` must accept" if "returned" in seen else ""
+        failure = f"{what} ({size} of {len(dataset)} images) fails with {type(error).__name__}: {error}{network}"
+        if isinstance(error, MemoryError) or any(sign in str(error) for sign in _OUT_OF_MEMORY):
+            failure = f"{what} ({size} images) does not fit into memory: use a smaller batch_size or image_size"
+        failed = SanityCheckError(failure)
+        failed.__cause__ = error
+        return failed
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _trains(trainer: StreamlinedTrainer, size: int) -> bool:
-    with contextlib.suppress(SanityCheckError):
-        _try(trainer, "a batch", size)
-        return True
 
 
 def _shapes(values) -> str:
@@ -378,21 +376,21 @@ def _shapes(values) -> str:
 
 @functools.cache
 def _freeze_imports() -> None:
-    """Let accelerate, which collects garbage at each training's start, not search what is imported: 0.3 s a run."""
+    """Spare the garbage collection with which accelerate starts each training all imported modules: 0.3 s per run."""
     gc.collect()
     gc.freeze()
     atexit.register(gc.unfreeze)  # or extension modules report leaks when the process ends
 
 
 def _services(trainer: StreamlinedTrainer) -> list[ServiceCallback]:
-    """The callbacks of the services that are switched on; nothing of the others is imported."""
+    """The callbacks of the services that are switched on; the others are not imported."""
     callbacks = []
     if trainer.config.use_wandb:
         from lablib.tracking import WandbCallback
 
         callbacks.append(WandbCallback(trainer))
     if trainer.config.use_telegram_notifications:
-        from lablib.telegram.callback import TelegramCallback
+        from lablib.telegram import TelegramCallback
 
         callbacks.append(TelegramCallback(trainer))
     return callbacks
@@ -402,12 +400,12 @@ class _WithoutConfig:
     config = property(lambda self: None)
 
     def __init_subclass__(cls):
-        pass  # or a registry of the user's would learn of the class below
+        pass  # keeps the class below out of a registry in the user's __init_subclass__
 
 
 @contextlib.contextmanager
 def _config_hidden(model: nn.Module):
-    """transformers takes a model's `config` for one of its own, and writes to it."""
+    """transformers mistakes a model's attribute `config` for its own kind of config and writes to it."""
     own_class = type(model)
     if not hasattr(model, "config") or isinstance(model, transformers.PreTrainedModel):
         yield

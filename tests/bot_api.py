@@ -11,42 +11,38 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import parse_qs
-
-BOT = {"id": 123456789, "is_bot": True, "first_name": "Lab Bot", "username": "lab_bot"}
+from urllib.parse import parse_qsl
 
 
 @dataclass
 class Request:
-    """One request as it arrived: the path's token and method, form fields as text, files as (name, type, bytes)."""
+    """One request as it arrived: the path's token and method, form fields as text, files as bytes."""
 
     path: str
     content_type: str
     body: bytes
     fields: dict[str, str] = field(default_factory=dict)
-    files: dict[str, tuple[str, str, bytes]] = field(default_factory=dict)
+    files: dict[str, bytes] = field(default_factory=dict)
     at: float = field(default_factory=time.monotonic)
 
-    @property
-    def token(self) -> str:
-        return self.path.split("/")[1].removeprefix("bot")
-
-    @property
-    def method(self) -> str:
-        return self.path.split("/")[2]
-
     def __post_init__(self):
-        if self.content_type.startswith("multipart/form-data"):
-            header = f"Content-Type: {self.content_type}\r\n\r\n".encode()
-            message = email.message_from_bytes(header + self.body, policy=email.policy.HTTP)
-            for part in message.iter_parts():
-                name, content = part.get_param("name", header="content-disposition"), part.get_payload(decode=True)
-                if (filename := part.get_filename()) is None:
-                    self.fields[name] = content.decode()
-                else:
-                    self.files[name] = (filename, part.get_content_type(), content)
-        else:
-            self.fields = {key: value for key, (value,) in parse_qs(self.body.decode(), keep_blank_values=True).items()}
+        _, bot, self.method = self.path.split("/")
+        self.token = bot.removeprefix("bot")
+        if not self.content_type.startswith("multipart/form-data"):
+            self.fields = dict(parse_qsl(self.body.decode(), keep_blank_values=True))
+            return
+        header = f"Content-Type: {self.content_type}\r\n\r\n".encode()
+        for part in email.message_from_bytes(header + self.body, policy=email.policy.HTTP).iter_parts():
+            name, content = part.get_param("name", header="content-disposition"), part.get_payload(decode=True)
+            if part.get_filename():
+                self.files[name] = content
+            else:
+                self.fields[name] = content.decode()
+
+    @property
+    def text(self) -> str:
+        """What a person reads."""
+        return self.fields.get("text") or self.fields.get("caption", "")
 
 
 Answer = Callable[["_Handler"], None]
@@ -71,10 +67,7 @@ def error(status: int, description: str, **more) -> Answer:
     return reply(status, {"ok": False, "error_code": status, "description": description, **more})
 
 
-def taken(handler: "_Handler"):
-    """Answer as the Bot API does when all is well."""
-    result = BOT if handler.path.endswith("/getMe") else {"message_id": 1}
-    reply(200, {"ok": True, "result": result})(handler)
+taken = reply(200, {"ok": True, "result": {"first_name": "Lab Bot", "username": "lab_bot"}})
 
 
 def reset(handler: "_Handler"):
@@ -120,17 +113,17 @@ class BotApi:
     def methods(self) -> list[str]:
         return [request.method for request in self.requests]
 
+    def messages(self) -> list[Request]:
+        """The requests that send something, and do not only ask whose the token is."""
+        return [request for request in self.requests if request.method != "getMe"]
+
 
 class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
     def do_POST(self):
         api = self.server.api
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         api.requests.append(Request(self.path, self.headers.get("Content-Type") or "", body))
         (api.script.pop(0) if api.script else taken)(self)
-
-    do_GET = do_POST
 
     def log_message(self, *args):
         pass

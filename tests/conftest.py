@@ -2,7 +2,6 @@
 
 import gc
 import signal
-from functools import cache
 from pathlib import Path
 
 import matplotlib
@@ -10,7 +9,6 @@ import pytest
 import torch
 
 from lablib import ImageData, load_data
-from lablib.services import learning_curves
 
 matplotlib.use("Agg")
 torch.set_num_threads(1)  # the tests' batches are too small to share out
@@ -60,15 +58,8 @@ def tiny_data() -> ImageData:
 
 @pytest.fixture
 def one_picture(monkeypatch):
-    """The services' pictures are drawn once for all trainings; what they look like is other tests' matter."""
-    for place in ("tracking.learning_curves", "telegram.callback.learning_curves"):
-        monkeypatch.setattr(f"lablib.{place}", lambda rows, title: _picture())
-    monkeypatch.setattr("lablib.telegram.messages.experiment_curves", lambda result: _picture())
-
-
-@cache
-def _picture() -> bytes:
-    return learning_curves([{"epoch": 1, "train_loss": 1, "val_loss": 1, "train_accuracy": 1, "val_accuracy": 1}], "")
+    """No time goes into drawing the pictures of messages; what they look like is another test's matter."""
+    monkeypatch.setattr("lablib.telegram.learning_curves", lambda table, title: b"png")
 
 
 @pytest.fixture(scope="module", autouse=True)

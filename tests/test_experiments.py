@@ -303,8 +303,8 @@ def test_a_cell_of_a_grid_is_as_if_it_were_trained_alone_with_the_teacher_of_its
     ("broken", "error"),
     [
         (fails_to_build, "ValueError: no such layer"),
-        (lambda: FailsInTraining((4,), image_shape=(1, 6, 6)), "ArithmeticError: no forward today"),
-        (lambda: tiny_mlp((4,), num_classes=2), "IndexError"),
+        (lambda: FailsInTraining((4,), image_shape=(1, 6, 6)), "fails with ArithmeticError: no forward today"),
+        (lambda: tiny_mlp((4,), num_classes=2), "the network gives 2 outputs, and tiny has 3 classes"),
     ],
     ids=["in the building", "in the forward", "too few outputs"],
 )
@@ -472,7 +472,7 @@ def test_jobs_side_by_side_give_the_same_bits_and_a_failure_loses_no_other(finis
         side_by_side = experiment(models, config, tiny_data, SEEDS, jobs=2)
     assert len(caught) == 2
     assert {key: error.split(":")[0] for key, error in side_by_side.failures.items()} == {
-        ("broken", seed): "ArithmeticError" for seed in SEEDS
+        ("broken", seed): "SanityCheckError" for seed in SEEDS
     }
     assert list(side_by_side.runs) == [(name, seed) for name in ("narrow", "wide", "closure") for seed in SEEDS]
     for key, run in finished.runs.items():
@@ -522,7 +522,7 @@ def test_workers_that_do_not_know_the_token_leave_the_messages_to_the_experiment
         monkeypatch.setattr(TelegramNotifier.__init__, "__defaults__", (None, None, api.url, 10))
         result = experiment({"narrow": MODELS["narrow"]}, knobs, tiny_data, SEEDS, jobs=2, trainer_class=Silent)
     assert not result.failures
-    heads = [request.fields["caption"].split("\n")[0] for request in api.requests]
+    heads = [request.fields["caption"].split("\n")[0] for request in api.messages()]
     runs = [f"narrow on tiny, seed {seed}: training finished" for seed in SEEDS] if every_run else []
     assert sorted(heads) == sorted([*runs, "Experiment on tiny: finished"])
     assert heads[-1] == "Experiment on tiny: finished"

@@ -11,9 +11,8 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 import pytest
-from papermill import inspect_notebook
-
 from lablib.record import main
+from papermill import inspect_notebook
 
 ROOT = Path(__file__).parent.parent
 MACHINE_PATH = re.compile(r"(?<![\w.])/(home|root|work|tmp|opt|mnt|Users|content)/\w|[A-Z]:\\\\Users")

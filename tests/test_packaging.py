@@ -80,7 +80,7 @@ import lablib, lablib.execute, lablib.parameters
 assert "torch" not in sys.modules
 from lablib import MLP, TrainingConfig, load_data, report
 TrainingConfig(num_epochs=3)
-import lablib.experiments, lablib.figures, lablib.store, lablib.telegram  # all that runs which are finished need
+import lablib.experiments, lablib.figures  # all that runs which are finished need
 assert not {"transformers.trainer", "accelerate"} & set(sys.modules)
 from lablib import experiment  # the function, whose module has been imported before it
 assert callable(experiment)

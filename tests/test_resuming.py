@@ -17,9 +17,9 @@ from transformers import TrainerCallback
 
 from lablib import MLP, KnowledgeDistillationTrainer, StreamlinedTrainer, TrainingConfig, resuming
 from lablib.checkpoints import DamagedCheckpointError, checkpoints_in, seal, verify
+from lablib.identity import build_seeded
 from lablib.interruption import Interruption
 from lablib.metrics import BatchMeter, history
-from lablib.identity import build_seeded
 from lablib.runs import train_or_load
 
 STEPS = 4  # an epoch: 27 of tiny_data's 36 images in batches of 8

@@ -23,8 +23,8 @@ from transformers import TrainerCallback
 
 from lablib import MLP, ImageData, ResidualCNN, SimpleCNN, StreamlinedTrainer, TrainingConfig, stratified_split
 from lablib.data import ImageBatches, stratified_subset
-from lablib.metrics import evaluation_metrics, history
 from lablib.identity import build_seeded, run_path
+from lablib.metrics import evaluation_metrics, history
 from lablib.services import ServiceCallback
 from lablib.trainer import NonFiniteLossError
 

@@ -33,7 +33,6 @@ from lablib import (
     load_data,
     resuming,
     runs,
-    training,
 )
 from lablib.data import ImageData
 from lablib.identity import build_seeded
@@ -85,7 +84,7 @@ class Torturer:
         self._around(StreamlinedTrainer, "training_step", "step")
         self._around(StreamlinedTrainer, "prediction_step", "validation")
         self._phase(resuming.ResumableTrainer, "_save_checkpoint", "checkpoint")
-        self._phase(training, "_result", "result")
+        self._phase(runs, "_result", "result")
         for module, name, path in (
             (torch, "save", lambda obj, path, *rest: path),
             (safetensors.torch, "save_file", lambda tensors, path, *rest, **more: path),
@@ -193,6 +192,7 @@ def outcome(store: Path) -> dict[str, bytes]:
         "weights": (path / "model.safetensors").read_bytes(),
         "history": json.dumps(rows).encode(),
         "result": json.dumps(result).encode(),
+        "measured": (path / "measured.npz").read_bytes(),
     }
 
 
@@ -221,7 +221,7 @@ class Case:
         return attempt(self.training, config, self.data, Torturer(store, moment and moment[:3], fault))
 
     def differences(self, store: Path) -> list[str]:
-        """Which of weights, history and result are not bitwise those of the undisturbed run."""
+        """Which of weights, history, result and measurements are not bitwise those of the undisturbed run."""
         found = outcome(store)
         return [name for name in self.expected if found[name] != self.expected[name]]
 
@@ -295,7 +295,9 @@ def damaged_files(case: Case, limit: int | None = None, seed: int = 0) -> list[d
             status, said = case.attempt(store)
             assert status == 0, (file, damage, said)
             finished_anew = at == "result" and file.name == "result.json" and damage == "missing"
-            named = any(str(file.name if at == "result" else file.parent.name) in text for text in said["warnings"])
+            # a flipped bit in result.json may be one of another file's sum, which is then named
+            damaged = "The run is set aside" if at == "result" else file.parent.name
+            named = any(damaged in text for text in said["warnings"])
             rows.append(
                 {
                     "fault": f"{damage}, {at}",
@@ -331,8 +333,8 @@ def report(kills: list[dict], faults: list[dict], seconds: float) -> str:
     lines = [
         "# Interrupted, broken, damaged: does a run end the same?",
         "",
-        "`make torture` writes this page. A run counts as the same only if its weights, its history and its result are",
-        "bitwise those of a run that nothing happened to (times aside). Each attempt is a process of its own.",
+        "`make torture` writes this page. A run counts as the same only if its weights, its history, its result and",
+        "what was measured are bitwise those of a run that nothing happened to (times aside). Each attempt is a process of its own.",
         "",
         "## Killed with SIGKILL and started again until it ends",
         "",

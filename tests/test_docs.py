@@ -1,0 +1,237 @@
+"""README and docs: their code runs, their links lead somewhere, and what they say of the code and results is true."""
+
+import ast
+import graphlib
+import json
+import re
+import runpy
+import textwrap
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+import lablib
+from lablib import MLP, TrainingConfig, experiment
+from lablib.statistics import save_table
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "lablib"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+REPORT = runpy.run_path(str(ROOT / "tools" / "report.py"))
+BLOCK = re.compile(r"^ *```python *(.*?)\n(.*?)^ *```$", re.DOTALL | re.MULTILINE)
+
+
+def blocks():
+    for page in PAGES:
+        text = page.read_text("utf-8")
+        for block in BLOCK.finditer(text):
+            line = text[: block.start()].count("\n") + 1
+            yield pytest.param(*block.groups(), id=f"{page.name}:{line}")
+
+
+@pytest.mark.parametrize(("options", "code"), [*blocks()])
+def test_a_block_of_python_runs_by_itself(options, code, tmp_path, monkeypatch, capsys):
+    if options == "no-run":
+        pytest.skip("needs Colab or a bot")
+    rng = np.random.default_rng(0)
+    for place in ("train/cat", "train/dog", "test/cat", "test/dog"):
+        (folder := tmp_path / "pictures" / place).mkdir(parents=True)
+        Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(folder / "0.png")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    (tmp_path / "block.py").write_text(textwrap.dedent(code), "utf-8")
+    runpy.run_path("block.py", run_name="__main__")
+    assert (tmp_path / "runs").exists() or capsys.readouterr().out
+
+
+@pytest.mark.parametrize("page", [*PAGES, *(ROOT / "results").glob("*.md")], ids=lambda page: page.name)
+def test_every_link_leads_to_a_file(page):
+    text = re.sub(r"```.*?```", "", page.read_text("utf-8"), flags=re.DOTALL)
+    links = [link for link in re.findall(r"\]\(([^)#\s]+)", text) if "://" not in link]
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_page_is_short(page):
+    assert len(page.read_text("utf-8").split()) <= (1800 if page.name == "README.md" else 900)
+
+
+def test_every_page_of_the_docs_is_linked_from_the_readme():
+    readme = (ROOT / "README.md").read_text("utf-8")
+    assert [page.name for page in PAGES[1:] if f"](docs/{page.name})" not in readme] == []
+
+
+def test_every_make_target_that_a_page_names_is_there():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
+    named = {name for page in PAGES for name in re.findall(r"\bmake ([a-z-]+)\b", _code_of(page))}
+    assert len(named) > 8
+    assert named <= targets
+
+
+def _code_of(page: Path) -> str:
+    return "\n".join(re.findall(r"```sh\n.*?```|`[^`\n]+`", page.read_text("utf-8"), re.DOTALL))
+
+
+def module_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+MODULES = {module_of(path) for path in PACKAGE.rglob("*.py")} - {"__init__"}
+
+
+def imported(tree: ast.AST) -> set[str]:
+    """The modules of lablib that some code imports, at any time; not those for annotations alone."""
+    found = set()
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name.split(".") for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = (["lablib"] if node.level else []) + (node.module or "").split(".")
+            names = [[*filter(None, base), alias.name] for alias in node.names]
+        found |= {lablib._MODULES.get(name[1], name[1]) for name in names if name[0] == "lablib" and name[1:]}
+        found |= imported(node)
+    return found
+
+
+def graph() -> dict[str, set[str]]:
+    """For each module the others that it imports."""
+    edges = {name: set() for name in MODULES}
+    for path in PACKAGE.rglob("*.py"):
+        if module_of(path) in MODULES:
+            edges[module_of(path)] |= imported(ast.parse(path.read_text("utf-8")))
+    return {name: (others & MODULES) - {name} for name, others in edges.items()}
+
+
+def layout() -> list[str]:
+    """The modules of the README's table, in its order."""
+    text = (ROOT / "README.md").read_text("utf-8")
+    return re.findall(r"^\| `(\w+)(?:\.py|/)` \|", text[text.index("## The code") :], re.MULTILINE)
+
+
+def test_the_readme_lists_every_module_once():
+    assert sorted(layout()) == sorted(MODULES)
+
+
+def test_no_imports_go_in_a_circle():
+    assert sum(map(len, graph().values())) > 40
+    assert len([*graphlib.TopologicalSorter(graph()).static_order()]) == len(MODULES)
+
+
+def test_modules_import_only_from_rows_above():
+    place = {name: number for number, name in enumerate(layout())}
+    pairs = {(name, other) for name, others in graph().items() for other in others}
+    assert sorted((name, other) for name, other in pairs if place.get(name, 0) <= place.get(other, 0)) == []
+
+
+def test_imports_inside_functions_are_found_and_those_for_annotations_are_not():
+    code = """
+from typing import TYPE_CHECKING
+import numpy, lablib.files
+from . import config
+if TYPE_CHECKING:
+    from lablib.trainer import StreamlinedTrainer
+class A:
+    def f(self):
+        from lablib import MLP, figures
+        from lablib.runs import Run
+        from .metrics import history
+"""
+    assert imported(ast.parse(code)) == {"files", "config", "models", "figures", "runs", "metrics"}
+
+
+def test_the_speed_in_the_readme_is_that_of_the_benchmark():
+    times = []
+    for case in json.loads((ROOT / "results" / "benchmark-cpu-2-cores.json").read_text())["cases"]:
+        rates = {(e["rival"], e["variant"]): median(e["train"]) for e in case["entries"]}
+        lab = max(rate for (rival, variant), rate in rates.items() if rival == "lablib" and "one run" in variant)
+        times.append(lab / max(rate for (rival, _), rate in rates.items() if rival == "student"))
+    said = f"{min(times):.1f} to {max(times):.1f} times as many images per second"
+    assert said in " ".join((ROOT / "README.md").read_text("utf-8").split())
+
+
+def test_the_tables_and_numbers_are_those_of_the_results():
+    assert REPORT["main"](["--check"]) == 0
+
+
+def test_no_line_begins_with_a_number_that_is_filled_in():
+    """Markdown would take the line for HTML, and end the paragraph there."""
+    lines = (ROOT / "README.md").read_text("utf-8").splitlines()
+    assert [line for line in lines if line.lstrip().startswith("<!--") and line.count("<!--") > 1] == []
+
+
+def test_every_published_table_and_figure_has_a_caption():
+    page = (ROOT / "results" / "README.md").read_text("utf-8")
+    captions = (ROOT / "tools" / "captions.toml").read_text("utf-8")
+    figures = {path.with_suffix("").name for path in (ROOT / "images").iterdir()} - {"telegram_notification"}
+    tables = {path.stem for path in (ROOT / "results").glob("*.csv") if "dataset" in path.read_text().split("\n")[0]}
+    assert [name for name in sorted(figures | tables) if name not in captions] == []
+    assert "## Measurements" in page
+
+
+@pytest.fixture
+def results(tiny_data, tmp_path, monkeypatch):
+    """A folder with the results of a tiny experiment, and the page of a README that wants them."""
+    shape = {"image_shape": tiny_data.image_shape, "num_classes": tiny_data.num_classes}
+    config = TrainingConfig(num_epochs=1, batch_size=12, device="cpu", validation_split=0.25, output_dir=str(tmp_path))
+    networks = {"MLP-2": partial(MLP, (4,), **shape), "MLP-4": partial(MLP, (4, 4), **shape)}
+    runs = experiment(networks, config, tiny_data, seeds=3)
+    root = tmp_path / "lab"
+    runs.table({"MLP-2": 0.5}, save_to=root / "results" / "mlps_mnist.csv")
+    compared = runs.compare("MLP-4", "MLP-2")
+    save_table(compared.table, root / "results" / "mlps_mnist_differences.csv")
+    (root / "images").mkdir()
+    (root / "images" / "accuracy_by_depth.png").touch()
+    (root / "README.md").write_text(
+        "A <!-- mlps_mnist: MLP-2 -->0 %<!-- end --> and <!-- mlps_mnist_differences: MLP-4 − MLP-2 --><!-- end -->.\n"
+        "<!-- mlps_mnist_depth: MLP-64 -->old<!-- end -->\n"
+        "<!-- table mlps_mnist: test accuracy, n -->\nold\n<!-- end -->\n"
+        "<!-- figure accuracy_by_depth.png: Accuracy -->\n<!-- end -->\n"
+        "<!-- figure gone.png: Gone -->\n<!-- end -->\n"
+    )
+    return root, runs
+
+
+def test_a_report_fills_in_what_is_published_and_says_what_is_not(results, capsys):
+    root, runs = results
+    assert REPORT["main"](["--check"], root) == 1
+    assert "out of date" in capsys.readouterr().out
+    assert REPORT["main"]([], root) == 0
+    assert REPORT["main"](["--check"], root) == 0
+    text = (root / "README.md").read_text("utf-8")
+    shown = runs.table().loc["MLP-2"]
+    mean, interval = 100 * np.mean([*runs.values("MLP-2").values()]), shown["test accuracy"]
+    assert f"-->{mean:.2f}" in text
+    assert "(n = 3)<!-- end -->" in text
+    assert f"| MLP-2 | {interval} | 3 |" in text
+    change = 100 * np.mean([runs.values("MLP-4")[seed] - runs.values("MLP-2")[seed] for seed in range(3)])
+    assert f"-->{change:+.2f}" in text
+    assert " points (n = 3" in text
+    assert "![Accuracy](images/accuracy_by_depth.png)" in text
+    assert text.count("*not published yet*") == 2
+    page = (root / "results" / "README.md").read_text("utf-8")
+    assert f"| MLP-2 | {shown['parameters']} | {shown['validation accuracy']} | {interval} | 50.00 % | 3 |" in page
+    assert f"| MLP-4 − MLP-2 | {change:+.2f}" in page
+    assert "Not published yet: `mlps_mnist_cosine.csv`, `mlps_mnist_depth.csv`" in page
+    assert "](../images/accuracy_by_depth.png)" in page
+
+
+def test_a_row_that_is_not_there_is_an_error(results):
+    root, _ = results
+    (root / "README.md").write_text("<!-- mlps_mnist: MLP-3 --><!-- end -->")
+    with pytest.raises(KeyError, match="MLP-3"):
+        REPORT["main"]([], root)
+
+
+def test_a_table_of_another_kind_is_shown_as_it_is(tmp_path):
+    pd.DataFrame({"what": ["ECE"], "value": [0.123456]}).to_csv(tmp_path / "other.csv", index=False)
+    table, numbers = REPORT["read"](tmp_path / "other.csv")
+    assert REPORT["markdown"](table) == "| what | value |\n| --- | --- |\n| ECE | 0.1235 |"
+    assert numbers == {}

@@ -1,0 +1,311 @@
+"""Figures show the numbers that they were given: all of them, legibly, and no interval that means little."""
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.container import ErrorbarContainer
+from matplotlib.figure import Figure
+from scipy import stats
+
+from lablib import figures
+from lablib.diagnostics import calibration
+from lablib.statistics import compare
+
+
+@pytest.fixture(autouse=True)
+def _the_labs_style_and_no_figure_left_open():
+    with matplotlib.rc_context():
+        figures.use_style()
+        yield
+    plt.close("all")
+
+
+def drawn(figure: Figure) -> list[Axes]:
+    """The axes of a figure in which nothing is cut off and no legend covers data."""
+    figure.canvas.draw()
+    content, size = figure.get_tightbbox(), figure.get_size_inches()
+    assert (content.min >= -0.02).all()
+    assert (content.max <= size + 0.02).all()
+    for legend in [*figure.legends, *(axis.get_legend() for axis in figure.axes)]:
+        for axis in figure.axes if legend else []:
+            assert not legend.get_window_extent().overlaps(axis.get_window_extent())
+    return figure.axes
+
+
+def frame_of(accuracies: dict[str, list[float]], **columns) -> pd.DataFrame:
+    rows = [
+        {"model": model, "seed": seed, "test_accuracy": value, "parameters": 12_345 * place}
+        for place, (model, values) in enumerate(accuracies.items(), 1)
+        for seed, value in enumerate(values)
+    ]
+    return pd.DataFrame(rows).assign(**columns)
+
+
+def histories_of(models: dict[str, list[int]]) -> pd.DataFrame:
+    """Noise for each model and seed, of so many epochs each; the best accuracy comes twice."""
+    generator = np.random.default_rng(0)
+    rows = [
+        {"model": model, "seed": seed, "epoch": epoch, "val_accuracy": 0.9 if epoch in (2, 3) else 0.8}
+        | {f"{part}_{term}": generator.uniform(0.1, 1) for part in ("train", "val") for term in TERMS}
+        for model, lengths in models.items()
+        for seed, length in enumerate(lengths)
+        for epoch in range(1, length + 1)
+    ]
+    return pd.DataFrame(rows)
+
+
+TERMS = ("loss", "soft_loss", "hard_loss")
+
+
+def seed_lines(axis: Axes) -> list:
+    return [line for line in axis.get_lines() if len(line.get_xdata())]  # the others are the legend's
+
+
+def error_bars(axis: Axes) -> list[ErrorbarContainer]:
+    return [container for container in axis.containers if isinstance(container, ErrorbarContainer)]
+
+
+def bar_ends(container: ErrorbarContainer) -> list[np.ndarray]:
+    """Low and high end of each error bar that can be seen."""
+    segments = [np.asarray(segment) for bars in container[2] for segment in bars.get_segments()]
+    return [s[:, 1] for s in segments if len(s) and np.isfinite(s).all()]
+
+
+def interval(values) -> tuple[float, float]:
+    return stats.t.interval(0.95, len(values) - 1, np.mean(values), stats.sem(values))
+
+
+def test_loss_curves_are_one_whole_line_per_seed_on_a_logarithmic_axis_with_the_kept_epoch_marked():
+    table = histories_of({"plain": [6, 4, 5], "residual": [3]})
+    (axis,) = drawn(figures.loss_curves(table, "val_loss", "cifar10-jpeg"))
+    lines = seed_lines(axis)
+    assert axis.get_yscale() == "log"
+    expected = [part["val_loss"].tolist() for _, part in table.groupby(["model", "seed"])]
+    for line, values in zip(sorted(line.get_ydata().tolist() for line in lines), sorted(expected), strict=True):
+        assert line == pytest.approx(values)
+    assert len({to_rgb(line.get_color()) for line in lines}) == 2
+    assert len({line.get_linestyle() for line in lines}) == 2
+    (dots,) = axis.collections
+    kept = table[table["epoch"] == 2]  # the first of equals
+    np.testing.assert_allclose(
+        sorted(dots.get_offsets().tolist()), sorted(kept[["epoch", "val_loss"]].to_numpy().tolist())
+    )
+    assert drawn(figures.loss_curves(table, "val_accuracy", "cifar10-jpeg"))[0].get_yscale() == "linear"
+
+
+def test_panels_of_loss_curves_share_their_axis_and_leave_out_what_is_missing():
+    models = {f"model-{i}": [3] for i in range(12)}
+    panels = {"all": list(models), "two": ["model-0", "missing"], "none": ["missing"]}
+    every, two, none = drawn(figures.loss_curves(histories_of(models), "train_loss", "cifar10-jpeg", panels))
+    assert [len(seed_lines(axis)) for axis in (every, two, none)] == [12, 1, 0]
+    assert every.get_ylim() == two.get_ylim() == none.get_ylim()
+
+
+def test_loss_terms_are_drawn_with_their_weights():
+    table = histories_of({"student": [4, 3]})
+    for axis, part in zip(drawn(figures.loss_terms(table, "cifar10-jpeg", alpha=0.75)), ("train", "val"), strict=True):
+        expected = [
+            (weight * runs[f"{part}_{term}"]).tolist()
+            for _, runs in table.groupby("seed")
+            for term, weight in zip(TERMS, (1, 0.75, 0.25), strict=True)
+        ]
+        lines = sorted(line.get_ydata().tolist() for line in seed_lines(axis))
+        assert len(lines) == 6
+        for line, values in zip(lines, sorted(expected), strict=True):
+            assert line == pytest.approx(values)
+
+
+ACCURACIES = {"plain-2": [0.8, 0.82, 0.85], "plain-8": [0.6, 0.7], "residual-2": [0.9], "residual-8": [0.9, 0.93, 0.92]}
+
+
+def test_accuracy_by_depth_has_a_point_per_run_means_and_an_interval_from_three_seeds_on():
+    (axis,) = drawn(figures.accuracy_by_depth(frame_of(ACCURACIES), "cifar10-jpeg"))
+    errors = {model: 100 * (1 - np.array(values)) for model, values in ACCURACIES.items()}
+    points = np.concatenate([line.get_ydata() for line in axis.get_lines() if line.get_alpha()])
+    np.testing.assert_allclose(np.sort(points), np.sort(np.concatenate(list(errors.values()))))
+    plain, residual = error_bars(axis)
+    np.testing.assert_allclose(plain[0].get_ydata(), [errors["plain-2"].mean(), errors["plain-8"].mean()])
+    np.testing.assert_allclose(bar_ends(plain), [interval(errors["plain-2"])])
+    np.testing.assert_allclose(bar_ends(residual), [interval(errors["residual-8"])])
+    assert plain[0].get_linestyle() != residual[0].get_linestyle()
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["2", "8"]
+    assert (plain[0].get_xdata() < residual[0].get_xdata()).all()  # no family hides another
+    assert axis.get_yscale() == "linear"
+
+
+def test_recipes_side_by_side_share_axis_colours_and_places_where_a_family_is_missing():
+    some = frame_of({"residual-2": [0.95, 0.96], "plain-8": [np.nan]})
+    left, right = drawn(figures.accuracy_by_depth({"reference": frame_of(ACCURACIES), "cosine": some}, "cifar10-jpeg"))
+    assert left.get_ylim() == right.get_ylim()
+    (line,) = [bars[0] for bars in error_bars(right)]
+    same = error_bars(left)[1][0]
+    assert (line.get_color(), line.get_marker(), line.get_xdata()[0]) == (
+        same.get_color(),
+        same.get_marker(),
+        same.get_xdata()[0],
+    )
+
+
+def test_errors_that_differ_tenfold_are_on_a_logarithmic_axis_and_intervals_end_at_what_is_possible():
+    wide = {"plain-2": [0.98, 0.985, 0.99], "plain-64": [0.1, 0.1, 0.9]}
+    (axis,) = drawn(figures.accuracy_by_depth(frame_of(wide), "cifar10-jpeg", chance=0.1))
+    assert axis.get_yscale() == "log"
+    assert any(line.get_ydata() == pytest.approx([90, 90]) for line in axis.get_lines())
+    assert interval(100 * (1 - np.array(wide["plain-64"])))[1] > 100
+    assert bar_ends(error_bars(axis)[0])[1][1] == 100
+
+
+def gradients_of(models: list[str], seeds: int = 2) -> pd.DataFrame:
+    generator = np.random.default_rng(0)
+    rows = [
+        {"model": model, "seed": seed, "moment": moment, "layer": layer, "rms": generator.uniform(0.1, 1)}
+        for model in models
+        for seed in range(seeds)
+        for moment in ("initial", "trained")
+        for layer in range(1, int(model.split("-")[1]) + 2)
+    ]
+    return pd.DataFrame(rows)
+
+
+def test_gradient_ratios_stand_above_the_errors_of_the_same_depths():
+    gradients = gradients_of(list(ACCURACIES), seeds=1)
+    gradients.loc[(gradients["model"] == "plain-8") & (gradients["layer"] == 1), "rms"] = 0  # vanished: a gap
+    above, below = drawn(figures.gradient_ratio(gradients, frame_of(ACCURACIES), "cifar10-jpeg", chance=0.1))
+    assert above.get_yscale() == "log"
+    first = gradients[(gradients["model"] == "plain-2") & (gradients["moment"] == "initial")]["rms"].tolist()
+    plain, residual = error_bars(above)
+    assert plain[0].get_ydata() == pytest.approx([first[0] / first[1]])
+    np.testing.assert_array_equal(residual[0].get_xdata(), error_bars(below)[1][0].get_xdata())
+
+
+def test_gradient_norms_are_geometric_means_by_relative_position():
+    gradients = gradients_of(["plain-2", "plain-4", "residual-2"])
+    axes = drawn(figures.gradient_norms(gradients, "cifar10-jpeg"))
+    assert len(axes) == 4
+    of_one = gradients[(gradients["model"] == "plain-2") & (gradients["moment"] == "initial")]
+    line = axes[0].get_lines()[0]
+    np.testing.assert_allclose(line.get_xdata(), [0, 0.5, 1])
+    np.testing.assert_allclose(line.get_ydata(), of_one.groupby("layer")["rms"].apply(stats.gmean))
+
+
+@pytest.mark.parametrize("scale", [1, 1e6])
+def test_accuracy_by_cost_puts_each_network_at_its_cost(scale):
+    costs = pd.DataFrame({"parameters": dict(zip(ACCURACIES, scale * np.array([10, 20, 30, 4000]), strict=True))})
+    (axis,) = drawn(figures.accuracy_by_cost(frame_of(ACCURACIES), costs, "cifar10-jpeg"))
+    assert axis.get_xscale() == "log"
+    expected = [[10 * scale, 100 * np.mean(ACCURACIES["plain-2"])], [20 * scale, 65]]
+    np.testing.assert_allclose(error_bars(axis)[0][0].get_xydata(), expected)
+    assert [text.get_text() for text in axis.texts] == ["2", "8", "2", "8"]
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5])
+def test_paired_differences_are_a_dot_per_seed_their_mean_and_an_interval_from_three_seeds_on(n):
+    values = {"A": [0.91, 0.93, 0.95, 0.94, 0.96], "B": [0.9, 0.91, 0.915, 0.95, 0.92]}
+    frame = frame_of({model: v[:n] for model, v in values.items()})
+    pairs = {"a rather long name of a comparison between two networks": ("A", "B"), "back": ("B", "A")}
+    (axis,) = drawn(figures.paired_differences(compare(frame, pairs), "cifar10-jpeg", "A − B"))
+    zero, dots = axis.get_lines()[:2]
+    expected = 100 * np.subtract(values["A"][:n], values["B"][:n])
+    assert list(zero.get_xdata()) == [0, 0]
+    np.testing.assert_allclose(dots.get_xdata(), expected)
+    first = error_bars(axis)[0]
+    assert first[0].get_xdata() == pytest.approx([expected.mean()])
+    segments = [s for bars in first[2] for s in bars.get_segments() if len(s) and np.isfinite(s).all()]
+    assert len(segments) == (n >= 3)
+    for segment in segments:
+        np.testing.assert_allclose(segment[:, 0], interval(expected))
+
+
+ROLES = {"teacher": "Net-4", "student alone": "Net-2", "distilled student": "Distilled-2"}
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_distillation_has_bars_from_0_and_a_line_per_seed_with_the_gain_in_the_title(n):
+    values = {"Net-4": [0.84, 0.86, 0.85], "Net-2": [0.7, 0.74, 0.75], "Distilled-2": [0.72, 0.76, 0.79]}
+    figure = figures.distillation(frame_of({m: v[:n] for m, v in values.items()}), ROLES, "cifar10-jpeg", chance=0.1)
+    left, right = drawn(figure)
+    means = [100 * np.mean(v[:n]) for v in values.values()]
+    assert [bar.get_height() for bar in left.patches] == pytest.approx(means)
+    assert left.get_ylim()[0] == 0
+    assert len(bar_ends(error_bars(right)[0])) == (n == 3)
+    lines = [line.get_ydata() for line in right.get_lines() if line.get_marker() == "."]
+    np.testing.assert_allclose(lines, 100 * np.transpose(list(values.values()))[:n])
+    assert f"{means[2] - means[1]:+.2f}" in figure.get_suptitle()
+    assert all("12,345" in axis.get_xticklabels()[0].get_text() for axis in (left, right))
+
+
+def test_distillation_without_a_finished_distilled_student_shows_the_others():
+    frame = frame_of({"Net-4": [0.9, 0.91], "Net-2": [0.8, 0.82]})
+    left, _ = drawn(figures.distillation(frame, ROLES, "cifar10-jpeg", chance=0.1))
+    assert [bar.get_height() for bar in left.patches] == pytest.approx([90.5, 81])
+
+
+@pytest.mark.parametrize(("temperatures", "alphas"), [((1, 4, 8), (0.1, 0.9)), ((4,), (0.1, 0.9)), ((1, 4), (0.9,))])
+def test_a_distillation_grid_frames_the_best_cell_and_the_used_one_around_their_numbers(temperatures, alphas):
+    cells = [(t, a, s, 0.5 + t / 100 + a / 10 + s / 50) for t in temperatures for a in alphas for s in (0, 1)]
+    frame = pd.DataFrame(cells, columns=["temperature", "alpha", "seed", "val_accuracy"])
+    axis = drawn(figures.distillation_grid(frame, "cifar10-jpeg", used=(4, 0.9), alone=0.5))[0]
+    expected = {"best": (max(temperatures), 0.9), "used": (4, 0.9)}
+    assert [patch.get_label() for patch in axis.patches] == list(expected)
+    for patch, (t, a) in zip(axis.patches, expected.values(), strict=True):
+        inside = patch.get_window_extent()
+        framed = [x.get_text() for x in axis.texts if inside.contains(*axis.transData.transform(x.get_position()))]
+        assert framed == [f"{50 + t + 10 * a + 1:.2f}"]
+    other = drawn(figures.distillation_grid(frame, "cifar10-jpeg", used=(3, 0.9)))[0]
+    assert [patch.get_label() for patch in other.patches] == ["best"]
+
+
+def test_reliability_draws_the_accuracy_of_bins_with_30_images_or_more_and_the_share_of_all():
+    confidence, correct = [0.9] * 40 + [0.55] * 29 + [0.7] * 30, [1, 0] * 20 + [1] * 29 + [0] * 30
+    table = calibration(confidence, correct, bins=10)
+    above, below = drawn(figures.reliability({"net": table}, {"net": [0.1]}, "cifar10-jpeg"))
+    bars = {round(bar.get_x() + bar.get_width() / 2, 2): bar.get_height() for bar in above.patches}
+    drawn_bars = {x: height for x, height in bars.items() if np.isfinite(height)}
+    assert drawn_bars == {0.65: 0, 0.85: 0.5}
+    assert sum(bar.get_height() for bar in below.patches) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_an_image_grid_shows_every_image_as_it_is(channels):
+    images = torch.randint(0, 256, (5, channels, 4, 6), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    axes = drawn(figures.image_grid(images, [f"image {i}" for i in range(5)], columns=3, title="cifar10-jpeg"))
+    for image, axis in zip(images, axes, strict=False):
+        np.testing.assert_allclose(
+            axis.get_images()[0].get_array(), image.permute(1, 2, 0).squeeze(-1) / 255, atol=1e-6
+        )
+    assert not axes[5].get_images()
+    assert not any(axis.get_images() for axis in drawn(figures.image_grid(images[:0], [], title="none")))
+
+
+def test_a_confusion_matrix_writes_all_counts_and_colours_the_mistakes():
+    matrix = np.array([[50, 1, 0], [2, 40, 3], [0, 7, 30]])
+    axis, _ = drawn(figures.confusion_matrix(matrix, ("cat", "dog", "fox"), "cifar10-jpeg"))
+    assert [int(text.get_text()) for text in axis.texts] == matrix.flatten().tolist()
+    np.testing.assert_array_equal(axis.collections[0].get_array(), [[0, 1, 0], [2, 0, 3], [0, 7, 0]])
+
+
+def test_softened_answers_are_the_likeliest_classes_and_the_true_one_has_another_colour():
+    logits = torch.tensor([[4.0, 1.0, 0.5, 3.0], [0.0, 2.0, 5.0, 1.0]])
+    answers = {T: (logits / T).softmax(1) for T in (1, 20)}
+    pictures = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
+    names = ("ant", "bee", "cat", "dog")
+    axes = drawn(figures.softened_answers(pictures, ["dog", "cat"], answers, names, "cifar10-jpeg", shown=3))
+    for row, chosen, true in ((0, [0, 1, 3], 2), (1, [1, 2, 3], 1)):
+        for axis, probabilities in zip(axes[3 * row + 1 : 3 * row + 3], answers.values(), strict=True):
+            assert [bar.get_width() for bar in axis.patches] == pytest.approx(probabilities[row][chosen].tolist())
+            colors = [to_rgb(bar.get_facecolor()) for bar in axis.patches]
+            assert [colors.count(color) for color in colors] == [1 if i == true else 2 for i in range(3)]
+
+
+@pytest.mark.parametrize("suffix", ["svg", "png"])
+def test_a_figure_drawn_twice_is_the_same_file(tmp_path, suffix):
+    paths = [tmp_path / "new" / f"{name}.{suffix}" for name in ("first", "again")]
+    for path in paths:
+        figures.save(figures.loss_curves(histories_of({"plain": [3, 3]}), "val_loss", "cifar10-jpeg"), path)
+    first, again = (path.read_bytes() for path in paths)
+    assert first == again

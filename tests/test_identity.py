@@ -1,0 +1,391 @@
+"""What makes another run, what makes no other run, and what is refused: by the code of a notebook's cells."""
+
+import dataclasses
+import hashlib
+import json
+import linecache
+import os
+import subprocess
+import sys
+import textwrap
+from dataclasses import replace
+from functools import partial
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lablib import MLP, ResidualMLP, StreamlinedTrainer, TrainingConfig
+from lablib.identity import build_seeded, describe, run_identity, run_name
+
+numbers = count()
+tiny_mlp = partial(MLP, (8,), image_shape=(1, 6, 6), num_classes=3)
+PRELUDE = """
+import argparse, collections, contextlib, dataclasses, enum, functools, io, itertools, logging, random, sys, threading, types
+from functools import partial
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations, parametrize, prune
+from lablib import MLP, StreamlinedTrainer
+"""
+
+
+def cell(code: str, module: str = "__main__", **names):
+    """What a notebook's cell defines as `it`; its source is where IPython puts it."""
+    code = PRELUDE + textwrap.dedent(code)
+    file = f"/tmp/ipykernel_1/{next(numbers)}.py"
+    linecache.cache[file] = (len(code), None, code.splitlines(keepends=True), file)
+    names = {"__name__": module, **names}
+    exec(compile(code, file, "exec"), names)
+    return names["it"]
+
+
+def described(code: str, **more):
+    return describe(cell(code, **more), "it")
+
+
+ANOTHER = {  # what stands for … in the code makes another run
+    "argument": ("it = partial(StreamlinedTrainer, weights=torch.tensor([…]))", "1.0", "2.0"),
+    "argument in a partial in a partial": ("it = partial(partial(sum, partial(sum, …)), 1)", "1", "2"),
+    "class attribute": ("class it(StreamlinedTrainer):\n criterion = nn.CrossEntropyLoss(torch.tensor([…]))", "1.0", "2.0"),
+    "attribute of a base": ("class Base:\n size = …\nclass it(Base): pass", "1", "2"),
+    "method": ("class it(nn.Module):\n def forward(self, x): return x * …", "2", "3"),
+    "decorated method": ("class it:\n @torch.no_grad()\n def forward(self, x): return x * …", "2", "3"),
+    "decorated __init__": ("class it:\n @torch.no_grad()\n def __init__(self): self.x = …", "2", "3"),
+    "argument of a decorator": ("def f(x): return x\nit = torch.autocast('cpu', enabled=…)(f)", "True", "False"),
+    "wrapped by one's own decorator": (
+        """
+        def scaled(function, by):
+            @functools.wraps(function)
+            def wrapper(x): return by * function(x)
+            return wrapper
+        it = scaled(torch.relu, …)
+        """,
+        "1",
+        "2",
+    ),
+    "cached function": ("@functools.cache\ndef it(): return …", "1", "2"),
+    "context manager": ("@contextlib.contextmanager\ndef it(): yield …", "1", "2"),
+    "static method": ("class it:\n half = staticmethod(lambda x: x / …)", "2", "3"),
+    "class method": ("class it:\n @classmethod\n def half(cls, x): return x / …", "2", "3"),
+    "property": ("class it:\n @property\n def size(self): return …", "1", "2"),
+    "cached property": ("class it:\n @functools.cached_property\n def size(self): return …", "1", "2"),
+    "bound method": ("class A:\n def f(self): return self.x\na = A()\na.x = …\nit = a.f", "1", "2"),
+    "bound method in C": ("it = torch.tensor([…]).mul", "1.0", "2.0"),
+    "global variable": ("W = …\ndef it(x): return x * W", "1", "2"),
+    "global variable of a nested function": ("W = …\ndef it(): return lambda x: x * W", "1", "2"),
+    "global variable of a helper": ("W = …\ndef helper(x): return x * W\ndef it(x): return helper(x)", "1", "2"),
+    "global dataclass": (
+        "@dataclasses.dataclass\nclass A:\n w: list = dataclasses.field(default_factory=lambda: […])\ndef it(): return A()",
+        "1",
+        "2",
+    ),
+    "variable of one's own module": (
+        "mine = types.ModuleType('mine')\nmine.W = …\ndef it(x): return x * mine.W",
+        "1",
+        "2",
+    ),
+    "attribute of a function": ("def it(x): return x * it.by\nit.by = …", "1", "2"),
+    "closure": ("def make(w): return lambda x: x * w\nit = make(…)", "1", "2"),
+    "default argument": ("def it(x, w=…): return x * w", "torch.ones(1)", "torch.zeros(1)"),
+    "evaluated default argument": ("W = …\nit = lambda x, w=W: x * w\nW = 0", "1", "2"),
+    "keyword default": ("W = …\ndef it(x, *, w=W): return x * w\nW = 0", "1", "2"),
+    "recursion": ("def it(n): return it(n - …) if n else 0", "1", "2"),
+    "mutual recursion": ("def f(n): return it(n - …)\ndef it(n): return f(n) if n else 0", "1", "2"),
+    "one of the lambdas on a line": ("it = {'a': lambda x: x + 1, 'b': lambda x: x + 2}['…']", "a", "b"),
+    "constant lambdas on a line": ("it = [lambda: 1, lambda: 2][…]", "0", "1"),
+    "inner or outer lambda": ("f = lambda a, b: lambda: a\nit = …", "f", "f(0, 1)"),
+    "function of an installed factory": ("it = …", "F.max_pool2d", "F.max_pool1d"),
+    "function in C": ("it = …", "np.tanh", "np.sinh"),
+    "installed class": ("it = …", "nn.ReLU", "nn.Tanh"),
+    "module behind a name": ("import torch.… as F\ndef it(x): return F.softmax(x)", "nn.functional", "special"),
+    "dataclass": ("@dataclasses.dataclass\nclass A:\n w: float\nit = A(…)", "1.0", "2.0"),
+    "method of a dataclass": ("@dataclasses.dataclass\nclass A:\n w: int = 1\n def f(self): return …\nit = A()", "1", "2"),
+    "order of fields": ("@dataclasses.dataclass\nclass A:\n …\nit = lambda: A(1, 2)", "a: int; b: int", "b: int; a: int"),
+    "Namespace": ("it = argparse.Namespace(weights=np.array([…]))", "1.0", "2.0"),
+    "slots": ("class A:\n __slots__ = ('a', 'b')\n def __init__(self): self.a = …\nit = A()", "1", "2"),
+    "one's own kind of dict": ("class A(dict):\n def __missing__(self, key): return …\nit = A(a=1)", "1", "2"),
+    "factory of a defaultdict": ("it = collections.defaultdict(lambda: …)", "1", "2"),
+    "deque": ("it = collections.deque([…])", "1", "2"),
+    "NumPy scalar": ("it = np.float32(…)", "1", "2"),
+    "NumPy's type": ("it = np.zeros(2, np.…)", "float32", "float64"),
+    "masked array": ("it = np.ma.masked_array([1, 2], mask=[…, 0])", "0", "1"),
+    "array of objects": ("it = np.array([…, 'a'], dtype=object)", "1", "2"),
+    "type of a tensor": ("it = torch.zeros(2, dtype=torch.…)", "float32", "float64"),
+    "dtype": ("it = torch.…", "float32", "float64"),
+    "bytes": ("it = b'…'", "a", "b"),
+    "set": ("it = {'a', '…'}", "b", "c"),
+    "key that is no text": ("it = {…: 'a', None: 'b'}", "1", "2"),
+    "range": ("it = range(…)", "1", "2"),
+    "tuple with names": ("T = collections.namedtuple('T', 'a')\nit = T(…)", "1", "2"),
+    "Enum": ("class A(enum.Enum):\n W = …\nit = A.W", "1", "2"),
+    "Enum in a function": ("class A(enum.IntEnum):\n W = …\nit = lambda: A.W", "1", "2"),
+    "state of a callback": ("class A:\n def __init__(self, w): self.w = w\nit = [A(…)]", "1", "2"),
+    "what an __identity__ says": ("class A:\n def __identity__(self): return {'w': …}\nit = A()", "1", "2"),
+    "plain tensor of a module": ("it = nn.ReLU()\nit.w = torch.tensor([…])", "1.0", "2.0"),
+    "buffer that is not saved": ("it = nn.ReLU()\nit.register_buffer('w', torch.tensor([…]), persistent=False)", "1.0", "2.0"),
+    "module in a plain list": ("it = nn.ReLU()\nit.layers = [nn.Dropout(…)]", "0.1", "0.2"),
+    "forward hook": ("it = nn.ReLU()\nit.register_forward_hook(lambda module, x, y: y * …)", "1", "2"),
+    "forward of an object": ("it = nn.ReLU()\nit.forward = lambda x: x * …", "1", "2"),
+    "frozen": ("it = nn.utils.skip_init(nn.Linear, 1, 1).requires_grad_(…)\nnn.init.ones_(it.weight)\nnn.init.ones_(it.bias)", "True", "False"),
+    "parametrization": ("it = parametrizations.weight_norm(nn.Linear(1, 1, bias=False), dim=…)\nnn.init.ones_(it.parametrizations.weight.original1)\nnn.init.ones_(it.parametrizations.weight.original0)", "0", "1"),
+    "one's own parametrization": (
+        "class P(nn.Module):\n def forward(self, w): return w * …\nit = nn.Linear(1, 1)\nnn.init.ones_(it.weight)\n"
+        "nn.init.ones_(it.bias)\nparametrize.register_parametrization(it, 'weight', P())",
+        "1",
+        "1 + 0",
+    ),
+    "parametrized network of one's own": (
+        "class A(nn.Linear):\n def forward(self, x): return x * …\nit = A(1, 1)\nnn.init.ones_(it.weight)\n"
+        "nn.init.ones_(it.bias)\nparametrize.register_parametrization(it, 'weight', nn.Identity())",
+        "1",
+        "2",
+    ),
+    "pruning": ("it = nn.Linear(2, 1)\nfor p in it.parameters(): nn.init.ones_(p)\nprune.l1_unstructured(it, 'weight', …)", "0", "1"),
+    "one block or twice the same": ("block = nn.ReLU()\nit = nn.Sequential(*[block] * …)", "1", "2"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ANOTHER)
+def test_what_changes_a_result_makes_another_run(case):
+    code, one, other = ANOTHER[case]
+    first = described(code.replace("…", one))
+    assert json.dumps(first) == json.dumps(described(code.replace("…", one), module="elsewhere"))
+    assert first != described(code.replace("…", other))
+
+
+THE_SAME = {
+    "layout, comments, docstrings": (
+        "def it(x):\n    '''Doubles.'''\n    # by two\n    return {'a': (x * 2)}",
+        "def it( x ):\n  return {\n    'a': x*2}",
+    ),
+    "order of methods": (
+        "class it:\n def a(self): return it\n def b(self): return self.a()",
+        "class it:\n def b(self): return self.a()\n def a(self): return it",
+    ),
+    "unused globals": ("W = 1\ndef it(x): return x.W", "W = 2\ndef it(x): return x.W"),
+    "whole numbers": ("it = [4, 1.5, True]", "it = [4.0, np.float64(1.5), np.True_]"),
+    "list and tuple": ("it = [1, (2, 3)]", "it = (1, [2, 3])"),
+    "order of a dict": ("it = {'a': 1, 2: [3], 'b': 0}", "it = {'b': 0, 'a': 1, 2: [3]}"),
+    "order of a dict of functions": (
+        "def f(): return g()\ndef g(): return 1\nit = {'a': f, 'b': g}",
+        "def f(): return g()\ndef g(): return 1\nit = {'b': g, 'a': f}",
+    ),
+    "shared and equal values": ("a = [torch.ones(1)]\nit = [a, a]", "it = [[torch.ones(1)], [torch.ones(1)]]"),
+    "cache of a property": (
+        "class A:\n @functools.cached_property\n def x(self): return 1\nit = A()",
+        "class A:\n @functools.cached_property\n def x(self): return 1\nit = A()\nit.x",
+    ),
+    "where the project lies": ("from pathlib import Path\nit = Path('a/b')", "from pathlib import Path\nit = Path.cwd() / 'a/b'"),
+    "its own name": ("def it(): return __name__, __file__", "def it(): return __name__, __file__\n__file__ = '/home/me'"),
+    "class of an earlier cell": ("class A:\n x = 1\nit = A()", "class A:\n x = 2\nclass A:\n x = 1\nit = A()"),
+    "device and gradient": ("it = torch.ones(2)", "it = nn.Parameter(torch.ones(2, 2)[0])"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", THE_SAME)
+def test_what_changes_no_result_makes_no_other_run(case):
+    one, other = THE_SAME[case]
+    assert described(one) == described(other)
+
+
+REFUSED = {
+    "generator": ("(x for x in [1])", "it.held is a builtins.generator"),
+    "iterator": ("itertools.count()", "it.held is a itertools.count"),
+    "lock": ("threading.Lock()", "it.held is a _thread.lock"),
+    "condition": ("threading.Condition()", "it.held.*is a _thread.RLock"),
+    "open file": ("sys.__stdout__", "it.held is a _io.TextIOWrapper"),
+    "logger": ("logging.getLogger('a')", "it.held is a logging.Logger"),
+    "random generator of NumPy": ("np.random.default_rng(0)", "it.held is a numpy.Generator"),
+    "random generator of Python": ("random.Random(0)", "it.held is a random.Random"),
+    "random generator of torch": ("torch.Generator()", "it.held is a torch"),
+    "one's own module": ("types.ModuleType('mine')", "it.held is a builtins.module"),
+    "deep inside": ("{'a': [1, {'b': threading.Lock()}]}", r"it.held\['a'\]\[1\]\['b'\] is a _thread.lock"),
+    "function without source": ("eval('lambda x: x')", "the source of the function <lambda> is not in <string>"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_told_is_refused_by_its_name(case):
+    held, message = REFUSED[case]
+    with pytest.raises(TypeError, match=message) as caught:
+        described(f"class A: pass\nit = A()\nit.held = {held}")
+    assert "__identity__" in str(caught.value) or "Define it in a file" in str(caught.value)
+
+
+def test_a_global_variable_that_cannot_be_told_is_refused_by_its_name():
+    with pytest.raises(TypeError, match=r"it\.losses -> lock is a _thread.lock"):
+        described("lock = threading.Lock()\nclass it:\n def losses(self):\n  with lock: return 1")
+
+
+def test_many_functions_that_call_each_other_are_described_in_no_time():
+    code = "\n".join(f"def f{n}(): return [{', '.join(f'f{m}()' for m in range(40))}]" for n in range(40))
+    assert len(json.dumps(described(code + "\nit = f0"))) < 100_000
+
+
+SAMPLE = '''
+W = {"a": (1, 2.5), None: {"x"}}
+class Base:
+    size = 3
+@dataclasses.dataclass
+class Settings(Base):
+    rate: float = 0.5
+    layers: list = dataclasses.field(default_factory=list)
+    @functools.cached_property
+    def total(self): return f"{self.rate!r:>{3}} = {self.size=}"
+class Kind(enum.Enum):
+    SOFT = 1
+def it(x, *more, settings=Settings(), by=lambda x: (x, 2.0), **knobs):
+    """Documented."""
+    global W
+    if (n := len(more)) > 1 and not isinstance(x, int | str):
+        return [y @ by(W)[0] for y in more], {**knobs, "kind": Kind.SOFT}
+    match n:
+        case 0: raise ValueError(f"{n:.2f}" "joined" f"{settings.total}")
+        case [1, *_]: return -1e-3j
+    async def later(): return await it(x), b"x", ...
+    return type(it)(lambda: later)
+'''
+
+
+def sample_digest() -> str:
+    return hashlib.sha256(json.dumps(described(SAMPLE), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def test_a_description_is_the_same_on_each_version_of_python_and_in_each_process(tmp_path):
+    assert sample_digest() == "031aef7d72a8"
+    script = "import test_identity as t; print(t.sample_digest())"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([*sys.path, str(Path(__file__).parent)])}
+    for seed in "12":
+        command = [sys.executable, "-c", script]
+        environment |= {"PYTHONHASHSEED": seed, "OMP_NUM_THREADS": "1"}
+        said = subprocess.check_output(command, env=environment, cwd=tmp_path, text=True)
+        assert said.strip() == sample_digest()
+
+
+@pytest.fixture
+def config():
+    return TrainingConfig(num_epochs=4, batch_size=8, validation_split=0.25, device="cpu")
+
+
+@pytest.fixture
+def name(config, tiny_data):
+    """The name of a run of tiny_mlp, but for what is given."""
+
+    def name(build_model=tiny_mlp, config=config, data=tiny_data, trainer_class=None, callbacks=()):
+        return run_name(run_identity(build_model, config, data, trainer_class, callbacks))
+
+    return name
+
+
+SHARED = nn.Linear(36, 3)
+TABLE = torch.ones(36, 3)
+
+
+class Constant(nn.Module):
+    def __init__(self, weights):
+        super().__init__()
+        self.register_buffer("weights", weights)
+
+
+@pytest.mark.parametrize(
+    ("build", "error", "message"),
+    [
+        (lambda: SHARED, ValueError, "build the network in the function, or return copy.deepcopy"),
+        (lambda: nn.Sequential(nn.Flatten(), SHARED), ValueError, "parts of an existing network"),
+        (lambda: nn.Embedding.from_pretrained(TABLE, freeze=False), ValueError, "parts of an existing network"),
+        (lambda: nn.Linear(1, 1, False).load_state_dict({"weight": torch.rand(1, 1)}), TypeError, "no torch.nn.Module"),
+        (lambda: Constant(torch.from_numpy(np.random.rand(2))), ValueError, "not with NumPy or random"),
+        (lambda: nn.Dropout(np.random.rand()), ValueError, "different weights or attributes with seed 0"),
+    ],
+    ids=["network", "layer", "memory", "no network", "weights from NumPy", "attribute from NumPy"],
+)
+def test_a_function_that_does_not_build_the_network_anew_is_refused(build, error, message, name):
+    with pytest.raises(error, match=message):
+        name(build)
+
+
+def test_networks_may_share_constants_and_layers_without_weights(name):
+    activation, weights = nn.ReLU(), torch.ones(2)
+    assert name(lambda: nn.Sequential(Constant(weights), activation)).startswith("Sequential-")
+
+
+def test_building_with_a_seed_leaves_the_random_state_alone():
+    torch.manual_seed(5)
+    expected = tiny_mlp().state_dict()
+    torch.manual_seed(6)
+    before = torch.random.get_rng_state()
+    built = build_seeded(tiny_mlp, 5).state_dict()
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert all(torch.equal(built[name], tensor) for name, tensor in expected.items())
+
+
+CHANGED = {
+    **{"num_epochs": 5, "batch_size": 9, "learning_rate": 0.01, "optimizer": "sgd", "weight_decay": 0.1, "seed": 1},
+    **{"lr_schedule": "cosine", "warmup_fraction": 0.1, "max_grad_norm": 1.0, "validation_split": 0.3},
+    **{"max_train_images": 10, "early_stopping_patience": 3, "early_stopping_metric": "loss", "rotation_degrees": 0.0},
+    **{"translation_fraction": 0.0, "horizontal_flip": True, "crop_padding": 1, "precision": "bf16"},
+    **{"deterministic": True, "training_arguments": {"adam_beta1": 0.5}},
+}
+INDIFFERENT = {
+    **{"output_dir": "elsewhere", "checkpoint_seconds": 1.0, "device": "auto", "use_wandb": True},
+    **{"wandb_project": "other", "wandb_group": "other", "wandb_tags": ("other",), "wandb_watch": True},
+    **{"use_telegram_notifications": True, "telegram_additional_info": "other", "telegram_every_run": True},
+    **{"telegram_bot_token": "1:other", "telegram_chat_id": "other"},
+}
+
+
+def test_each_knob_either_makes_another_run_or_does_not(name, config):
+    assert CHANGED.keys() | INDIFFERENT.keys() == {field.name for field in dataclasses.fields(TrainingConfig)}
+    others = {knob: name(config=replace(config, **{knob: value})) for knob, value in (CHANGED | INDIFFERENT).items()}
+    assert {knob for knob, other in others.items() if other == name()} == INDIFFERENT.keys()
+    assert name(config=replace(config, precision="fp32")) == name()  # which is what "auto" comes to
+
+
+@pytest.mark.parametrize("part", ["train_images", "test_images", "train_labels", "test_labels"])
+def test_a_single_pixel_or_label_makes_another_run(part, name, tiny_data):
+    tensor = getattr(tiny_data, part).clone()
+    assert name(data=replace(tiny_data, **{part: tensor})) == name()
+    tensor.view(-1)[4] = (tensor.view(-1)[4] + 1) % 3
+    assert name(data=replace(tiny_data, **{part: tensor.clone()})) != name()
+
+
+def test_a_changed_weight_of_one_of_lablibs_networks_makes_another_run(name):
+    def changed(constant):
+        model = tiny_mlp()
+        nn.init.constant_(model.classifier.bias, constant)
+        return model
+
+    builders = [tiny_mlp, *(partial(changed, constant) for constant in (0.0, 0.1))]
+    builders += [partial(tiny_mlp, dropout=0.2), partial(ResidualMLP, **tiny_mlp.keywords)]
+    assert len({name(build) for build in builders}) == 5
+
+
+def test_a_network_of_lablib_is_known_by_its_arguments_however_it_is_built(name, digits):
+    builders = [MLP, lambda: MLP((128, 64), 0.1, (1, 28, 28), 10), partial(MLP, hidden_sizes=[128.0, 64][::1])]
+    builders[2] = partial(MLP, image_shape=[1, 28, 28], num_classes=10)
+    assert len({name(build, data=digits) for build in builders}) == 1
+
+
+def test_a_network_of_torchvision_is_described(name):
+    resnet = pytest.importorskip("torchvision").models.resnet18
+    assert name(partial(resnet, num_classes=3)) == name(partial(resnet, num_classes=3))
+    assert name(partial(resnet, num_classes=3)) != name(partial(resnet, num_classes=4))
+
+
+def test_a_callback_makes_another_run_unless_it_only_watches(name):
+    acting = cell("class it: pass")
+    watching = cell("class it:\n def __identity__(self): return None")
+    assert name(callbacks=[acting()]) != name()
+    assert name(callbacks=[watching()]) == name()
+    assert name(trainer_class=StreamlinedTrainer) == name()
+
+
+def test_the_published_names_stay_what_they_are(digits):
+    config = TrainingConfig(num_epochs=60, precision="fp32")
+    assert run_name(run_identity(MLP, config, digits)) == "MLP-16f8fda8000d"
