@@ -284,7 +284,7 @@ def distillation(frame: pd.DataFrame, names: Mapping[str, str], dataset: str, ch
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 4.6), layout="constrained")
     accuracies = 100 * frame.pivot(index="seed", columns="model", values="test_accuracy")
     accuracies = accuracies.reindex(columns=names.values())
-    parameters = frame.groupby("model")["parameters"].first()
+    parameters = frame.groupby("model")["parameters"].first().reindex(names.values())
     for place, color in enumerate(_colors(3)):
         values = accuracies.iloc[:, place].dropna()  # a teacher may be the student itself
         if values.empty:
@@ -296,7 +296,8 @@ def distillation(frame: pd.DataFrame, names: Mapping[str, str], dataset: str, ch
     left.axhline(100 * chance, color="0.2", linewidth=1, linestyle=":")
     left.set(ylim=(0, 101), ylabel="test accuracy (%)", title="mean (dotted: guessing)")
     right.plot(range(len(names)), accuracies.T, color="0.4", linewidth=1, marker=".")
-    ticks = [f"{role}\n{model}\n{parameters.get(model, 0):,.0f} parameters" for role, model in names.items()]
+    rows = zip(names.items(), parameters, strict=True)
+    ticks = [f"{role}\n{model}\n{number:,.0f} parameters" for (role, model), number in rows]
     for axis in (left, right):
         axis.set_xticks(range(len(names)), labels=ticks, fontsize="x-small")
         axis.grid(axis="x", visible=False)
