@@ -61,28 +61,17 @@ def augment(
     probability, as `torchvision.transforms.RandomCrop(size, padding)` does.
     Without a generator PyTorch's own is used, whose state a checkpoint holds.
     """
-    images = _turned_shifted_and_flipped(images, rotation_degrees, translation_fraction, horizontal_flip, generator)
-    if not crop_padding:
-        return images
-    corners = torch.randint(2 * crop_padding + 1, (len(images), 2), generator=generator, device=images.device)
-    return crop(images, corners, crop_padding)
-
-
-def _turned_shifted_and_flipped(
-    images: torch.Tensor,
-    rotation_degrees: float,
-    translation_fraction: float,
-    horizontal_flip: bool,
-    generator: torch.Generator | None,
-) -> torch.Tensor:
     batch, _, height, width = images.shape
-    if not rotation_degrees and not translation_fraction:
-        if not horizontal_flip:
-            return images
-        flips = torch.rand(batch, generator=generator, device=images.device) < 0.5
-        return torch.where(flips.view(-1, 1, 1, 1), images.flip(-1), images)
-    draws = torch.rand(4, batch, generator=generator, device=images.device)
-    angles = (2 * draws[0] - 1) * rotation_degrees
-    size = torch.tensor([width, height], device=images.device)
-    shifts = (2 * draws[1:3].T - 1) * translation_fraction * size
-    return affine(images, angles, shifts, draws[3] < 0.5 if horizontal_flip else None)
+    device = images.device
+    if rotation_degrees or translation_fraction:
+        draws = torch.rand(4, batch, generator=generator, device=device)
+        angles = (2 * draws[0] - 1) * rotation_degrees
+        shifts = (2 * draws[1:3].T - 1) * translation_fraction * torch.tensor([width, height], device=device)
+        images = affine(images, angles, shifts, draws[3] < 0.5 if horizontal_flip else None)
+    elif horizontal_flip:
+        flips = torch.rand(batch, generator=generator, device=device) < 0.5
+        images = torch.where(flips.view(-1, 1, 1, 1), images.flip(-1), images)
+    if crop_padding:
+        corners = torch.randint(2 * crop_padding + 1, (batch, 2), generator=generator, device=device)
+        images = crop(images, corners, crop_padding)
+    return images

@@ -1,13 +1,19 @@
-"""A model -> gradients by layer, angles between features, predictions, calibration, agreement."""
+"""A model -> gradients by layer, angles between features, calibration, cost."""
 
 import contextlib
-from collections.abc import Callable
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from itertools import product
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 
 def gradient_norms(
@@ -16,10 +22,10 @@ def gradient_norms(
     """Norm of the loss gradient by layer, from the input (layer 1) to the output.
 
     `batch` is images as the model takes them (float, batch × channels × height × width) and labels (batch). One row for
-    each linear and convolutional layer's weight: layer, name, norm (Euclidean), rms (norm over the root of its size,
-    so that layers of different sizes compare). The loss is the mean cross-entropy without dropout; the model stays as
-    it was, its gradients too. `outputs(model, images)` gives the logits, or a tuple that begins with them, where
-    `model(images)` does not. Raises ValueError if the model has no such layer.
+    each linear and convolutional layer's weight: layer, name, norm (Euclidean), rms (norm over the root of its size).
+    The loss is the mean cross-entropy without dropout; the model and its gradients stay as they were.
+    `outputs(model, images)` gives the logits, or a tuple that begins with them, where `model(images)` does not.
+    Raises ValueError if the model has no such layer.
     """
     layers = {n: m.weight for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd))}
     # a projection is the shortcut's, not a layer on the way through F
@@ -32,14 +38,8 @@ def gradient_norms(
         loss = F.cross_entropy(logits[0] if isinstance(logits, tuple) else logits, labels)
         gradients = torch.autograd.grad(loss, list(layers.values()), allow_unused=True)
     norms = [0.0 if gradient is None else gradient.cpu().double().norm().item() for gradient in gradients]
-    return pd.DataFrame(
-        {
-            "layer": range(1, len(layers) + 1),
-            "name": list(layers),
-            "norm": norms,
-            "rms": [norm / weight.numel() ** 0.5 for norm, weight in zip(norms, layers.values(), strict=True)],
-        }
-    )
+    table = pd.DataFrame({"layer": range(1, len(layers) + 1), "name": list(layers), "norm": norms})
+    return table.assign(rms=table["norm"] / [weight.numel() ** 0.5 for weight in layers.values()])
 
 
 @torch.no_grad()
@@ -47,8 +47,8 @@ def mean_angle(model: nn.Module, images: torch.Tensor) -> float:
     """How well a model's last hidden layer separates images: the mean angle between two of them, in degrees.
 
     `images` are the model's input, batch × channels × height × width, two or more. The features are the input of the
-    last linear layer; 0 means that all images have the same direction there. Computed in float64, without dropout; the
-    model is not changed. Raises ValueError for fewer than two images or a model without a linear layer.
+    last linear layer, computed in float64 without dropout; the model is not changed. Raises ValueError for fewer than
+    two images or a model without a linear layer.
     """
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     if not linear or len(images) < 2:
@@ -69,13 +69,6 @@ def mean_angle(model: nn.Module, images: torch.Tensor) -> float:
     return torch.rad2deg(2 * torch.asin(half_chord.clamp(max=1))).mean().item()
 
 
-@torch.no_grad()
-def predict(model: nn.Module, images: torch.Tensor, batch_size: int = 1000) -> torch.Tensor:
-    """Probabilities (images × classes) of a model in eval mode for images as it takes them."""
-    with eval_mode(model):
-        return torch.cat([model(part).softmax(1) for part in images.split(batch_size)])
-
-
 @contextlib.contextmanager
 def eval_mode(model: nn.Module):
     """Eval mode; afterwards each module is in its earlier mode."""
@@ -88,44 +81,83 @@ def eval_mode(model: nn.Module):
             module.training = training
 
 
-def calibration(probabilities: torch.Tensor, labels: torch.Tensor, bins: int = 15) -> pd.DataFrame:
+def calibration(confidence: Sequence[float], correct: Sequence[bool], bins: int = 15) -> pd.DataFrame:
     """Confidence against accuracy, for a reliability diagram; one row per non-empty bin of equal width.
 
-    `probabilities` are images × classes, `labels` images. The confidence is the largest probability; columns: low, high
-    (the bin's ends; an image on an end belongs to the bin below), images, confidence and accuracy (means in the bin).
+    For each image the probability of the predicted class, and whether that is the right one. Columns: low, high (the
+    bin's ends; an image on an end belongs to the bin below), images, confidence and accuracy (means in the bin).
     """
-    probabilities, labels = probabilities.cpu(), labels.cpu()
-    confidence, predicted = probabilities.max(1)
-    bin_of = (confidence.double() * bins).ceil().long().clamp(1, bins) - 1
-    table = pd.DataFrame({"bin": bin_of, "confidence": confidence.double(), "hit": (predicted == labels).double()})
-    grouped = table.groupby("bin")
-    return pd.DataFrame(
-        {
-            "low": [index / bins for index in grouped.groups],
-            "high": [(index + 1) / bins for index in grouped.groups],
-            "images": grouped.size().to_numpy(),
-            "confidence": grouped["confidence"].mean().to_numpy(),
-            "accuracy": grouped["hit"].mean().to_numpy(),
-        }
-    )
+    confidence = np.asarray(confidence, dtype=float)
+    index = np.ceil(confidence * bins).astype(int).clip(1, bins)
+    table = pd.DataFrame({"high": index / bins, "confidence": confidence, "correct": np.asarray(correct, dtype=float)})
+    by_bin = table.groupby("high", as_index=False)
+    columns = {"images": ("confidence", "size"), "confidence": ("confidence", "mean"), "accuracy": ("correct", "mean")}
+    table = by_bin.agg(**columns)
+    table.insert(0, "low", (table["high"] * bins - 1).round() / bins)
+    return table
 
 
-def expected_calibration_error(probabilities: torch.Tensor, labels: torch.Tensor, bins: int = 15) -> float:
+def expected_calibration_error(confidence: Sequence[float], correct: Sequence[bool], bins: int = 15) -> float:
     """Mean distance of confidence and accuracy over bins, weighted by images (Guo et al. 2017,
     https://arxiv.org/abs/1706.04599): 0 for a classifier that is right as often as it says it will be."""
-    table = calibration(probabilities, labels, bins)
-    distance = (table["confidence"] - table["accuracy"]).abs()
-    return float((distance * table["images"]).sum() / table["images"].sum())
+    table = calibration(confidence, correct, bins)
+    return float(np.average((table["confidence"] - table["accuracy"]).abs(), weights=table["images"]))
 
 
-def agreement(first: torch.Tensor, second: torch.Tensor) -> float:
-    """Share of images for which two models' logits or probabilities (images × classes) name the same class.
+@torch.no_grad()
+def multiply_adds(model: nn.Module, image_shape: Sequence[int]) -> int:
+    """Multiplications with an addition for one image of (channels, height, width), by `torch.utils.flop_counter`.
 
-    Raises ValueError for two shapes.
+    Normalisation, activations and pooling are not counted.
     """
-    if first.shape != second.shape:
-        raise ValueError(
-            f"predictions of shapes {tuple(first.shape)} and {tuple(second.shape)} cannot be compared; "
-            "both must be images × classes, for the same images and classes"
-        )
-    return (first.argmax(1) == second.argmax(1)).double().mean().item()
+    device = next(model.parameters()).device
+    with eval_mode(model), FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, *image_shape, device=device))
+    return counter.get_total_flops() // 2  # it counts two operations
+
+
+@torch.no_grad()
+def latency(
+    models: Mapping[str, nn.Module],
+    image_shape: Sequence[int],
+    batch_sizes: Sequence[int] = (1, 128),
+    repeats: int = 10,
+    rounds: int = 5,
+    budget: float = 10,
+) -> pd.DataFrame:
+    """Median time of a forward pass in eval mode on one thread: model, batch, milliseconds, images_per_second, device.
+
+    The models take turns for up to `rounds`, so that a busy machine slows all of them alike; a turn is one pass to warm
+    up and up to `repeats` timed ones. There are fewer if all would not fit in `budget` (seconds), but at least one.
+    Raises ValueError for fewer than one repeat or round.
+    """
+    if min(repeats, rounds) < 1:
+        raise ValueError(f"repeats = {repeats} and rounds = {rounds}, but both must be whole numbers above 0")
+    turns, times = list(product(batch_sizes, models)), defaultdict(list)
+    threads, begin = torch.get_num_threads(), time.perf_counter()
+    torch.set_num_threads(1)
+    try:
+        for done in range(rounds):
+            if done and (time.perf_counter() - begin) * (done + 1) / done > budget:
+                break  # another round would not fit
+            for batch, name in turns:
+                images = torch.zeros(batch, *image_shape, device=next(models[name].parameters()).device)
+                with eval_mode(models[name]):
+                    times[name, batch] += _timed(models[name], images, repeats, budget / len(turns))
+    finally:
+        torch.set_num_threads(threads)
+    rows = [(name, batch, 1e3 * statistics.median(seconds)) for (name, batch), seconds in times.items()]
+    table = pd.DataFrame(rows, columns=["model", "batch", "milliseconds"])
+    devices = [next(models[name].parameters()).device.type for name in table["model"]]
+    return table.assign(images_per_second=1e3 * table["batch"] / table["milliseconds"], device=devices)
+
+
+def _timed(model: nn.Module, images: torch.Tensor, repeats: int, budget: float) -> list[float]:
+    """Seconds of each pass after the first, at least one and no more than fit in the budget."""
+    ends, begin = [], time.perf_counter()
+    while len(ends) < 2 or (len(ends) <= repeats and ends[-1] - begin < budget):
+        model(images)
+        if images.device.type != "cpu":
+            torch.accelerator.synchronize()
+        ends.append(time.perf_counter())
+    return np.diff(ends).tolist()

@@ -55,6 +55,15 @@ class Experiment:
         """One figure of a model's results, by seed."""
         return {seed: run.result[key] for (name, seed), run in sorted(self.runs.items()) if name == model}
 
+    def select(self, *models: str) -> "Experiment":
+        """The same experiment with some of its models only. Raises KeyError for a model that it does not have."""
+        return replace(
+            self,
+            models={name: self.models[name] for name in models},
+            runs={key: run for key, run in self.runs.items() if key[0] in models},
+            failures={key: error for key, error in self.failures.items() if key[0] in models},
+        )
+
     def measured(self, model: str, key: str) -> dict[int, np.ndarray]:
         """What was measured with a model's weights, by seed; the keys are those of `Run.measured`."""
         return {seed: run.measured()[key] for (name, seed), run in sorted(self.runs.items()) if name == model}
@@ -86,14 +95,18 @@ class Experiment:
         """Paired differences over the seeds: the first model minus the second.
 
         Two models or two families, or several pairs by name: {"the shortcut": ("ResidualCNN", "NoShortcut")}. `by` are
-        the depths at which families are compared ("ResidualCNN-2"). All pairs share one correction of the p-values.
+        the depths at which families are compared ("ResidualCNN-2"). All pairs share one correction of the p-values; a
+        pair of a model with itself is left out.
         """
         questions = first if isinstance(first, Mapping) else {"": (first, second)}
         pairs = {}
         for question, (one, other) in questions.items():
-            if by is None:
+            if one == other:
+                continue
+            if by is None or one in self.models:
                 pairs[question or f"{one} − {other}"] = (one, other)
-            for depth in by or ():
+                continue
+            for depth in by:
                 pairs[f"{question}, depth {depth}" if question else f"depth {depth}"] = (
                     f"{one}-{depth}",
                     f"{other}-{depth}",
@@ -115,7 +128,8 @@ class Experiment:
         """Train one of the networks as a student: each seed's run learns from the `teacher`'s run with that seed.
 
         With several temperatures or alphas there is a student for each pair, named "T = 4, α = 0.7"; else it has the
-        `name`. Config and seeds are those of this experiment unless others are given. Raises as `experiment` does.
+        `name`. Config and seeds are those of this experiment unless others are given. A student whose teacher failed
+        has failed too. Raises as `experiment` does, and KeyError if there is no teacher at all.
         """
         from lablib.distillation import KnowledgeDistillationTrainer  # with transformers, which takes seconds
 
@@ -123,14 +137,19 @@ class Experiment:
         cells = list(product(*(x if isinstance(x, Sequence) else [x] for x in (temperature, alpha))))
         names = {f"T = {t:g}, α = {a:g}" if several else name: (t, a) for t, a in cells}
         seeds = self.seeds if seeds is None else _checked_seeds(seeds)
+        failed = {seed: self.failures[teacher, seed] for seed in seeds if (teacher, seed) in self.failures}
+        trained = [seed for seed in seeds if seed not in failed] or seeds
         trainers = {
             (cell, seed): partial(
                 KnowledgeDistillationTrainer, teacher=self.teacher(teacher, seed), temperature=t, alpha=a
             )
-            for (cell, (t, a)), seed in product(names.items(), seeds)
+            for (cell, (t, a)), seed in product(names.items(), trained)
         }
         students = dict.fromkeys(names, self.models[student])
-        return experiment(students, config or self.config, self.data, seeds, jobs=jobs, trainer_class=trainers)
+        result = experiment(students, config or self.config, self.data, trained, jobs=jobs, trainer_class=trainers)
+        why = {seed: f"its teacher failed: {error}" for seed, error in failed.items()}
+        failures = {(cell, seed): why[seed] for cell, seed in product(names, failed)}
+        return replace(result, seeds=tuple(seeds), failures=result.failures | failures)
 
     def histories(self) -> pd.DataFrame:
         """Every run's metrics by epoch: model, seed, epoch, train_loss, val_loss, ..."""
@@ -153,6 +172,18 @@ class Experiment:
                 table = pd.DataFrame(layers).assign(model=model, seed=seed, moment=moment)
                 tables.append(table.assign(layer=range(1, len(table) + 1)))
         columns = ["model", "seed", "moment", "layer", "name", "rms"]
+        return pd.concat(tables, ignore_index=True)[columns] if tables else pd.DataFrame(columns=columns)
+
+    def predictions(self) -> pd.DataFrame:
+        """Every run's answers to the test images: model, seed, image, predicted (class), confidence, correct."""
+        tables = []
+        for model, seed in product(self.models, self.seeds):
+            if run := self.runs.get((model, seed)):
+                measured = run.measured()
+                columns = {"predicted": measured["test_class"], "confidence": measured["test_confidence"].astype(float)}
+                table = pd.DataFrame(columns).assign(model=model, seed=seed, image=range(len(self.data.test_labels)))
+                tables.append(table.assign(correct=table["predicted"] == self.data.test_labels.numpy()))
+        columns = ["model", "seed", "image", "predicted", "confidence", "correct"]
         return pd.concat(tables, ignore_index=True)[columns] if tables else pd.DataFrame(columns=columns)
 
     def trained_model(self, model: str, seed: int | None = None) -> nn.Module:

@@ -53,10 +53,9 @@ def save(figure: Figure, *paths: str | Path) -> Figure:
 def loss_curves(
     histories: pd.DataFrame, column: str, dataset: str, panels: Mapping[str, Sequence[str]] | None = None
 ) -> Figure:
-    """A metric by epoch, one line per seed, a dot at the epoch whose weights are kept (best validation accuracy).
+    """A column of the histories by epoch, one line per seed, a dot at the epoch whose weights are kept.
 
-    `histories` has the columns model, seed, epoch, val_accuracy and `column`, such as "val_loss"; losses are drawn on a
-    logarithmic axis. `panels` gives for each panel's title its models.
+    `histories` also has model, seed, epoch, val_accuracy; `panels` gives for each title its models.
     """
     panels = panels or {"": list(histories["model"].unique())}
     figure, axes = _row_of_axes(len(panels))
@@ -81,13 +80,9 @@ def loss_curves(
 
 
 def loss_terms(histories: pd.DataFrame, dataset: str, alpha: float) -> Figure:
-    """What a distilled student minimises by epoch: its two terms, weighted, and their sum, one line per seed.
-
-    `histories` are those of one model: seed, epoch, and train_ and val_ loss, soft_loss and hard_loss; the last two
-    come without their weights, `alpha` and 1 − `alpha`.
-    """
-    terms = {"total": ("loss", 1), "teacher: α · T² · KL": ("soft_loss", alpha)}
-    terms["labels: (1 − α) · cross-entropy"] = ("hard_loss", 1 - alpha)
+    """A distilled student's loss by epoch and its two terms, weighted by `alpha` and 1 − `alpha`, one line per seed."""
+    soft, hard = "teacher: α · T² · KL", "labels: (1 − α) · cross-entropy"
+    terms = {"total": ("loss", 1), soft: ("soft_loss", alpha), hard: ("hard_loss", 1 - alpha)}
     figure, axes = _row_of_axes(2)
     for axis, (part, title) in zip(axes, {"train": "training", "val": "validation"}.items(), strict=True):
         tables = [
@@ -137,10 +132,9 @@ def _label_log(axis: Axis):
 def accuracy_by_depth(
     frames: pd.DataFrame | Mapping[str, pd.DataFrame], dataset: str, chance: float | None = None, xlabel: str = "depth"
 ) -> Figure:
-    """Test error by depth, one line per family through the means, one point per run, intervals from three seeds on.
+    """Test error by depth of models such as "ResidualMLP-8", a line per family through the means, a point per run.
 
-    Models are named by family and depth, such as "ResidualMLP-8". Several frames are panels, titled by their keys.
-    `chance` is the accuracy of guessing (a fraction), drawn as a line.
+    Several frames are panels, titled by their keys; `chance` is the accuracy of guessing (a fraction).
     """
     frames = {"": frames} if isinstance(frames, pd.DataFrame) else frames
     table = with_depth(pd.concat(frames, names=["panel"]).reset_index("panel").reset_index(drop=True))
@@ -157,15 +151,19 @@ def accuracy_by_depth(
 def gradient_ratio(
     gradients: pd.DataFrame, frame: pd.DataFrame, dataset: str, chance: float | None = None, xlabel: str = "depth"
 ) -> Figure:
-    """Above, the first layer's gradient over the last hidden one's before training, by depth; below, the test error.
+    """By depth, above: the ratio of `lablib.statistics.gradient_ratios` before training; below: the test error.
 
-    `gradients` as for `lablib.statistics.gradient_ratios`. One point per run; the lines above go through the geometric
-    means, those below through the means. A ratio of 0 leaves a gap.
+    The lines go through the geometric means above and the means below. A ratio of 0 leaves a gap.
     """
     errors, ratios = with_depth(frame), with_depth(gradient_ratios(gradients[gradients["moment"] == "initial"]))
     figure, (above, below) = plt.subplots(2, 1, figsize=(6.8, 7.4), sharex=True, layout="constrained")
     above.set(yscale="log", ylabel="gradient of the first layer /\nthat of the last hidden layer")
-    _by_depth(above, ratios.assign(value=ratios["ratio"].where(ratios["ratio"] > 0)), errors, _geometric_mean)
+    _by_depth(
+        above,
+        ratios.assign(value=ratios["ratio"].where(ratios["ratio"] > 0)),
+        errors,
+        lambda values: (gmean(values), np.nan, np.nan),
+    )
     above.axhline(1, color="0.4", linewidth=1, linestyle=":")
     _error_by_depth(below, errors, errors, chance)
     below.set(xlabel=xlabel, ylabel="test error (%)")
@@ -175,10 +173,7 @@ def gradient_ratio(
 
 
 def accuracy_by_cost(frame: pd.DataFrame, costs: pd.DataFrame, dataset: str) -> Figure:
-    """Test accuracy by what a network costs, one line per family through the means; the numbers are depths.
-
-    `costs` has the models as index and one column per panel, which names its axis, such as "parameters".
-    """
+    """Test accuracy by cost. `costs` has the models as index and a column per panel, such as "parameters"."""
     table = with_depth(frame[["model", "seed", "test_accuracy"]])
     figure, axes = _row_of_axes(len(costs.columns))
     for axis, cost in zip(axes, costs, strict=True):
@@ -211,15 +206,14 @@ def _error_by_depth(axis: Axes, table: pd.DataFrame, whole: pd.DataFrame, chance
 def _by_depth(axis: Axes, table: pd.DataFrame, whole: pd.DataFrame, average: Callable):
     """Values by depth; families and depths look and lie as in `whole`, whose other rows are in other panels."""
     depths = sorted(whole["depth"].unique())
-    placed = table.assign(x=table["depth"].map(depths.index))
-    _line_per_family(axis, placed, whole["family"].unique(), average, spread=0.09)
+    _line_per_family(axis, table.assign(x=table["depth"].map(depths.index)), whole["family"].unique(), average, 0.09)
     axis.set_xticks(range(len(depths)), labels=depths)
 
 
 def _line_per_family(axis: Axes, table: pd.DataFrame, families: Sequence[str], average: Callable, spread: float = 0):
-    """Values by x: one point per run, and a line through each family's averages. The table has family, x and value.
+    """`value` by `x`, one point per run, and a line through each family's averages; `spread` keeps families apart.
 
-    `average` gives for some values their centre and the ends of its interval; `spread` keeps families apart.
+    `average` gives for some values their centre and the ends of its interval.
     """
     for index, look in enumerate(zip(families, cycle(_colors(10)), cycle(DASHES), cycle(MARKERS), strict=False)):
         family, color, dash, marker = look
@@ -230,10 +224,8 @@ def _line_per_family(axis: Axes, table: pd.DataFrame, families: Sequence[str], a
         by_x = part.groupby("x")["value"]
         centre, low, high = np.transpose([average(values) for _, values in by_x])
         axis.plot(part["x"] + shift, part["value"], marker, color=color, markersize=4, alpha=0.4)
-        axis.errorbar(
-            by_x.count().index + shift, centre, [centre - low, high - centre], color=color, linestyle=dash,
-            marker=marker, capsize=3, label=f"{family} ({_n(by_x.count())})",
-        )  # fmt: skip
+        line = {"color": color, "linestyle": dash, "marker": marker, "label": f"{family} ({_n(by_x.count())})"}
+        axis.errorbar(by_x.count().index + shift, centre, [centre - low, high - centre], **line, capsize=3)
 
 
 def _n(counts: Iterable[int]) -> str:
@@ -247,15 +239,10 @@ def _mean_and_interval(values: pd.Series) -> tuple[float, float, float]:
     return summary.mean, *np.clip([summary.mean - summary.ci95, summary.mean + summary.ci95], 0, 100)
 
 
-def _geometric_mean(values: pd.Series) -> tuple[float, float, float]:
-    return gmean(values), np.nan, np.nan
-
-
 def gradient_norms(gradients: pd.DataFrame, dataset: str) -> Figure:
-    """Gradient by layer: one column per family, one row per moment, one line per depth (geometric mean over seeds).
+    """Gradient by relative position of the layer: a column per family, a row per moment, a line per depth.
 
-    `gradients` has one row per layer: model ("ResidualMLP-8"), seed, moment, layer (from 1), rms. Layers are drawn by
-    their relative position, so that networks of different depths compare; a gradient of 0 leaves a gap.
+    `gradients` has one row per layer: model ("ResidualMLP-8"), seed, moment, layer (from 1), rms.
     """
     table = with_depth(gradients)
     table["position"] = (table["layer"] - 1) / (table.groupby("model")["layer"].transform("max") - 1)
@@ -278,9 +265,8 @@ def paired_differences(comparison: pd.DataFrame, dataset: str, title: str) -> Fi
     figure, axis = plt.subplots(figsize=(width, 0.6 * len(names) + 1.8), layout="constrained")
     axis.axvline(0, color="0.4", linewidth=1)
     for place, row in enumerate(comparison.itertuples()):
-        axis.plot(
-            100 * np.array(list(row.by_seed.values())), [place - 0.1] * row.n, "o", color=_colors(1)[0], alpha=0.5
-        )
+        dots = 100 * np.array([*row.by_seed.values()])
+        axis.plot(dots, [place - 0.1] * row.n, "o", color=_colors(1)[0], alpha=0.5)
         face = "black" if row.significant else "white"
         mean = {"fmt": "D", "color": "black", "markerfacecolor": face, "markersize": 5, "capsize": 3}
         axis.errorbar(100 * row.mean, place + 0.15, xerr=100 * row.ci95, **mean)
@@ -294,16 +280,13 @@ def paired_differences(comparison: pd.DataFrame, dataset: str, title: str) -> Fi
 
 
 def distillation(frame: pd.DataFrame, names: Mapping[str, str], dataset: str, chance: float) -> Figure:
-    """Teacher, student alone, distilled student: accuracy and parameters as bars, and one line per seed close up.
-
-    `names` gives the three models by role, in this order; `chance` is the accuracy of guessing (a fraction).
-    """
+    """Accuracy as bars, and one line per seed close up, of the models by role: teacher, student alone, distilled."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 4.6), layout="constrained")
     accuracies = 100 * frame.pivot(index="seed", columns="model", values="test_accuracy")
     accuracies = accuracies.reindex(columns=names.values())
     parameters = frame.groupby("model")["parameters"].first().reindex(names.values())
-    for place, (model, color) in enumerate(zip(names.values(), _colors(3), strict=True)):
-        values = accuracies[model].dropna()
+    for place, color in enumerate(_colors(3)):
+        values = accuracies.iloc[:, place].dropna()  # a teacher may be the student itself
         if values.empty:
             continue  # none of its runs finished
         mean, low, high = _mean_and_interval(values)
@@ -313,7 +296,8 @@ def distillation(frame: pd.DataFrame, names: Mapping[str, str], dataset: str, ch
     left.axhline(100 * chance, color="0.2", linewidth=1, linestyle=":")
     left.set(ylim=(0, 101), ylabel="test accuracy (%)", title="mean (dotted: guessing)")
     right.plot(range(len(names)), accuracies.T, color="0.4", linewidth=1, marker=".")
-    ticks = [f"{role}\n{model}\n{parameters[model]:,.0f} parameters" for role, model in names.items()]
+    rows = zip(names.items(), parameters, strict=True)
+    ticks = [f"{role}\n{model}\n{number:,.0f} parameters" for (role, model), number in rows]
     for axis in (left, right):
         axis.set_xticks(range(len(names)), labels=ticks, fontsize="x-small")
         axis.grid(axis="x", visible=False)
@@ -353,10 +337,9 @@ def distillation_grid(
 
 
 def reliability(tables: Mapping[str, pd.DataFrame], errors: Mapping[str, Sequence[float]], dataset: str) -> Figure:
-    """Reliability diagrams, one column per model: accuracy by confidence, and the share of images below.
+    """Accuracy by confidence, and the share of images below, one column per model.
 
-    `tables` are those of `lablib.diagnostics.calibration`, over all seeds; `errors` the expected calibration error of
-    each seed. Bins with fewer than `MIN_IMAGES` images are not drawn above.
+    `tables` are those of `lablib.diagnostics.calibration`; `errors` the expected calibration error of each seed.
     """
     size = (max(6.4, 3.1 * len(tables) + 0.6), 4.8)
     options = {"sharex": True, "sharey": "row", "squeeze": False, "height_ratios": [3, 1], "layout": "constrained"}
@@ -370,9 +353,8 @@ def reliability(tables: Mapping[str, pd.DataFrame], errors: Mapping[str, Sequenc
         below.set_xlabel("confidence")
     axes[0, 0].set(xlim=(0, 1), ylim=(0, 1), xticks=(0, 0.5, 1), ylabel="accuracy")
     axes[1, 0].set_ylabel("share of images")
-    figure.suptitle(
-        f"{dataset}, test set: a bar below the dotted line is overconfident\n(bins of {MIN_IMAGES} images or more)"
-    )
+    title = f"{dataset}, test set: a bar below the dotted line is overconfident"
+    figure.suptitle(f"{title}\n(bins of {MIN_IMAGES} images or more)")
     return figure
 
 
@@ -383,12 +365,11 @@ def image_grid(
     rows = max(1, -(-len(images) // columns))
     height = size * (1.35 if titles else 1.05) * rows + (0.4 if title else 0)
     figure, axes = plt.subplots(rows, columns, figsize=(size * columns, height), squeeze=False, layout="constrained")
-    for axis in axes.flat:
+    for axis in axes.flat[len(images) :]:
         axis.set_axis_off()
-    for index, (axis, image) in enumerate(zip(axes.flat, images, strict=False)):
+    for axis, image, text in zip(axes.flat, images, titles or [""] * len(images), strict=False):
         _show(axis, image)
-        if titles:
-            axis.set_title(titles[index], fontsize="x-small", pad=2)
+        axis.set_title(text, fontsize="x-small", pad=2)
     figure.suptitle(title)
     return figure
 
@@ -421,16 +402,14 @@ def softened_answers(
     title: str,
     shown: int = 10,
 ) -> Figure:
-    """A teacher's probabilities at several temperatures: one row per image, one column per temperature.
+    """A teacher's probabilities of the `shown` likeliest classes: one row per image, one column per temperature.
 
-    `images` as for `image_grid`, `labels` their true classes' names, `answers` probabilities (images × classes) by
-    temperature. The bars are the `shown` likeliest classes, the true one in another colour.
+    `labels` are the true classes' names, `answers` probabilities (images × classes) by temperature.
     """
     size = (1.9 + 2.5 * len(answers), 0.9 + 1.75 * len(images))
     ratios = [1, *[1.4] * len(answers)]
-    figure, axes = plt.subplots(
-        len(images), len(ratios), figsize=size, squeeze=False, width_ratios=ratios, layout="constrained"
-    )
+    options = {"figsize": size, "squeeze": False, "width_ratios": ratios, "layout": "constrained"}
+    figure, axes = plt.subplots(len(images), len(ratios), **options)
     for index, (picture, *panels) in enumerate(axes):
         _show(picture, images[index])
         picture.set_title(labels[index], fontsize="small")
@@ -439,13 +418,10 @@ def softened_answers(
         colors = [_colors(2)[name == labels[index]] for name in names]
         for axis, (temperature, probabilities) in zip(panels, answers.items(), strict=True):
             axis.barh(names, probabilities[index][order].tolist(), color=colors)
-            axis.set_xlim(0, 1)
-            axis.invert_yaxis()
+            axis.set(xlim=(0, 1), ylim=(len(names) - 0.5, -0.5))
             axis.tick_params(labelsize="xx-small", length=0, labelleft=axis is panels[0])
             axis.grid(axis="y", visible=False)
-            if index == 0:
-                axis.set_title(f"T = {temperature:g}", fontsize="small")
-            if index == len(images) - 1:
-                axis.set_xlabel("probability", fontsize="small")
+            axis.set_title(f"T = {temperature:g}" if index == 0 else "", fontsize="small")
+            axis.set_xlabel("probability" if index == len(images) - 1 else "", fontsize="small")
     figure.suptitle(title)
     return figure

@@ -1,18 +1,26 @@
-"""The networks: images in (float, batch × channels × height × width), logits out (batch × classes)."""
+"""The networks: images in (float, batch × channels × height × width), logits out (batch × classes); ONNX export."""
 
+import copy
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
 from torch import nn
 from torchvision.models.resnet import BasicBlock
 
+from lablib.files import write_atomically
+
+
+def _positive(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
 
 def _checked_sizes(hidden_sizes: Sequence[int]) -> list[int]:
     sizes = list(hidden_sizes)
-    if not sizes or any(isinstance(size, bool) or not isinstance(size, int) or size < 1 for size in sizes):
+    if not sizes or not all(map(_positive, sizes)):
         raise ValueError(f"hidden_sizes = {hidden_sizes!r}, but it must be one or more whole numbers above 0")
     return sizes
 
@@ -22,7 +30,6 @@ class MLP(nn.Module, PyTorchModelHubMixin):
 
     `image_shape` is (channels, height, width). `initialisation="he"` draws the weights as He et al. propose for ReLU
     (2015, https://arxiv.org/abs/1502.01852), with biases of 0; None leaves them as PyTorch draws them.
-    Raises ValueError for hidden sizes that are no positive whole numbers and for another initialisation.
     """
 
     def __init__(
@@ -55,17 +62,13 @@ class ResidualBlock(nn.Module):
     """F(x) + x, with F = Linear, ReLU, Dropout, Linear (He et al. 2015, https://arxiv.org/abs/1512.03385).
 
     Nothing follows the sum, so that with F = 0 the block is the identity; a network puts a ReLU between its blocks.
-    Where the widths differ, x is projected by a linear layer without bias.
-    `shortcut=False` leaves x away and keeps the rest, for comparison.
+    A linear layer without bias projects x where the widths differ; `shortcut=False` returns F(x).
     """
 
     def __init__(self, in_features: int, out_features: int, dropout: float = 0.1, shortcut: bool = True):
         super().__init__()
         self.residual = nn.Sequential(
-            nn.Linear(in_features, out_features),
-            nn.ReLU(),
-            nn.Dropout(dropout),
-            nn.Linear(out_features, out_features),
+            nn.Linear(in_features, out_features), nn.ReLU(), nn.Dropout(dropout), nn.Linear(out_features, out_features)
         )
         self.shortcut = shortcut
         self.projection = nn.Identity()
@@ -73,16 +76,13 @@ class ResidualBlock(nn.Module):
             self.projection = nn.Linear(in_features, out_features, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.shortcut:
-            return self.residual(x)
-        return self.residual(x) + self.projection(x)
+        return self.residual(x) + self.projection(x) if self.shortcut else self.residual(x)
 
 
 class ResidualMLP(nn.Module, PyTorchModelHubMixin):
     """A sequence of ResidualBlocks with a ReLU after each, one for each hidden size, then a linear classifier.
 
     `image_shape` is (channels, height, width); `shortcut=False` is the same network with its shortcuts cut.
-    Raises ValueError for hidden sizes that are no positive whole numbers.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class ResidualMLP(nn.Module, PyTorchModelHubMixin):
 
 def _checked_depth(depth: int, width: int, image_shape: Sequence[int]) -> None:
     for name, value in (("depth", depth), ("width", width)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if not _positive(value):
             raise ValueError(f"{name} = {value!r}, but it must be a whole number above 0")
     _check_size(image_shape[-2:], depth)
 
@@ -140,7 +140,7 @@ class SimpleCNN(_CNN, PyTorchModelHubMixin):
     """A plain convolutional network: `depth` blocks (3 × 3 convolution, batch norm, ReLU) after a stem of `width`.
 
     Each block halves the resolution by its stride and doubles the channels. `image_shape` is (channels, height, width).
-    Raises ValueError for a depth or width below 1, and for images with a side of fewer than 2**depth pixels.
+    Raises ValueError for images with a side of fewer than 2**depth pixels.
     """
 
     def __init__(self, depth: int, width: int = 16, image_shape: Sequence[int] = (3, 32, 32), num_classes: int = 10):
@@ -158,12 +158,8 @@ class PlainBlock(BasicBlock):
     """torchvision's BasicBlock with its shortcut cut: the same two convolutions and nothing added to them."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out = self.conv1(x)
-        out = self.bn1(out)
-        out = self.relu(out)
-        out = self.conv2(out)
-        out = self.bn2(out)
-        return self.relu(out)
+        out = self.relu(self.bn1(self.conv1(x)))
+        return self.relu(self.bn2(self.conv2(out)))
 
 
 class ResidualCNN(_CNN, PyTorchModelHubMixin):
@@ -171,8 +167,7 @@ class ResidualCNN(_CNN, PyTorchModelHubMixin):
 
     The first block of a stage halves the resolution and doubles the channels, with a 1 × 1 convolution and batch norm
     on its shortcut (He et al. 2015, https://arxiv.org/abs/1512.03385). `shortcut=False` is the same network with its
-    shortcuts cut. `image_shape` is (channels, height, width).
-    Raises ValueError for a depth or width below 1, and for images with a side of fewer than 2**depth pixels.
+    shortcuts cut. Shape and errors as for `SimpleCNN`.
     """
 
     def __init__(
@@ -198,3 +193,46 @@ def _stage(in_channels: int, out_channels: int, shortcut: bool) -> nn.Sequential
     return nn.Sequential(
         BasicBlock(in_channels, out_channels, stride=2, downsample=projection), BasicBlock(out_channels, out_channels)
     )
+
+
+@torch.no_grad()
+def export_onnx(model: nn.Module, path: str | Path, image_shape: Sequence[int]) -> Path:
+    """Write a model in eval mode and float32 as one ONNX file, which appears whole or not at all.
+
+    Input `images` (float32, batch × channels × height × width, as the model takes them), output `logits` (batch ×
+    classes), for batches of any size; `image_shape` is (channels, height, width). The model stays as it was. Needs the
+    packages onnx and onnxscript. Raises ValueError for a shape that the model does not take or a model that depends on
+    the batch size, and what `torch.onnx.export` raises where it fails.
+    """
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        install = "python -m pip install --editable '.[onnx]' in the repository's root gets them"
+        raise ImportError(f"export_onnx needs the packages onnx and onnxscript; {install}") from error
+    if len(image_shape) != 3 or not all(map(_positive, image_shape)):
+        what = "(channels, height, width), whole numbers above 0"
+        raise ValueError(f"image_shape = {image_shape!r}, but it must be {what}")
+    network = type(model).__name__
+    exported = copy.deepcopy(model).cpu().float().eval()
+    images = torch.zeros(2, *image_shape)  # a batch of 1 would be taken for a constant
+    try:
+        exported(images)
+    except RuntimeError as error:
+        raise ValueError(f"{network} takes no images of shape {tuple(image_shape)}: {error}") from error
+    names = {"input_names": ["images"], "output_names": ["logits"]}
+    shapes = ({0: torch.export.Dim("batch")},)
+    program = torch.onnx.export(exported, (images,), **names, dynamic_shapes=shapes, dynamo=True, verbose=False)
+    graph = program.model.graph
+    if any([str(size) for size in value.shape[:1]] != ["batch"] for value in (*graph.inputs, *graph.outputs)):
+        # the exporter would fix the batch size in silence
+        raise ValueError(
+            f"{network} does not give one row of logits per image for batches of any size; "
+            "its forward must keep the first dimension of its images as it is"
+        )
+    for node in graph.all_nodes():
+        node.metadata_props.clear()  # stack traces, with the paths of this machine
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, program.model_proto.SerializeToString())
+    return path

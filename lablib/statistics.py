@@ -85,15 +85,15 @@ def compare_effects(
 ) -> pd.DataFrame:
     """Does an effect differ, for instance between two recipes? First's paired differences − second's, by seed.
 
-    Both are tables of `compare` with the same labels; so is the result, with `names` in the columns first and second.
+    Both are tables of `compare` with the same labels, and so is the result.
     """
     by = _label_columns(first)
-    rows = []
-    for row in first.merge(second, on=by).to_dict("records"):
-        a, b = row["by_seed_x"], row["by_seed_y"]
-        differences = {seed: a[seed] - b[seed] for seed in a if seed in b}
-        rows.append({**{key: row[key] for key in by}, "first": names[0], "second": names[1], "by_seed": differences})
-    return _tested(rows, by)
+    table = first.merge(second, on=by)
+    table["by_seed"] = [
+        {seed: a[seed] - b[seed] for seed in a if seed in b}
+        for a, b in zip(table["by_seed_x"], table["by_seed_y"], strict=True)
+    ]
+    return _tested(table[[*by, "by_seed"]].assign(first=names[0], second=names[1]).to_dict("records"), by)
 
 
 def _tested(rows: list[dict], by: Sequence[str]) -> pd.DataFrame:
@@ -119,10 +119,11 @@ def _label_columns(comparison: pd.DataFrame) -> list[str]:
 
 def labels(comparison: pd.DataFrame) -> list[str]:
     """Each row's label as one text, with the name of what is a number: "the shortcut, depth 2"."""
-    rows = comparison[_label_columns(comparison)].to_dict("records")
-    return [
-        ", ".join(part if isinstance(part, str) else f"{name} {part}" for name, part in row.items()) for row in rows
-    ]
+
+    def text(row: dict) -> str:
+        return ", ".join(part if isinstance(part, str) else f"{name} {part}" for name, part in row.items())
+
+    return [text(row) for row in comparison[_label_columns(comparison)].to_dict("records")]
 
 
 def points(row: Mapping) -> str:
@@ -193,27 +194,20 @@ def results_table(frame: pd.DataFrame, reference: Mapping[str, float] | None = N
 
 def readable_table(table: pd.DataFrame) -> pd.DataFrame:
     """A `results_table` for people: texts, with percent, intervals and thousands separators."""
-    rows = []
+    columns, rows = ["parameters", "validation accuracy", "test accuracy", "reference", "n", "epochs"], []
+    columns += ["seconds per run", "failed"]
     for row in table.to_dict("records"):
         error = row.get("error") if isinstance(row.get("error"), str) else ""  # joined tables may lack the column
         if not row["n"]:
             rows.append({"test accuracy": f"failed: {error}" if error else "not trained", "n": "0"})
             continue
         reference = row.get("reference", math.nan)
-        rows.append(
-            {
-                "parameters": f"{row['parameters']:,}",
-                "validation accuracy": f"{_hundredths(row['val_accuracy_mean'])} %",
-                "test accuracy": f"{_hundredths(row['test_accuracy_mean'], row['test_accuracy_ci95'])} %",
-                "reference": "" if math.isnan(reference) else f"{_hundredths(reference)} %",
-                "n": str(row["n"]),
-                "epochs": f"{row['epochs_mean']:.0f}",
-                "seconds per run": f"{row['seconds_mean']:,.0f}",
-                "failed": error,
-            }
-        )
-    columns = ["parameters", "validation accuracy", "test accuracy", "reference", "n", "epochs", "seconds per run"]
-    readable = pd.DataFrame(rows, pd.Index(table["model"]), [*columns, "failed"]).fillna("")
+        validation, test = row["val_accuracy_mean"], (row["test_accuracy_mean"], row["test_accuracy_ci95"])
+        texts = f"{row['parameters']:,}", f"{_hundredths(validation)} %", f"{_hundredths(*test)} %"
+        known = "" if math.isnan(reference) else f"{_hundredths(reference)} %"
+        times = f"{row['epochs_mean']:.0f}", f"{row['seconds_mean']:,.0f}"
+        rows.append(dict(zip(columns, (*texts, known, str(row["n"]), *times, error), strict=True)))
+    readable = pd.DataFrame(rows, pd.Index(table["model"]), columns).fillna("")
     empty = [column for column in ("reference", "failed") if not readable[column].any()]
     return readable.drop(columns=empty).rename_axis(columns=", ".join(table["dataset"].dropna().unique()))
 
@@ -221,9 +215,9 @@ def readable_table(table: pd.DataFrame) -> pd.DataFrame:
 def recommend(table: pd.DataFrame) -> str:
     """The recommended model of a `results_table`, chosen on validation accuracy by the one-standard-error rule.
 
-    It is the smallest model within one standard error of the best mean (Breiman, Friedman, Olshen and Stone,
-    Classification and Regression Trees, 1984). Where some models have several seeds, those with one are no candidates:
-    the best of single runs is lucky. Raises ValueError if no model has a result.
+    It is the smallest within one standard error of the best (Breiman et al., Classification and Regression Trees,
+    1984). Where some models have several seeds, those with one are no candidates: they may be lucky. Raises
+    ValueError if no model has a result.
     """
     finished = table[table["n"] >= min(2, table["n"].max())].dropna(subset="val_accuracy_mean")
     if finished.empty:
@@ -246,6 +240,12 @@ def with_depth(table: pd.DataFrame) -> pd.DataFrame:
     """The rows whose model is named as "ResidualMLP-8" is, with its family and depth (int) as further columns."""
     parts = table["model"].str.extract(r"^(?P<family>.+)-(?P<depth>\d+)$")
     return table.join(parts).dropna(subset="depth").astype({"depth": int})
+
+
+def with_knobs(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows whose model is named as "T = 4, α = 0.7" is, with temperature and alpha (float) as further columns."""
+    knobs = table["model"].str.extract(r"^T = (?P<temperature>.+), α = (?P<alpha>.+)$").astype(float)
+    return table.join(knobs).dropna(subset="temperature")
 
 
 def gradient_ratios(gradients: pd.DataFrame) -> pd.DataFrame:

@@ -21,50 +21,23 @@ def random_batch(shape, batch=6):
     return images, angles, shifts, torch.arange(batch) % 2 == 1
 
 
-def flipped(images, flips):
-    return torch.where(flips.view(-1, 1, 1, 1), images.flip(-1), images)
-
-
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("with_flips", [False, True])
-def test_affine_is_torchvisions_image_by_image(shape, with_flips):
+def test_affine_is_torchvisions_image_by_image_and_kornias(shape, with_flips):
     images, angles, shifts, flips = random_batch(shape)
     result = affine(images, angles, shifts, flips if with_flips else None)
-    originals = flipped(images, flips) if with_flips else images
+    originals = torch.where(flips.view(-1, 1, 1, 1), images.flip(-1), images) if with_flips else images
     oracle = [
         # torchvision turns clockwise
         transforms.affine(image, -angle.item(), shift.tolist(), 1.0, [0.0, 0.0], InterpolationMode.BILINEAR)
         for image, angle, shift in zip(originals, angles, shifts, strict=True)
     ]
     torch.testing.assert_close(result, torch.stack(oracle), atol=1e-4, rtol=0)
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("with_flips", [False, True])
-def test_affine_is_kornias(shape, with_flips):
-    images, angles, shifts, flips = random_batch(shape)
-    result = affine(images, angles, shifts, flips if with_flips else None)
     height, width = shape[1:]
     centre = torch.tensor([[(width - 1) / 2, (height - 1) / 2]]).expand(len(images), 2)
     matrix = kornia.geometry.get_affine_matrix2d(shifts, centre, torch.ones(len(images), 2), -angles)[:, :2]
-    originals = flipped(images, flips) if with_flips else images
     oracle = kornia.geometry.warp_affine(originals, matrix, (height, width), align_corners=True)
     torch.testing.assert_close(result, oracle, atol=1e-4, rtol=0)
-
-
-def test_a_quarter_turn_is_anticlockwise_and_a_shift_goes_right_and_down():
-    image = torch.arange(9.0).view(1, 1, 3, 3)
-    still, nowhere = torch.zeros(1), torch.zeros(1, 2)
-    torch.testing.assert_close(affine(image, still + 90, nowhere)[0, 0], torch.rot90(image[0, 0]), atol=1e-5, rtol=0)
-    moved = affine(image, still, torch.tensor([[1.0, 2.0]]))[0, 0]
-    torch.testing.assert_close(moved, torch.tensor([[0.0, 0, 0], [0, 0, 0], [0, 0, 1]]), atol=1e-5, rtol=0)
-
-
-def test_affine_leaves_its_arguments_as_they_were():
-    arguments = random_batch((1, 8, 8))
-    copies = [argument.clone() for argument in arguments]
-    affine(*arguments)
-    assert all(torch.equal(argument, copy) for argument, copy in zip(arguments, copies, strict=True))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -79,13 +52,6 @@ def test_crop_is_torchvisions_padding_and_cropping_image_by_image(shape, padding
     assert torch.equal(crop(images, corners, padding), torch.stack(oracle))
 
 
-@pytest.mark.parametrize("knobs", [{"rotation_degrees": 20.0}, {"translation_fraction": 0.2}, {"crop_padding": 4}])
-def test_each_image_of_a_batch_gets_its_own_draw(knobs):
-    one = torch.rand(1, 1, 16, 16, generator=torch.Generator().manual_seed(0))
-    result = augment(one.expand(8, -1, -1, -1), **knobs, generator=torch.Generator().manual_seed(1))
-    assert len({tuple(image.flatten().tolist()) for image in result}) == 8
-
-
 KNOBS = {"rotation_degrees": 15.0, "translation_fraction": 0.1, "horizontal_flip": True, "crop_padding": 2}
 
 
@@ -97,17 +63,11 @@ def test_a_generator_makes_the_draws_reproducible_and_leaves_pytorchs_own_alone(
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_without_a_generator_the_draws_follow_pytorchs_own_seed():
-    images = random_batch((1, 12, 12))[0]
-    results = []
     with torch.random.fork_rng():
-        for seed in (3, 3, 4):
-            torch.manual_seed(seed)
-            results.append(augment(images, **KNOBS))
-    assert torch.equal(results[0], results[1])
-    assert not torch.equal(results[0], results[2])
+        torch.manual_seed(3)
+        own = augment(images, **knobs)
+        torch.manual_seed(3)
+        assert torch.equal(augment(images, **knobs), own)
 
 
 @pytest.fixture
@@ -143,17 +103,6 @@ def test_angles_and_shifts_fill_their_limits_and_stay_within(captured):
     assert captured["flips"].float().mean().item() == pytest.approx(0.5, abs=0.015)
 
 
-@pytest.mark.parametrize(
-    ("knobs", "still"), [({"rotation_degrees": 15.0}, "shifts"), ({"translation_fraction": 0.1}, "angles")]
-)
-def test_what_is_not_asked_for_does_not_happen(captured, knobs, still):
-    augment(torch.zeros(50, 1, 8, 8), **knobs)
-    moving = {"shifts": "angles", "angles": "shifts"}[still]
-    assert (captured[still] == 0).all()
-    assert (captured[moving] != 0).any()
-    assert captured["flips"] is None
-
-
 def test_when_nothing_is_asked_for_the_same_tensor_comes_back_and_nothing_is_drawn():
     images = torch.rand(4, 1, 8, 8)
     before = torch.get_rng_state()
@@ -180,13 +129,3 @@ def test_a_crop_takes_each_place_as_often_as_the_others_and_leaves_the_image_unt
     ]
     assert sum(counts) == len(result)
     assert max(abs(count - 1000) for count in counts) < 4 * (1000 * 24 / 25) ** 0.5  # 4 standard deviations
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("knobs", [KNOBS, {"horizontal_flip": True}, {"crop_padding": 3}, {}])
-def test_type_and_shape_are_kept(dtype, knobs):
-    images = torch.rand(5, 3, 11, 6, dtype=dtype)
-    result = augment(images, **knobs)
-    assert result.dtype == dtype
-    assert result.shape == images.shape
-    assert result.isfinite().all()

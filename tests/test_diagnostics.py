@@ -1,13 +1,23 @@
-"""Gradients by layer and predictions, against plain PyTorch."""
+"""What is measured on a model, against plain PyTorch, scipy, torchmetrics, formulas and a clock."""
+
+import time
 
 import numpy as np
 import pytest
 import torch
+import torchmetrics
 from scipy.spatial.distance import pdist
 from torch import nn
 
-from lablib import MLP, ResidualMLP
-from lablib.diagnostics import gradient_norms, mean_angle, predict
+from lablib import MLP, ResidualCNN, ResidualMLP, SimpleCNN
+from lablib.diagnostics import (
+    calibration,
+    expected_calibration_error,
+    gradient_norms,
+    latency,
+    mean_angle,
+    multiply_adds,
+)
 
 
 @pytest.fixture
@@ -22,14 +32,10 @@ def build(network, **options):
         return network(image_shape=(1, 4, 4), num_classes=3, **options)
 
 
-def state(model):
-    parameters = {name: (p.detach().clone(), p.grad) for name, p in model.named_parameters()}
-    return parameters, {name: module.training for name, module in model.named_modules()}
-
-
 def test_gradient_norms_are_those_of_backward_in_plain_pytorch(batch):
     model = build(MLP, hidden_sizes=(6, 5), dropout=0.5)
-    table = gradient_norms(model, batch)
+    with torch.no_grad():
+        table = gradient_norms(model, batch)
     first, second, last = (
         (layer.weight.detach().clone().requires_grad_(), layer.bias.detach())
         for layer in (model.hidden[0], model.hidden[3], model.classifier)
@@ -39,18 +45,15 @@ def test_gradient_norms_are_those_of_backward_in_plain_pytorch(batch):
         x = (x @ weight.T + bias).clamp(min=0)
     logits = x @ last[0].T + last[1]
     (logits.logsumexp(1) - logits[torch.arange(9), labels]).mean().backward()
-    expected = [weight.grad.pow(2).sum().sqrt().item() for weight, _ in (first, second, last)]
-    assert table["norm"].tolist() == pytest.approx(expected, rel=1e-5)
-    assert table["rms"].tolist() == pytest.approx(
-        [norm / size**0.5 for norm, size in zip(expected, (96, 30, 15), strict=True)], rel=1e-5
-    )
+    expected = np.array([weight.grad.pow(2).sum().sqrt().item() for weight, _ in (first, second, last)])
+    np.testing.assert_allclose(table["norm"], expected, rtol=1e-5)
+    np.testing.assert_allclose(table["rms"], expected / np.sqrt([96, 30, 15]), rtol=1e-5)
     assert table["layer"].tolist() == [1, 2, 3]
     assert table["name"].tolist() == ["hidden.0", "hidden.3", "classifier"]
 
 
 def test_a_projection_is_no_layer_on_the_way(batch):
-    model = build(ResidualMLP, hidden_sizes=(6, 6, 5))
-    names = gradient_norms(model, batch)["name"].tolist()
+    names = gradient_norms(build(ResidualMLP, hidden_sizes=(6, 6, 5)), batch)["name"].tolist()
     assert names == [f"blocks.{block}.residual.{layer}" for block in range(3) for layer in (0, 3)] + ["classifier"]
 
 
@@ -66,104 +69,134 @@ def test_convolutions_are_layers_and_one_that_is_not_used_has_no_gradient(batch)
 
     table = gradient_norms(Network(), batch)
     assert table["name"].tolist() == ["unused", "convolution"]
-    assert table.loc[0, "norm"] == 0
-    assert table.loc[1, "norm"] > 0
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_gradient_norms_leave_mode_weights_and_gradients_as_they_were(batch, training):
-    model = build(MLP, hidden_sizes=(6, 5), dropout=0.5).train(training)
-    nn.functional.cross_entropy(model(batch[0]), batch[1]).backward()
-    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
-    first = gradient_norms(model, batch)
-    assert model.training is training
-    assert all(torch.equal(p.grad, gradients[name]) for name, p in model.named_parameters())
-    # the loss is without dropout, so that nothing is drawn
-    assert first.equals(gradient_norms(model, batch))
-
-
-@pytest.mark.parametrize("look", [lambda model, batch: gradient_norms(model, batch), lambda m, b: predict(m, b[0])])
-def test_a_part_that_is_frozen_in_eval_mode_stays_so(batch, look):
-    model = build(MLP, hidden_sizes=(6, 5)).train()
-    model.hidden[2].eval()
-    parameters, modes = state(model)
-    look(model, batch)
-    assert state(model)[1] == modes
-    assert all(p.grad is None and torch.equal(p, parameters[name][0]) for name, p in model.named_parameters())
-
-
-def test_running_statistics_stay_as_they_were(batch):
-    model = nn.Sequential(nn.Conv2d(1, 3, 4), nn.BatchNorm2d(3), nn.Flatten()).train()
-    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    gradient_norms(model, batch)
-    predict(model, batch[0])
-    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
-
-
-def test_gradient_norms_are_found_under_no_grad_too(batch):
-    model = build(MLP, hidden_sizes=(6,))
-    with torch.no_grad():
-        table = gradient_norms(model, batch)
-    assert table.equals(gradient_norms(model, batch))
-
-
-def test_the_mode_comes_back_when_the_model_fails(batch):
-    model = build(MLP, hidden_sizes=(6,)).train()
-    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        gradient_norms(model, (torch.rand(2, 1, 5, 5), torch.tensor([0, 1])))
-    assert model.training
-
-
-def test_a_model_without_layers_is_refused_by_its_name(batch):
+    assert (table["norm"] > 0).tolist() == [False, True]
     with pytest.raises(ValueError, match="Flatten has no linear or convolutional layer to take gradients of"):
         gradient_norms(nn.Flatten(), batch)
 
 
-@pytest.mark.parametrize("batch_size", [1, 4, 1000])
-def test_predict_is_the_softmax_of_the_logits_without_dropout(batch, batch_size):
-    model = build(MLP, hidden_sizes=(6, 5), dropout=0.5).train()
-    probabilities = predict(model, batch[0], batch_size)
-    assert model.training
-    exponentials = model.eval()(batch[0]).detach().double().exp()
-    expected = exponentials / exponentials.sum(1, keepdim=True)
-    torch.testing.assert_close(probabilities.double(), expected, atol=1e-6, rtol=0)
-    assert not probabilities.requires_grad
+@pytest.mark.parametrize(
+    "look",
+    [
+        gradient_norms,
+        lambda model, batch: mean_angle(model, batch[0]),
+        lambda model, batch: multiply_adds(model, (1, 4, 4)),
+        lambda model, batch: latency({"it": model}, (1, 4, 4), repeats=1, rounds=1),
+    ],
+    ids=["gradients", "angle", "multiply-adds", "latency"],
+)
+def test_a_model_stays_as_it_was(batch, look):
+    model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Dropout(), nn.Linear(12, 3)).train()
+    model[3].eval()
+    model.kept = model(batch[0])  # with its history, so that PyTorch does not copy the model
+    nn.functional.cross_entropy(model(batch[0]), batch[1]).backward()
+    tensors = [tensor.clone() for tensor in (*model.state_dict().values(), *(p.grad for p in model.parameters()))]
+    modes = [module.training for module in model.modules()]
+    look(model, batch)
+    after = [*model.state_dict().values(), *(p.grad for p in model.parameters())]
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(after, tensors, strict=True))
+    assert [module.training for module in model.modules()] == modes
+    assert not model[4]._forward_pre_hooks
+    with pytest.raises(RuntimeError):
+        gradient_norms(model, (torch.rand(2, 1, 5, 5), torch.tensor([0, 1])))
+    assert [module.training for module in model.modules()] == modes
 
 
 @pytest.mark.parametrize("network", [MLP, ResidualMLP])
 def test_the_mean_angle_is_scipys_between_the_features_before_the_last_linear_layer(batch, network):
-    model = build(network, hidden_sizes=(6, 5), dropout=0.5).train()
-    features = {}
-    hook = model.classifier.register_forward_pre_hook(lambda _, inputs: features.update(last=inputs[0].detach()))
+    model, features = build(network, hidden_sizes=(6, 5), dropout=0.5), []
+    hook = model.classifier.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0].detach()))
     model.eval()(batch[0])
     hook.remove()
-    expected = np.degrees(np.arccos(1 - pdist(features["last"].double().numpy(), "cosine"))).mean()
+    expected = np.degrees(np.arccos(1 - pdist(features[0].double().numpy(), "cosine"))).mean()
     assert mean_angle(model.train(), batch[0]) == pytest.approx(expected, rel=1e-4)
 
 
-def test_the_mean_angle_leaves_a_model_as_it_was(batch):
-    model = build(MLP, hidden_sizes=(6, 5), dropout=0.5).train()
-    model.hidden[2].eval()
-    model.kept = model(batch[0])  # with its history, so that PyTorch does not copy the model
-    parameters, modes = state(model)
-    mean_angle(model, batch[0])
-    assert state(model)[1] == modes
-    assert all(torch.equal(p, parameters[name][0]) for name, p in model.named_parameters())
-    assert all(p.dtype == torch.float32 for p in model.parameters())
-    assert not model.classifier._forward_pre_hooks
-
-
-def test_images_that_look_the_same_have_an_angle_of_0_and_tiny_angles_are_not_lost():
+def test_tiny_angles_are_not_lost_and_what_has_none_is_refused(batch):
     model = nn.Sequential(nn.Flatten(), nn.Linear(2, 2))
     images = torch.tensor([[1.0, 0.0], [1.0, 1e-6]]).view(2, 1, 1, 2)
     assert mean_angle(model, images) == pytest.approx(np.degrees(1e-6), rel=1e-3)
     assert mean_angle(model, images[:1].expand(3, -1, -1, -1)) == 0
-    right = torch.tensor([[1.0, 0.0], [0.0, 5.0]]).view(2, 1, 1, 2)
-    assert mean_angle(model, right) == pytest.approx(90)
-
-
-def test_an_angle_needs_two_images_and_a_linear_layer(batch):
     with pytest.raises(ValueError, match="an angle needs a linear layer and two images; there are 0 and 9"):
         mean_angle(nn.Flatten(), batch[0])
     with pytest.raises(ValueError, match="there are 2 and 1"):
         mean_angle(build(MLP, hidden_sizes=(6,)), batch[0][:1])
+
+
+def test_a_calibration_made_by_hand():
+    # bins of a half: (0.5, 1] holds confidences 0.6, 0.8, 1.0 with two hits, (0, 0.5] one of 0.5 that misses
+    answers = [0.6, 0.8, 1.0, 0.5], [True, False, True, False]
+    expected = [[0, 0.5, 1, 0.5, 0], [0.5, 1, 3, 0.8, 2 / 3]]
+    table = calibration(*answers, bins=2)
+    assert table.columns.tolist() == ["low", "high", "images", "confidence", "accuracy"]
+    np.testing.assert_allclose(table, expected)
+    assert expected_calibration_error(*answers, bins=2) == pytest.approx((1 * 0.5 + 3 * (0.8 - 2 / 3)) / 4)
+    assert expected_calibration_error([0.75] * 4, [True, True, True, False]) == 0
+
+
+def test_the_calibration_error_agrees_with_torchmetrics():
+    generator = torch.Generator().manual_seed(1)
+    probabilities = torch.randn(200, 5, generator=generator).softmax(1)
+    labels = torch.randint(0, 5, (200,), generator=generator)
+    theirs = torchmetrics.functional.calibration_error(probabilities, labels, "multiclass", n_bins=15, num_classes=5)
+    confidence, predicted = probabilities.max(1)
+    assert expected_calibration_error(confidence, predicted == labels) == pytest.approx(theirs.item(), abs=1e-5)
+
+
+def test_multiply_adds_are_those_of_the_formula_and_of_a_count_by_hooks():
+    assert multiply_adds(MLP((128, 64)), (1, 28, 28)) == 784 * 128 + 128 * 64 + 64 * 10
+    stem, block = 9 * 3 * 4 * 32 * 32, 9 * 4 * 8 * 16 * 16
+    assert multiply_adds(SimpleCNN(1, 4), (3, 32, 32)) == stem + block + 8 * 10
+    model, counted = ResidualCNN(2, 8).eval(), []
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.register_forward_hook(lambda m, _, output: counted.append(m.weight[0].numel() * output.numel()))
+    model(torch.zeros(1, 3, 32, 32))
+    expected = sum(counted)
+    assert multiply_adds(model, (3, 32, 32)) == expected
+
+
+class Sleeper(nn.Module):
+    """Takes so many seconds a pass, after a slow first one, and notes the passes of all."""
+
+    def __init__(self, seconds: float, passes: list):
+        super().__init__()
+        self.seconds, self.passes, self.fresh = seconds, passes, True
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def forward(self, images):
+        self.passes.append((self, len(images), self.training, torch.get_num_threads()))
+        time.sleep(0.05 if self.fresh else self.seconds)
+        self.fresh = False
+
+
+def test_latency_is_a_median_without_the_first_pass_of_models_that_take_turns():
+    passes, threads = [], torch.get_num_threads()
+    models = {"slow": Sleeper(0.004, passes), "fast": Sleeper(0.001, passes)}
+    torch.set_num_threads(2)
+    try:
+        table = latency(models, (1, 2, 2), batch_sizes=(1, 8), repeats=3, rounds=2)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+    turn = [("slow", 1), ("fast", 1), ("slow", 8), ("fast", 8)]
+    names = {model: name for name, model in models.items()}
+    assert [(names[model], size) for model, size, *_ in passes] == [key for key in turn * 2 for _ in range(4)]
+    assert {rest for _, _, *rest in map(tuple, passes) for rest in [tuple(rest)]} == {(False, 1)}
+    assert list(zip(table["model"], table["batch"], strict=True)) == turn
+    for milliseconds, least in zip(table["milliseconds"], (4, 1, 4, 1), strict=True):
+        assert least <= milliseconds < 45
+    np.testing.assert_allclose(table["images_per_second"], 1e3 * table["batch"] / table["milliseconds"])
+    assert set(table["device"]) == {"cpu"}
+
+
+def test_latency_keeps_to_its_budget_but_times_every_model_once():
+    passes = []
+    models = {name: Sleeper(0.02, passes) for name in "abc"}
+    start = time.perf_counter()
+    table = latency(models, (1, 2, 2), batch_sizes=(1,), repeats=1000, rounds=1000, budget=0.01)
+    assert time.perf_counter() - start < 1
+    assert len(passes) == 6
+    assert table["model"].tolist() == ["a", "b", "c"]
+    for knobs in ({"repeats": 0}, {"rounds": -1}):
+        with pytest.raises(ValueError, match="but both must be whole numbers above 0"):
+            latency(models, (1, 2, 2), **knobs)

@@ -1,17 +1,23 @@
-"""The networks: sizes, shortcuts, and what they refuse."""
+"""The networks against closed formulas, arithmetic by hand, torchvision and onnxruntime; and what they refuse."""
 
 import math
+import sys
 from itertools import pairwise
 
+import onnx
+import onnxruntime
 import pytest
 import torch
 from torch import nn
+from torchvision.models.resnet import BasicBlock, ResNet
 
-from lablib import MLP, ResidualBlock, ResidualMLP
+from lablib import MLP, ResidualBlock, ResidualCNN, ResidualMLP, SimpleCNN
+from lablib.models import PlainBlock, export_onnx
 
-NETWORKS = (MLP, ResidualMLP)
+MLPS, CNNS = (MLP, ResidualMLP), (SimpleCNN, ResidualCNN)
 SHAPES = [((1, 28, 28), 10), ((3, 5, 9), 4), ((1, 1, 1), 2)]
 SIZES = [(8,), (128, 64), (16, 16, 16), (5, 7, 7, 3)]
+TINY = (1, 4, 4)
 
 
 @pytest.fixture(autouse=True)
@@ -25,47 +31,36 @@ def count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def randomised(model: nn.Module) -> nn.Module:
+    """The model as if trained: random weights, and batch norms whose statistics are not 0 and 1."""
+    with torch.no_grad():
+        for tensor in (tensor for tensor in model.state_dict().values() if tensor.is_floating_point()):
+            if tensor.ndim > 1:
+                tensor.normal_(0, (2 / tensor[0].numel()) ** 0.5)
+            else:
+                tensor.uniform_(0.5, 1.5)
+    return model.eval()
+
+
 @pytest.mark.parametrize(("image_shape", "num_classes"), SHAPES)
 @pytest.mark.parametrize("hidden_sizes", SIZES)
-def test_an_mlp_has_the_parameters_of_the_closed_formula(hidden_sizes, image_shape, num_classes):
-    widths = [math.prod(image_shape), *hidden_sizes, num_classes]
-    expected = sum((i + 1) * o for i, o in pairwise(widths))
-    assert count(MLP(hidden_sizes, image_shape=image_shape, num_classes=num_classes)) == expected
+def test_mlps_have_the_parameters_of_the_closed_formula(hidden_sizes, image_shape, num_classes):
+    widths, shape = [math.prod(image_shape), *hidden_sizes], {"image_shape": image_shape, "num_classes": num_classes}
+    classifier = (widths[-1] + 1) * num_classes
+    assert count(MLP(hidden_sizes, **shape)) == sum((i + 1) * o for i, o in pairwise(widths)) + classifier
+    for shortcut in (True, False):
+        blocks = [(i + 1) * o + (o + 1) * o + (i * o if shortcut and i != o else 0) for i, o in pairwise(widths)]
+        assert count(ResidualMLP(hidden_sizes, shortcut=shortcut, **shape)) == sum(blocks) + classifier
 
 
-@pytest.mark.parametrize("shortcut", [True, False])
-@pytest.mark.parametrize(("image_shape", "num_classes"), SHAPES)
-@pytest.mark.parametrize("hidden_sizes", SIZES)
-def test_a_residual_mlp_has_the_parameters_of_the_closed_formula(hidden_sizes, image_shape, num_classes, shortcut):
-    widths = [math.prod(image_shape), *hidden_sizes]
-    expected = (widths[-1] + 1) * num_classes
-    for i, o in pairwise(widths):
-        expected += (i + 1) * o + (o + 1) * o + (i * o if shortcut and i != o else 0)
-    model = ResidualMLP(hidden_sizes, image_shape=image_shape, num_classes=num_classes, shortcut=shortcut)
-    assert count(model) == expected
-
-
-@pytest.mark.parametrize("network", NETWORKS)
-@pytest.mark.parametrize(("image_shape", "num_classes"), SHAPES)
-def test_a_network_takes_any_image_size_and_gives_a_logit_for_each_class(network, image_shape, num_classes):
-    model = network((6, 4), image_shape=image_shape, num_classes=num_classes).eval()
-    logits = model(torch.rand(5, *image_shape))
-    assert logits.shape == (5, num_classes)
-    # no softmax in the network: logits are not all positive with a sum of 1
-    assert not torch.allclose(logits.sum(1), torch.ones(5))
-
-
-@pytest.mark.parametrize("network", NETWORKS)
-def test_an_image_has_the_same_logits_in_a_batch_and_alone(network):
-    model, images = network((8, 8), image_shape=(1, 6, 6), num_classes=3).eval(), torch.rand(4, 1, 6, 6)
-    torch.testing.assert_close(model(images)[2:3], model(images[2:3]))
-
-
-@pytest.mark.parametrize("network", NETWORKS)
-def test_dropout_acts_in_training_only(network):
-    model, images = network((64, 64), dropout=0.5, image_shape=(1, 6, 6)), torch.rand(4, 1, 6, 6)
+@pytest.mark.parametrize("network", MLPS)
+def test_dropout_acts_in_training_only_and_no_image_on_another(network):
+    model, images = network((64, 64), dropout=0.5, image_shape=(1, 6, 6), num_classes=3), torch.rand(4, 1, 6, 6)
     assert not torch.equal(model.train()(images), model(images))
-    assert torch.equal(model.eval()(images), model(images))
+    logits = model.eval()(images)
+    assert logits.shape == (4, 3)
+    assert torch.equal(logits, model(images))
+    torch.testing.assert_close(logits[2:3], model(images[2:3]))
 
 
 def test_an_mlp_computes_linear_relu_linear():
@@ -73,6 +68,15 @@ def test_an_mlp_computes_linear_relu_linear():
     hidden, classifier = model.hidden[0], model.classifier
     expected = (images.reshape(7, 18) @ hidden.weight.T + hidden.bias).clamp(min=0) @ classifier.weight.T
     torch.testing.assert_close(model(images), expected + classifier.bias)
+
+
+def test_hes_initialisation_has_his_spread_and_no_biases():
+    model = MLP((400, 300), initialisation="he")
+    for layer in (module for module in model.modules() if isinstance(module, nn.Linear)):
+        assert layer.weight.std().item() == pytest.approx((2 / layer.in_features) ** 0.5, rel=0.05)
+        assert layer.bias.abs().max() == 0
+    with pytest.raises(ValueError, match="initialisation = 'xavier', but it must be None or \"he\""):
+        MLP(initialisation="xavier")
 
 
 @pytest.mark.parametrize("shortcut", [True, False])
@@ -88,61 +92,175 @@ def test_a_residual_mlp_computes_a_relu_of_f_plus_the_shortcut(shortcut):
     torch.testing.assert_close(model(images), x @ model.classifier.weight.T + model.classifier.bias)
 
 
-def silence(block: ResidualBlock):
-    """Make F = 0."""
-    nn.init.zeros_(block.residual[-1].weight)
-    nn.init.zeros_(block.residual[-1].bias)
-
-
 @pytest.mark.parametrize("training", [True, False])
-def test_with_f_equal_to_0_a_residual_block_is_the_identity(training):
-    block, x = ResidualBlock(6, 6).train(training), torch.randn(5, 6)
-    assert not torch.equal(block(x), x)
-    silence(block)
-    assert torch.equal(block(x), x)
+def test_with_f_equal_to_0_a_residual_block_is_its_shortcut(training):
+    same, wider = ResidualBlock(6, 6).train(training), ResidualBlock(6, 9).train(training)
+    cut, x = ResidualBlock(6, 9, shortcut=False), torch.randn(5, 6)
+    assert not torch.equal(same(x), x)
+    for block in (same, wider, cut):
+        nn.init.zeros_(block.residual[-1].weight)
+        nn.init.zeros_(block.residual[-1].bias)
+    assert torch.equal(same(x), x)
+    torch.testing.assert_close(wider(x), x @ wider.projection.weight.T)
+    assert cut(x).abs().max() == 0
+    assert wider.projection.bias is None
+    assert [type(block.projection) for block in (same, cut)] == [nn.Identity] * 2
 
 
-def test_with_f_equal_to_0_a_widening_block_is_its_projection():
-    block, x = ResidualBlock(6, 9).eval(), torch.randn(5, 6)
-    silence(block)
-    torch.testing.assert_close(block(x), x @ block.projection.weight.T)
-
-
-def test_only_a_change_of_width_is_projected_and_without_bias():
-    projections = [block.projection for block in ResidualMLP((8, 8, 4), image_shape=(1, 2, 4)).blocks]
-    assert [type(projection) for projection in projections] == [nn.Identity, nn.Identity, nn.Linear]
-    assert projections[2].weight.shape == (4, 8)
-    assert projections[2].bias is None
-
-
-def test_without_shortcut_a_block_with_f_equal_to_0_gives_0():
-    for widths in ((6, 6), (6, 9)):
-        block = ResidualBlock(*widths, shortcut=False)
-        assert isinstance(block.projection, nn.Identity)
-        silence(block)
-        assert block(torch.randn(5, 6)).abs().max() == 0
-
-
-def test_shortcuts_cost_nothing_where_all_widths_are_equal():
-    with_shortcuts, without = (ResidualMLP((36, 36), image_shape=(1, 6, 6), shortcut=s) for s in (True, False))
-    assert count(with_shortcuts) == count(without)
-
-
-@pytest.mark.parametrize("network", NETWORKS)
-@pytest.mark.parametrize("sizes", [(), (0,), (8, -1), (8.0,), ("8",), "8", (True,), (None,)])
+@pytest.mark.parametrize("network", MLPS)
+@pytest.mark.parametrize("sizes", [(), (0,), (8.0,), "8", (True,), (None,)])
 def test_hidden_sizes_that_are_no_positive_whole_numbers_are_refused(network, sizes):
     with pytest.raises(ValueError, match=", but it must be one or more whole numbers above 0") as caught:
         network(sizes)
     assert f"hidden_sizes = {sizes!r}" in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("network", "options"), [(MLP, {}), (ResidualMLP, {}), (ResidualMLP, {"shortcut": False, "dropout": 0.3})]
-)
-def test_a_saved_model_comes_back_with_the_same_outputs(tmp_path, network, options):
-    model = network((7, 5), image_shape=(3, 4, 6), num_classes=4, **options).eval()
+def test_residual_cnns_have_the_published_parameter_counts():
+    assert (count(ResidualCNN(2, width=16)), count(ResidualCNN(4, width=16))) == (165_914, 2_793_114)
+
+
+@pytest.mark.parametrize(("depth", "width", "channels", "classes"), [(1, 4, 1, 2), (2, 16, 3, 10), (3, 8, 2, 7)])
+def test_a_simple_cnn_has_the_parameters_of_the_formula(depth, width, channels, classes):
+    wide = [width * 2**stage for stage in range(depth + 1)]
+    convolutions = 9 * channels * width + sum(9 * i * o for i, o in pairwise(wide))
+    expected = convolutions + 2 * sum(wide) + (wide[-1] + 1) * classes
+    assert count(SimpleCNN(depth, width, (channels, 16, 16), classes)) == expected
+
+
+def test_a_stage_computes_what_torchvisions_resnet_layer_computes_with_the_same_weights():
+    torchvisions = ResNet(BasicBlock, [2, 2, 2, 2]).layer2.train()  # 64 to 128 channels, stride 2
+    ours = ResidualCNN(2, width=32).stages[1].train()
+    ours.load_state_dict(torchvisions.state_dict())
+    images = torch.randn(4, 64, 9, 7)
+    for mode in (True, False):
+        assert torch.equal(ours.train(mode)(images), torchvisions.train(mode)(images))
+
+
+@pytest.mark.parametrize("network", CNNS)
+@pytest.mark.parametrize(("depth", "shape", "classes"), [(1, (1, 2, 2), 2), (2, (3, 5, 9), 10), (4, (2, 16, 16), 3)])
+def test_each_stage_halves_the_resolution_and_doubles_the_channels_down_to_the_smallest(network, depth, shape, classes):
+    model, x = network(depth, 4, shape, classes).eval(), torch.zeros(2, *shape)
+    assert model(x).shape == (2, classes)
+    x = model.stem(x)
+    assert x.shape == (2, 4, *shape[1:])
+    for stage in model.stages:
+        before, x = x.shape, stage(x)
+        assert x.shape == (2, 2 * before[1], -(-before[2] // 2), -(-before[3] // 2))
+
+
+@pytest.mark.parametrize("network", CNNS)
+def test_what_a_cnn_cannot_be_built_of_is_refused(network):
+    with pytest.raises(ValueError, match=r"7 × 32 pixels are too small for depth 3.* smallest are 8 × 8"):
+        network(3, 4, (3, 7, 32))
+    with pytest.raises(ValueError, match=r"smallest are 8 × 8"):
+        network(3, 4)(torch.zeros(1, 3, 32, 7))
+    for bad in ({"depth": 0}, {"depth": True}, {"depth": 2.0}, {"depth": 1, "width": -1}):
+        with pytest.raises(ValueError, match=f"{list(bad)[-1]} = .*, but it must be a whole number above 0"):
+            network(**bad)
+
+
+def test_without_shortcuts_the_convolutions_stay_and_nothing_is_added():
+    plain, residual = ResidualCNN(2, 8, shortcut=False), ResidualCNN(2, 8)
+    kept = {n: p.shape for n, p in residual.state_dict().items() if "downsample" not in n}
+    assert {n: p.shape for n, p in plain.state_dict().items()} == kept
+    block, images = PlainBlock(4, 4), torch.randn(2, 4, 6, 6)
+    nn.init.zeros_(block.bn2.weight)
+    assert block(images).abs().max() == 0
+
+
+SAVED = {
+    "MLP": (lambda: MLP((7, 5), 0.2, (3, 4, 6), 3), (3, 4, 6)),
+    "ResidualMLP": (lambda: ResidualMLP((7, 5), 0.2, TINY, 3), TINY),
+    "ResidualMLP without shortcuts": (lambda: ResidualMLP((7, 5), 0.2, TINY, 3, shortcut=False), TINY),
+    "SimpleCNN": (lambda: SimpleCNN(2, 4, num_classes=3), (3, 32, 32)),
+    "ResidualCNN": (lambda: ResidualCNN(2, 4, num_classes=3), (3, 32, 32)),
+    "ResidualCNN without shortcuts": (lambda: ResidualCNN(1, 6, (2, 9, 5), 3, shortcut=False), (2, 9, 5)),
+}
+
+
+@pytest.mark.parametrize(("network", "image_shape"), SAVED.values(), ids=SAVED)
+def test_a_saved_network_comes_back_with_its_arguments_and_the_same_logits(network, image_shape, tmp_path):
+    model, images = randomised(network()), torch.randn(8, *image_shape)
     model.save_pretrained(tmp_path)
-    loaded = network.from_pretrained(tmp_path)
-    images = torch.rand(5, 3, 4, 6)
+    loaded = type(model).from_pretrained(tmp_path)
     assert torch.equal(loaded.eval()(images), model(images))
     assert str(loaded) == str(model)
+
+
+@pytest.mark.parametrize("name", ["MLP", "ResidualMLP", "SimpleCNN", "ResidualCNN"])
+def test_onnxruntime_gives_pytorchs_logits_for_every_batch_size_from_one_file(name, tmp_path, capfd):
+    network, image_shape = SAVED[name]
+    model = randomised(network()).train()
+    path = export_onnx(model, tmp_path / "new" / "model.onnx", image_shape)
+    assert capfd.readouterr() == ("", "")
+    assert list(path.parent.iterdir()) == [path]  # the weights are inside
+    assert b"models.py" not in path.read_bytes()
+    assert export_onnx(model, tmp_path / "again.onnx", image_shape).read_bytes() == path.read_bytes()
+    onnx.checker.check_model(path, full_check=True)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (taken,), (given,) = session.get_inputs(), session.get_outputs()
+    assert (taken.name, taken.type, taken.shape) == ("images", "tensor(float)", ["batch", *image_shape])
+    assert (given.name, given.type, given.shape) == ("logits", "tensor(float)", ["batch", 3])
+    for batch in (1, 3, 128):
+        images = torch.randn(batch, *image_shape)
+        (theirs,) = session.run(["logits"], {"images": images.numpy()})
+        ours = model.eval()(images).detach()
+        assert ours.std() > 0.1  # the logits are no constant that any network would give
+        torch.testing.assert_close(torch.from_numpy(theirs), ours, atol=1e-4, rtol=0)
+
+
+def test_an_export_leaves_the_model_and_the_random_numbers_as_they_were(tmp_path):
+    model = randomised(SimpleCNN(1, 2, TINY)).double().train()
+    model.stem[1].eval()
+    modes = [module.training for module in model.modules()]
+    before = [tensor.clone() for tensor in model.state_dict().values()]
+    random_state = torch.get_rng_state()
+    export_onnx(model, tmp_path / "model.onnx", TINY)
+    assert [module.training for module in model.modules()] == modes
+    assert all(
+        a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(model.state_dict().values(), before, strict=True)
+    )
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+class Odd(nn.Module):
+    """Its forward is what a test says."""
+
+    def __init__(self, compute):
+        super().__init__()
+        self.forward = compute
+
+
+@pytest.mark.parametrize(
+    ("network", "image_shape", "message"),
+    [
+        (MLP, (1, 4, 5), r"MLP takes no images of shape \(1, 4, 5\): .*cannot be multiplied"),
+        (lambda: ResidualCNN(3, 2), (3, 7, 8), r"7 × 8 pixels are too small for depth 3"),
+        (MLP, (4, 4), r"image_shape = \(4, 4\), but it must be \(channels, height, width\), whole numbers above 0"),
+        (MLP, (0, 4, 4), r"image_shape = \(0, 4, 4\), but it must be"),
+        (MLP, (1, 4.0, 4), r"image_shape = \(1, 4.0, 4\), but it must be"),
+        (lambda: Odd(lambda x: x.flatten(1) + torch.ones(2, 1)), TINY, "Odd does not give one row of logits per image"),
+        (lambda: Odd(lambda x: x.reshape(2, -1)), TINY, "does not give one row of logits per image"),
+        (lambda: Odd(lambda x: x.sum()), TINY, "does not give one row of logits per image"),
+    ],
+)
+def test_what_cannot_be_exported_is_refused(network, image_shape, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        export_onnx(network(), tmp_path / "model.onnx", image_shape)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("missing", ["onnx", "onnxscript"])
+def test_without_its_packages_the_export_says_what_to_install(missing, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(ImportError, match="export_onnx needs the packages onnx and onnxscript; python -m pip install"):
+        export_onnx(MLP(), tmp_path / "model.onnx", TINY)
+
+
+def test_a_failing_export_leaves_an_older_file_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where the exporter would put a report
+    (older := tmp_path / "model.onnx").write_text("older")
+    with pytest.raises(torch.onnx.OnnxExporterError):
+        export_onnx(Odd(lambda images: (images.flatten(1), 2)), older, TINY)
+    assert older.read_text() == "older"
+    assert list(tmp_path.iterdir()) == [older]

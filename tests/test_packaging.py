@@ -63,7 +63,7 @@ def test_lablib_is_imported_without_what_only_its_extras_bring_and_trains_withou
     code = f"""
 import sys
 sys.modules.update(dict.fromkeys({names}))
-import lablib, lablib.export
+import lablib, lablib.models, lablib.diagnostics
 from lablib import MLP, StreamlinedTrainer, TrainingConfig, load_data
 StreamlinedTrainer(MLP((4,)), TrainingConfig(num_epochs=1, batch_size=999, device="cpu"), load_data("digits")).train()
 services = [name for name in sys.modules if name.startswith(("lablib.tracking", "lablib.telegram", "wandb."))]
