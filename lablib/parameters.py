@@ -11,7 +11,6 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 # Names for the annotations of a parameters cell: papermill's help can read no others.
 Count = Annotated[int, Field(ge=1, le=10_000)]
 Natural = Annotated[int, Field(ge=0)]
-CountOrNone = Natural
 Counts = Annotated[list[Count], Field(min_length=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Shares = Annotated[list[Share], Field(min_length=1)]

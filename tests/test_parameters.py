@@ -6,12 +6,12 @@ from lablib.parameters import check_parameters
 
 CELL = """
 from typing import Literal
-from lablib.parameters import Count, CountOrNone, Counts, Positive, Share, Shares
+from lablib.parameters import Count, Natural, Counts, Positive, Share, Shares
 
 Name = Literal["digits", "mnist"]
 dataset: Name = "digits"
 epochs: Count = 12
-images: CountOrNone = 0
+images: Natural = 0
 rate: Positive = 0.001
 flip: bool = False
 alpha: Share = 0.7
