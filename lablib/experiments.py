@@ -23,10 +23,10 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from lablib import figures
+from lablib.checkpoints import Interruption, leave_with
 from lablib.config import TrainingConfig
 from lablib.data import ImageData
 from lablib.identity import build_seeded, run_identity, run_name
-from lablib.interruption import Interruption, leave_with
 from lablib.processes import is_first_process, num_processes
 from lablib.progress import RunProgress
 from lablib.runs import Run, TrainedModel, find_run, separate_callbacks, train_or_load

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lablib.files import write_atomically
+from lablib.checkpoints import write_atomically
 
 
 @torch.no_grad()

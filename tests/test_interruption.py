@@ -12,7 +12,8 @@ import pytest
 from filelock import FileLock
 
 from lablib import MLP, TrainingConfig
-from lablib.runs import run_path, train_or_load
+from lablib.identity import run_path
+from lablib.runs import train_or_load
 
 QUIET = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 

@@ -16,9 +16,8 @@ from torch import nn
 from transformers import TrainerCallback
 
 from lablib import MLP, KnowledgeDistillationTrainer, StreamlinedTrainer, TrainingConfig, resuming
-from lablib.checkpoints import DamagedCheckpointError, checkpoints_in, seal, verify
+from lablib.checkpoints import DamagedCheckpointError, Interruption, checkpoints_in, seal, verify
 from lablib.identity import build_seeded
-from lablib.interruption import Interruption
 from lablib.metrics import BatchMeter, history
 from lablib.runs import train_or_load
 
@@ -78,7 +77,9 @@ def steps(name: Path) -> list[int]:
 def seal_again(checkpoint: Path):
     """Make a changed checkpoint one that passes verification."""
     (checkpoint / "manifest.json").unlink()
-    seal(checkpoint.rename(checkpoint.with_name("changed")), checkpoint)
+    (checkpoint.parent / "unfinished").mkdir(exist_ok=True)
+    checkpoint.rename(checkpoint.parent / "unfinished" / checkpoint.name)
+    seal(checkpoint, keep=2)
 
 
 # Going on
@@ -433,7 +434,7 @@ def test_a_change_of_versions_or_precision_is_said_and_stays_with_the_result(cha
         train_or_load(tiny_mlp, config, tiny_data, callbacks=(At(2, press_ctrl_c),))
     if changed == "torch":
         monkeypatch.setattr(resuming, "version", lambda name: "9.9")
-        now, before = "lablib 9.9, torch 9.9, transformers 9.9", rf"torch {torch.__version__.partition('+')[0]}"
+        now, before = "torch 9.9, transformers 9.9", rf"torch {torch.__version__.partition('+')[0]}"
     else:
         monkeypatch.setattr("lablib.trainer.resolve_bf16", lambda config, model: True)
         now, before = "precision bf16", "precision fp32"
