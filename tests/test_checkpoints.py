@@ -3,8 +3,8 @@
 import errno
 import os
 import shutil
-from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -80,14 +80,9 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_used_if_there_i
     before = write(folder, 9)
     for number in (1, 2):
         flip(write(folder, 10) / "model.safetensors")
-        with pytest.warns(
-            UserWarning, match=rf"checkpoint-10 cannot be used: .* set aside as .*checkpoint-10-{number};"
-        ):
+        with pytest.warns(UserWarning, match=rf"checkpoint-10 cannot be used: .* aside as .*checkpoint-10-{number};"):
             assert newest_usable(folder) == before
-    assert sorted(path.name for path in (folder.parent / "set-aside").iterdir()) == [
-        "checkpoint-10-1",
-        "checkpoint-10-2",
-    ]
+    assert len([*(folder.parent / "set-aside").iterdir()]) == 2
     cut(before / MANIFEST)
     with pytest.warns(UserWarning, match=r"or from the beginning if there is none"):
         assert newest_usable(folder) is None
@@ -106,9 +101,10 @@ def test_a_deletion_that_breaks_off_leaves_no_half_checkpoint_under_its_name(fol
         raise KeyboardInterrupt
 
     write(folder, 1)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", killed)
-        write(folder, 2, keep=1)
+        with pytest.raises(KeyboardInterrupt):
+            write(folder, 2, keep=1)
     assert [path.name for path in checkpoints_in(folder)] == ["checkpoint-2"]
     discard_unfinished(folder)
     assert [path.name for path in folder.iterdir()] == ["checkpoint-2"]
@@ -126,13 +122,10 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one_and_nothing_else(tmp_p
 
 
 def test_a_disk_that_is_too_full_is_named_with_what_is_free_and_what_is_needed(folder, monkeypatch):
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**30, 2**30 - 2**20, 2**20))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2**20))
     check_room(folder, 2**20)
     assert [*folder.iterdir()] == []
-    words = (
-        rf"{folder} .*\(1 MiB are free, but this training writes up to 300 MiB\): free .* or choose another output_dir"
-    )
+    words = rf"{folder} .*1 MiB are free, .* writes up to 300 MiB\): free some space, or choose another output_dir"
     with pytest.raises(OSError, match=words) as caught:
         check_room(folder, 300 * 2**20)
     assert caught.value.errno == errno.ENOSPC
@@ -159,9 +152,11 @@ def test_a_folder_that_cannot_be_written_to_is_named_with_the_reason(number, adv
 def test_a_failed_write_says_which_why_what_is_safe_and_what_to_do(error, number, folder):
     before = write(folder, 3)
     (folder / UNFINISHED / "checkpoint-4").mkdir(parents=True)
-    with pytest.raises(OSError, match=r"checkpoint-4 could not be written \(.*(space|failed)") as caught:
-        with failures_explained(folder / "checkpoint-4", 5 * 2**20):
-            raise error
+    with (
+        pytest.raises(OSError, match=r"checkpoint-4 could not be written \(.*(space|failed)") as caught,
+        failures_explained(folder / "checkpoint-4", 5 * 2**20),
+    ):
+        raise error
     assert caught.value.errno == number
     assert "it takes 5 MiB, and " in str(caught.value)
     assert "Earlier checkpoints are intact: fix this, and run again to resume from the newest" in str(caught.value)
