@@ -27,10 +27,10 @@ from torch import nn
 from tqdm import tqdm
 
 from lablib import figures
+from lablib.checkpoints import Interruption, leave_with
 from lablib.config import TrainingConfig, is_first_process, num_processes, redacted
 from lablib.data import ImageData
 from lablib.identity import build_seeded, run_identity, run_name
-from lablib.interruption import Interruption, leave_with
 from lablib.runs import Run, TrainedModel, find_run, separate_callbacks, train_or_load
 from lablib.statistics import compare, compare_effects, readable_table, results_table, save_table, verdicts
 

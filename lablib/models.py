@@ -11,7 +11,7 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import nn
 from torchvision.models.resnet import BasicBlock
 
-from lablib.files import write_atomically
+from lablib.checkpoints import write_atomically
 
 
 def _positive(value: object) -> bool:

@@ -2,11 +2,11 @@
 
 import json
 import platform
-import shutil
 import time
 import warnings
 from functools import cached_property
 from importlib.metadata import version
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +15,11 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_pt_utils import safe_globals
 
-from lablib.checkpoints import (
-    DamagedCheckpointError,
-    check_room,
-    contiguous_weights,
-    describe_failed_write,
-    discard_unfinished,
-    is_about_the_disk,
-    keep_newest,
-    newest_usable,
-    own_memory,
-    seal,
-    unfinished,
-    verify,
-)
+from lablib import checkpoints
+from lablib.checkpoints import SIGNALS, UNFINISHED, DamagedCheckpointError, Interruption, contiguous_weights
 from lablib.distributed import DistributedTrainer
-from lablib.interruption import SIGNALS, Interruption
 
-VERSIONS = ("torch", "transformers", "python")
-
-_BEST = "best_model.safetensors"
+_WEIGHTS, _BEST = "model.safetensors", "best_model.safetensors"
 _COST = 0.01  # at most this part of the time goes into the checkpoints within an epoch
 _STEPS_BETWEEN_DECISIONS = 50  # of several processes, which have to agree
 
@@ -55,11 +40,10 @@ class ResumableTrainer(DistributedTrainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        own_memory(self.model)
+        checkpoints.own_memory(self.model)
         self.notes: list[str] = []
-        self._interruption = Interruption(() if self.args.world_size > 1 else SIGNALS)
         self._best_weights: dict[str, torch.Tensor] | None = None
-        self._writing = False
+        self._interruption = Interruption(() if self.args.world_size > 1 else SIGNALS)
         self.add_callback(_CheckpointCallback(self._interruption, self.checkpoint_seconds))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
@@ -68,23 +52,20 @@ class ResumableTrainer(DistributedTrainer):
         Raises DamagedCheckpointError for the path of a checkpoint that is damaged or cannot be loaded, ValueError if
         True finds none, and OSError if the checkpoint folder is not writable or has no room.
         """
-        folder = Path(self.args.output_dir)
-        check_room(folder, 3 * self._checkpoint_bytes())  # two are kept, and one is written
+        folder, path = Path(self.args.output_dir), resume_from_checkpoint
+        checkpoints.check_room(folder, 3 * self._checkpoint_bytes())  # two are kept, and one is written
         if self.is_world_process_zero():
-            discard_unfinished(folder)
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = self.newest_checkpoint()
-            if resume_from_checkpoint is None:
-                raise ValueError(f"there is no checkpoint in {folder} to go on from; train without resuming")
+            checkpoints.discard_unfinished(folder)
+        if path is True and not (path := self.newest_checkpoint()):
+            raise ValueError(f"there is no checkpoint in {folder} to resume from; train without resuming")
+        loaded = self._load(Path(path)) if path else None
         self.notes, self._best_weights = [], None
-        if resume_from_checkpoint:
-            self._check(Path(resume_from_checkpoint))
         with self._interruption:
             try:
                 self.before_training()
-                if resume_from_checkpoint:
-                    self._restore(Path(resume_from_checkpoint))
-                return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+                if loaded:
+                    self._restore(*loaded)
+                return super().train(resume_from_checkpoint=path or None, **kwargs)
             except BaseException as error:
                 self.training_failed(error)
                 raise
@@ -93,7 +74,7 @@ class ResumableTrainer(DistributedTrainer):
         """The newest usable checkpoint, or None; those that cannot be used are set aside."""
         chosen = [None]
         if self.is_world_process_zero():
-            chosen = [newest_usable(Path(self.args.output_dir), self._check)]
+            chosen = [checkpoints.newest_usable(Path(self.args.output_dir), self._load)]
         if self.args.world_size > 1:
             torch.distributed.broadcast_object_list(chosen)
         return chosen[0]
@@ -111,47 +92,39 @@ class ResumableTrainer(DistributedTrainer):
     def training_failed(self, error: BaseException) -> None:
         """Called when the training ends with an exception, including an interruption."""
 
-    # Writing
+    @cached_property
+    def environment(self) -> dict[str, str]:
+        """What a resumed training should find unchanged: versions, precision, device, number of processes."""
+        return {
+            **{name: version(name) for name in ("torch", "transformers")},
+            "python": platform.python_version(),
+            "precision": "bf16" if self.args.bf16 else "fp16" if self.args.fp16 else "fp32",
+            "device": self.args.device.type,
+            "processes": str(self.args.world_size),
+        }
 
     def _save_checkpoint(self, model, trial):
-        folder = Path(self.args.output_dir)
-        target = folder / f"checkpoint-{self.state.global_step}"
-        written = unfinished(folder) / target.name
-        self._writing = True
-        try:
-            super()._save_checkpoint(model, trial)
-            self._write_progress(written)
+        args, state, folder = self.args, self.state, self.args.output_dir
+        target = Path(folder, f"checkpoint-{state.global_step}")
+        written = Path(folder, UNFINISHED, target.name)
+        with checkpoints.failures_explained(target, self._checkpoint_bytes()):
+            args.output_dir = str(written.parent)
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                args.output_dir = folder
+            saved = {"environment": self.environment, "notes": self.notes, "progress": self.progress()}
+            (written / f"lablib_{args.process_index}.json").write_text(json.dumps(saved))
+            first = self.is_world_process_zero()
+            if first and self._best_weights and state.best_global_step < state.global_step:
+                safetensors.torch.save_file(self._best_weights, written / _BEST)
             self.accelerator.wait_for_everyone()
-            if self.is_world_process_zero():
-                seal(written, target)
-                keep_newest(folder, max(2, self.args.save_total_limit or 2))
+            if first:
+                checkpoints.seal(target, keep=max(2, args.save_total_limit or 2))
             self.accelerator.wait_for_everyone()
-        except Exception as error:
-            shutil.rmtree(unfinished(folder), ignore_errors=True)
-            if not is_about_the_disk(error):
-                raise
-            raise describe_failed_write(error, target, self._checkpoint_bytes()) from error
-        finally:
-            self._writing = False
-            if self._best_weights is not None:
-                self.state.best_model_checkpoint = str(folder)  # each checkpoint in it has them
 
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, contiguous_weights(self.model) if state_dict is None else state_dict)
-
-    def _get_output_dir(self, trial):
-        folder = super()._get_output_dir(trial)
-        return str(unfinished(Path(folder))) if self._writing else folder
-
-    def _write_progress(self, folder: Path):
-        saved = {
-            "environment": self.environment,
-            "notes": self.notes,
-            "progress": self.progress(),
-        }
-        (folder / f"lablib_{self.args.process_index}.json").write_text(json.dumps(saved))
-        if self.is_world_process_zero() and self._best_weights and self.state.best_global_step < self.state.global_step:
-            safetensors.torch.save_file(self._best_weights, folder / _BEST)
 
     def _determine_best_metric(self, metrics, trial):
         better = super()._determine_best_metric(metrics, trial)
@@ -161,66 +134,49 @@ class ResumableTrainer(DistributedTrainer):
 
     def _load_best_model(self):
         self.model.load_state_dict(self._best_weights)
+        self.state.best_model_checkpoint = self.args.output_dir  # each checkpoint in it has them
 
     def _checkpoint_bytes(self) -> int:
         """The approximate size of a checkpoint: weights, the best epoch's weights, the optimizer's two moments."""
         return 4 * sum(tensor.nbytes for tensor in (*self.model.parameters(), *self.model.buffers())) + 2**20
 
-    @cached_property
-    def environment(self) -> dict[str, str]:
-        """What a resumed training should find unchanged: `VERSIONS`, precision, device, number of processes."""
-        precision = "bf16" if self.args.bf16 else "fp16" if self.args.fp16 else "fp32"
-        here = {"precision": precision, "device": self.args.device.type, "processes": str(self.args.world_size)}
-        return {name: version(name) for name in VERSIONS if name != "python"} | {
-            "python": platform.python_version(),
-            **here,
-        }
+    def _load(self, checkpoint: Path) -> tuple[dict, list[tuple], dict[str, torch.Tensor]]:
+        """The trainer's state, what each process had saved, and the best weights.
 
-    # Going on
-
-    def _check(self, checkpoint: Path):
-        """Raises DamagedCheckpointError for one that is damaged or that this model and these versions cannot load."""
-        verify(checkpoint)
+        Raises DamagedCheckpointError if it is damaged, or if this model and these versions cannot load it.
+        """
+        checkpoints.verify(checkpoint)
         try:
             state = json.loads((checkpoint / "trainer_state.json").read_bytes())
-            for file in ("lablib_0.json", *_progress_files(checkpoint)):
-                json.loads((checkpoint / file).read_bytes())["progress"]
+            processes = range(len([*checkpoint.glob("lablib_*.json")]) or 1)
+            saved = [json.loads((checkpoint / f"lablib_{process}.json").read_bytes()) for process in processes]
+            later = (state["best_global_step"] or 0) not in (0, state["global_step"])
             expected = {name: tensor.shape for name, tensor in self.model.state_dict().items()}
-            for file in {"model.safetensors", _best_file(state)}:
-                shapes = {name: tensor.shape for name, tensor in safetensors.torch.load_file(checkpoint / file).items()}
-                if shapes != expected:
+            for file in (_WEIGHTS, _BEST) if later else (_WEIGHTS,):
+                best = safetensors.torch.load_file(checkpoint / file)
+                if {name: tensor.shape for name, tensor in best.items()} != expected:
                     raise ValueError(f"{file} holds the weights of another architecture")
+            random_states = (path.name for path in checkpoint.glob("rng_state*.pth"))
             with safe_globals():
-                for file in ("optimizer.pt", "scheduler.pt", *(p.name for p in checkpoint.glob("rng_state*.pth"))):
+                for file in ("optimizer.pt", "scheduler.pt", *random_states):
                     torch.load(checkpoint / file, map_location="cpu", weights_only=True)
+            return state, [itemgetter("environment", "notes", "progress")(one) for one in saved], best
         except Exception as error:
             reason = str(error).partition("\n")[0]
             raise DamagedCheckpointError(f"{checkpoint} cannot be loaded: {type(error).__name__}: {reason}") from error
 
-    def _restore(self, checkpoint: Path):
-        state = json.loads((checkpoint / "trainer_state.json").read_bytes())
-        if state.get("best_global_step"):
-            self._best_weights = safetensors.torch.load_file(checkpoint / _best_file(state))
-        if epochs := _stopped_after(state):
-            self.args.num_train_epochs = epochs  # or one more epoch would begin before the stop is noticed
-        saved = [json.loads((checkpoint / name).read_bytes()) for name in _progress_files(checkpoint)]
-        self.notes = saved[0]["notes"]
-        self._compare({"processes": str(len(saved))} | saved[0]["environment"], checkpoint)
-        self.restore_progress([of_process["progress"] for of_process in saved])
-
-    def _compare(self, before: dict[str, str], checkpoint: Path):
-        now = self.environment
-        changed = [name for name in now if now[name] != before.get(name)]
-        if changed:
+    def _restore(self, state: dict, saved: list[tuple], best: dict[str, torch.Tensor]):
+        environments, notes, progress = zip(*saved, strict=True)
+        self.notes, before, now = notes[0], environments[0], self.environment
+        if changed := [name for name in now if now[name] != before.get(name)]:
             was, is_ = (", ".join(f"{name} {values.get(name)}" for name in changed) for values in (before, now))
-            note = f"resumed at step {checkpoint.name.rpartition('-')[2]} with {is_}, begun with {was}"
-            self.notes = [*self.notes, note]
-            warnings.warn(f"{checkpoint}: {note}; the result will carry this note", stacklevel=4)
-
-    def _init_training_state(self, *args, **kwargs):
-        position = super()._init_training_state(*args, **kwargs)
-        self.state.best_model_checkpoint = str(self.args.output_dir) if self._best_weights else None
-        return position
+            self.notes = [*self.notes, f"resumed at step {state['global_step']} with {is_}, begun with {was}"]
+            warnings.warn(f"{self.args.output_dir}: {self.notes[-1]}; the result will carry this note", stacklevel=3)
+        if state["best_global_step"]:
+            self._best_weights = best
+        if state["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"]:
+            self.args.num_train_epochs = round(state["epoch"])  # or another epoch begins before the stop is noticed
+        self.restore_progress([*progress])
 
 
 class _CheckpointCallback(TrainerCallback):
@@ -231,6 +187,8 @@ class _CheckpointCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.last, self.cost, self.asked_at = time.monotonic(), 0.0, None
+        if state.best_global_step:
+            state.best_model_checkpoint = args.output_dir  # or `_load_best_model` would not be called
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.epoch == round(state.epoch):
@@ -254,20 +212,3 @@ class _CheckpointCallback(TrainerCallback):
             torch.distributed.broadcast(decision, src=0)
             due = bool(decision)
         return due
-
-
-def _progress_files(checkpoint: Path) -> list[str]:
-    """One per process that wrote the checkpoint, in order."""
-    return [f"lablib_{process}.json" for process in range(len(list(checkpoint.glob("lablib_*.json"))))]
-
-
-def _best_file(state: dict) -> str:
-    """The file with the best epoch's weights; the checkpoint of the best epoch itself needs no other."""
-    later = (state.get("best_global_step") or 0) not in (0, state["global_step"])
-    return _BEST if later else "model.safetensors"
-
-
-def _stopped_after(state: dict) -> int | None:
-    """The epochs after which a training had already stopped at its checkpoint; None if it had not."""
-    control = state.get("stateful_callbacks", {}).get("TrainerControl", {}).get("args", {})
-    return round(state["epoch"]) if control.get("should_training_stop") else None

@@ -28,11 +28,10 @@ import torch
 from filelock import FileLock, Timeout
 from torch import nn
 
-from lablib.checkpoints import check_room, contiguous_weights
+from lablib.checkpoints import check_room, contiguous_weights, write_atomically
 from lablib.config import TrainingConfig, num_processes
 from lablib.data import ImageData
 from lablib.diagnostics import gradient_norms
-from lablib.files import write_atomically
 from lablib.identity import build_seeded, run_identity, run_name
 from lablib.metrics import best_row, history
 

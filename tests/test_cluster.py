@@ -12,7 +12,7 @@ import joblib
 import pytest
 
 from lablib import MLP, TrainingConfig, experiment
-from lablib.interruption import Interruption, leave_with
+from lablib.checkpoints import Interruption, leave_with
 
 QUIET = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 

@@ -134,7 +134,7 @@ def test_modules_import_only_from_rows_above():
 def test_imports_inside_functions_are_found_and_those_for_annotations_are_not():
     code = """
 from typing import TYPE_CHECKING
-import numpy, lablib.files
+import numpy, lablib.export
 from . import config
 if TYPE_CHECKING:
     from lablib.trainer import StreamlinedTrainer
@@ -144,7 +144,7 @@ class A:
         from lablib.runs import Run
         from .metrics import history
 """
-    assert imported(ast.parse(code)) == {"files", "config", "models", "figures", "runs", "metrics"}
+    assert imported(ast.parse(code)) == {"export", "config", "models", "figures", "runs", "metrics"}
 
 
 def test_the_speed_in_the_readme_is_that_of_the_benchmark():
