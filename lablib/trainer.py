@@ -80,6 +80,7 @@ class StreamlinedTrainer(ResumableTrainer):
         checkpoint_dir: str | None = None,
         run_name: str | None = None,
     ):
+        _freeze_imports()  # before there is a trainer, which would never be collected
         check_device(config.device)
         keep_freed_memory()
         self.config, self.data = config, data
@@ -122,7 +123,6 @@ class StreamlinedTrainer(ResumableTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """Train until the last epoch or the early stop, then load the best weights; see `ResumableTrainer.train`."""
-        _freeze_imports()
         with deterministic_algorithms(self.config.deterministic):
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
