@@ -90,7 +90,7 @@ def store(tmp_path_factory) -> Path:
         "cifar_recipes": {n: replace(recipe, **short, horizontal_flip=False) for n, recipe in CIFAR_RECIPES.items()},
     }
     lab = Lab(
-        "digits", "digits", str(folder / "runs"), folder / "published", seeds=1, width=2, grid_images=100, **recipes
+        "Digits", "digits", str(folder / "runs"), folder / "published", seeds=1, width=2, grid_images=100, **recipes
     )
     assert main(["--only", *"ABCEFG"], lab) == 0
     return folder / "runs"
