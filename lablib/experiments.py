@@ -238,6 +238,10 @@ class Comparison:
         """One sentence a comparison, which says no more than its interval does."""
         return Sentences(verdicts(self.table))
 
+    def __or__(self, other: "Comparison") -> "Comparison":
+        """Both comparisons in one table; p-values stay as they are, corrected within each."""
+        return Comparison(pd.concat([self.table, other.table], ignore_index=True), self.dataset)
+
     def __sub__(self, other: "Comparison") -> "Comparison":
         """How far the differences of the same labels differ, seed by seed."""
         return Comparison(compare_effects(self.table, other.table), self.dataset)

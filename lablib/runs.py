@@ -28,7 +28,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch import nn
 
-from lablib.checkpoints import check_room, contiguous_weights, write_atomically
+from lablib.checkpoints import check_room, contiguous_weights, own_memory, write_atomically
 from lablib.config import TrainingConfig, num_processes
 from lablib.data import ImageData
 from lablib.diagnostics import gradient_norms
@@ -74,6 +74,7 @@ class Run:
                 f"{self.result['seed']}) was published without its weights. Train it to have them: call experiment or "
                 "train_or_load with weights=True for this network and seed"
             )
+        own_memory(model)
         model.load_state_dict(safetensors.torch.load_file(self.path / _WEIGHTS))
         return model.eval()
 
