@@ -291,7 +291,8 @@ def distillation(frame: pd.DataFrame, names: Mapping[str, str], dataset: str, ch
             continue  # none of its runs finished
         mean, low, high = _mean_and_interval(values)
         left.bar(place, mean, width=0.65, yerr=[[mean - low], [high - mean]], capsize=4, color=color)
-        left.text(place, mean / 2, f"{mean:.2f} %\nn = {len(values)}", ha="center", color="white", weight="bold")
+        text = f"{mean:.2f} %\nn = {len(values)}"
+        left.text(place, mean / 2, text, ha="center", va="center", color="white", weight="bold")
         right.errorbar(place, mean, [[mean - low], [high - mean]], fmt="_", markersize=28, capsize=4, color=color)
     left.axhline(100 * chance, color="0.2", linewidth=1, linestyle=":")
     left.set(ylim=(0, 101), ylabel="test accuracy (%)", title="mean (dotted: guessing)")
@@ -352,7 +353,7 @@ def reliability(tables: Mapping[str, pd.DataFrame], errors: Mapping[str, Sequenc
         above.set_title(f"{name}\ncalibration error {summarise(errors[name]).percent()}", fontsize="small")
         below.set_xlabel("confidence")
     axes[0, 0].set(xlim=(0, 1), ylim=(0, 1), xticks=(0, 0.5, 1), ylabel="accuracy")
-    axes[1, 0].set_ylabel("share of images")
+    axes[1, 0].set_ylabel("share of\nimages")
     title = f"{dataset}, test set: a bar below the dotted line is overconfident"
     figure.suptitle(f"{title}\n(bins of {MIN_IMAGES} images or more)")
     return figure

@@ -96,6 +96,46 @@ def test_values_are_one_models_results_by_seed(finished):
     assert len(set(losses.values())) == 2
 
 
+def test_some_of_the_models_keep_their_runs(finished):
+    narrow = finished.select("narrow")
+    assert list(narrow.models) == ["narrow"]
+    assert narrow.runs == {key: run for key, run in finished.runs.items() if key[0] == "narrow"}
+    with pytest.raises(KeyError, match="huge"):
+        finished.select("huge")
+
+
+def test_predictions_are_the_models_answers_to_the_test_images(finished):
+    table = finished.predictions()
+    assert len(table) == 4 * len(finished.data.test_labels)
+    for (model, seed), answers in table.groupby(["model", "seed"]):
+        with torch.no_grad():
+            images = finished.data.normalise(finished.data.test_images)
+            confidence, predicted = finished.trained_model(model, seed)(images).softmax(1).max(1)
+        assert answers["predicted"].tolist() == predicted.tolist()
+        assert answers["confidence"].tolist() == pytest.approx(confidence.tolist(), abs=1e-3)
+        assert answers["correct"].mean() == pytest.approx(finished.values(model)[seed])
+
+
+def test_families_are_compared_by_depth_and_whole_names_once_but_no_model_with_itself(finished):
+    pairs = {"families": ("narrow", "wide"), "itself": ("wide", "wide")}
+    assert finished.compare(pairs).table["label"].tolist() == ["families"]
+    assert finished.compare(pairs, by=[2, 4]).table["label"].tolist() == ["families"]
+    deep = replace(finished, models=dict.fromkeys(["a-2", "b-2"]), runs={})
+    deep.runs.update({(name, 0): finished.runs["wide", 0] for name in deep.models})
+    assert deep.compare({"it": ("a", "b")}, by=[2]).table["label"].tolist() == ["it, depth 2"]
+
+
+def test_a_student_whose_teacher_failed_has_failed_and_the_others_are_trained(finished, tmp_path):
+    partly = replace(finished, config=config_in(tmp_path), failures={("wide", 1): "ArithmeticError: no forward today"})
+    partly = replace(partly, runs={key: run for key, run in finished.runs.items() if key != ("wide", 1)})
+    students = partly.distil("narrow", "wide", 4, 0.7)
+    assert list(students.runs) == [("Distilled", 0)]
+    assert students.failures == {("Distilled", 1): "its teacher failed: ArithmeticError: no forward today"}
+    assert students.frame()["seed"].tolist() == [0, 1]
+    with pytest.raises(KeyError, match="no finished run of 'wide' with seed 1"):
+        partly.distil("narrow", "wide", 4, 0.7, seeds=[1])
+
+
 def test_histories_are_one_table_with_a_row_for_each_epoch_of_each_run(finished):
     table = finished.histories()
     assert list(table[["model", "seed", "epoch"]].itertuples(index=False, name=None)) == [
