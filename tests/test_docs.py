@@ -34,6 +34,7 @@ def blocks():
             yield pytest.param(*block.groups(), id=f"{page.name}:{line}")
 
 
+@pytest.mark.filterwarnings("ignore:Couldn't detect a suitable IP address")  # dask, without a network
 @pytest.mark.parametrize(("options", "code"), [*blocks()])
 def test_a_block_of_python_runs_by_itself(options, code, tmp_path, monkeypatch, capsys):
     if options == "no-run":
