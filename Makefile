@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help lab test torture bench published results-mlps results-cnns runs clean-runs lint clean
+.PHONY: help lab test torture bench published address results-mlps results-cnns runs clean-runs lint clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -58,6 +58,15 @@ results-mlps: .venv/lab ## execute the MLP notebook from the published runs on M
 results-cnns: .venv/lab ## execute the CNN notebook from the published runs on CIFAR-10
 	@$(PAPERMILL) Lab1_CNNs.ipynb results/Lab1_CNNs.ipynb $(CIFAR) $(RESULTS)
 	@$(BIN)/python tools/report.py
+
+ADDRESS := $(shell sed -n 's|^Repository = "https://github.com/\([^"]*\)".*|\1|p' pyproject.toml)
+
+address: ## write the repository's public address where it is needed: REPOSITORY=https://github.com/owner/name
+	@expr "$(REPOSITORY)" : 'https://github\.com/[A-Za-z0-9-]*/[A-Za-z0-9._-]*$$' >/dev/null || \
+		{ echo "write make address REPOSITORY=https://github.com/owner/name" >&2; exit 2; }
+	@sed -i.bak "s|$(ADDRESS)|$(REPOSITORY:https://github.com/%=%)|g" \
+		pyproject.toml CITATION.cff README.md Lab1_MLPs.ipynb Lab1_CNNs.ipynb
+	@rm pyproject.toml.bak CITATION.cff.bak README.md.bak Lab1_MLPs.ipynb.bak Lab1_CNNs.ipynb.bak
 
 RUNS ?= runs
 FINISHED ?= 0

@@ -35,6 +35,7 @@ def blocks():
 
 
 @pytest.mark.filterwarnings("ignore:Couldn't detect a suitable IP address")  # dask, without a network
+@pytest.mark.filterwarnings("ignore:Port 8787 is already in use")  # by another cluster
 @pytest.mark.parametrize(("options", "code"), [*blocks()])
 def test_a_block_of_python_runs_by_itself(options, code, tmp_path, monkeypatch, capsys):
     if options == "no-run":

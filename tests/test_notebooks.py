@@ -18,25 +18,15 @@ from tools.published import CIFAR_RECIPES, MNIST_RECIPES, Lab, main
 ROOT = Path(__file__).parent.parent
 MACHINE_PATH = re.compile(r"(?<![\w.])/(home|root|work|tmp|opt|mnt|Users|content)/\w|[A-Z]:\\\\Users")
 MLPS, CNNS = NOTEBOOKS = ("Lab1_MLPs.ipynb", "Lab1_CNNs.ipynb")
-SHORT = [
-    "-p",
-    "epochs",
-    "1",
-    "-p",
-    "batch_size",
-    "128",
-    "-p",
-    "seeds",
-    "1",
-    "-p",
-    "jobs",
-    "1",
-    "-p",
-    "precision",
-    "fp32",
-]
-SHORT_CNNS = [*SHORT, "-p", "width", "2", "-p", "cosine_epochs", "1", "-p", "cosine_learning_rate", "0.01"]
-SHORT_CNNS += ["-p", "grid_images", "100", "-p", "grid_seeds", "1"]
+
+
+def given(**parameters) -> list[str]:
+    """Parameters of a notebook as papermill's arguments."""
+    return [word for name, value in parameters.items() for word in ("-p", name, str(value))]
+
+
+SHORT = given(epochs=1, batch_size=128, seeds=1, jobs=1, precision="fp32")
+SHORT_CNNS = SHORT + given(width=2, cosine_epochs=1, cosine_learning_rate=0.01, grid_images=100, grid_seeds=1)
 GRID = ["-y", "{grid_temperatures: [2, 4, 8], grid_alphas: [0.5, 0.7, 0.9]}"]
 SMALL_GRID = ["-y", "{grid_temperatures: [2], grid_alphas: [0.5], depths: [2], teacher_depth: 2}"]
 FIGURES = {  # of the specification
@@ -52,8 +42,7 @@ FIGURES = {  # of the specification
 
 def papermill(notebook: str, folder: Path, *arguments: str, store: Path | None = None) -> subprocess.Popen:
     """A running papermill, which keeps everything that it writes in a folder."""
-    places = ["-p", "figures_dir", str(folder / "images"), "-p", "results_dir", str(folder / "results")]
-    places += ["-p", "output_dir", str(store or folder / "runs")]
+    places = given(figures_dir=folder / "images", results_dir=folder / "results", output_dir=store or folder / "runs")
     command = [sys.executable, "-m", "papermill", notebook, str(folder / "out.ipynb"), "--kernel", "python3"]
     return started([*command, *places, *arguments])
 
@@ -128,19 +117,19 @@ def test_it_warns_of_nothing(executed, notebook):
 
 
 def test_a_student_may_be_its_own_teacher_at_a_single_depth(store, tmp_path):
-    status, said = finished(papermill(CNNS, tmp_path, *SHORT_CNNS, *SMALL_GRID, "-p", "alpha", "1.0", store=store))
+    status, said = finished(papermill(CNNS, tmp_path, *SHORT_CNNS, *SMALL_GRID, *given(alpha=1.0), store=store))
     assert status == 0, said[-3000:]
 
 
 WRONG = {
-    "a word for a number": (MLPS, ["-p", "epochs", "two"], "epochs = 'two': epochs should be a valid integer"),
-    "no epochs": (MLPS, ["-p", "epochs", "0"], "epochs = 0: epochs should be greater than or equal to 1"),
-    "a precision that is none": (MLPS, ["-p", "precision", "fp8"], "precision should be 'auto', 'fp32' or 'bf16'"),
-    "a misspelt data set": (MLPS, ["-p", "dataset", "mnits"], "did you mean 'mnist'?"),
-    "a misspelt parameter": (MLPS, ["-p", "epoch", "3"], "there is no parameter 'epoch'. Did you mean 'epochs'?"),
-    "an alpha above 1": (CNNS, ["-p", "alpha", "1.5"], "alpha = 1.5: alpha should be less than or equal to 1"),
-    "a teacher that is not trained": (CNNS, ["-p", "teacher_depth", "5"], "teacher_depth"),
-    "more depth than pixels": (CNNS, ["-p", "image_size", "8"], "too small for depth 4"),
+    "a word for a number": (MLPS, given(epochs="two"), "epochs = 'two': epochs should be a valid integer"),
+    "no epochs": (MLPS, given(epochs=0), "epochs = 0: epochs should be greater than or equal to 1"),
+    "a precision that is none": (MLPS, given(precision="fp8"), "precision should be 'auto', 'fp32' or 'bf16'"),
+    "a misspelt data set": (MLPS, given(dataset="mnits"), "did you mean 'mnist'?"),
+    "a misspelt parameter": (MLPS, given(epoch=3), "there is no parameter 'epoch'. Did you mean 'epochs'?"),
+    "an alpha above 1": (CNNS, given(alpha=1.5), "alpha = 1.5: alpha should be less than or equal to 1"),
+    "a teacher that is not trained": (CNNS, given(teacher_depth=5), "teacher_depth"),
+    "more depth than pixels": (CNNS, given(image_size=8), "too small for depth 4"),
 }
 
 
@@ -170,6 +159,33 @@ def test_papermill_reads_every_parameter_and_none_is_a_secret(notebook):
     names = [line.split(":")[0] for line in cell.source.splitlines()]
     assert list(inspect_notebook(str(ROOT / notebook))) == names
     assert not [name for name in names if re.search("token|key|secret|chat", name)]
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS)
+def test_on_colab_the_first_cell_fetches_and_installs_the_lab_once_and_keeps_pytorch(notebook, tmp_path):
+    commands = {"git": "mkdir -p lab/.git lab/lablib", "pip": '[ "$1" != list ] || printf "torch==1+cu\\nnumpy==2\\n"'}
+    (tmp_path / "bin").mkdir()
+    for name, does in commands.items():
+        command = tmp_path / "bin" / name
+        command.write_text(f'#!/bin/sh\necho {name} "$@" >> {tmp_path}/log\n{does}\n')
+        command.chmod(0o755)
+    cell = next(cell.source for cell in nbformat.read(ROOT / notebook, as_version=4).cells if cell.cell_type == "code")
+    code = f"""
+import sys
+from IPython.core.interactiveshell import InteractiveShell
+shell = InteractiveShell.instance()
+shell.run_cell({cell!r}).raise_error()  # elsewhere
+sys.modules["google.colab"] = sys
+shell.run_cell({cell!r}).raise_error()
+shell.run_cell({cell!r}).raise_error()  # again, in the lab's folder
+"""
+    environment = os.environ | {"PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}", "HOME": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
+    cloned, listed, installed = (tmp_path / "log").read_text().splitlines()
+    assert cloned.startswith("git clone --depth 1 https://github.com/")
+    assert listed.startswith("pip list")
+    assert installed == "pip install --quiet --constraint .git/installed.txt --editable ."
+    assert (tmp_path / "lab" / ".git" / "installed.txt").read_text() == "torch==1+cu\n"
 
 
 @pytest.mark.parametrize("path", [*NOTEBOOKS, *(str(p.relative_to(ROOT)) for p in ROOT.glob("results/*.ipynb"))])

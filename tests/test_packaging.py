@@ -1,4 +1,5 @@
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -53,9 +54,29 @@ def test_the_tested_versions_are_within_the_ranges():
         assert pinned[name_of(requirement.name)] in requirement.specifier, requirement
 
 
-def test_the_repositorys_address_stands_in_one_place():
-    texts = [path.read_text() for path in [*ROOT.glob("*.md"), *ROOT.glob("*.ipynb"), *ROOT.glob("*.toml")]]
-    assert sum(text.count("OWNER/REPOSITORY") for text in texts) == 1
+@pytest.fixture
+def copies(tmp_path) -> Path:
+    """What holds the repository's address, or sets it."""
+    for name in ("Makefile", "pyproject.toml", "CITATION.cff", "README.md", "Lab1_MLPs.ipynb", "Lab1_CNNs.ipynb"):
+        shutil.copy(ROOT / name, tmp_path)
+    return tmp_path
+
+
+def test_one_command_sets_the_repositorys_address_everywhere(copies):
+    (old,) = re.findall(r"https://github\.com/([^/]+/[^/]+)$", PROJECT["urls"]["Repository"])
+    texts = [path for path in copies.iterdir() if old in path.read_text()]
+    assert len(texts) == 5
+    subprocess.run(["make", "address", "REPOSITORY=https://github.com/a/b.c"], cwd=copies, check=True)
+    assert [path.name for path in copies.iterdir() if old in path.read_text()] == []
+    assert all("github.com/a/b.c" in path.read_text() or "github/a/b.c/" in path.read_text() for path in texts)
+
+
+def test_an_address_that_is_none_changes_nothing(copies):
+    before = {path: path.read_bytes() for path in copies.iterdir()}
+    result = subprocess.run(["make", "address", "REPOSITORY=a/b"], cwd=copies, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "REPOSITORY=https://github.com/owner/name" in result.stderr
+    assert {path: path.read_bytes() for path in copies.iterdir()} == before
 
 
 def test_lablib_is_imported_without_what_only_its_extras_bring_and_trains_without_its_services(tmp_path):
