@@ -35,10 +35,10 @@ lint: .venv/test
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[lab,bench]'
 	@touch $@
 
-bench: .venv/bench ## measure the speed beside other ways of training; writes results/benchmark-* (about 12 minutes)
+bench: .venv/bench ## compare the speed with other methods of training; writes results/benchmark-* (about 12 minutes)
 	@$(BIN)/python -m benchmarks $(BENCH)
 
-torture: .venv/test ## kill runs, break their writes, and compare; writes results/reliability.md (some minutes)
+torture: .venv/test ## kill runs, break their writes, compare the results; writes results/reliability.md (some minutes)
 	@$(BIN)/python tests/torture.py --out results/reliability.md
 
 published: .venv/lab ## list the published runs; JOBS=2 trains what is missing (about two days on 2 cores)
