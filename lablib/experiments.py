@@ -302,9 +302,8 @@ def _checked(seeds: int | Iterable[int]) -> tuple[int, ...]:
 
 def _described(error: Exception) -> tuple[str, str]:
     """An error in one line, and the end of its traceback; both are printed and sent, so without tokens."""
-    first_line = redacted(next(iter(str(error).splitlines()), ""))
     trace = redacted("".join(traceback.format_exception(error))).rstrip().splitlines()
-    return f"{type(error).__name__}: {first_line}", "\n".join(trace[-10:])
+    return redacted(f"{type(error).__name__}: {error}").partition("\n")[0], "\n".join(trace[-10:])
 
 
 def _note_failure(result: Experiment, key: Key, line: str, trace: str):
@@ -404,9 +403,8 @@ def _progress(paths: Mapping[Key, Path], num_epochs: int, ended: set[Key]):
     look = {"file": sys.stderr, "mininterval": 0.1} if terminal else {"file": sys.stdout, "mininterval": 10}
     bar = tqdm(total=num_epochs * len(paths), desc="training", unit="epoch", miniters=0, dynamic_ncols=True, **look)
     stop, watcher = threading.Event(), threading.Thread(target=watch, daemon=True)
-    main = threading.current_thread() is threading.main_thread()
-    own_signal = main and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    if own_signal:
+    in_main = threading.current_thread() is threading.main_thread()
+    if own_signal := in_main and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
         signal.signal(signal.SIGTERM, terminate)
     watcher.start()
     try:
