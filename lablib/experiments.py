@@ -280,7 +280,7 @@ def experiment(
                     pending[model, seed] = (described, trainer, own)
             except Exception as error:
                 _note_failure(result, (model, seed), *_described(error))
-        if is_first_process():
+        if num_processes() == 1:  # several find and load a run together, in its turn
             places = {str(run.path.parent).removeprefix(f"{Path.cwd()}{os.sep}") for run in result.runs.values()}
             where = f" from {' and '.join(sorted(places))}" if places else ""
             print(f"{len(result.runs)} of {len(keys)} runs loaded{where}, {len(pending)} to train", flush=True)

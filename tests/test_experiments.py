@@ -194,18 +194,18 @@ def test_a_second_experiment_trains_nothing_and_says_where_the_runs_are(
 
 
 def test_only_what_is_missing_is_trained_each_run_by_its_own_trainer_and_the_order_stays(config, tiny_data):
-    trained = []
+    state = Notes(trained=[])
 
     class Marking(StreamlinedTrainer):
         def train(self, *args, **kwargs):
-            trained.append((self.mark, self.config.seed))
+            state.trained.append((self.mark, self.config.seed))
             return super().train(*args, **kwargs)
 
     keys = {("narrow", 0): "x", 0: "a", 1: "y", ("wide", 1): "z"}
     trainers = {key: type(f"Marking{mark}", (Marking,), {"mark": mark}) for key, mark in keys.items()}
     train_or_load(MODELS["wide"], config, tiny_data, trainer_class=trainers[0])
     result = experiment(MODELS, config, tiny_data, SEEDS, trainer_class=trainers)
-    assert trained == [("a", 0), ("x", 0), ("y", 1), ("z", 1)]
+    assert state.trained == [("a", 0), ("x", 0), ("y", 1), ("z", 1)]
     assert list(result.runs) == [("narrow", 0), ("narrow", 1), ("wide", 0), ("wide", 1)]
 
 
