@@ -52,88 +52,74 @@ def summarise(values: Sequence[float]) -> Summary:
 
 
 def _ci95(values: Sequence[float]) -> float:
-    """Half-width of the mean's interval; NaN for too few values, and for equal ones (up to rounding)."""
-    if len(values) < MIN_SEEDS or (error := stats.sem(values)) < 1e-12:
+    if len(values) < MIN_SEEDS or (error := stats.sem(values)) < 1e-12:  # equal up to rounding
         return math.nan
     return float(stats.t.ppf(0.975, len(values) - 1) * error)
 
 
-def compare(
-    frame: pd.DataFrame,
-    pairs: Mapping[object, tuple[str, str]],
-    metric: str = "test_accuracy",
-    by: Sequence[str] = ("label",),
-) -> pd.DataFrame:
+def compare(frame: pd.DataFrame, pairs: Mapping[str, tuple[str, str]], metric: str = "test_accuracy") -> pd.DataFrame:
     """Paired differences, first − second, over the seeds that both models have: one row per pair.
 
-    `pairs` gives for each label, or tuple of labels, its two models; the columns `by` hold the labels. Other columns:
-    first, second, n, mean, std, ci95, p_value (paired t-test), p_adjusted (Benjamini and Hochberg's correction over the
-    table), significant (adjusted p < 0.05), and by_seed ({seed: difference}). Pairs without a common seed are left out.
+    `pairs` gives for each label its two models. Columns: label, first, second, n, mean, std, ci95, p_value (paired
+    t-test), p_adjusted (Benjamini and Hochberg's correction over the table), significant (adjusted p < 0.05), and
+    by_seed ({seed: difference}). Pairs without a common seed are left out.
     """
     values = frame.dropna(subset=metric).pivot(index="seed", columns="model", values=metric)
-    rows = []
-    for label, (first, second) in pairs.items():
-        if first in values and second in values:
-            key = dict(zip(by, label if isinstance(label, tuple) else (label,), strict=True))
-            differences = (values[first] - values[second]).dropna().to_dict()
-            rows.append({**key, "first": first, "second": second, "by_seed": differences})
-    return _tested(rows, by)
+    known = [(label, *pair) for label, pair in pairs.items() if {*pair} <= {*values}]
+    return _tested([(label, one, other, values[one] - values[other]) for label, one, other in known])
 
 
-def compare_effects(
-    first: pd.DataFrame, second: pd.DataFrame, names: tuple[str, str] = ("first", "second")
-) -> pd.DataFrame:
-    """Does an effect differ, for instance between two recipes? First's paired differences − second's, by seed.
+def compare_effects(first: pd.DataFrame, second: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
+    """Does an effect differ, say between two recipes (`names`)? First's paired differences − second's, by seed.
 
     Both are tables of `compare` with the same labels, and so is the result.
     """
-    by = _label_columns(first)
-    table = first.merge(second, on=by)
-    table["by_seed"] = [
-        {seed: a[seed] - b[seed] for seed in a if seed in b}
-        for a, b in zip(table["by_seed_x"], table["by_seed_y"], strict=True)
+    rows = []
+    for row in first.merge(second, on="label", validate="one_to_one").itertuples():
+        effects = f"{row.first_x} − {row.second_x} ({names[0]})", f"{row.first_y} − {row.second_y} ({names[1]})"
+        rows.append((row.label, *effects, pd.Series(row.by_seed_x) - pd.Series(row.by_seed_y)))
+    return _tested(rows)
+
+
+def _tested(comparisons: list[tuple[str, str, str, pd.Series]]) -> pd.DataFrame:
+    """A table of comparisons, from label, first, second and the differences by seed."""
+    columns = [
+        "label",
+        "first",
+        "second",
+        "n",
+        "mean",
+        "std",
+        "ci95",
+        "p_value",
+        "p_adjusted",
+        "significant",
+        "by_seed",
     ]
-    return _tested(table[[*by, "by_seed"]].assign(first=names[0], second=names[1]).to_dict("records"), by)
-
-
-def _tested(rows: list[dict], by: Sequence[str]) -> pd.DataFrame:
-    """A table of comparisons, from rows with their labels (the columns `by`), first, second and by_seed."""
-    columns = [*by, "first", "second", "n", "mean", "std", "ci95", "p_value", "p_adjusted", "significant", "by_seed"]
-    tested = []
-    for row in rows:
-        if values := list(row["by_seed"].values()):
-            summary = summarise(values)
-            p_value = math.nan if math.isnan(summary.ci95) else float(stats.ttest_1samp(values, 0).pvalue)
-            tested.append({**row, **vars(summary), "p_value": p_value})
-    table = pd.DataFrame(tested, columns=columns)
-    known = table["p_value"].dropna()
-    if len(known):
-        table["p_adjusted"] = pd.Series(stats.false_discovery_control(known.astype(float)), known.index)
+    rows = []
+    for *names, differences in comparisons:
+        if by_seed := differences.dropna().to_dict():
+            summary = summarise([*by_seed.values()])
+            p = math.nan if math.isnan(summary.ci95) else float(stats.ttest_1samp([*by_seed.values()], 0).pvalue)
+            rows.append(dict(zip(columns, names, strict=False)) | vars(summary) | {"p_value": p, "by_seed": by_seed})
+    table = pd.DataFrame(rows, columns=columns)
+    known = table["p_value"].dropna().astype(float)
+    table["p_adjusted"] = pd.Series(stats.false_discovery_control(known), known.index, dtype=float)
     table["significant"] = table["p_adjusted"] < SIGNIFICANT
     return table
 
 
-def _label_columns(comparison: pd.DataFrame) -> list[str]:
-    return list(comparison.columns[: comparison.columns.get_loc("first")])
-
-
 def labels(comparison: pd.DataFrame) -> list[str]:
-    """Each row's label as one text, with the name of what is a number: "the shortcut, depth 2"."""
-
-    def text(row: dict) -> str:
-        return ", ".join(part if isinstance(part, str) else f"{name} {part}" for name, part in row.items())
-
-    return [text(row) for row in comparison[_label_columns(comparison)].to_dict("records")]
+    """Each row's label, after what the columns in front of it say: "reference recipe, depth 2"."""
+    columns = comparison.columns[: comparison.columns.get_loc("first")]
+    return [", ".join(row) for row in comparison[columns].itertuples(index=False)]
 
 
 def points(row: Mapping) -> str:
     """A comparison as text, in percentage points: '+0.63 ± 0.20 points (n = 5, p = 0.003)'."""
-    text = f"{_hundredths(row['mean'], row['ci95'], '+')} points ({_count(row['n'])}"
-    p = row["p_adjusted"]
-    if math.isnan(p):
-        return f"{text})"
-    name = "p" if p == row["p_value"] else "adjusted p"
-    return f"{text}, {name} < 0.001)" if p < 0.001 else f"{text}, {name} = {p:.2g})"
+    p, name = row["p_adjusted"], "p" if row["p_adjusted"] == row["p_value"] else "adjusted p"
+    tested = "" if math.isnan(p) else f", {name} < 0.001" if p < 0.001 else f", {name} = {p:.2g}"
+    return f"{_hundredths(row['mean'], row['ci95'], '+')} points ({_count(row['n'])}{tested})"
 
 
 def verdict(row: Mapping, word: str = "better") -> str:
@@ -150,20 +136,17 @@ def verdict(row: Mapping, word: str = "better") -> str:
 
 def verdicts(comparison: pd.DataFrame, word: str = "better") -> str:
     """All comparisons as a Markdown list of sentences."""
-    rows = comparison.to_dict("records")
-    return "\n".join(f"- {text}: {verdict(row, word)}" for text, row in zip(labels(comparison), rows, strict=True))
+    rows = zip(labels(comparison), comparison.to_dict("records"), strict=True)
+    return "\n".join(f"- {label}: {verdict(row, word)}" for label, row in rows)
 
 
 def effects_table(comparisons: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """Comparisons for people, in percentage points: one row per label, one column per comparison, * if significant."""
-
-    def cell(row) -> str:
-        return f"{_hundredths(row.mean, row.ci95, '+')} ({_count(row.n)}){' *' * row.significant}"
-
-    columns = {
-        name: pd.Series([cell(row) for row in table.itertuples()], labels(table), dtype=object)
-        for name, table in comparisons.items()
-    }
+    columns = {}
+    for name, table in comparisons.items():
+        rows = table.itertuples()
+        cells = [f"{_hundredths(r.mean, r.ci95, '+')} ({_count(r.n)}){' *' * r.significant}" for r in rows]
+        columns[name] = pd.Series(cells, labels(table), dtype=object)
     return pd.concat(columns, axis=1).fillna("").rename_axis(columns="points, * significant")
 
 
@@ -194,30 +177,34 @@ def results_table(frame: pd.DataFrame, reference: Mapping[str, float] | None = N
 
 def readable_table(table: pd.DataFrame) -> pd.DataFrame:
     """A `results_table` for people: texts, with percent, intervals and thousands separators."""
-    columns, rows = ["parameters", "validation accuracy", "test accuracy", "reference", "n", "epochs"], []
-    columns += ["seconds per run", "failed"]
+    rows = []
     for row in table.to_dict("records"):
         error = row.get("error") if isinstance(row.get("error"), str) else ""  # joined tables may lack the column
         if not row["n"]:
             rows.append({"test accuracy": f"failed: {error}" if error else "not trained", "n": "0"})
             continue
-        reference = row.get("reference", math.nan)
-        validation, test = row["val_accuracy_mean"], (row["test_accuracy_mean"], row["test_accuracy_ci95"])
-        texts = f"{row['parameters']:,}", f"{_hundredths(validation)} %", f"{_hundredths(*test)} %"
-        known = "" if math.isnan(reference) else f"{_hundredths(reference)} %"
-        times = f"{row['epochs_mean']:.0f}", f"{row['seconds_mean']:,.0f}"
-        rows.append(dict(zip(columns, (*texts, known, str(row["n"]), *times, error), strict=True)))
-    readable = pd.DataFrame(rows, pd.Index(table["model"]), columns).fillna("")
+        texts = {
+            "parameters": f"{row['parameters']:,}",
+            "validation accuracy": f"{_hundredths(row['val_accuracy_mean'])} %",
+            "test accuracy": f"{_hundredths(row['test_accuracy_mean'], row['test_accuracy_ci95'])} %",
+            "reference": f"{_hundredths(row.get('reference', math.nan))} %".replace("nan %", ""),
+            "n": str(row["n"]),
+            "epochs": f"{row['epochs_mean']:.0f}",
+            "seconds per run": f"{row['seconds_mean']:,.0f}",
+            "failed": error,
+        }
+        rows.append(texts)
+    columns = ["parameters", "validation accuracy", "test accuracy", "reference", "n", "epochs", "seconds per run"]
+    readable = pd.DataFrame(rows, pd.Index(table["model"]), [*columns, "failed"]).fillna("")
     empty = [column for column in ("reference", "failed") if not readable[column].any()]
     return readable.drop(columns=empty).rename_axis(columns=", ".join(table["dataset"].dropna().unique()))
 
 
 def recommend(table: pd.DataFrame) -> str:
-    """The recommended model of a `results_table`, chosen on validation accuracy by the one-standard-error rule.
+    """The smallest model of a `results_table` within one standard error of the best, by validation accuracy.
 
-    It is the smallest within one standard error of the best (Breiman et al., Classification and Regression Trees,
-    1984). Where some models have several seeds, those with one are no candidates: they may be lucky. Raises
-    ValueError if no model has a result.
+    This is the one-standard-error rule (Breiman et al., Classification and Regression Trees, 1984). Where some models
+    have several seeds, those with one are no candidates: they may be lucky. Raises ValueError if no model has a result.
     """
     finished = table[table["n"] >= min(2, table["n"].max())].dropna(subset="val_accuracy_mean")
     if finished.empty:
@@ -230,8 +217,7 @@ def recommend(table: pd.DataFrame) -> str:
 
 def save_table(table: pd.DataFrame, path: str | Path) -> pd.DataFrame:
     """Write a table as CSV with all digits, making its folder, and return it."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     table.to_csv(path, index=False)
     return table
 
