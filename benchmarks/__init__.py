@@ -1,4 +1,1 @@
-"""How fast lablib is beside the usual ways of doing the same work: `python -m benchmarks`, or `make bench`.
-
-Nothing here imports torch before it is needed, so that each rival's process loads only what that rival needs.
-"""
+"""How fast lablib is compared with the usual ways of doing the same work: `python -m benchmarks`, or `make bench`."""

@@ -1,7 +1,13 @@
 """What is trained: the networks, their data and their augmentation, the same for every rival."""
 
-import importlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import nn
+
+from lablib import models
+from lablib.data import ImageData, stratified_subset
+from lablib.datasets import load_data
 
 VALIDATION_SPLIT = 0.1
 LEARNING_RATE = 1e-3
@@ -46,15 +52,8 @@ CASES = (
 )
 
 
-def load(case: Case, images: int | None):
-    """The case's `ImageData`, with about this many training images besides the validation images; None: all."""
-    from dataclasses import replace
-
-    import torch
-
-    from lablib.data import stratified_subset
-    from lablib.datasets import load_data
-
+def load(case: Case, images: int | None) -> ImageData:
+    """The case's data, with about this many training images besides the validation images; None: all."""
     form = {"image_size": 32, "channels": 3} if case.convolutional else {}
     data = load_data(case.dataset, **form)
     if images is None:
@@ -64,10 +63,8 @@ def load(case: Case, images: int | None):
     return replace(data, train_images=data.train_images[chosen], train_labels=data.train_labels[chosen])
 
 
-def build(case: Case, image_shape, num_classes: int):
+def build(case: Case, data: ImageData) -> nn.Module:
     """The network with the weights that every rival begins with."""
-    import torch
-
     torch.manual_seed(SEED)
-    network = getattr(importlib.import_module("lablib.models"), case.network)
-    return network(**case.arguments, image_shape=image_shape, num_classes=num_classes)
+    network = getattr(models, case.network)
+    return network(**case.arguments, image_shape=data.image_shape, num_classes=data.num_classes)

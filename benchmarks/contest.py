@@ -5,13 +5,10 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 from benchmarks.cases import Case
 from benchmarks.gate import Contestant, Epoch
 from benchmarks.rivals import RIVALS
-
-_MIB = 2**20
 
 
 @dataclass
@@ -45,7 +42,7 @@ class Entry:
             "images": first.warm_up.images,
             "train": [round(speed) for speed in self.train],
             "epoch": [round(speed) for speed in self.epoch],
-            "peak_memory_mib": round(self.peak_memory / _MIB),
+            "peak_memory_mib": round(self.peak_memory / 2**20),
             "seconds_to_first_step": round(first.seconds_to_first_step, 1),
             "warm_up_seconds": round(max(0, first.warm_up.trained - first.warm_up.begun - usual), 1),
         }
@@ -67,15 +64,13 @@ def race(
 ) -> dict:
     """Each rival's summary, variant by variant; `images` is an epoch of every rival in place of the case's own."""
     with ExitStack() as stack:
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        scratch = stack.enter_context(tempfile.TemporaryDirectory())
 
         def start(name: str, workers: int = 0) -> Contestant:
             rival = RIVALS[name]
             number = images or (case.slow_images if rival.one_by_one else None if on_gpu else case.fast_images)
-            folder = tempfile.mkdtemp(dir=scratch)
-            contestant = Contestant(
-                rival.function, dict(rival.environment), case=case, images=number, workers=workers, output_dir=folder
-            )
+            task = {"case": case, "images": number, "workers": workers, "output_dir": tempfile.mkdtemp(dir=scratch)}
+            contestant = Contestant(rival.function, **task)
             stack.callback(contestant.stop)
             return contestant
 
@@ -107,8 +102,7 @@ def _entries(case: Case, rivals: Sequence[str], jobs: int, on_gpu: bool, start) 
         entries += [Entry("lablib", _said(number), processes[:1], number) for number in threads]
         if jobs > 1:
             share = None if on_gpu else max(1, (os.cpu_count() or 1) // jobs)
-            variant = f"{jobs} runs side by side"
-            entries.append(Entry("lablib", variant, processes, share))
+            entries.append(Entry("lablib", f"{jobs} runs side by side", processes, share))
     return entries
 
 

@@ -6,16 +6,18 @@ and the rivals' epochs can take turns.
 """
 
 import contextlib
-import importlib
-import os
+import resource
 import sys
 import time
+from collections.abc import Callable
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.isolated import leave
+import psutil
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 
 class Epoch(NamedTuple):
@@ -33,59 +35,43 @@ class Gate:
 
     def __init__(self, connection: Connection):
         self._connection = connection
-        self._epochs = 0
+        self._is_warm = False
         self.images = 0  # training images an epoch, for the rival to say
 
     def begin(self):
-        if self._epochs:
-            self._wait()
+        if self._is_warm:
+            try:
+                threads = self._connection.recv()
+            except EOFError:
+                sys.exit()  # out of the library's training loop, whose data loaders are then closed
+            if threads:
+                torch.set_num_threads(threads)
         self._begun = time.monotonic()
 
-    def _wait(self):
-        import torch
-
-        try:
-            threads = self._connection.recv()
-        except EOFError:
-            sys.exit()  # out of the library's training loop, whose data loaders are then closed
-        if threads:
-            torch.set_num_threads(threads)
-
-    def first_step(self):
-        """To be called after the first step of the first epoch."""
-        self._connection.send(time.monotonic())
-
     def trained(self):
-        _synchronise()
-        self._trained = time.monotonic()
+        self._trained = _finished()
 
     def validated(self):
-        _synchronise()
-        self._epochs += 1
-        epoch = Epoch(self._begun, self._trained, time.monotonic(), self.images, peak_memory())
-        self._connection.send(epoch)
+        self._is_warm = True
+        self._connection.send(Epoch(self._begun, self._trained, _finished(), self.images, peak_memory()))
 
 
 class Contestant:
-    """The other end: a rival's process. `rival` is a function's "module:name", called with the gate and `task`."""
+    """The other end: a rival's process, in which the function is called with the gate and `task`."""
 
-    def __init__(self, rival: str, environment: dict[str, str], **task):
+    def __init__(self, rival: Callable, **task):
         self._connection, theirs = get_context("spawn").Pipe()
         self._process = get_context("spawn").Process(target=_work, args=(rival, theirs, task))
         started = time.monotonic()
-        with _environment(environment):
-            self._process.start()
+        self._process.start()
         theirs.close()
-        self.seconds_to_first_step = self._receive() - started
-        self.warm_up: Epoch = self._receive()
+        self.seconds_to_first_step = self.end_epoch() - started
+        self.warm_up: Epoch = self.end_epoch()
 
     def begin_epoch(self, threads: int | None = None):
         self._connection.send(threads)
 
     def end_epoch(self) -> Epoch:
-        return self._receive()
-
-    def _receive(self):
         try:
             return self._connection.recv()
         except EOFError:
@@ -94,53 +80,32 @@ class Contestant:
     def stop(self):
         self._connection.close()
         self._process.join(20)
-        if self._process.is_alive():
-            self._process.kill()
-            self._process.join()
+        self._process.kill()  # if it is still there
+        self._process.join()
 
 
-def _work(rival: str, connection: Connection, task: dict):
-    module, _, name = rival.partition(":")
-    try:
-        getattr(importlib.import_module(module), name)(Gate(connection), **task)
-    except SystemExit:
-        leave()
+def _work(rival: Callable, connection: Connection, task: dict):
+    def tell(*_):
+        first_step.remove()
+        connection.send(time.monotonic())
+
+    first_step = register_optimizer_step_post_hook(tell)
+    rival(Gate(connection), **task)
 
 
-@contextlib.contextmanager
-def _environment(more: dict[str, str]):
-    before = dict(os.environ)
-    os.environ.update(more)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-
-
-def _synchronise():
-    import torch
-
+def _finished() -> float:
+    """Now, when the device has done what it was told to."""
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
+    return time.monotonic()
 
 
 def peak_memory() -> int:
     """The most memory that this process held at one time, with what its children hold for themselves now; bytes."""
-    import psutil
-
-    children = 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    with contextlib.suppress(OSError):  # on Linux, where ru_maxrss would count the parent's memory before the exec
+        peak = int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) * 1024
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
-            children += child.memory_full_info().uss
-    return _own_peak() + children
-
-
-def _own_peak() -> int:
-    with contextlib.suppress(OSError):  # Linux; its ru_maxrss would count the parent's memory before the exec
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM"):
-                return int(line.split()[1]) * 1024
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            peak += child.memory_full_info().uss
+    return peak

@@ -1,75 +1,43 @@
 """The ways of training that are compared. Each gets the gate, a case and its number of images, and trains for ever.
 
 All have the same initial weights, Adam with the same rate, the same images and the same random rotation, shift and
-flip; each validates after every epoch, with loss and accuracy.
+flip; each validates after every epoch, with loss and accuracy. What only one of them needs is imported there, so that
+the others do not pay for it.
 """
 
 import importlib.util
+import logging
 import warnings
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
-from benchmarks.cases import (
-    EVALUATION_BATCH,
-    LEARNING_RATE,
-    SEED,
-    VALIDATION_SPLIT,
-    Case,
-    build,
-    load,
-)
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from benchmarks.cases import EVALUATION_BATCH, LEARNING_RATE, SEED, VALIDATION_SPLIT, Case, build, load
 from benchmarks.gate import Gate
+from benchmarks.inputs import SingleImages, pil_loaders, split
+from lablib.augmentation import augment
+from lablib.data import ImageData
 
 FOREVER = 10**6  # epochs
 
 
-@dataclass(frozen=True)
-class Rival:
-    """`one_by_one`: it prepares image by image, in a data loader."""
-
-    title: str
-    function: str
-    one_by_one: bool = True
-    package: str = "torch"
-    environment: tuple[tuple[str, str], ...] = ()
-
-    def is_installed(self) -> bool:
-        return importlib.util.find_spec(self.package) is not None
-
-
-# The allocator keeps what is freed, as lablib has it keep it: the loop is to have all that costs no machinery.
-_KEEP_FREED_MEMORY = (("MALLOC_MMAP_THRESHOLD_", str(1 << 28)), ("MALLOC_TRIM_THRESHOLD_", str(1 << 30)))
-
-RIVALS = {
-    "student": Rival("DataLoader, PIL transforms, plain loop", "benchmarks.rivals:student"),
-    "transformers": Rival("transformers.Trainer, v2 transforms", "benchmarks.rivals:stock_trainer"),
-    "lightning": Rival("PyTorch Lightning, PIL transforms", "benchmarks.rivals:lightning", package="lightning"),
-    "tight": Rival(
-        "tight loop in memory, fp32", "benchmarks.rivals:tight_loop", one_by_one=False, environment=_KEEP_FREED_MEMORY
-    ),
-    "lablib": Rival("lablib", "benchmarks.rivals:lablib", one_by_one=False),
-}
-
-
 def student(gate: Gate, case: Case, images: int | None, workers: int, output_dir: str):
     """The usual lab: a DataLoader over PIL images, and the loop of every tutorial."""
-    import torch
-    from torch.nn import functional as F
-
-    from benchmarks.inputs import pil_loaders
-
     device = _device()
     data = load(case, images)
-    model = build(case, data.image_shape, data.num_classes).to(device)
+    model = build(case, data).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
     train_loader, validation_loader = pil_loaders(case, data, workers)
     gate.images = len(train_loader.dataset)
-    _tell_first_step(gate)
     while True:
         gate.begin()
         model.train()
         running_loss = 0.0
-        for inputs, labels in train_loader:
-            inputs, labels = inputs.to(device), labels.to(device)
+        for batch in train_loader:
+            inputs, labels = batch["images"].to(device), batch["labels"].to(device)
             optimizer.zero_grad()
             loss = F.cross_entropy(model(inputs), labels)
             loss.backward()
@@ -79,8 +47,8 @@ def student(gate: Gate, case: Case, images: int | None, workers: int, output_dir
         model.eval()
         correct = validation_loss = 0.0
         with torch.no_grad():
-            for inputs, labels in validation_loader:
-                inputs, labels = inputs.to(device), labels.to(device)
+            for batch in validation_loader:
+                inputs, labels = batch["images"].to(device), batch["labels"].to(device)
                 logits = model(inputs)
                 validation_loss += F.cross_entropy(logits, labels).item()
                 correct += (logits.argmax(1) == labels).sum().item()
@@ -89,12 +57,7 @@ def student(gate: Gate, case: Case, images: int | None, workers: int, output_dir
 
 def stock_trainer(gate: Gate, case: Case, images: int | None, workers: int, output_dir: str):
     """transformers.Trainer as it comes, over a data set that transforms one image at a time."""
-    import torch
-    from torch import nn
-    from torch.nn import functional as F
-    from transformers import Trainer, TrainingArguments
-
-    from benchmarks.inputs import TensorImages, split
+    from transformers import PrinterCallback, Trainer, TrainingArguments
 
     class WithLoss(nn.Module):
         def __init__(self, model: nn.Module):
@@ -128,28 +91,21 @@ def stock_trainer(gate: Gate, case: Case, images: int | None, workers: int, outp
         use_cpu=not torch.cuda.is_available(),
     )
     trainer = Trainer(
-        WithLoss(build(case, data.image_shape, data.num_classes)),
+        WithLoss(build(case, data)),
         arguments,
-        train_dataset=TensorImages(case, data, train, training=True),
-        eval_dataset=TensorImages(case, data, validation, training=False),
+        train_dataset=SingleImages(case, data, train, training=True, pil=False),
+        eval_dataset=SingleImages(case, data, validation, training=False, pil=False),
         compute_metrics=lambda p: {"accuracy": float((p.predictions.argmax(1) == p.label_ids).mean())},
         callbacks=[_gate_callback(gate, "on_evaluate")],
     )
-    _without_prints(trainer)
-    _tell_first_step(gate)
+    trainer.remove_callback(PrinterCallback)
     trainer.train()
 
 
 def lightning(gate: Gate, case: Case, images: int | None, workers: int, output_dir: str):
     """PyTorch Lightning with the student lab's loaders."""
     warnings.simplefilter("ignore")
-    import logging
-
-    import torch
     from lightning import pytorch
-    from torch.nn import functional as F
-
-    from benchmarks.inputs import pil_loaders
 
     class Classifier(pytorch.LightningModule):
         def __init__(self, model):
@@ -157,16 +113,14 @@ def lightning(gate: Gate, case: Case, images: int | None, workers: int, output_d
             self.model = model
 
         def training_step(self, batch):
-            inputs, labels = batch
-            loss = F.cross_entropy(self.model(inputs), labels)
+            loss = F.cross_entropy(self.model(batch["images"]), batch["labels"])
             self.log("train_loss", loss, on_step=False, on_epoch=True)
             return loss
 
         def validation_step(self, batch):
-            inputs, labels = batch
-            logits = self.model(inputs)
-            self.log("val_loss", F.cross_entropy(logits, labels))
-            self.log("val_accuracy", (logits.argmax(1) == labels).float().mean())
+            logits = self.model(batch["images"])
+            self.log("val_loss", F.cross_entropy(logits, batch["labels"]))
+            self.log("val_accuracy", (logits.argmax(1) == batch["labels"]).float().mean())
 
         def configure_optimizers(self):
             return torch.optim.Adam(self.parameters(), lr=LEARNING_RATE)
@@ -197,28 +151,23 @@ def lightning(gate: Gate, case: Case, images: int | None, workers: int, output_d
         enable_model_summary=False,
         num_sanity_val_steps=0,
     )
-    _tell_first_step(gate)
-    trainer.fit(Classifier(build(case, data.image_shape, data.num_classes)), *loaders)
+    trainer.fit(Classifier(build(case, data)), *loaders)
 
 
 def tight_loop(gate: Gate, case: Case, images: int | None, workers: int, output_dir: str):
     """What remains when all machinery is taken away: uint8 images in memory, batches by index, fused Adam."""
-    import torch
-    from torch.nn import functional as F
+    from lablib.hardware import keep_freed_memory
 
-    from benchmarks.inputs import split
-    from lablib.augmentation import augment
-
+    keep_freed_memory()
     device = _device()
     data = load(case, images)
-    model = build(case, data.image_shape, data.num_classes).to(device)
+    model = build(case, data).to(device)
     pixels, labels = data.train_images.to(device), data.train_labels.to(device)
     train, validation = (part.to(device) for part in split(data))
     mean, std = (statistic.to(device).view(-1, 1, 1) for statistic in data.channel_statistics)
     scale, offset = 1 / (255 * std), -mean / std
     optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE, fused=True)
     gate.images = len(train)
-    _tell_first_step(gate)
     while True:
         gate.begin()
         model.train()
@@ -241,27 +190,16 @@ def tight_loop(gate: Gate, case: Case, images: int | None, workers: int, output_
 
 def lablib(gate: Gate, case: Case, images: int | None, workers: int, output_dir: str):
     """lablib as a notebook uses it, early stopping off: history, best weights and a checkpoint an epoch included."""
-    trainer = lablib_trainer(case, images, output_dir, callbacks=[_gate_callback(gate, "on_save")])
+    trainer = lablib_trainer(case, load(case, images), output_dir, callbacks=[_gate_callback(gate, "on_save")])
     gate.images = len(trainer.train_dataset)
-    _tell_first_step(gate)
     trainer.train()
 
 
-def lablib_trainer(case: Case, images: int | None, output_dir: str, num_epochs: int = FOREVER, callbacks=()):
+def lablib_trainer(case: Case, data: ImageData, output_dir: str, num_epochs: int = FOREVER, callbacks: Sequence = ()):
     """A StreamlinedTrainer for a case."""
-    from lablib import StreamlinedTrainer
+    from lablib import StreamlinedTrainer, TrainingConfig
 
-    data = load(case, images)
-    model = build(case, data.image_shape, data.num_classes)
-    config = lablib_config(case, num_epochs)
-    return StreamlinedTrainer(model, config, data, callbacks=callbacks, checkpoint_dir=output_dir)
-
-
-def lablib_config(case: Case, num_epochs: int, **more):
-    """A TrainingConfig for a case, early stopping off."""
-    from lablib import TrainingConfig
-
-    return TrainingConfig(
+    config = TrainingConfig(
         num_epochs=num_epochs,
         batch_size=case.batch_size,
         learning_rate=LEARNING_RATE,
@@ -271,24 +209,33 @@ def lablib_config(case: Case, num_epochs: int, **more):
         translation_fraction=case.translation_fraction,
         horizontal_flip=case.horizontal_flip,
         seed=SEED,
-        **more,
     )
+    return StreamlinedTrainer(build(case, data), config, data, callbacks=callbacks, checkpoint_dir=output_dir)
 
 
-def _device():
-    import torch
+class Rival(NamedTuple):
+    """`one_by_one`: it prepares image by image, in a data loader."""
 
+    title: str
+    function: Callable
+    one_by_one: bool = True
+    package: str = "torch"
+
+    def is_installed(self) -> bool:
+        return importlib.util.find_spec(self.package) is not None
+
+
+RIVALS = {
+    "student": Rival("DataLoader, PIL transforms, plain loop", student),
+    "transformers": Rival("transformers.Trainer, v2 transforms", stock_trainer),
+    "lightning": Rival("PyTorch Lightning, PIL transforms", lightning, package="lightning"),
+    "tight": Rival("tight loop in memory, fp32", tight_loop, one_by_one=False),
+    "lablib": Rival("lablib", lablib, one_by_one=False),
+}
+
+
+def _device() -> torch.device:
     return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-
-
-def _tell_first_step(gate: Gate):
-    from torch.optim.optimizer import register_optimizer_step_post_hook
-
-    def told(*_):
-        handle.remove()
-        gate.first_step()
-
-    handle = register_optimizer_step_post_hook(told)
 
 
 def _gate_callback(gate: Gate, last_event: str):
@@ -304,9 +251,3 @@ def _gate_callback(gate: Gate, last_event: str):
 
     setattr(GateCallback, last_event, lambda *_, **__: gate.validated())
     return GateCallback()
-
-
-def _without_prints(trainer):
-    from transformers import PrinterCallback
-
-    trainer.remove_callback(PrinterCallback)

@@ -10,8 +10,7 @@ def affine(
     """Rotate, shift and mirror each image about its centre; what comes in from outside is 0.
 
     images: float, batch × channels × height × width. angles: degrees anticlockwise, batch. shifts: pixels to the right
-    and down, batch × 2. flips: True mirrors left and right (before the rotation), batch.
-    Bilinear; the same picture as `torchvision.transforms.functional.affine` makes image by image.
+    and down, batch × 2. flips: True mirrors left and right first, batch. Bilinear, as torchvision's `affine` by image.
     """
     height, width = images.shape[-2:]
     radians = torch.deg2rad(angles)
@@ -56,10 +55,9 @@ def augment(
     """Draw a rotation, a shift, a flip and a crop for each image of a batch and apply them.
 
     images: float, batch × channels × height × width. The angle is uniform in ± `rotation_degrees`, the shift uniform in
-    ± `translation_fraction` of the width and of the height, and one image in two is mirrored if `horizontal_flip`.
-    Then `crop_padding` pixels of 0 are put around it and a piece of the old size cut out, each with the same
-    probability, as `torchvision.transforms.RandomCrop(size, padding)` does.
-    Without a generator PyTorch's own is used, whose state a checkpoint holds.
+    ± `translation_fraction` of the width and of the height, and one image in two is mirrored if `horizontal_flip`. Each
+    is then cropped as by torchvision's `RandomCrop(size, crop_padding)`. Without a generator PyTorch's own is used,
+    whose state a checkpoint holds.
     """
     batch, _, height, width = images.shape
     device = images.device

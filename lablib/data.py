@@ -4,15 +4,14 @@ import hashlib
 import math
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import torch
 from sklearn.model_selection import train_test_split
 from torch.utils.data import Dataset, Sampler
-
-_TENSORS = ("train_images", "train_labels", "test_images", "test_labels")
 
 
 @dataclass(frozen=True)
@@ -31,33 +30,26 @@ class ImageData:
     class_names: tuple[str, ...]
 
     def __post_init__(self):
-        number = len(self.class_names)
-        if number < 2:
-            raise ValueError(f"{self.name} has {number} class; a classifier needs at least two")
+        if self.num_classes < 2:
+            raise ValueError(f"{self.name} has {self.num_classes} class; a classifier needs at least two")
         for part in ("train", "test"):
             images, labels = getattr(self, f"{part}_images"), getattr(self, f"{part}_labels")
-            if images.dtype != torch.uint8 or images.ndim != 4 or 0 in images.shape[1:]:
+            fits = images.ndim == 4 and 0 not in images.shape[1:] and images.shape[1:] == self.train_images.shape[1:]
+            if images.dtype != torch.uint8 or not fits:
                 raise ValueError(
                     f"{self.name}: the {part} images are {images.dtype} of shape {tuple(images.shape)}; they must be "
-                    "torch.uint8, images × channels × height × width: scale values to 0 to 255 and write "
-                    "images.round().to(torch.uint8); images.unsqueeze(1) gives grey images their channel"
+                    "torch.uint8 from 0 to 255, images × channels × height × width, the last three as in training"
                 )
             if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
                 raise ValueError(
                     f"{self.name}: the {part} labels are {labels.dtype} of shape {tuple(labels.shape)}; they must be "
-                    f"torch.int64, one for each of the {len(images)} images: torch.as_tensor(labels).long()"
+                    f"torch.int64, one for each of the {len(images)} images"
                 )
-            if wrong := sorted({*range(number)} ^ {*labels.unique().tolist()}):
+            if wrong := sorted({*range(self.num_classes)} ^ {*labels.unique().tolist()}):
                 raise ValueError(
-                    f"{self.name}: the {part} labels must be 0 to {number - 1}, each at least once; missing or out "
-                    f"of range: {wrong}"
+                    f"{self.name}: the {part} labels must be 0 to {self.num_classes - 1}, each at least once; missing "
+                    f"or out of range: {wrong}"
                 )
-        if self.train_images.shape[1:] != self.test_images.shape[1:]:
-            raise ValueError(
-                f"{self.name}: the training images are {self.image_shape} and the test images "
-                f"{tuple(self.test_images.shape[1:])} (channels, height, width); they must have one shape, "
-                "as load_data(..., image_size=32, channels=3) makes them"
-            )
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -73,8 +65,7 @@ class ImageData:
         """Mean and standard deviation of the training images by channel, on the scale 0 to 1."""
         counts = torch.zeros(self.image_shape[0], 256, dtype=torch.float64)
         for images in self.train_images.split(max(1, 2**21 // math.prod(self.image_shape))):  # they may be on the disk
-            pixels = images.transpose(0, 1).flatten(1)  # (channels, pixels of all images)
-            counts += torch.stack([torch.bincount(channel, minlength=256) for channel in pixels])
+            counts += torch.stack([channel.flatten().bincount(minlength=256) for channel in images.unbind(1)])
         values = torch.arange(256, dtype=torch.float64) / 255
         mean = (counts * values).sum(1) / counts.sum(1)
         variance = (counts * (values - mean[:, None]) ** 2).sum(1) / counts.sum(1)
@@ -90,37 +81,31 @@ class ImageData:
     def fingerprint(self) -> str:
         """SHA-256 over every image, label and class name: two data sets with the same one are the same."""
         digest = hashlib.sha256(repr((self.image_shape, self.class_names)).encode())
-        for tensor in (self.train_images, self.train_labels, self.test_images, self.test_labels):
-            digest.update(tensor.contiguous().numpy())
+        for array in self._arrays:
+            digest.update(np.ascontiguousarray(array))
         return digest.hexdigest()
 
     def __identity__(self) -> list[str]:
         return [self.name, self.fingerprint]
 
     @classmethod
-    def from_arrays(cls, name: str, *arrays: np.ndarray, class_names: tuple[str, ...] = ()) -> "ImageData":
+    def from_arrays(cls, name: str, *arrays: np.ndarray, class_names: tuple[str, ...]) -> "ImageData":
         """From NumPy arrays in the order of the fields; arrays that are mapped from a file stay mapped."""
-        data = cls(name, *map(_tensor, arrays), class_names)
-        data.__dict__["_arrays"] = dict(zip(_TENSORS, arrays, strict=True))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+            data = cls(name, *map(torch.from_numpy, arrays), class_names)
+        data.__dict__["_arrays"] = arrays
         return data
 
     @cached_property
-    def _arrays(self) -> dict[str, np.ndarray]:
-        return {name: getattr(self, name).numpy() for name in _TENSORS}
+    def _arrays(self) -> tuple[np.ndarray, ...]:
+        tensors = self.train_images, self.train_labels, self.test_images, self.test_labels
+        return tuple(tensor.numpy() for tensor in tensors)
 
-    def __getstate__(self):
+    def __reduce__(self):
         # joblib shares an array with its workers instead of copying it, and recognises by its identity one it has seen
-        rest = {name: value for name, value in self.__dict__.items() if name not in _TENSORS}
-        return rest | {"_arrays": self._arrays, "fingerprint": self.fingerprint}
-
-    def __setstate__(self, state):
-        self.__dict__.update(state, **{name: _tensor(array) for name, array in state["_arrays"].items()})
-
-
-def _tensor(array: np.ndarray) -> torch.Tensor:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        return torch.from_numpy(array)
+        known = {"fingerprint": self.fingerprint, "channel_statistics": self.channel_statistics}
+        return partial(ImageData.from_arrays, class_names=self.class_names), (self.name, *self._arrays), known
 
 
 class ImageBatches(Dataset):
@@ -135,9 +120,6 @@ class ImageBatches(Dataset):
 
     def __len__(self) -> int:
         return len(self.indices)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {key: value[0] for key, value in self.__getitems__([index]).items()}
 
     def __getitems__(self, positions: Sequence[int]) -> dict[str, torch.Tensor]:
         chosen = self.indices[torch.as_tensor(positions).to(self.indices.device)]
@@ -170,19 +152,16 @@ def stratified_split(labels: torch.Tensor, validation_split: float, seed: int) -
     Raises ValueError if a class has too few images to be in both parts.
     """
     classes, counts = labels.unique(return_counts=True)
-    error = ValueError(
-        f"{len(labels)} images, {counts.min()} of the rarest of {len(classes)} classes, cannot be split with "
-        f"validation_split = {validation_split}: each part needs an image of each class; add images or change it"
+    size = round(validation_split * len(labels))
+    with suppress(ValueError):  # scikit-learn's, of a class with one image or a part with fewer images than classes
+        parts = train_test_split(np.arange(len(labels)), test_size=size, stratify=labels.numpy(), random_state=seed)
+        train, validation = (torch.from_numpy(np.sort(part)) for part in parts)
+        if all(len(labels[part].unique()) == len(classes) for part in (train, validation)):
+            return train, validation
+    raise ValueError(
+        f"{len(labels)} images, {counts.min()} of the rarest of {len(classes)} classes, cannot be split with a share "
+        f"of {validation_split}: each part needs an image of each class; add images or change the share"
     )
-    num_validation = round(validation_split * len(labels))
-    if counts.min() < 2 or num_validation < len(classes) or len(labels) - num_validation < len(classes):
-        raise error
-    positions = np.arange(len(labels))
-    parts = train_test_split(positions, test_size=num_validation, stratify=labels.numpy(), random_state=seed)
-    train, validation = (torch.from_numpy(np.sort(part)) for part in parts)
-    if any(len(labels[part].unique()) < len(classes) for part in (train, validation)):
-        raise error
-    return train, validation
 
 
 def stratified_subset(indices: torch.Tensor, labels: torch.Tensor, size: int | None, seed: int) -> torch.Tensor:

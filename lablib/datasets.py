@@ -1,31 +1,33 @@
-"""A name or a folder -> ImageData."""
+"""A name or a folder -> ImageData; `python -m lablib.datasets split` makes train and test parts of a folder."""
 
-import difflib
+import argparse
 import hashlib
-import itertools
 import os
+import shutil
 import time
 import uuid
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torchvision import datasets
-from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
+from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension, make_dataset
 from torchvision.transforms import functional as F
 
-from lablib.data import ImageData
+from lablib.data import ImageData, stratified_split
 
 _CLASSES = ("MNIST", "FashionMNIST", "KMNIST", "EMNIST", "CIFAR10", "CIFAR100", "SVHN", "STL10")
 _TORCHVISION = {name.lower(): name for name in _CLASSES}
 DATASET_NAMES = ("digits", *_TORCHVISION)
+_PIXELS = "centre crop"  # in the key of a cache: change it when _decode makes other pixels of the same file
 
 
 def load_data(
@@ -38,16 +40,16 @@ def load_data(
     """Load a data set by its name, or a folder with `train/<class>/` and `test/<class>/` in it.
 
     `digits` ships with scikit-learn and is scaled up to 28 × 28. The other names are torchvision's, read from
-    `data_dir` in torchvision's layout and downloaded there if they are missing; EMNIST is turned upright. `image_size`
-    (pixels, or height and width) scales every image; `channels` (1 or 3) makes them grey or coloured.
+    `data_dir` or downloaded there; EMNIST is turned upright. `image_size` (pixels, or height and width) scales every
+    image, and `channels` (1 or 3) makes them grey or coloured.
 
-    A folder is read as torchvision's ImageFolder reads it, without hidden files. EXIF orientation is applied and
-    transparency composited on white. The pixels are mapped from a file in the folder, `.lablib-32x32-rgb-<key>.npy`,
-    with a key of the images' names, sizes and times. Files with an old key are deleted when a new one is written,
-    unless they were loaded within a day. If the folder is not writable, its images are decoded into memory.
+    A folder is read as torchvision's ImageFolder reads it, without hidden files, in colour unless `channels` is 1; EXIF
+    orientation is applied and transparency composited on white. `image_size` keeps the aspect ratio there: the shorter
+    side is scaled, the longer one cropped about its centre. The pixels are mapped from `.lablib-32x32-rgb-<key>.npy` in
+    the folder, with a key of the images' names, sizes and times; writing it deletes files with another key that were
+    not loaded for a day. If the folder is not writable, its images are decoded into memory.
 
-    Raises ValueError for an unknown name, or an argument or a folder that does not fit, and OSError naming files that
-    are damaged, or missing and cannot be downloaded.
+    Raises ValueError for an argument, a folder or an image that does not fit, OSError for files that cannot be read.
     """
     if channels not in (None, 1, 3):
         raise ValueError(f"channels = {channels!r}, but it must be None, 1 or 3")
@@ -58,15 +60,13 @@ def load_data(
     if key == "digits":
         return _digits(size or (28, 28), channels or 1)
     if key in _TORCHVISION:
-        return _from_torchvision(_TORCHVISION[key], Path(data_dir), size, channels)
+        return _from_torchvision(_TORCHVISION[key], data_dir, size, channels)
     for folder in (Path(name), Path(data_dir) / name):
         if folder.is_dir():
-            return _from_folder(folder.absolute(), size, channels)
-    close = difflib.get_close_matches(key, DATASET_NAMES, n=1)
+            return _from_folder(folder.absolute(), size, channels or 3)
     raise ValueError(
-        f"dataset = {str(name)!r} is neither a known name nor a folder"
-        + (f"; did you mean {close[0]!r}?" if close else ";")
-        + f" Known names: {', '.join(DATASET_NAMES)}. A folder needs train/<class>/ and test/<class>/ in it."
+        f"dataset = {str(name)!r} is neither a known name ({', '.join(DATASET_NAMES)}) nor a folder, with "
+        "train/<class>/ and test/<class>/ in it"
     )
 
 
@@ -80,16 +80,19 @@ def _digits(size: tuple[int, int], channels: int) -> ImageData:
     return ImageData("digits", images[train], labels[train], images[test], labels[test], tuple("0123456789"))
 
 
-def _from_torchvision(name: str, data_dir: Path, size, channels) -> ImageData:
-    tensors, dataset_class = [], getattr(datasets, name)
+def _from_torchvision(name: str, data_dir: str | os.PathLike, size, channels) -> ImageData:
+    tensors = []
     for part in ("train", "test"):
         arguments = {"split": part} if name in ("SVHN", "STL10") else {"train": part == "train"}
         if name == "EMNIST":
             arguments["split"] = "balanced"
         try:
-            dataset = dataset_class(str(data_dir), download=True, **arguments)
+            dataset = getattr(datasets, name)(str(data_dir), download=True, **arguments)
         except Exception as error:
-            raise _unreadable(name, data_dir, error) from error
+            raise OSError(
+                f"{name} can be neither read from {data_dir} nor downloaded ({type(error).__name__}: {error}); replace "
+                "damaged files there, or connect to a network; dataset = 'digits' needs neither"
+            ) from error
         images = torch.as_tensor(dataset.data)
         if images.ndim == 3:  # grey, without channels
             images = images.unsqueeze(1)
@@ -107,63 +110,47 @@ def _from_torchvision(name: str, data_dir: Path, size, channels) -> ImageData:
     return ImageData(name, *tensors, tuple(str(label).split(" - ")[0] for label in classes))  # MNIST says "7 - seven"
 
 
-def _unreadable(name: str, data_dir: Path, error: Exception) -> OSError:
-    """Says which files torchvision needs, and where."""
-    dataset_class = getattr(datasets, name)
-    if name == "SVHN":
-        where, files = data_dir, [dataset_class.split_list[part][1:] for part in ("train", "test")]  # name, MD5 sum
-    elif hasattr(dataset_class, "train_list"):
-        where, files = data_dir / dataset_class.base_folder, dataset_class.train_list + dataset_class.test_list
-    else:
-        where = data_dir / name / "raw"
-        files = [("gzip.zip", dataset_class.md5)] if name == "EMNIST" else dataset_class.resources
-    bad = [file for file, md5 in files if not datasets.utils.check_integrity(where / file, md5)]
-    return OSError(
-        f"{name} can be neither read from {where} nor downloaded ({type(error).__name__}: {error}). Missing or damaged "
-        f"there: {', '.join(bad) or 'an unpacked file'}. Put good copies there and delete unpacked ones, or connect to "
-        "a network; dataset = 'digits' needs neither"
-    )
+def _listed(folder: Path) -> tuple[list[str], list[tuple[str, int]]]:
+    """Classes, and each image's path and label in the order of ImageFolder; warns of other visible files."""
+    classes = sorted(place.name for place in folder.glob("[!.]*/"))
+    if len(classes) < 2:
+        raise ValueError(f"{folder} needs a folder of images for each class, at least two; it has {classes}")
+
+    def is_visible(path: str) -> bool:
+        return os.sep + "." not in path.removeprefix(str(folder))
+
+    labels = {name: label for label, name in enumerate(classes)}
+    files = make_dataset(folder, labels, is_valid_file=is_visible, allow_empty=True)
+    images = [file for file in files if has_file_allowed_extension(file[0], (*IMG_EXTENSIONS, ".jfif", ".gif"))]
+    if empty := labels.keys() - {classes[label] for _, label in images}:
+        raise ValueError(f"no image in {folder / min(empty)}; add some or delete the folder")
+    if others := {*files} - {*images}:
+        warnings.warn(f"{len(others)} files are ignored, since they are not images: {min(others)[0]}", stacklevel=5)
+    return classes, images
 
 
-def _from_folder(folder: Path, size, channels) -> ImageData:
-    names, test_names = (sorted(place.name for place in (folder / part).glob("[!.]*/")) for part in ("train", "test"))
-    if len(names) < 2 or names != test_names:
-        raise ValueError(
-            f"{folder} needs train/<class>/ and test/<class>/ with the same classes, at least two; train has "
-            f"{len(names)}, test {len(test_names)}, and only one of them has {sorted({*names} ^ {*test_names})}"
-        )
-    paths, labels, others, split = [], [], [], 0
-    for part, (number, name) in itertools.product(("train", "test"), enumerate(names)):
-        walk = sorted(os.walk(folder / part / name, followlinks=True))  # in the order of ImageFolder
-        files = [os.path.join(place, file) for place, _, found in walk for file in sorted(found)]
-        files = [file for file in files if os.sep + "." not in file.removeprefix(str(folder))]  # none that is hidden
-        images = [file for file in files if has_file_allowed_extension(file, (*IMG_EXTENSIONS, ".jfif", ".gif"))]
-        if not images:
-            raise ValueError(f"class {name!r} is empty: no image in {folder / part / name}; add some or delete it")
-        others += sorted({*files} - {*images})
-        paths += images
-        labels += [number] * len(images)
-        split += len(images) if part == "train" else 0
-    if others:
-        warnings.warn(f"{len(others)} files are ignored, since they are not images: {others[0]}", stacklevel=3)
+def _from_folder(folder: Path, size, channels: int) -> ImageData:
+    (classes, train), (test_classes, test) = (_listed(folder / part) for part in ("train", "test"))
+    if classes != test_classes:
+        wrong = sorted({*classes} ^ {*test_classes})
+        raise ValueError(f"{folder}: train/ and test/ need the same classes; only one of them has {wrong}")
+    paths, split = [path for path, _ in train + test], len(train)
+    labels = np.array([label for _, label in train + test], dtype=np.int64)
     status = [(path.removeprefix(str(folder)), (s := os.stat(path)).st_size, s.st_mtime_ns) for path in paths]
-    key = hashlib.sha256(repr(status).encode()).hexdigest()[:16]
-    kind = ("x".join(map(str, size)) if size else "anysize", {None: "anycolour", 1: "grey", 3: "rgb"}[channels])
-    images = _pixels(paths, size, channels, folder / f".lablib-{'-'.join(kind)}-{key}.npy")
-    labels = np.array(labels, dtype=np.int64)
-    parts = images[:split], labels[:split], images[split:], labels[split:]
-    return ImageData.from_arrays(folder.name, *parts, class_names=tuple(names))
+    key = hashlib.sha256(repr((_PIXELS, status)).encode()).hexdigest()[:16]
+    kind = f"{'x'.join(map(str, size)) if size else 'anysize'}-{'grey' if channels == 1 else 'rgb'}"
+    images = _pixels(paths, size, channels, folder / f".lablib-{kind}-{key}.npy")
+    arrays = images[:split], labels[:split], images[split:], labels[split:]
+    return ImageData.from_arrays(folder.name, *arrays, class_names=tuple(classes))
 
 
-def _pixels(paths: list[str], size, channels, cache: Path) -> np.ndarray:
-    """Images × channels × height × width, mapped from the cache; with `channels` None, 1 if all images are grey."""
+def _pixels(paths: list[str], size, channels: int, cache: Path) -> np.ndarray:
+    """Images × channels × height × width, mapped from the cache."""
     with suppress(OSError, ValueError, EOFError):  # absent or damaged
         images = np.load(cache, mmap_mode="r")
         with suppress(OSError):
             os.utime(cache)  # in use, see _write
         return images
-    if channels is None:
-        channels = 1 if all(map(_is_grey, paths)) else 3
     shape = _decode(paths[0], size, channels).shape
 
     def decoded() -> Iterator[np.ndarray]:
@@ -175,8 +162,6 @@ def _pixels(paths: list[str], size, channels, cache: Path) -> np.ndarray:
     try:
         _write(cache, (len(paths), *shape), decoded())
         return np.load(cache, mmap_mode="r")
-    except UnidentifiedImageError:
-        raise
     except OSError:  # the folder is not writable, or the disk is full
         return np.fromiter(decoded(), np.dtype((np.uint8, shape)), len(paths))
 
@@ -198,11 +183,6 @@ def _write(cache: Path, shape: tuple[int, ...], images: Iterator[np.ndarray]):
                 old.unlink()
 
 
-def _is_grey(path: str) -> bool | None:
-    with suppress(Exception), Image.open(path) as image:  # what is damaged fails, with its name, in _decode
-        return image.mode in ("1", "L", "LA")
-
-
 def _decode(path: str, size, channels: int, shape: tuple[int, int, int] | None = None) -> np.ndarray:
     """An image as a viewer shows it, channels × height × width."""
     try:
@@ -213,15 +193,55 @@ def _decode(path: str, size, channels: int, shape: tuple[int, int, int] | None =
             image = Image.alpha_composite(white, image.convert("RGBA"))
         image = image.convert("L" if channels == 1 else "RGB")
     except Exception as error:  # Pillow's decoders raise many kinds
-        raise UnidentifiedImageError(f"{path} is damaged or no image ({error}); replace or delete it") from error
+        raise ValueError(f"{path} is damaged or no image ({error}); replace or delete it") from error
     if mode[0] in "IF":  # Pillow cuts off what is above 255
         raise ValueError(f"{path} has pixels of 16 or 32 bits (mode {mode}); save it with 8 bits a channel")
     if size is not None:
-        image = image.resize(size[::-1], Image.Resampling.BILINEAR)
+        image = ImageOps.fit(image, size[::-1], Image.Resampling.BILINEAR)
     pixels = np.atleast_3d(np.asarray(image)).transpose(2, 0, 1)
     if shape not in (None, pixels.shape):
-        raise ValueError(
-            f"images of different sizes: the first is {shape[2]} × {shape[1]} and {path} is {image.width} × "
-            f"{image.height} pixels; scale them with image_size=32 (in a shell --image-size 32)"
-        )
+        raise ValueError(f"{path} is {image.width} × {image.height} pixels, others are not; set image_size, as to 32")
     return np.ascontiguousarray(pixels)
+
+
+def split_folder(folder: str | os.PathLike, test: float = 0.2, seed: int = 0) -> tuple[Path, Path]:
+    """Copy the images of a folder of class folders to `train/` and `test/` beside it, and return these two.
+
+    `test` is the share that goes to `test/`, of each class in proportion. Raises ValueError for a folder or a share
+    that does not fit, and FileExistsError if there is a `train/` or `test/` already.
+    """
+    folder = Path(os.path.abspath(folder))
+    targets = folder.with_name("train"), folder.with_name("test")
+    for target in filter(os.path.lexists, targets):
+        raise FileExistsError(f"{target} exists; rename or delete it first")
+    classes, images = _listed(folder)
+    if classes == ["test", "train"]:
+        raise ValueError(f"{folder} has train/ and test/ in it already")
+    parts = stratified_split(torch.tensor([label for _, label in images]), test, seed)
+    with TemporaryDirectory(prefix=".split-", dir=folder.parent) as scratch:  # so that none is ever half full
+        for target, indices in zip(targets, parts, strict=True):
+            for path in (images[index][0] for index in indices):
+                place = Path(scratch, target.name, os.path.relpath(path, folder))
+                place.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(path, place)
+        for target in targets:
+            os.rename(Path(scratch, target.name), target)
+    return targets
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m lablib.datasets")
+    parser.add_argument("command", choices=["split"], help="copy images to train/ and test/ beside their folder")
+    parser.add_argument("folder", help="with a folder of images for each class in it")
+    parser.add_argument("--test", type=float, default=0.2, help="the share that goes to test/ (default: 0.2)")
+    parser.add_argument("--seed", type=int, default=0, help="of the draw (default: 0)")
+    options = parser.parse_args(arguments)
+    try:
+        train, test = split_folder(options.folder, options.test, options.seed)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
+    print(f"wrote {train} and {test}")
+
+
+if __name__ == "__main__":
+    main()

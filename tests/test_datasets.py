@@ -1,15 +1,16 @@
 """load_data: digits, torchvision's data sets, folders of images and their cache, and what each says when it cannot."""
 
-import gzip
 import hashlib
+import io
 import os
+import re
+import shutil
 import time
 import tracemalloc
 import urllib.error
 import urllib.request
 from pathlib import Path
 
-import joblib
 import numpy as np
 import pytest
 import torch
@@ -20,7 +21,6 @@ from torchvision.transforms.v2 import functional as transforms
 from lablib import datasets, load_data
 from lablib.datasets import DATASET_NAMES
 
-BILINEAR = Image.Resampling.BILINEAR
 GENERATOR = np.random.default_rng(0)
 PHOTO = GENERATOR.integers(0, 256, (7, 5, 3), dtype=np.uint8)  # height × width × channels
 
@@ -54,26 +54,6 @@ def caches(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.glob(".lablib-*"))
 
 
-def idx_bytes(array: np.ndarray) -> bytes:
-    """uint8 numbers in the format of MNIST's files."""
-    return bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes() + array.tobytes()
-
-
-def write_mnist(data_dir: Path, monkeypatch, class_name: str) -> dict[str, np.ndarray]:
-    """Small packed files in MNIST's format, whose checksums torchvision takes for the right ones."""
-    arrays, resources = {}, []
-    for part, count in (("train", 40), ("t10k", 20)):
-        arrays[f"{part}-images-idx3-ubyte"] = GENERATOR.integers(0, 256, (count, 28, 28), dtype=np.uint8)
-        arrays[f"{part}-labels-idx1-ubyte"] = np.arange(count, dtype=np.uint8) % 10
-    (data_dir / class_name / "raw").mkdir(parents=True)
-    for name, array in arrays.items():
-        content = gzip.compress(idx_bytes(array))
-        (data_dir / class_name / "raw" / f"{name}.gz").write_bytes(content)
-        resources.append((f"{name}.gz", hashlib.md5(content, usedforsecurity=False).hexdigest()))
-    monkeypatch.setattr(getattr(torchvision.datasets, class_name), "resources", resources)
-    return arrays
-
-
 # By name
 
 
@@ -82,81 +62,46 @@ def test_digits_and_mnist_are_those_of_the_published_runs(digits, mnist):
     assert mnist.fingerprint == "76d07ada5d065bbf9916b349c494cb9db62a510dab361ead6c2bfdec041d0291"
 
 
-@pytest.mark.parametrize("class_name", ["MNIST", "FashionMNIST", "KMNIST"])
-def test_files_in_mnists_format_load_and_are_scaled_as_torchvision_does_it(tmp_path, monkeypatch, class_name):
-    arrays = write_mnist(tmp_path, monkeypatch, class_name)
-    data = load_data(class_name.lower(), tmp_path)
-    assert np.array_equal(data.train_images[:, 0], arrays["train-images-idx3-ubyte"])
-    assert np.array_equal(data.test_labels, arrays["t10k-labels-idx1-ubyte"])
-    assert data.name == class_name
-    resized = load_data(class_name.lower(), tmp_path, image_size=32, channels=3).train_images
-    oracle = transforms.resize(data.train_images, [32, 32], antialias=True)
-    assert (resized.int() - oracle.int()).abs().max() <= 1  # torchvision's versions round differently
+PIXELS = GENERATOR.integers(0, 256, (20, 3, 32, 32), dtype=np.uint8)
+STORED = {  # as torchvision keeps them
+    "MNIST": torch.from_numpy(PIXELS[:, 0]),
+    "EMNIST": torch.from_numpy(PIXELS[:, 0].transpose(0, 2, 1)),
+    "CIFAR-10": PIXELS.transpose(0, 2, 3, 1),
+    "SVHN": PIXELS,
+}
 
 
-def test_emnist_is_upright(tmp_path):
-    raw = tmp_path / "EMNIST" / "raw"
-    raw.mkdir(parents=True)
-    upright = np.zeros((47, 28, 28), dtype=np.uint8)
-    upright[:, 4:24, 6:9] = upright[:, 21:24, 6:20] = 255  # the letter L
-    for part in ("train", "test"):
-        (raw / f"emnist-balanced-{part}-images-idx3-ubyte").write_bytes(idx_bytes(upright.transpose(0, 2, 1)))
-        (raw / f"emnist-balanced-{part}-labels-idx1-ubyte").write_bytes(idx_bytes(np.arange(47, dtype=np.uint8)))
-    data = load_data("emnist", tmp_path)
-    assert np.array_equal(data.train_images[:, 0], upright)
-    assert np.array_equal(data.test_images[:, 0], upright)
-    assert data.class_names[10:13] == ("A", "B", "C")
-
-
-@pytest.mark.parametrize(("name", "labels"), [("CIFAR-10", "targets"), ("SVHN", "labels")])
-def test_images_come_channels_first_however_torchvision_keeps_them(monkeypatch, name, labels):
-    pixels = GENERATOR.integers(0, 256, (20, 3, 32, 32), dtype=np.uint8)
-    stored = pixels if name == "SVHN" else pixels.transpose(0, 2, 3, 1)
-    fields = {"data": stored, labels: list(range(10)) * 2}
+@pytest.mark.parametrize("name", STORED)
+def test_images_come_upright_and_channels_first_and_are_scaled_and_coloured_as_torchvision_does_it(monkeypatch, name):
+    fields = {"data": STORED[name], "labels" if name == "SVHN" else "targets": list(range(10)) * 2}
+    fields |= {} if name == "SVHN" else {"classes": [f"{digit} - name" for digit in range(10)]}
     stub = type("Stub", (), {"__init__": lambda self, root, download, **part: self.__dict__.update(fields)})
     monkeypatch.setattr(torchvision.datasets, name.replace("-", ""), stub)
-    data = load_data(name)
-    assert np.array_equal(data.train_images, pixels)
+    data, is_grey = load_data(name), "MNIST" in name
+    images = torch.from_numpy(PIXELS[:, :1] if is_grey else PIXELS)
+    assert torch.equal(data.train_images, images)
     assert data.test_labels.tolist() == list(range(10)) * 2
     assert data.class_names == tuple("0123456789")
-    grey = load_data(name, channels=1).train_images
-    assert torch.equal(grey, transforms.rgb_to_grayscale(torch.from_numpy(pixels)))
+    other = load_data(name, image_size=16, channels=3 if is_grey else 1).train_images
+    oracle = transforms.grayscale_to_rgb(images) if is_grey else transforms.rgb_to_grayscale(images)
+    oracle = transforms.resize(oracle, [16, 16], antialias=True)
+    assert (other.int() - oracle.int()).abs().max() <= 1  # torchvision's versions round differently
 
 
 @pytest.mark.parametrize("name", DATASET_NAMES[1:])
-def test_a_data_set_without_files_and_network_says_which_files_belong_where(tmp_path, name):
-    with pytest.raises(OSError, match=r"(?s)can be neither .* no network .* Missing or damaged there: ") as caught:
+def test_a_data_set_without_files_and_network_is_an_error_that_says_so(tmp_path, name):
+    with pytest.raises(OSError, match=rf"(?is)^{name} can be neither read from {tmp_path} nor downloaded .*no network"):
         load_data(name, tmp_path)
-    advice = "Put good copies there and delete unpacked ones, or connect to a network; dataset = 'digits' needs neither"
-    words = {"mnist": "MNIST/raw", "cifar10": "data_batch_5", "svhn": "test_32x32.mat", "emnist": "gzip.zip"}
-    assert words.get(name, str(tmp_path)) in str(caught.value)
-    assert str(caught.value).endswith(advice)
 
 
-def test_a_damaged_file_is_named_where_its_checksum_is_known(tmp_path, monkeypatch):
-    write_mnist(tmp_path, monkeypatch, "MNIST")
-    load_data("mnist", tmp_path)
-    unpacked = tmp_path / "MNIST" / "raw" / "t10k-images-idx3-ubyte"
-    unpacked.write_bytes(unpacked.read_bytes()[:-7])
-    with pytest.raises(OSError, match="Missing or damaged there: an unpacked file"):
-        load_data("mnist", tmp_path)
-    unpacked.unlink()
-    unpacked.with_suffix(".gz").write_bytes(unpacked.with_suffix(".gz").read_bytes()[:-7])
-    with pytest.raises(OSError, match=r"Missing or damaged there: t10k-images-idx3-ubyte.gz\. Put"):
-        load_data("mnist", tmp_path)
-
-
-def test_an_unknown_name_lists_the_known_ones_and_suggests_one(tmp_path):
-    with pytest.raises(ValueError, match="is neither a known name nor a folder; did you mean 'fashionmnist'") as caught:
+def test_an_unknown_name_lists_the_known_ones(tmp_path):
+    with pytest.raises(ValueError, match=r"'fashion-mnst' is neither .*, fashionmnist, .* nor a folder"):
         load_data("fashion-mnst", tmp_path)
-    assert f"Known names: {', '.join(DATASET_NAMES)}" in str(caught.value)
-    assert str(caught.value).endswith(". A folder needs train/<class>/ and test/<class>/ in it.")
 
 
 @pytest.mark.parametrize("options", [{"channels": 2}, *({"image_size": size} for size in (0, (28,), 28.0))])
 def test_other_sizes_and_numbers_of_channels_are_refused(options):
-    words = r"channels = \S+, but it must be None, 1 or 3|, but it must be a number of pixels above 0, or two"
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=f"{next(iter(options))} = .*, but it must be "):
         load_data("digits", **options)
 
 
@@ -179,11 +124,26 @@ def test_a_folder_is_read_as_torchvisions_image_folder_reads_it(folder, tmp_path
     assert len(data.train_labels) == 10
 
 
-def test_a_folder_is_scaled_and_made_grey_as_pillow_does_it(folder):
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(
+    ("shape", "size", "scaled"),  # height, width
+    [
+        ((10, 30), (5, 5), (5, 15)),
+        ((30, 10), (5, 5), (15, 5)),
+        ((21, 30), (5, 10), (7, 10)),
+        ((7, 7), (5, 5), (5, 5)),
+        ((5, 5), (5, 5), (5, 5)),
+    ],
+)
+def test_a_folder_is_scaled_by_the_shorter_side_and_cropped_as_torchvision_does_it(
+    folder, shape, size, scaled, channels
+):
+    for path in folder.rglob("*.png"):
+        Image.fromarray(GENERATOR.integers(0, 256, (*shape, 3), dtype=np.uint8)).save(path)
     with Image.open(folder / "train" / "cat" / "0.png") as image:
-        grey = image.convert("L")
-    assert np.array_equal(first_image(folder, channels=1), grey)
-    assert np.array_equal(first_image(folder, channels=1, image_size=(14, 6)), grey.resize((6, 14), BILINEAR))
+        image = image.convert("L" if channels == 1 else "RGB")
+    oracle = transforms.center_crop(transforms.resize(image, scaled), size)
+    assert np.array_equal(first_image(folder, image_size=size, channels=channels), oracle)
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB"])
@@ -201,49 +161,40 @@ def test_transparency_is_composited_on_white(folder, mode):
         assert np.abs(first_image(folder, channels=1) - exact[:, :, 0]).max() <= 1
 
 
-UPRIGHT = {1: np.array, 2: np.fliplr, 3: lambda x: np.rot90(x, 2), 4: np.flipud, 5: np.transpose}
-UPRIGHT |= {6: lambda x: np.rot90(x, -1), 7: lambda x: np.rot90(x, 2).T, 8: np.rot90}
-
-
-@pytest.mark.parametrize("orientation", UPRIGHT)
-def test_a_photo_is_turned_upright_as_its_exif_orientation_says(folder, orientation):
+@pytest.mark.parametrize(("orientation", "turns"), [(1, 0), (3, 2), (6, -1), (8, 1)])
+def test_a_photo_is_turned_upright_as_its_exif_orientation_says(folder, orientation, turns):
     stored = np.add.outer(np.arange(0, 160, 20), np.arange(0, 96, 6)).astype(np.uint8)
     exif = Image.Exif()
     exif[0x0112] = orientation
     for path in folder.rglob("*.png"):
-        Image.fromarray(stored).save(path.with_suffix(".jpg"), exif=exif, quality=100)
-        path.unlink()
-    found, expected = first_image(folder), UPRIGHT[orientation](stored)
-    assert found.shape == expected.shape
-    assert np.abs(found - expected.astype(float)).max() <= 6  # JPEG
+        Image.fromarray(stored).save(path, exif=exif)
+    assert np.array_equal(first_image(folder, channels=1), np.rot90(stored, turns))
 
 
-def test_other_files_are_named_in_one_warning_and_hidden_ones_are_passed_over(folder):
+def test_other_files_are_named_in_a_warning_and_hidden_ones_are_passed_over(folder):
     for name in ("a.jfif", "b.gif", "c.tif", "d.JPG"):
         Image.fromarray(PHOTO).save(folder / "train" / "cat" / name)
-    (folder / "test" / "cat" / ".checkpoints").mkdir()
+    for name in (".checkpoints/1.png", "._0.png", "x.heic", "y.txt"):
+        (path := folder / "train" / "dog" / name).parent.mkdir(exist_ok=True)
+        path.write_bytes(b"no image to Pillow")
     (folder / "train" / ".hidden").mkdir()
-    for name in ("._0.png", ".checkpoints/1.png"):
-        (folder / "test" / "cat" / name).write_bytes(b"no image")
-    assert len(load_data(folder).train_labels) == 10
-    for name in ("train/dog/x.heic", "test/dog/notes.txt"):
-        (folder / name).write_bytes(b"no image to Pillow")
     with pytest.warns(UserWarning, match="2 files are ignored, since they are not images: .*x.heic") as caught:
-        load_data(folder)
+        data = load_data(folder)
     assert [warning.filename for warning in caught] == [__file__]
+    assert len(data.train_labels) == 10
 
 
 # The cache
 
 
 def test_each_size_has_its_own_cache_which_is_mapped_and_found_again(folder, monkeypatch):
-    first = [load_data(folder, image_size=size, channels=channels) for size, channels in ((8, 3), (6, None))]
+    first = [load_data(folder, image_size=size, channels=channels) for size, channels in ((8, 1), (6, None))]
     kinds = [name.rpartition("-")[0] for name in caches(folder)]
-    assert kinds == [".lablib-6x6-anycolour", ".lablib-8x8-rgb"]
+    assert kinds == [".lablib-6x6-rgb", ".lablib-8x8-grey"]
     monkeypatch.delattr(datasets, "_decode")
-    again = [load_data(folder, image_size=size, channels=channels) for size, channels in ((8, 3), (6, None))]
+    again = [load_data(folder, image_size=size, channels=channels) for size, channels in ((8, 1), (6, None))]
     assert [data.fingerprint for data in again] == [data.fingerprint for data in first]
-    assert all(isinstance(data._arrays["train_images"], np.memmap) for data in first + again)
+    assert all(isinstance(data._arrays[0], np.memmap) for data in first + again)
 
 
 @pytest.mark.parametrize("change", ["content", "new", "gone", "renamed"])
@@ -258,31 +209,27 @@ def test_a_folder_that_changes_is_decoded_again(folder, change):
     assert load_data(folder).fingerprint != before
 
 
+def test_a_cache_from_the_time_when_images_were_stretched_is_not_used(folder):
+    expected = load_data(folder, image_size=4).fingerprint
+    (folder / caches(folder)[0]).unlink()
+    paths = [path for part in ("train", "test") for path in sorted((folder / part).rglob("*.png"))]
+    status = [(f"/{path.relative_to(folder)}", path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    key = hashlib.sha256(repr(status).encode()).hexdigest()[:16]
+    np.save(folder / f".lablib-4x4-rgb-{key}.npy", np.zeros((len(paths), 3, 4, 4), np.uint8))
+    assert load_data(folder, image_size=4).fingerprint == expected
+
+
 def test_an_old_cache_stays_for_a_day_after_its_last_use(folder):
     load_data(folder, image_size=8)
     load_data(folder)
-    (folder / ".lablib-anysize-anycolour-1234.npy.5678.partial").write_bytes(b"what a killed process leaves behind")
+    (folder / ".lablib-anysize-rgb-1234.npy.5678.partial").write_bytes(b"what a killed process leaves behind")
     old = caches(folder)
     for name in old:
         os.utime(folder / name, (time.time() - 90_000,) * 2)
     load_data(folder)  # a sign of use
     Image.fromarray(PHOTO).save(folder / "test" / "cat" / "new.png")
     load_data(folder)
-    assert set(old) - set(caches(folder)) == {".lablib-anysize-anycolour-1234.npy.5678.partial"}
-
-
-def fingerprint(data, folder, size) -> tuple[str, str]:
-    return data.test_images.sum().item(), load_data(folder, image_size=size).fingerprint
-
-
-def test_processes_that_use_two_sizes_and_a_folder_that_changed_do_not_disturb_one_another(folder):
-    data = load_data(folder)
-    total = data.test_images.sum().item()
-    Image.fromarray(PHOTO).save(folder / "test" / "cat" / "0.png")
-    load_data(folder)
-    found = joblib.Parallel(2)(joblib.delayed(fingerprint)(data, folder, size) for size in (6, 8, 6, 8))
-    expected = {size: load_data(folder, image_size=size).fingerprint for size in (6, 8)}
-    assert found == [(total, expected[size]) for size in (6, 8, 6, 8)]
+    assert set(old) - set(caches(folder)) == {".lablib-anysize-rgb-1234.npy.5678.partial"}
 
 
 @pytest.mark.parametrize("damage", [lambda content: b"", lambda content: content[:-7], lambda content: content[::-1]])
@@ -300,8 +247,7 @@ def test_a_folder_that_cannot_be_written_to_is_decoded_into_memory(folder, monke
     expected = load_data(folder).fingerprint
     (folder / caches(folder)[0]).unlink()
     monkeypatch.setattr(os, name, lambda *arguments: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    data = load_data(folder)
-    assert data.fingerprint == expected
+    assert load_data(folder).fingerprint == expected
     assert caches(folder) == []
 
 
@@ -318,48 +264,98 @@ def test_decoding_needs_less_memory_than_the_images(folder):
 # Folders that do not fit
 
 
-@pytest.mark.parametrize("options", [{}, {"channels": 3}, {"image_size": 8}])
-@pytest.mark.parametrize("file", ["cut.png", "cut.jpg", "empty.png", "page.jpg", "odd.ppm", "0.bmp"])
-def test_a_damaged_image_is_named(folder, file, options):
-    damaged = folder / "train" / "dog" / file
-    noise = GENERATOR.integers(0, 256, (64, 64, 3), dtype=np.uint8)  # large, so that a cut leaves the header whole
-    for path in (damaged, *folder.rglob("*.png")):
-        Image.fromarray(noise).save(path)
-    contents = {"empty.png": b"", "page.jpg": b"<html>not found</html>", "odd.ppm": b"P6\n2x 2\n255\n" + bytes(12)}
-    damaged.write_bytes(contents.get(file, damaged.read_bytes()[:-1500]))
-    with pytest.raises(OSError, match=r"is damaged or no image \(.+\); replace or delete it") as caught:
-        load_data(folder, **options)
-    assert str(caught.value).startswith(str(damaged))
-    assert caches(folder) == []
+def encoded(pixels: np.ndarray, kind: str) -> bytes:
+    Image.fromarray(pixels).save(buffer := io.BytesIO(), kind)
+    return buffer.getvalue()
 
 
-@pytest.mark.parametrize(("file", "value"), [("deep.png", np.uint16(300)), ("deep.tiff", np.float32(0.5))])
-def test_an_image_of_more_than_8_bits_is_refused_instead_of_cut_off(folder, file, value):
-    Image.fromarray(np.full((7, 5), value)).save(folder / "test" / "cat" / file)
-    with pytest.raises(ValueError, match=r" has pixels of 16 or 32 bits \(mode .*\); save it with 8 bits a channel"):
+NOISE = GENERATOR.integers(0, 256, (64, 64, 3), dtype=np.uint8)  # large, so that a cut leaves the header whole
+UNFIT = {
+    "empty.png": (b"", "is damaged or no image"),
+    "page.jpg": (b"<html>not found</html>", "is damaged or no image"),
+    "cut.png": (encoded(NOISE, "png")[:-1500], "is damaged or no image"),
+    "cut.jpg": (encoded(NOISE, "jpeg")[:-1500], "is damaged or no image"),
+    "0.bmp": (encoded(NOISE, "bmp")[:-1500], "is damaged or no image"),  # the first one
+    "deep.png": (encoded(np.full((7, 5), np.uint16(300)), "png"), "has pixels of 16 or 32 bits"),
+    "deep.tiff": (encoded(np.full((7, 5), np.float32(0.5)), "tiff"), "has pixels of 16 or 32 bits"),
+    "narrow.png": (encoded(PHOTO[:, :3], "png"), "is 3 × 7 pixels, .*set image_size"),
+}
+
+
+@pytest.mark.parametrize("file", UNFIT)
+def test_an_image_that_does_not_fit_is_named_and_no_cache_written(folder, file):
+    content, words = UNFIT[file]
+    (folder / "train" / "cat" / file).write_bytes(content)
+    with pytest.raises(ValueError, match=f"^{folder}/train/cat/{file} {words}"):
         load_data(folder)
+    assert caches(folder) == []
+    if file == "narrow.png":
+        assert load_data(folder, image_size=32).image_shape == (3, 32, 32)
 
 
-def test_images_of_different_sizes_are_named_with_a_way_out(folder):
-    Image.new("L", (6, 9)).save(folder / "train" / "dog" / "1.png")
-    words = r"dog.1.png is 6 × 9 pixels; scale them with image_size=32 \(in a shell --image-size 32\)"
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda folder: (folder / "test/dog").rename(folder / "test/wolf"), "same classes; only one .*'dog', 'wolf'"),
+        (lambda folder: (folder / "train/fox").mkdir(), "no image in .*/train/fox"),
+        (lambda folder: (folder / "test").rename(folder / "val"), "test needs a folder of images for each class"),
+    ],
+)
+def test_train_and_test_need_the_same_two_classes_or_more_with_images(folder, change, words):
+    change(folder)
     with pytest.raises(ValueError, match=words):
         load_data(folder)
-    assert load_data(folder, image_size=32).image_shape == (3, 32, 32)
 
 
-def test_train_and_test_need_the_same_two_classes_or_more(folder):
-    words = "needs train/<class>/ and test/<class>/ with the same classes, at least two; train has "
-    (folder / "test" / "dog").rename(folder / "test" / "wolf")
-    with pytest.raises(ValueError, match=rf"{words}2, test 2, and only one of them has \['dog', 'wolf'\]"):
-        load_data(folder)
-    (folder / "test").rename(folder / "val")
-    with pytest.raises(ValueError, match=f"{words}2, test 0"):
-        load_data(folder)
+# Splitting
 
 
-def test_an_empty_class_is_named(folder):
-    for part in ("train", "test"):
-        (folder / part / "fox").mkdir()
-    with pytest.raises(ValueError, match=r"class 'fox' is empty: no image in .*train.fox; add some or delete it"):
-        load_data(folder)
+@pytest.fixture
+def unsplit(tmp_path) -> Path:
+    """20 pictures of cats, one in a subfolder, and 10 of dogs, each of its own colour."""
+    for index in range(30):
+        place = tmp_path / "all" / ("cat" if index < 20 else "dog") / ("deep" if index == 7 else "")
+        place.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (6, 6), (8 * index, 0, 0)).save(place / f"{index}.png")
+    return tmp_path / "all"
+
+
+def test_a_split_copies_each_image_to_one_part_and_each_class_in_proportion(unsplit, capsys):
+    parts = unsplit.parent / "train", unsplit.parent / "test"
+    drawn = []
+    for seed in ("0", "0", "1"):
+        datasets.main(["split", str(unsplit), "--test", "0.3", "--seed", seed])
+        assert f"{parts[0]} and {parts[1]}" in capsys.readouterr().out
+        data = load_data(unsplit.parent)
+        assert data.test_labels.bincount().tolist() == [6, 3]
+        colours = torch.cat([data.test_images, data.train_images])[:, 0, 0, 0]
+        assert sorted(colours.tolist()) == [8 * index for index in range(30)]
+        assert len([*unsplit.rglob("*.png")]) == 30
+        drawn.append(colours[:9].tolist())
+        for part in parts:
+            shutil.rmtree(part)
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+@pytest.mark.parametrize(
+    ("change", "share", "words"),
+    [
+        (lambda folder: folder.with_name("test").mkdir(), "0.2", "test exists; rename or delete it first"),
+        (lambda folder: shutil.rmtree(folder / "dog"), "0.2", r"needs a folder .* at least two; it has \['cat'\]"),
+        (lambda folder: folder.rename(folder.with_name("other")), "0.2", r"at least two; it has \[\]"),
+        (
+            lambda folder: [(folder / "cat").rename(folder / "train"), (folder / "dog").rename(folder / "test")],
+            "0.2",
+            "already",
+        ),
+        (lambda folder: None, "1.5", "cannot be split with a share of 1.5"),
+        (lambda folder: None, "0.03", "cannot be split with a share of 0.03"),
+    ],
+)
+def test_a_split_that_cannot_be_made_is_an_error_in_one_line_and_leaves_nothing(unsplit, change, share, words, capsys):
+    change(unsplit)
+    before = sorted(unsplit.parent.rglob("*"))
+    with pytest.raises(SystemExit, match="2"):
+        datasets.main(["split", str(unsplit), "--test", share])
+    assert re.fullmatch(f"python -m lablib.datasets: .*{words}.*\n", capsys.readouterr().err)
+    assert sorted(unsplit.parent.rglob("*")) == before

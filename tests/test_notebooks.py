@@ -125,7 +125,7 @@ WRONG = {
     "a word for a number": (MLPS, given(epochs="two"), "epochs = 'two': epochs should be a valid integer"),
     "no epochs": (MLPS, given(epochs=0), "epochs = 0: epochs should be greater than or equal to 1"),
     "a precision that is none": (MLPS, given(precision="fp8"), "precision should be 'auto', 'fp32' or 'bf16'"),
-    "a misspelt data set": (MLPS, given(dataset="mnits"), "did you mean 'mnist'?"),
+    "a misspelt data set": (MLPS, given(dataset="mnits"), "'mnits' is neither a known name (digits, mnist,"),
     "a misspelt parameter": (MLPS, given(epoch=3), "there is no parameter 'epoch'. Did you mean 'epochs'?"),
     "an alpha above 1": (CNNS, given(alpha=1.5), "alpha = 1.5: alpha should be less than or equal to 1"),
     "a teacher that is not trained": (CNNS, given(teacher_depth=5), "teacher_depth"),
