@@ -349,8 +349,9 @@ def softened_answers(
     for index, (picture, bars) in enumerate(axes):
         _show(picture, images[index], labels[index])
         table = pd.DataFrame({f"T = {T:g}": rows[index].tolist() for T, rows in answers.items()}, names)
-        table.nlargest(10, table.columns[0]).plot.bar(ax=bars, rot=0, fontsize="x-small", width=0.8, legend=index == 0)
+        table.nlargest(10, table.columns[0]).plot.bar(ax=bars, rot=0, fontsize="x-small", width=0.8, legend=False)
         bars.set(ylim=(0, 1), ylabel="probability")
         bars.grid(axis="x", visible=False)
+    figure.legend(*bars.get_legend_handles_labels(), loc="outside lower center", ncols=len(answers))
     figure.suptitle(title)
     return figure
