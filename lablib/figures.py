@@ -233,27 +233,27 @@ def paired_differences(comparison: pd.DataFrame, dataset: str, title: str) -> Fi
 
 def distillation(frame: pd.DataFrame, names: Mapping[str, str], dataset: str, chance: float) -> Figure:
     """Accuracy as bars, and one line per seed close up, of the models by role: teacher, student alone, distilled."""
-    runs = frame.dropna(subset="test_accuracy")
-    tables = {role: runs[runs["model"] == model] for role, model in names.items() if model in set(runs["model"])}
-    table = pd.concat([part.assign(role=role, accuracy=100 * part["test_accuracy"]) for role, part in tables.items()])
+    parts = []
+    for role, model in names.items():
+        runs = frame[frame["model"] == model].dropna(subset="test_accuracy")
+        if len(runs):
+            accuracy = summarise(runs["test_accuracy"]).percent().replace(" (", "\n(")
+            label = f"{role}\n{model}\n{runs['parameters'].iloc[0]:,.0f} parameters\n{accuracy}"
+            parts.append(runs.assign(label=label, accuracy=100 * runs["test_accuracy"]))
+    table = pd.concat(parts)
+    by_seed = table.pivot(index="label", columns="seed", values="accuracy").loc[table["label"].unique()]
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 4.6), layout="constrained")
-    look = {"x": "role", "y": "accuracy", "hue": "role", "palette": "colorblind", "errorbar": _interval}
+    look = {"x": "label", "y": "accuracy", "hue": "label", "palette": "colorblind", "errorbar": _interval}
     look |= {"capsize": 0.1, "err_kws": {"linewidth": 1.5}}
     sns.barplot(table, **look, width=0.65, saturation=1, ax=left)
     left.axhline(100 * chance, color="0.2", linewidth=1, linestyle=":")
     left.set(ylim=(0, 101), title="mean (dotted: guessing)")
     sns.pointplot(table, **look, marker="_", markersize=28, ax=right)
-    by_seed = table.pivot(index="role", columns="seed", values="accuracy").loc[list(tables)]
-    right.plot(range(len(tables)), by_seed, color="0.4", linewidth=1, marker=".")
+    right.plot(range(len(by_seed)), by_seed, color="0.4", linewidth=1, marker=".")
     right.set_title("close up: one line per seed")
-    ticks = []
-    for role, part in tables.items():
-        accuracy = summarise(part["test_accuracy"]).percent().replace(" (", "\n(")
-        ticks.append(f"{role}\n{names[role]}\n{part['parameters'].iloc[0]:,.0f} parameters\n{accuracy}")
     for axis in (left, right):
-        axis.set_xticks(range(len(ticks)), labels=ticks, fontsize="x-small")
         axis.set(xlabel="", ylabel="test accuracy (%)")
-        axis.grid(axis="x", visible=False)
+        axis.tick_params(axis="x", labelsize="x-small")
     _, alone, distilled = names
     gain = compare(frame, {"gain": (names[distilled], names[alone])}).to_dict("records")
     what = f"{distilled} − {alone}: {points(gain[0])}" if gain else f"{distilled} and {alone} share no seed"
@@ -351,7 +351,6 @@ def softened_answers(
         table = pd.DataFrame({f"T = {T:g}": rows[index].tolist() for T, rows in answers.items()}, names)
         table.nlargest(10, table.columns[0]).plot.bar(ax=bars, rot=0, fontsize="x-small", width=0.8, legend=False)
         bars.set(ylim=(0, 1), ylabel="probability")
-        bars.grid(axis="x", visible=False)
     figure.legend(*bars.get_legend_handles_labels(), loc="outside lower center", ncols=len(answers))
     figure.suptitle(title)
     return figure
