@@ -95,7 +95,7 @@ def _line_per_seed(axis: Axes, table: pd.DataFrame, column: str, kind: str):
     sns.lineplot(table, **look, style=kind, units="seed", estimator=None, linewidth=1)
     best = table.loc[table.groupby([kind, "seed"])["val_accuracy"].idxmax()]
     sns.scatterplot(best, **look, hue_order=table[kind].unique(), legend=False, s=30, zorder=3)
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axis.legend(**BELOW)
 
 
