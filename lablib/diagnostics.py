@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 
@@ -113,6 +114,7 @@ def latency(
     By `torch.utils.benchmark`, which runs each pass twice before it times one. The models take turns, so that a busy
     machine slows all of them alike.
     """
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # on import it warns of a missing GPU
     from torch.utils.benchmark import Timer  # as slow to import
 
     rows = []
