@@ -1,9 +1,8 @@
 """A model -> gradients by layer, angles between features, calibration, cost."""
 
 import contextlib
-import statistics
-import time
-from collections import defaultdict
+import copy
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 
@@ -11,9 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import nn
-from torch.func import functional_call
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 
 def gradient_norms(
@@ -50,23 +47,15 @@ def mean_angle(model: nn.Module, images: torch.Tensor) -> float:
     last linear layer, computed in float64 without dropout; the model is not changed. Raises ValueError for fewer than
     two images or a model without a linear layer.
     """
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    network, features = copy.deepcopy(model).cpu().double().eval(), []
+    linear = [module for module in network.modules() if isinstance(module, nn.Linear)]
     if not linear or len(images) < 2:
         raise ValueError(f"an angle needs a linear layer and two images; there are {len(linear)} and {len(images)}")
-    state = {name: tensor.detach().cpu() for name, tensor in (*model.named_parameters(), *model.named_buffers())}
-    double = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
-    features = []
-    hook = model.get_submodule(linear[-1]).register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
-    try:
-        with eval_mode(model):
-            functional_call(model, double, (images.cpu().double(),))
-    finally:
-        hook.remove()
+    linear[-1].register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
+    network(images.cpu().double())
     directions = F.normalize(features[0].flatten(1), dim=1)  # (batch, features)
-    first, second = torch.triu_indices(len(images), len(images), offset=1)
-    # the angle by its half's sine: an arc cosine loses small angles to rounding
-    half_chord = (directions[first] - directions[second]).norm(dim=1) / 2
-    return torch.rad2deg(2 * torch.asin(half_chord.clamp(max=1))).mean().item()
+    # the angle by its half's sine, half a chord: an arc cosine loses small angles to rounding
+    return torch.rad2deg(2 * torch.asin((F.pdist(directions) / 2).clamp(max=1))).mean().item()
 
 
 @contextlib.contextmanager
@@ -87,14 +76,12 @@ def calibration(confidence: Sequence[float], correct: Sequence[bool], bins: int 
     For each image the probability of the predicted class, and whether that is the right one. Columns: low, high (the
     bin's ends; an image on an end belongs to the bin below), images, confidence and accuracy (means in the bin).
     """
-    confidence = np.asarray(confidence, dtype=float)
-    index = np.ceil(confidence * bins).astype(int).clip(1, bins)
-    table = pd.DataFrame({"high": index / bins, "confidence": confidence, "correct": np.asarray(correct, dtype=float)})
-    by_bin = table.groupby("high", as_index=False)
+    confidence, correct = np.asarray(confidence, dtype=float), np.asarray(correct, dtype=float)
+    ends = np.linspace(0, 1, bins + 1)
+    index = np.searchsorted(ends, confidence).clip(1, bins)
+    table = pd.DataFrame({"low": ends[index - 1], "high": ends[index], "confidence": confidence, "correct": correct})
     columns = {"images": ("confidence", "size"), "confidence": ("confidence", "mean"), "accuracy": ("correct", "mean")}
-    table = by_bin.agg(**columns)
-    table.insert(0, "low", (table["high"] * bins - 1).round() / bins)
-    return table
+    return table.groupby(["low", "high"], as_index=False).agg(**columns)
 
 
 def expected_calibration_error(confidence: Sequence[float], correct: Sequence[bool], bins: int = 15) -> float:
@@ -110,6 +97,8 @@ def multiply_adds(model: nn.Module, image_shape: Sequence[int]) -> int:
 
     Normalisation, activations and pooling are not counted.
     """
+    from torch.utils.flop_counter import FlopCounterMode  # a quarter of a second to import
+
     device = next(model.parameters()).device
     with eval_mode(model), FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, *image_shape, device=device))
@@ -118,46 +107,22 @@ def multiply_adds(model: nn.Module, image_shape: Sequence[int]) -> int:
 
 @torch.no_grad()
 def latency(
-    models: Mapping[str, nn.Module],
-    image_shape: Sequence[int],
-    batch_sizes: Sequence[int] = (1, 128),
-    repeats: int = 10,
-    rounds: int = 5,
-    budget: float = 10,
+    models: Mapping[str, nn.Module], image_shape: Sequence[int], batch_sizes: Sequence[int] = (1, 128), rounds: int = 15
 ) -> pd.DataFrame:
     """Median time of a forward pass in eval mode on one thread: model, batch, milliseconds, images_per_second, device.
 
-    The models take turns for up to `rounds`, so that a busy machine slows all of them alike; a turn is one pass to warm
-    up and up to `repeats` timed ones. There are fewer if all would not fit in `budget` (seconds), but at least one.
-    Raises ValueError for fewer than one repeat or round.
+    By `torch.utils.benchmark`, which runs each pass twice before it times one. The models take turns, so that a busy
+    machine slows all of them alike.
     """
-    if min(repeats, rounds) < 1:
-        raise ValueError(f"repeats = {repeats} and rounds = {rounds}, but both must be whole numbers above 0")
-    turns, times = list(product(batch_sizes, models)), defaultdict(list)
-    threads, begin = torch.get_num_threads(), time.perf_counter()
-    torch.set_num_threads(1)
-    try:
-        for done in range(rounds):
-            if done and (time.perf_counter() - begin) * (done + 1) / done > budget:
-                break  # another round would not fit
-            for batch, name in turns:
-                images = torch.zeros(batch, *image_shape, device=next(models[name].parameters()).device)
-                with eval_mode(models[name]):
-                    times[name, batch] += _timed(models[name], images, repeats, budget / len(turns))
-    finally:
-        torch.set_num_threads(threads)
-    rows = [(name, batch, 1e3 * statistics.median(seconds)) for (name, batch), seconds in times.items()]
-    table = pd.DataFrame(rows, columns=["model", "batch", "milliseconds"])
-    devices = [next(models[name].parameters()).device.type for name in table["model"]]
-    return table.assign(images_per_second=1e3 * table["batch"] / table["milliseconds"], device=devices)
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # on import it warns of a missing GPU
+    from torch.utils.benchmark import Timer  # as slow to import
 
-
-def _timed(model: nn.Module, images: torch.Tensor, repeats: int, budget: float) -> list[float]:
-    """Seconds of each pass after the first, at least one and no more than fit in the budget."""
-    ends, begin = [], time.perf_counter()
-    while len(ends) < 2 or (len(ends) <= repeats and ends[-1] - begin < budget):
-        model(images)
-        if images.device.type != "cpu":
-            torch.accelerator.synchronize()
-        ends.append(time.perf_counter())
-    return np.diff(ends).tolist()
+    rows = []
+    for _, batch, (name, model) in product(range(rounds), batch_sizes, models.items()):
+        images = torch.zeros(batch, *image_shape, device=next(model.parameters()).device)
+        with eval_mode(model):
+            timer = Timer("model(images)", globals={"model": model, "images": images}, num_threads=1)
+            rows.append((name, batch, images.device.type, 1e3 * timer.timeit(1).mean))
+    table = pd.DataFrame(rows, columns=["model", "batch", "device", "milliseconds"])
+    table = table.groupby(["model", "batch", "device"], sort=False, as_index=False).median()
+    return table.assign(images_per_second=1e3 * table["batch"] / table["milliseconds"])

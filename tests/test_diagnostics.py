@@ -9,7 +9,7 @@ import torchmetrics
 from scipy.spatial.distance import pdist
 from torch import nn
 
-from lablib import MLP, ResidualCNN, ResidualMLP, SimpleCNN
+from lablib import MLP, ResidualCNN, ResidualMLP
 from lablib.diagnostics import (
     calibration,
     expected_calibration_error,
@@ -80,14 +80,13 @@ def test_convolutions_are_layers_and_one_that_is_not_used_has_no_gradient(batch)
         gradient_norms,
         lambda model, batch: mean_angle(model, batch[0]),
         lambda model, batch: multiply_adds(model, (1, 4, 4)),
-        lambda model, batch: latency({"it": model}, (1, 4, 4), repeats=1, rounds=1),
+        lambda model, batch: latency({"it": model}, (1, 4, 4), rounds=1),
     ],
     ids=["gradients", "angle", "multiply-adds", "latency"],
 )
 def test_a_model_stays_as_it_was(batch, look):
     model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Dropout(), nn.Linear(12, 3)).train()
     model[3].eval()
-    model.kept = model(batch[0])  # with its history, so that PyTorch does not copy the model
     nn.functional.cross_entropy(model(batch[0]), batch[1]).backward()
     tensors = [tensor.clone() for tensor in (*model.state_dict().values(), *(p.grad for p in model.parameters()))]
     modes = [module.training for module in model.modules()]
@@ -101,9 +100,8 @@ def test_a_model_stays_as_it_was(batch, look):
     assert [module.training for module in model.modules()] == modes
 
 
-@pytest.mark.parametrize("network", [MLP, ResidualMLP])
-def test_the_mean_angle_is_scipys_between_the_features_before_the_last_linear_layer(batch, network):
-    model, features = build(network, hidden_sizes=(6, 5), dropout=0.5), []
+def test_the_mean_angle_is_scipys_between_the_features_before_the_last_linear_layer(batch):
+    model, features = build(ResidualMLP, hidden_sizes=(6, 5), dropout=0.5), []
     hook = model.classifier.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0].detach()))
     model.eval()(batch[0])
     hook.remove()
@@ -142,10 +140,8 @@ def test_the_calibration_error_agrees_with_torchmetrics():
     assert expected_calibration_error(confidence, predicted == labels) == pytest.approx(theirs.item(), abs=1e-5)
 
 
-def test_multiply_adds_are_those_of_the_formula_and_of_a_count_by_hooks():
+def test_multiply_adds_are_those_of_a_count_by_hooks():
     assert multiply_adds(MLP((128, 64)), (1, 28, 28)) == 784 * 128 + 128 * 64 + 64 * 10
-    stem, block = 9 * 3 * 4 * 32 * 32, 9 * 4 * 8 * 16 * 16
-    assert multiply_adds(SimpleCNN(1, 4), (3, 32, 32)) == stem + block + 8 * 10
     model, counted = ResidualCNN(2, 8).eval(), []
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
@@ -174,29 +170,17 @@ def test_latency_is_a_median_without_the_first_pass_of_models_that_take_turns():
     models = {"slow": Sleeper(0.004, passes), "fast": Sleeper(0.001, passes)}
     torch.set_num_threads(2)
     try:
-        table = latency(models, (1, 2, 2), batch_sizes=(1, 8), repeats=3, rounds=2)
+        table = latency(models, (1, 2, 2), batch_sizes=(1, 8), rounds=3)
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)
     turn = [("slow", 1), ("fast", 1), ("slow", 8), ("fast", 8)]
     names = {model: name for name, model in models.items()}
-    assert [(names[model], size) for model, size, *_ in passes] == [key for key in turn * 2 for _ in range(4)]
-    assert {rest for _, _, *rest in map(tuple, passes) for rest in [tuple(rest)]} == {(False, 1)}
+    seen = [(names[model], size) for model, size, *_ in passes]
+    assert [key for key, before in zip(seen, [None, *seen], strict=False) if key != before] == turn * 3
+    assert {(training, threads) for *_, training, threads in passes} == {(False, 1)}
     assert list(zip(table["model"], table["batch"], strict=True)) == turn
     for milliseconds, least in zip(table["milliseconds"], (4, 1, 4, 1), strict=True):
         assert least <= milliseconds < 45
     np.testing.assert_allclose(table["images_per_second"], 1e3 * table["batch"] / table["milliseconds"])
     assert set(table["device"]) == {"cpu"}
-
-
-def test_latency_keeps_to_its_budget_but_times_every_model_once():
-    passes = []
-    models = {name: Sleeper(0.02, passes) for name in "abc"}
-    start = time.perf_counter()
-    table = latency(models, (1, 2, 2), batch_sizes=(1,), repeats=1000, rounds=1000, budget=0.01)
-    assert time.perf_counter() - start < 1
-    assert len(passes) == 6
-    assert table["model"].tolist() == ["a", "b", "c"]
-    for knobs in ({"repeats": 0}, {"rounds": -1}):
-        with pytest.raises(ValueError, match="but both must be whole numbers above 0"):
-            latency(models, (1, 2, 2), **knobs)
