@@ -61,11 +61,11 @@ def harmless(method):
     def guarded(self, *args, **kwargs):
         if self.broken:
             return
-        try:
-            with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]):
+            try:
                 method(self, *args, **kwargs)
-        except Exception as error:
-            self.fail(error)
+            except Exception as error:
+                self.fail(error)
 
     return guarded
 
