@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         path = Path(config.output_dir, run_name(identity))
         run = lablib.train_or_load(build_model, config, data, trainer_class=trainer_class, identity=identity)
     except KeyboardInterrupt:
-        where = f" at epoch {_epoch(path)} of {config.num_epochs}" if path else ""
+        where = f" at epoch {min(_epoch(path), config.num_epochs)} of {config.num_epochs}" if path else ""
         if is_first_process():
             print(f"interrupted{where}; run the same command again to resume", file=sys.stderr)
         sys.exit(130)
