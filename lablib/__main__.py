@@ -1,124 +1,144 @@
 """`python -m lablib`: one run from the command line, as `torchrun -m lablib` on several processes."""
 
 import argparse
-import ast
 import dataclasses
 import inspect
 import json
 import re
+import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from lablib import models
-from lablib.config import TrainingConfig, is_first_process
-from lablib.data import ImageData
-from lablib.datasets import load_data
-from lablib.distillation import KnowledgeDistillationTrainer
-from lablib.runs import TrainedModel, load_run, train_or_load
-from lablib.trainer import StreamlinedTrainer
+from pydantic import TypeAdapter, ValidationError
 
-MODELS = {cls.__name__: cls for cls in (models.MLP, models.ResidualMLP, models.SimpleCNN, models.ResidualCNN)}
-_NOT_OPTIONS = ("telegram_bot_token", "training_arguments")  # others would see the one, and the other is a dict
+import lablib  # its names import PyTorch when they are used, so that Ctrl-C ends those seconds too
+from lablib.config import Positive, Share, TrainingConfig, is_first_process
+
+MODELS = ("MLP", "ResidualMLP", "SimpleCNN", "ResidualCNN")
 _FROM_THE_DATA = ("image_shape", "num_classes")
-_NETWORK = sorted({n for cls in MODELS.values() for n in inspect.signature(cls).parameters} - {*_FROM_THE_DATA})
+_NOT_OPTIONS = ("telegram_bot_token", "training_arguments")  # others would see the one, and the other is a dict
+_FIELDS = [field for field in dataclasses.fields(TrainingConfig) if field.name not in _NOT_OPTIONS]
+_SEVERAL = {"hidden_sizes": int, "wandb_tags": str}  # the type of each value of an option that takes several
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Train a run, or load it, and print its result as a line of JSON. Exits with 2 where an option is not allowed."""
-    parser = _parser()
-    options = vars(parser.parse_args(arguments))
+    """Train a run, or load it, and print its result as a line of JSON.
+
+    Exits with status 2 where an option is not allowed, and with 130 after Ctrl-C.
+    """
+    path = None
     try:
-        knobs = {name: options[name] for name in _knobs() if options[name] is not None}
-        config = TrainingConfig(**knobs)
-        with config.to_training_arguments(config.output_dir).main_process_first():  # to download and decode once
-            data = load_data(
-                options["data"], options["data_dir"], image_size=options["image_size"], channels=options["channels"]
-            )
-        build_model = _model_builder(options, data)
-        build_model()
-        trainer_class = _trainer(options)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-    run = train_or_load(build_model, config, data, trainer_class=trainer_class)
+        parser = _parser()
+        options = vars(parser.parse_args(arguments))
+        try:
+            config = TrainingConfig(**{field.name: options.pop(field.name) for field in _FIELDS})
+            trainer_class = _trainer(**{name: options.pop(name) for name in ("teacher", "temperature", "alpha")})
+            with config.to_training_arguments(config.output_dir).main_process_first():  # to download and decode once
+                scale = {name: options.pop(name) for name in ("image_size", "channels")}
+                data = lablib.load_data(options.pop("data"), options.pop("data_dir"), **scale)
+            build_model = _model_builder(options.pop("model"), options, data)
+            build_model()
+        except (ValueError, OSError) as error:
+            parser.error(str(error))
+        from lablib.runs import run_identity, run_name
+
+        identity = run_identity(build_model, config, data, trainer_class)
+        path = Path(config.output_dir, run_name(identity))
+        run = lablib.train_or_load(build_model, config, data, trainer_class=trainer_class, identity=identity)
+    except KeyboardInterrupt:
+        where = f" at epoch {min(_epoch(path), config.num_epochs)} of {config.num_epochs}" if path else ""
+        if is_first_process():
+            print(f"interrupted{where}; run the same command again to resume", file=sys.stderr)
+        sys.exit(130)
     if is_first_process():
         print(json.dumps({"path": str(run.path), **run.result}))
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        """Exit with the reason in one line; argparse would list all options first."""
+        self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m lablib", description="Train one run, or load it if it is finished."
-    )
+    about = "Train one run, or load it if it is finished."
+    parser = _Parser(prog="python -m lablib", usage="%(prog)s MODEL [--option VALUE ...]", description=about)
     parser.add_argument("model", choices=MODELS)
-    parser.add_argument("--data", default="digits", help="a data set's name, or a folder (default: digits)")
-    parser.add_argument("--data-dir", default="data", help="where data sets lie (default: data)")
-    parser.add_argument("--image-size", type=_literal, help="pixels to which images are scaled")
-    parser.add_argument("--channels", type=_literal, help="1: grey, 3: coloured")
-    network = parser.add_argument_group("the model's arguments, each of the models that have it")
-    for name in _NETWORK:
-        several = {"nargs": "+"} if name == "hidden_sizes" else {}
-        network.add_argument("--" + name.replace("_", "-"), type=_literal, metavar="VALUE", **several)
-    distillation = parser.add_argument_group("distillation")
-    distillation.add_argument("--teacher", type=Path, metavar="FOLDER", help="a finished run of one of these models")
-    distillation.add_argument("--temperature", type=_literal, default=4.0)
-    distillation.add_argument("--alpha", type=_literal, default=0.7, help="the weight of the teacher's term")
-    training = parser.add_argument_group("TrainingConfig")
-    for name, (default, comment) in _knobs().items():
-        read = str if isinstance(default, str) else _literal
-        text = f"{comment} (default: {default!r})".strip().replace("%", "%%")
-        alone = {"nargs": "?", "const": True} if isinstance(default, bool) else {}  # --use-wandb says it all
-        training.add_argument("--" + name.replace("_", "-"), type=read, metavar="VALUE", help=text, **alone)
+    _add(parser, "data", str, "digits", "a data set's name, or a folder")
+    _add(parser, "data_dir", str, "data", "where data sets lie")
+    _add(parser, "image_size", int, None, "pixels to which images are scaled")
+    _add(parser, "channels", int, None, "1: grey, 3: coloured")
+    group = parser.add_argument_group("the networks' arguments")
+    models = {model: inspect.signature(getattr(lablib, model)).parameters for model in MODELS}
+    for name, parameter in {name: p for known in models.values() for name, p in known.items()}.items():
+        if name not in _FROM_THE_DATA:
+            default = "required" if parameter.default is parameter.empty else f"default: {parameter.default!r}"
+            text = f"{', '.join(model for model in MODELS if name in models[model])} ({default})"
+            _add(group, name, parameter.annotation, argparse.SUPPRESS, text)
+    group = parser.add_argument_group("distillation")
+    _add(group, "teacher", Path, None, "the folder of a finished run of one of these networks")
+    _add(group, "temperature", Positive, 4.0, "softens the outputs of teacher and student")
+    _add(group, "alpha", Share, 0.7, "the weight of the teacher's term")
+    group = parser.add_argument_group("TrainingConfig")
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(TrainingConfig), re.MULTILINE))
+    for field in _FIELDS:
+        _add(group, field.name, field.type, field.default, comments.get(field.name, ""))
     return parser
 
 
-def _knobs() -> dict[str, tuple]:
-    """The config's fields that are options, each with its default and the comment that stands beside it."""
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(TrainingConfig), re.MULTILINE))
-    fields = [field for field in dataclasses.fields(TrainingConfig) if field.name not in _NOT_OPTIONS]
-    return {field.name: (field.default, comments.get(field.name, "")) for field in fields}
+def _add(group, name: str, kind: Any, default: Any, text: str) -> None:
+    """Add an option that pydantic reads as a type; argparse names it in the error."""
+
+    def read(value: str):
+        try:
+            return TypeAdapter(_SEVERAL.get(name, kind)).validate_python(None if value == "None" else value)
+        except ValidationError as error:
+            raise argparse.ArgumentTypeError(error.errors()[0]["msg"].removeprefix("Input ")) from None
+
+    text = text if default is argparse.SUPPRESS else f"{text} (default: {default!r})".strip()
+    number = {"nargs": "+"} if name in _SEVERAL else {"nargs": "?", "const": True} if kind is bool else {}
+    group.add_argument(
+        _option(name), type=read, default=default, metavar="VALUE", help=text.replace("%", "%%"), **number
+    )
 
 
-def _literal(text: str):
-    """A number, True, False, None or a tuple as Python writes it; else the text, which will be refused or fit."""
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
-def _model_builder(options: dict, data: ImageData) -> partial:
-    """What builds the model that is asked for, for the images and classes of a data set."""
-    model = MODELS[options["model"]]
-    parameters = {k: v for k, v in inspect.signature(model).parameters.items() if k not in _FROM_THE_DATA}
-    given = {name: options[name] for name in _NETWORK if options[name] is not None}
-    if unknown := given.keys() - parameters:
-        raise ValueError(f"{model.__name__} has no {_listed(unknown)}; it has {_listed(parameters)}")
-    if missing := {k for k, v in parameters.items() if v.default is v.empty} - given.keys():
-        raise ValueError(f"{model.__name__} needs {_listed(missing)}")
-    return partial(model, **given, image_shape=data.image_shape, num_classes=data.num_classes)
+def _model_builder(name: str, given: dict[str, Any], data: "lablib.ImageData") -> partial:
+    """What builds a network for the images and classes of a data set. Raises ValueError for arguments it lacks."""
+    known = inspect.signature(getattr(lablib, name)).parameters
+    if unknown := sorted(given.keys() - known):
+        raise ValueError(f"argument {_option(unknown[0])}: {name} has none")
+    arguments = given | {"image_shape": data.image_shape, "num_classes": data.num_classes}
+    if missing := [k for k, parameter in known.items() if parameter.default is parameter.empty and k not in arguments]:
+        raise ValueError(f"{name} needs {_option(missing[0])}")
+    return partial(getattr(lablib, name), **arguments)
 
 
-def _listed(names) -> str:
-    return ", ".join("--" + name.replace("_", "-") for name in sorted(names))
+def _trainer(teacher: Path | None, **knobs: float) -> type | partial:
+    """StreamlinedTrainer, or the trainer that distils the network of a finished run."""
+    if teacher is None:
+        return lablib.StreamlinedTrainer
+    from lablib.runs import load_run
+
+    if not (run := load_run(teacher)):
+        raise ValueError(f"argument --teacher: there is no finished run in {teacher}")
+    model = json.loads((teacher / "identity.json").read_bytes())["model"]
+    name = model["class"].removeprefix("lablib.")
+    if name not in MODELS or "arguments" not in model:
+        raise ValueError(f"argument --teacher: {teacher} is a {name}, but it must be one of {', '.join(MODELS)}")
+    network = lablib.TrainedModel(run, partial(getattr(lablib, name), **model["arguments"]))
+    return partial(lablib.KnowledgeDistillationTrainer, teacher=network, **knobs)
 
 
-def _trainer(options: dict) -> type[StreamlinedTrainer] | partial:
-    if options["teacher"] is None:
-        return StreamlinedTrainer
-    knobs = {"temperature": options["temperature"], "alpha": options["alpha"]}
-    return partial(KnowledgeDistillationTrainer, teacher=_teacher(options["teacher"]), **knobs)
-
-
-def _teacher(path: Path) -> TrainedModel:
-    """The network of a finished run."""
-    run = load_run(path)
-    if run is None:
-        raise ValueError(f"teacher = {path}, but there is no finished run")
-    described = json.loads((path / "identity.json").read_bytes())["model"]
-    name = described["class"].removeprefix("lablib.")
-    if name not in MODELS or "arguments" not in described:
-        raise ValueError(f"teacher = {path} is a {name}, but it must be one of {', '.join(MODELS)}")
-    return TrainedModel(run, partial(MODELS[name], **described["arguments"]))
+def _epoch(path: Path) -> int:
+    """The epoch that a run is in; its history has those that ended."""
+    history = path / "history.jsonl"
+    return 1 + (len(history.read_text().splitlines()) if history.exists() else 0)
 
 
 if __name__ == "__main__":

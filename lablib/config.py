@@ -1,5 +1,6 @@
-"""TrainingConfig: every knob of a run, checked when it is made."""
+"""Every setting of a run (`TrainingConfig`) and every parameter of a notebook, checked before anything else happens."""
 
+import ast
 import atexit
 import dataclasses
 import difflib
@@ -8,25 +9,31 @@ import gc
 import os
 import re
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, field_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, field_validator
 from pydantic.dataclasses import dataclass
-
-from lablib.parameters import Natural, Positive, Share
 
 if TYPE_CHECKING:  # transformers takes seconds to import; only a training needs it
     from transformers import TrainingArguments
 
-Optimizer = Literal["adam", "adamw", "sgd"]
-LRSchedule = Literal["constant", "cosine"]
-Metric = Literal["accuracy", "loss"]
-Precision = Literal["auto", "fp32", "bf16"]
-Device = Literal["auto", "cpu", "cuda", "mps"]
+# Annotations for a notebook's parameters have names because papermill's help can read no others.
+Count = Annotated[int, Field(ge=1, le=10_000)]
+Natural = Annotated[int, Field(ge=0)]
+Counts = Annotated[list[Count], Field(min_length=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Shares = Annotated[list[Share], Field(min_length=1)]
+Positive = Annotated[float, Field(gt=0)]
+Positives = Annotated[list[Positive], Field(min_length=1)]
+
 _Whole = Annotated[int, Field(ge=1)]
+_Seed = Annotated[int, Field(ge=0, lt=2**32)]
+_Patience = Annotated[Natural | None, AfterValidator(lambda epochs: epochs or None)]
 _Text = Annotated[str, Field(min_length=1)]
 _Folder = Annotated[_Text, BeforeValidator(lambda p: os.path.expanduser(p) if isinstance(p, (str, os.PathLike)) else p)]
 _Tags = Annotated[tuple[str, ...], BeforeValidator(lambda tags: tuple(tags) if isinstance(tags, list) else tags)]
+_Chat = Annotated[str, Field(pattern=r"^(-?\d+|@\w+)$")]  # a number or a name, and no token, which would be shown
 _CHECKED = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
 _TOKEN = re.compile(r"\d+(?::|%3[Aa])[\w-]{30,}")
 
@@ -38,32 +45,6 @@ TRAINING_ARGUMENTS = (
     "eval_accumulation_steps", "gradient_accumulation_steps", "log_level", "lr_scheduler_kwargs", "max_steps",
     "save_total_limit", "torch_compile", "torch_compile_backend", "torch_compile_mode",
 )  # fmt: skip
-# TrainingConfig's field -> the arguments that it sets.
-_SET_BY = {
-    "batch_size": ("per_device_train_batch_size", "per_device_eval_batch_size", "auto_find_batch_size"),
-    "checkpoint_seconds": ("save_strategy", "save_steps", "save_only_model"),
-    "deterministic": ("full_determinism",), "device": ("use_cpu",),
-    "early_stopping_metric": ("metric_for_best_model", "greater_is_better", "load_best_model_at_end"),
-    "learning_rate": ("learning_rate",), "lr_schedule": ("lr_scheduler_type",), "max_grad_norm": ("max_grad_norm",),
-    "num_epochs": ("num_train_epochs",), "optimizer": ("optim", "optim_args"), "output_dir": ("output_dir",),
-    "precision": ("bf16", "fp16", "bf16_full_eval", "fp16_full_eval"), "seed": ("seed", "data_seed"),
-    "use_wandb": ("report_to",), "warmup_fraction": ("warmup_steps",), "weight_decay": ("weight_decay",),
-}  # fmt: skip
-_REASONS = {
-    "but early stopping and history need one log and one validation per epoch": (
-        "eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "logging_strategy", "logging_steps",
-    ),
-    "but an evaluation needs the logits of all images at once": (
-        "eval_do_concat_batches", "include_for_metrics", "batch_eval_metrics", "prediction_loss_only",
-    ),
-    "but a resumed training would no longer be exact": (
-        "ignore_data_skip", "restore_callback_states_from_checkpoint", "train_sampling_strategy",
-    ),
-    "but the lab's batches are images and labels": ("remove_unused_columns", "label_names"),
-    "but a loss that is not finite ends the training": ("logging_nan_inf_filter",),
-    "which would do nothing: the trainer's `losses` make the loss": ("label_smoothing_factor",),
-} | {f"which TrainingConfig sets by its field {name}": arguments for name, arguments in _SET_BY.items()}  # fmt: skip
-_REFUSED_ARGUMENTS = {name: reason for reason, names in _REASONS.items() for name in names}
 
 # What has no influence on a run's outcome: where it runs, where its files lie, and who is told of it.
 NOT_IDENTITY = (
@@ -72,6 +53,13 @@ NOT_IDENTITY = (
     "telegram_bot_token", "telegram_chat_id",
 )  # fmt: skip
 
+_PRIVATE = ("telegram_bot_token", "telegram_chat_id", "training_arguments")  # no error shows what they hold
+_PLAINER = {  # one of pydantic's types of errors -> what the error says instead
+    "bool_type": "should be True or False",
+    "list_type": "should be a list; with papermill: -y 'depths: [2, 4]'",
+    "string_pattern_mismatch": "should be the number of a chat, or its @name",
+}
+
 
 def redacted(text: str) -> str:
     """A text from elsewhere, without whatever looks like a bot's token."""
@@ -79,104 +67,91 @@ def redacted(text: str) -> str:
 
 
 def _with_plain_errors(cls: type) -> type:
-    """Let a pydantic dataclass raise a ValueError of a line a fault: the field, its value, and what is allowed."""
+    """Let a pydantic dataclass raise a ValueError with one line for each wrong argument."""
     validate = cls.__init__
 
     @functools.wraps(validate)
-    def __init__(self, *args, **knobs):
+    def __init__(self, *args, **values):
         try:
-            validate(self, *args, **knobs)
+            validate(self, *args, **values)
         except ValidationError as error:
-            first = {fault["loc"][0]: fault["msg"] for fault in reversed(error.errors(include_input=False))}
-            lines = [f"{cls.__name__}: {_fault(name, knobs, first[name])}" for name in reversed(first)]
+            known = [field.name for field in dataclasses.fields(cls)]
+            faults = {fault["loc"][0]: fault for fault in reversed(error.errors(include_input=False))}
+            lines = [f"{cls.__name__}: {_line(fault, values, known)}" for fault in reversed(faults.values())]
             raise ValueError("\n".join(lines)) from None
 
     cls.__init__ = __init__
     return cls
 
 
-def _fault(name: Any, knobs: dict[str, Any], message: str) -> str:
-    known = [field.name for field in dataclasses.fields(TrainingConfig)]
+def _line(fault: dict, values: dict[str, Any], known: list[str]) -> str:
+    """One of pydantic's errors in words: the argument, its value, and what is allowed."""
+    name, *place = fault["loc"]
     if name not in known:
         close = difflib.get_close_matches(str(name), known, n=1)
-        return f"there is no field {name!r}; " + (f"did you mean {close[0]!r}?" if close else f"use one of {known}")
-    shown = "" if name.startswith(("telegram_bot", "telegram_chat")) else f" = {knobs[name]!r}"
-    message = message.removeprefix("Input ").removeprefix("Value error, ")
-    return f"{name}{shown}, but {name} {message[0].lower()}{message[1:]}"
+        hint = f"Did you mean {close[0]!r}?" if close else f"There are: {', '.join(known)}"
+        return f"there is no parameter {name!r}. {hint}"
+    shown = "" if name in _PRIVATE else f"{name} = {values[name]!r}: "
+    item = "".join(f"[{part}]" for part in place if isinstance(part, int))
+    message = _PLAINER.get(fault["type"]) or fault["msg"].removeprefix("Input ").removeprefix("Value error, ")
+    return f"{shown}{name}{item} {message[0].lower()}{message[1:]}"
 
 
 @_with_plain_errors
 @dataclass(kw_only=True, frozen=True, config=_CHECKED)
 class TrainingConfig:
-    """Every knob of one run.
+    """Every setting of one run.
 
     Raises ValueError for an unknown field or a value that is not allowed, and says what is allowed.
-    To change a knob, make another config: `dataclasses.replace(config, seed=1)`.
+    To change a setting, make another config: `dataclasses.replace(config, seed=1)`.
     """
 
     num_epochs: _Whole = 60  # at most; early stopping may end a run sooner
     batch_size: _Whole = 256  # images, of all processes together
     learning_rate: Positive = 1e-3
-    optimizer: Optimizer = "adam"  # or "adamw", or "sgd" with momentum 0.9
+    optimizer: Literal["adam", "adamw", "sgd"] = "adam"  # sgd has momentum 0.9
     weight_decay: Annotated[float, Field(ge=0)] = 0.0  # L2 for adam and sgd, decoupled for adamw
-    lr_schedule: LRSchedule = "constant"  # or "cosine", which falls to 0 over num_epochs
+    lr_schedule: Literal["constant", "cosine"] = "constant"  # cosine falls to 0 over num_epochs
     warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of all steps, in which the rate rises linearly from 0
     max_grad_norm: Positive | None = None  # None: gradients are not clipped
     validation_split: Annotated[float, Field(gt=0, lt=1)] = 0.1  # of the training set, stratified by class
     max_train_images: _Whole | None = None  # train on no more than this many of the rest, the classes' shares kept
-    early_stopping_patience: Natural | None = 10  # epochs without improvement; None or 0: never
-    early_stopping_metric: Metric = "accuracy"  # on the validation part; it also chooses the best epoch
+    early_stopping_patience: _Patience = 10  # epochs without improvement; None or 0: never
+    early_stopping_metric: Literal["accuracy", "loss"] = "accuracy"  # of validation; it also chooses the best epoch
     rotation_degrees: Annotated[float, Field(ge=0, le=180)] = 10.0  # each image by an angle from [-r, r]
     translation_fraction: Share = 0.1  # a shift of up to this part of the height and of the width
     horizontal_flip: bool = False
     crop_padding: Natural = 0  # pixels of 0 put around an image, of which a piece of the old size is cut out at random
-    precision: Precision = "auto"  # "bf16" is autocast; "auto" takes it for convolutions if that is faster here
-    device: Device = "auto"  # cuda, else mps, else cpu
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = (
-        0  # split, initial weights, order of the images, augmentation, dropout
-    )
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast for convolutions if that is faster here
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda, else mps, else cpu
+    seed: _Seed = 0  # split, initial weights, order of the images, augmentation, dropout
     deterministic: bool = False  # the same bits each time on a GPU too, which takes longer; a CPU gives them anyway
     output_dir: _Folder = "runs"  # the run store
     checkpoint_seconds: Positive = 300.0  # at most, between two checkpoints within an epoch; each epoch ends with one
     use_wandb: bool = False
     wandb_project: _Text = "residual-and-distillation-lab"
-    wandb_group: _Text | None = None
+    wandb_group: _Text | None = None  # None: the data set's name
     wandb_tags: _Tags = ()
     wandb_watch: bool = False  # also log histograms of gradients and parameters, which takes time
     use_telegram_notifications: bool = False
     telegram_additional_info: str = ""
     telegram_every_run: bool = False  # a message for each run of an experiment too, not only one at its end
     telegram_bot_token: Annotated[SecretStr, Field(min_length=1)] | None = None  # None: TELEGRAM_BOT_TOKEN is read
-    telegram_chat_id: _Text | int | None = None  # None: TELEGRAM_CHAT_ID is read from the environment
+    telegram_chat_id: _Chat | int | None = None  # None: TELEGRAM_CHAT_ID is read from the environment
     training_arguments: dict[str, Any] = dataclasses.field(default_factory=dict)  # those of TRAINING_ARGUMENTS
-
-    @field_validator("early_stopping_patience")
-    @classmethod
-    def _off(cls, patience: int | None) -> int | None:
-        return patience or None
-
-    @field_validator("telegram_chat_id", mode="before")
-    @classmethod
-    def _is_no_token(cls, chat: Any) -> Any:
-        if isinstance(chat, str) and _TOKEN.search(chat):
-            raise ValueError("looks like a bot's token; it is the number of a chat")
-        return chat
 
     @field_validator("training_arguments")
     @classmethod
-    def _are_known_to_work(cls, arguments: dict[str, Any]) -> dict[str, Any]:
-        for name in arguments.keys() - {*TRAINING_ARGUMENTS}:
-            close = difflib.get_close_matches(name, TRAINING_ARGUMENTS, n=1, cutoff=0.8)
-            hint = f"did you mean {close[0]!r}?" if close else f"it takes {', '.join(TRAINING_ARGUMENTS)}"
-            raise ValueError(
-                f"has {name!r}, " + _REFUSED_ARGUMENTS.get(name, f"which is not tested with this lab; {hint}")
-            )
+    def _known_to_work(cls, arguments: dict[str, Any]) -> dict[str, Any]:
+        if others := arguments.keys() - {*TRAINING_ARGUMENTS}:
+            reason = "which another field of TrainingConfig sets, or which does not work here"
+            raise ValueError(f"has {', '.join(sorted(others))}, {reason}; it takes {', '.join(TRAINING_ARGUMENTS)}")
         return arguments
 
     def identity(self) -> dict[str, Any]:
-        """The knobs that change a run's outcome, without those that are off (None, False, 0 or empty).
+        """The settings that change a run's outcome, without those that are off (None, False, 0 or empty).
 
-        So a knob that is added later, and off by default, changes no run's name.
+        So a setting that is added later, and off by default, changes no run's name.
         """
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in NOT_IDENTITY}
         return {name: value for name, value in values.items() if value}
@@ -184,7 +159,7 @@ class TrainingConfig:
     __identity__ = identity
 
     def to_training_arguments(self, output_dir: str, *, bf16: bool = False) -> "TrainingArguments":
-        """The same knobs as `transformers.TrainingArguments`; checkpoints go to `output_dir`.
+        """The same settings as `transformers.TrainingArguments`; checkpoints go to `output_dir`.
 
         Raises ValueError where several processes (`torchrun`) cannot share a batch out evenly.
         """
@@ -193,20 +168,13 @@ class TrainingConfig:
 
         processes = num_processes()
         if self.batch_size % processes:
-            raise ValueError(
-                f"TrainingConfig: batch_size = {self.batch_size}, but batch_size should be a multiple of the number of "
-                f"processes, which is {processes}"
-            )
+            reason = f"should be a multiple of the number of processes, which is {processes}"
+            raise ValueError(f"TrainingConfig: batch_size = {self.batch_size}, but batch_size {reason}")
         if processes > 1:
             leave_group_at_exit()
         accelerated = torch.cuda.is_available() or torch.backends.mps.is_available()
-        warmed_up = {"constant": "constant_with_warmup"}.get(self.lr_schedule, self.lr_schedule)
-        defaults = {
-            "save_total_limit": 2,
-            "disable_tqdm": True,
-            "log_level": "error",
-            "ddp_find_unused_parameters": False,
-        }
+        warm_constant = self.lr_schedule == "constant" and self.warmup_fraction > 0
+        defaults = {"save_total_limit": 2, "disable_tqdm": True, "log_level": "error"}
         return TrainingArguments(
             output_dir=output_dir,
             num_train_epochs=self.num_epochs,
@@ -214,7 +182,7 @@ class TrainingConfig:
             per_device_eval_batch_size=-(-max(self.batch_size, 1000) // processes),
             learning_rate=self.learning_rate,
             weight_decay=self.weight_decay,
-            lr_scheduler_type=warmed_up if self.warmup_fraction else self.lr_schedule,
+            lr_scheduler_type="constant_with_warmup" if warm_constant else self.lr_schedule,
             warmup_steps=self.warmup_fraction,  # below 1 it is a fraction of all steps
             max_grad_norm=self.max_grad_norm or 0.0,
             seed=self.seed,
@@ -232,8 +200,31 @@ class TrainingConfig:
             logging_nan_inf_filter=False,  # the trainer stops on a loss that is not finite instead
             remove_unused_columns=False,
             dataloader_pin_memory=False,  # the images are on the device already
-            **{**defaults, **self.training_arguments},
+            **{**defaults, "ddp_find_unused_parameters": False, **self.training_arguments},
         )
+
+
+def check_parameters(namespace: dict[str, Any]) -> None:
+    """Refuse parameters that do not fit their annotation, or unknown ones; `namespace` is the notebook's `globals()`.
+
+    Unknown are names that papermill injected (`-p epoch 3`) and that no annotated line of the cell tagged `parameters`
+    has. Raises ValueError that lists every fault and says what is allowed.
+    """
+    annotations = namespace.get("__annotations__", {})
+    if not annotations:
+        raise ValueError("the notebook has no annotated parameters; run its cell tagged 'parameters' first")
+    cells = [cell for cell in namespace.get("In", []) if cell.lstrip().startswith("# Parameters")]  # as papermill does
+    nodes = [node for cell in cells for node in ast.walk(ast.parse(cell))]
+    injected = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    fields = dataclasses.make_dataclass("parameters", annotations.items(), kw_only=True)
+    parameters = _with_plain_errors(dataclass(fields, config=_CHECKED))
+    parameters(**{name: namespace[name] for name in [*annotations, *sorted(injected - annotations.keys())]})
+
+
+def enter_project_root() -> None:
+    """Change to the project's root if a notebook was opened below it, so that its paths mean the same from anywhere."""
+    here = Path.cwd()
+    os.chdir(next((folder for folder in (here, *here.parents) if (folder / "lablib" / "__init__.py").exists()), here))
 
 
 def num_processes() -> int:
@@ -247,7 +238,7 @@ def is_first_process() -> bool:
 
 
 @functools.cache
-def leave_group_at_exit():
+def leave_group_at_exit() -> None:
     """Let this process leave `torch.distributed`'s group when it ends, unless by an error: the others might wait then.
 
     Gloo's threads would outlive Python otherwise, and one that lets go of a tensor so late aborts the process

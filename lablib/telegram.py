@@ -4,15 +4,12 @@ import contextlib
 import io
 import logging
 import os
-import queue
 import re
 import threading
 import time
-import warnings
 from datetime import timedelta
 from functools import cached_property
 
-import httpcore  # noqa: F401  # its loggers exist from here on
 import httpx
 import pandas as pd
 from matplotlib.figure import Figure
@@ -20,7 +17,7 @@ from pydantic import SecretStr
 
 from lablib.config import redacted
 from lablib.metrics import best_row, history
-from lablib.services import Harmless, ServiceCallback, harmless
+from lablib.tracking import Harmless, ServiceCallback, harmless
 
 _RUN_LINES = {
     "best_epoch": "best epoch: {best_epoch} of {epochs}",
@@ -29,11 +26,9 @@ _RUN_LINES = {
     "seconds": "duration: {seconds:.0f} s",
 }
 _WHERE = "in the environment or in Colab's secrets"
-_THREAD = "telegram"
 
-for _name in [name for name in logging.root.manager.loggerDict if name.startswith(("httpx", "httpcore"))]:
-    # they log the URL, and the token is part of it
-    logging.getLogger(_name).addFilter(lambda record: record.threadName != _THREAD)
+for _name in ("httpx", "httpcore.connection", "httpcore.http11"):  # they log the URL, and the token is part of it
+    logging.getLogger(_name).addFilter(lambda record: record.getMessage() == redacted(record.getMessage()))
 
 
 class TelegramError(RuntimeError):
@@ -65,12 +60,11 @@ class TelegramNotifier:
         token = bot_token.get_secret_value() if isinstance(bot_token, SecretStr) else bot_token
         token = str(token or _credential("TELEGRAM_BOT_TOKEN")).strip()
         self.chat_id = str(chat_id or _credential("TELEGRAM_CHAT_ID")).strip()
-        if not re.fullmatch(r"\d+:[\w-]+", token, re.ASCII):
+        if not token.isascii() or redacted(token) != "…":  # or it would not be recognised in a log
             raise TelegramError(f"set TELEGRAM_BOT_TOKEN to your bot's token, 123456:AAq7… {_WHERE}")
         if not re.fullmatch(r"-?\d+|@\w+", self.chat_id):
             raise TelegramError(f"set TELEGRAM_CHAT_ID to a chat's number or @name {_WHERE}")
-        self._token = SecretStr(token)
-        self.base_url, self.timeout, self._migrated = base_url, timeout, False
+        self._token, self.base_url, self.timeout = SecretStr(token), base_url, timeout
 
     def __repr__(self) -> str:
         return f"TelegramNotifier(bot_token={self._token!r}, chat_id={self.chat_id!r})"
@@ -81,64 +75,52 @@ class TelegramNotifier:
         return redacted(f"The token is that of {bot.get('first_name')} (@{bot.get('username')}).")
 
     def send_message(self, text: str) -> None:
-        """Send plain text; what exceeds 4096 characters is cut off."""
-        self._call("sendMessage", text=_cut(text, 4096))
+        """Send plain text; what exceeds Telegram's 4096 characters (emoji count twice) is cut off."""
+        self._call("sendMessage", text=text if len(text) <= 4000 else text[:4000] + "…")
 
     def send_report(self, text: str, png: bytes | None = None) -> None:
         """Send text with a picture, as one message if it fits; a chat that refuses pictures gets the text."""
-        in_one = png is not None and text == _cut(text, 1024)
-        if not in_one:
+        if png is None or len(text) > 1000:  # a caption has up to 1024 characters
             self.send_message(text)
-        if png is None:
-            return
+            text = ""
         try:
-            return self._call("sendPhoto", png, caption=text if in_one else "")
+            if png is not None:
+                self._call("sendPhoto", png, caption=text)
         except TelegramError as error:
-            if error.status != 400 or not in_one:
+            if error.status != 400 or not text:
                 raise
-        self.send_message(text)
+            self.send_message(text)
 
     def _call(self, method: str, png: bytes | None = None, **fields: str) -> dict:
         """The result of one of the Bot API's methods; what is temporary is tried again."""
         until, pause = time.monotonic() + self.deadline, self.pause
         while not (reply := self._attempt(method, png, fields, until - time.monotonic())).get("ok"):
             status, parameters = reply.get("error_code"), reply.get("parameters") or {}
-            if (new := parameters.get("migrate_to_chat_id")) and not self._migrated:
-                self.chat_id, self._migrated = str(new), True  # once, in case the new number is answered the same way
-                warnings.warn(f"Telegram: the group has a new number, set TELEGRAM_CHAT_ID to {new}", stacklevel=4)
-                continue
             wait = max(pause, parameters.get("retry_after", 0))
             temporary = status in (None, 429) or status >= 500
             if not temporary or time.monotonic() + wait > until:
                 hint = "; is TELEGRAM_BOT_TOKEN right?" if status in (401, 404) else ""
-                description = redacted(reply.get("description", "").replace(self._token.get_secret_value(), "…"))
-                raise TelegramError(f"{status or ''} {description[:200]}{hint}".strip(), status)
+                if new := parameters.get("migrate_to_chat_id"):
+                    hint = f"; the group has a new number, set TELEGRAM_CHAT_ID to {new}"
+                raise TelegramError(f"{status or ''} {redacted(reply['description'])[:200]}{hint}".strip(), status)
             time.sleep(wait)
             pause *= 2
-        return reply.get("result")
+        return reply["result"]
 
-    def _attempt(self, method: str, png: bytes | None, fields: dict, seconds: float) -> dict:
+    def _attempt(self, method: str, png: bytes | None, fields: dict[str, str], seconds: float) -> dict:
         """The Bot API's reply to one request; other problems take the same form, as httpx's errors hold the URL."""
-        replies = queue.SimpleQueue()
-
-        def post():
-            reply = {"description": "no connection"}
-            try:
-                url = f"{self.base_url}/bot{self._token.get_secret_value()}/{method}"
-                data, files = {"chat_id": self.chat_id, **fields}, {"photo": ("picture.png", png)} if png else None
-                response = httpx.post(url, data=data, files=files, timeout=self.timeout, trust_env=False)
-                reply = {"description": "not an answer of the Bot API", "error_code": response.status_code}
-                reply |= response.json()
-            except Exception as error:
-                reply["description"] += f" ({type(error).__name__})"
-            replies.put(reply)
-
-        # in a thread that can be abandoned: httpx's timeout ends neither a DNS lookup nor an answer that trickles in
-        threading.Thread(target=post, name=_THREAD, daemon=True).start()
+        url = f"{self.base_url}/bot{self._token.get_secret_value()}/{method}"
+        content = {
+            "data": {"chat_id": self.chat_id, **fields},
+            "files": {"photo": ("picture.png", png)} if png else None,
+        }
+        reply = {"description": "no connection"}
         try:
-            return replies.get(timeout=max(seconds, 0.001))
-        except queue.Empty:
-            return {"description": f"no answer within {self.deadline:g} seconds"}
+            response = httpx.post(url, **content, timeout=min(self.timeout, max(seconds, 0.01)), trust_env=False)
+            reply = {"description": "not an answer of the Bot API", "error_code": response.status_code}
+            return reply | response.json()
+        except Exception as error:
+            return reply | {"description": f"{reply['description']} ({type(error).__name__})"}
 
 
 class _Messenger(Harmless):
@@ -150,26 +132,25 @@ class _Messenger(Harmless):
     def notifier(self) -> TelegramNotifier:
         return TelegramNotifier(self.config.telegram_bot_token, self.config.telegram_chat_id)
 
-    def check_credentials(self):
+    def check_credentials(self) -> None:
         """Raise TelegramError if they are malformed; a thread finds out whether Telegram accepts the token."""
+        threading.Thread(target=self._ask, args=(self.notifier,), name="telegram check", daemon=True).start()
 
-        def ask(notifier: TelegramNotifier):
-            try:
-                notifier.check()
-            except TelegramError as error:
-                if error.status in (401, 404):  # after any other problem, the messages may still get through
-                    self.fail(error)
+    def _ask(self, notifier: TelegramNotifier):
+        try:
+            notifier.check()
+        except TelegramError as error:
+            if error.status in (401, 404):  # after any other problem, the messages may still get through
+                self.fail(error)
 
-        threading.Thread(target=ask, args=(self.notifier,), name="telegram check", daemon=True).start()
-
-    def send(self, title: str, outcome: str, lines: list[str], table: pd.DataFrame | None = None):
+    def send(self, title: str, outcome: str, lines: list[str], table: pd.DataFrame | None = None) -> None:
         """Send a text, and the learning curves in a table."""
         info = self.config.telegram_additional_info
         text = "\n".join([f"{title}: {outcome}", *([info] if info else []), *lines])
         png = None if table is None or table.empty else learning_curves(table, title)
         self.notifier.send_report(redacted(text), png)
 
-    def send_run(self, title: str, name: str, result: dict, rows: list[dict]):
+    def send_run(self, title: str, name: str, result: dict, rows: list[dict]) -> None:
         """Send the result of a training."""
         lines = [line.format(**result) for key, line in _RUN_LINES.items() if key in result]
         self.send(title, "training finished", [f"run: {name}", *lines], pd.DataFrame(rows))
@@ -180,43 +161,35 @@ class TelegramCallback(_Messenger, ServiceCallback):
 
     def __init__(self, trainer):
         super().__init__(trainer)
-        self.config, self._training = trainer.config, False
-        self._title = f"{type(trainer.model).__name__} on {trainer.data.name}"
+        self.config, self._title = trainer.config, f"{type(trainer.model).__name__} on {trainer.data.name}"
 
     @harmless
     def on_train_begin(self, args, state, control, **kwargs):
-        self._training = True
         self.check_credentials()
 
     @harmless
     def on_train_end(self, args, state, control, **kwargs):
-        self._training = False
-        result, rows = self.test_result(), history(state.log_history)  # of the best weights, which are loaded by now
-        if rows:
-            best = best_row(rows, self.config.early_stopping_metric)
-            result |= best | {"best_epoch": best["epoch"], "epochs": len(rows), "seconds": rows[-1]["seconds"]}
-        self.send_run(self._title, self.trainer.run_name, result, rows)
+        rows = history(state.log_history)
+        best = best_row(rows, self.config.early_stopping_metric)  # whose weights are loaded by now
+        result = {**best, **self.test_result(), "best_epoch": best["epoch"], "epochs": len(rows)}
+        self.send_run(self._title, self.trainer.run_name, result | {"seconds": rows[-1]["seconds"]}, rows)
 
     @harmless
     def on_train_failed(self, error: BaseException):
-        if self._training:  # otherwise somebody interrupted the sending of its result
-            epochs = f"after {self.trainer.state.epoch or 0:.1f} of {self.config.num_epochs} epochs"
-            lines = [f"run: {self.trainer.run_name}", epochs, _line(error)]
-            self.send(self._title, f"training {_outcome(error)}", lines)
+        epochs = f"after {self.trainer.state.epoch or 0:.1f} of {self.config.num_epochs} epochs"
+        self.send(self._title, f"training {_outcome(error)}", [f"run: {self.trainer.run_name}", epochs, _line(error)])
 
 
 class ExperimentMessages(_Messenger):
     """Sends the outcome of an experiment and, with `telegram_every_run`, of each run; a context manager around it.
 
     The runs themselves send nothing, so worker processes need no credentials. If nothing was trained and nothing
-    failed, nothing is sent. `experiment` needs `config`, `data`, `models` and `seeds`; by (model, seed) its `runs`
-    (`path`, `result`, `history`) and `failures` (texts); `values(model)`, which gives test accuracies by seed; and
-    `histories()`, which gives one table of all histories.
+    failed, nothing is sent.
     """
 
     def __init__(self, experiment):
         self.experiment, self.config = experiment, experiment.config
-        self._pending, self._sent, self._began = set(), set(), time.monotonic()
+        self._pending, self._began = set(), time.monotonic()
 
     def __enter__(self):
         return self
@@ -234,9 +207,8 @@ class ExperimentMessages(_Messenger):
     @harmless
     def run_ended(self, key: tuple[str, int]):
         """Send the outcome of a run that finished or failed, if the config asks for it."""
-        if not self.config.telegram_every_run or key in self._sent:
+        if not self.config.telegram_every_run:
             return
-        self._sent.add(key)
         title = f"{key[0]} on {self.experiment.data.name}, seed {key[1]}"
         if run := self.experiment.runs.get(key):
             self.send_run(title, run.path.name, run.result, run.history)
@@ -250,8 +222,9 @@ class ExperimentMessages(_Messenger):
         lines = [
             f"runs: {len(result.runs)} of {total} finished ({loaded} loaded), {len(result.failures)} failed",
             f"duration: {timedelta(seconds=round(time.monotonic() - self._began))}",
-            *([_line(error), "Run it again to continue where it stopped."] if error else []),
         ]
+        if error:
+            lines += [_line(error), "Run it again to continue where it stopped."]
         for name in result.models:
             if values := result.values(name).values():
                 lines.append(f"{name}: test accuracy {sum(values) / len(values):.2%} (n = {len(values)})")
@@ -282,18 +255,12 @@ def _line(error: BaseException) -> str:
     return ": ".join([type(error).__name__, *redacted(str(error)).splitlines()[:1]])[:500]
 
 
-def _cut(text: str, limit: int) -> str:
-    """A text of at most so many UTF-16 units, in which Telegram counts."""
-    units = text.encode("utf-16-le", "replace")
-    kept = units if len(units) <= 2 * limit else units[: 2 * limit - 2] + "…".encode("utf-16-le")
-    return kept.decode("utf-16-le", "ignore")
-
-
 def _credential(name: str) -> str:
     """From the environment, or from Colab's secrets."""
-    text = os.environ.get(name, "")
+    if text := os.environ.get(name):
+        return text
     with contextlib.suppress(Exception):  # this is not Colab, or there is no such secret
         from google.colab import userdata
 
-        text = text or userdata.get(name)
-    return text
+        return userdata.get(name)
+    return ""

@@ -1,17 +1,22 @@
-"""Weights & Biases: each training becomes a run there, and nothing that goes wrong with it harms the training."""
+"""Weights & Biases: each training becomes a run there. What goes wrong with an optional service harms no training."""
 
+import contextlib
+import functools
 import os
 import platform
 import secrets
 import time
+import warnings
+import weakref
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
+from transformers import TrainerCallback
 
+from lablib.config import redacted
 from lablib.metrics import best_row, history
-from lablib.services import ServiceCallback, harmless
 
 # The fields of a TrainingConfig that are logged: a list of what may leave this machine, as others hold secrets.
 LOGGED = [
@@ -19,15 +24,69 @@ LOGGED = [
     "max_grad_norm", "validation_split", "max_train_images", "early_stopping_patience", "early_stopping_metric",
     "rotation_degrees", "translation_fraction", "horizontal_flip", "crop_padding", "seed", "deterministic",
 ]  # fmt: skip
-_OFFLINE = "WANDB_MODE=offline keeps the run on this machine, without an account"
 _PRIVATE = {
     "console": "off",  # not what is printed
     "disable_code": True,  # nor the notebook
     "disable_git": True,  # nor uncommitted changes
     "x_disable_meta": True,  # nor the command line
 }
-_UNLESS_SET = {"quiet": True, "init_timeout": 7, "finish_timeout": 60}  # seconds; overridden by WANDB_INIT_TIMEOUT, ...
 _unavailable = set()  # what failed in this process, so that the runs of an experiment wait and warn only once
+
+
+class Harmless:
+    """Something optional: the first error in one of its `@harmless` methods is a warning, and then they do nothing."""
+
+    service = "the service"
+    broken = False
+
+    def fail(self, error: BaseException) -> None:
+        """Say once what is wrong, and do nothing more."""
+        if self.broken:
+            return
+        self.broken = True
+        with contextlib.suppress(Exception):
+            self.give_up()
+        reason = redacted(str(error)) or type(error).__name__
+        # without a line of somebody else's source below the message
+        warnings.warn_explicit(f"{self.service}: {reason}; continuing without it", UserWarning, "lablib", 0)
+
+    def give_up(self) -> None:
+        """Let go of what the service holds."""
+
+
+def harmless(method):
+    """Decorate a method of a `Harmless` that may fail. It leaves PyTorch's random state as it was."""
+
+    @functools.wraps(method)
+    def guarded(self, *args, **kwargs):
+        if self.broken:
+            return
+        with torch.random.fork_rng(devices=[]):
+            try:
+                method(self, *args, **kwargs)
+            except Exception as error:
+                self.fail(error)
+
+    return guarded
+
+
+class ServiceCallback(Harmless, TrainerCallback):
+    """A callback that knows its trainer, and that hears of a failed training too; only the first process has it."""
+
+    def __init__(self, trainer):
+        self._trainer = weakref.ref(trainer)  # which has this callback
+        self.broken = not trainer.is_world_process_zero()
+
+    @property
+    def trainer(self):
+        return self._trainer()
+
+    def on_train_failed(self, error: BaseException) -> None:
+        """The training ended with an exception, which may be a KeyboardInterrupt."""
+
+    def test_result(self) -> dict[str, float]:
+        """Loss and accuracy on the test set; empty under `torchrun`, where every process would have to take part."""
+        return self.trainer.final_test() if self.trainer.args.world_size == 1 else {}
 
 
 class WandbCallback(ServiceCallback):
@@ -46,18 +105,18 @@ class WandbCallback(ServiceCallback):
         start = time.perf_counter()
         self._steps = -(-len(train_dataloader) // args.gradient_accumulation_steps)  # an epoch
         self._histograms = {}
-        self._wandb = _installed_wandb()
-        mode = self._wandb and _mode(self._wandb)
+        self._wandb, mode = _wandb_and_mode()
         settings = [os.environ.get(name) for name in ("WANDB_API_KEY", "WANDB_BASE_URL")]
-        way = hash((self._wandb, mode, self.trainer.config.wandb_project, *settings))
-        if way in _unavailable:
+        attempt = hash((self._wandb, mode, self.trainer.config.wandb_project, *settings))
+        if attempt in _unavailable:
             self.broken = True
             return
         try:
             self._begin(Path(args.output_dir) / "wandb_run_id", mode, resumed=state.global_step > 0)
         except Exception as error:
-            _unavailable.add(way)
-            raise RuntimeError(f"{error}; {_OFFLINE}" if self._wandb and mode != "offline" else str(error)) from error
+            _unavailable.add(attempt)
+            hint = "; WANDB_MODE=offline keeps the run on this machine, without an account"
+            raise RuntimeError(f"{error}{hint if self._wandb and mode != 'offline' else ''}") from error
         finally:
             self.trainer._clock += time.perf_counter() - start  # a run's seconds are those of its training
 
@@ -69,6 +128,7 @@ class WandbCallback(ServiceCallback):
         trainer, config = self.trainer, self.trainer.config
         if not resumed or not id_file.exists():
             id_file.write_text(secrets.token_hex(4))
+        patience = {"init_timeout": float(os.environ.get("WANDB_INIT_TIMEOUT", 7)), "finish_timeout": 60}  # seconds
         self.run = self._wandb.init(
             project=config.wandb_project,
             group=config.wandb_group or trainer.data.name,
@@ -80,7 +140,7 @@ class WandbCallback(ServiceCallback):
             config=described(trainer),
             dir=os.environ.get("WANDB_DIR") or str(Path(config.output_dir).resolve()),
             mode=mode,
-            settings=_PRIVATE | {k: v for k, v in _UNLESS_SET.items() if f"WANDB_{k.upper()}" not in os.environ},
+            settings=_PRIVATE | patience | {"quiet": True},
         )
         self.run.define_metric("epoch")
         self.run.define_metric("*", step_metric="epoch")
@@ -112,26 +172,23 @@ class WandbCallback(ServiceCallback):
     def on_train_end(self, args, state, control, **kwargs):
         if self.run:
             rows, test = history(state.log_history), self.test_result()  # the best weights are loaded by now
-            result = {"epochs": len(rows)} | {k: test[k] for k in ("test_loss", "test_accuracy") if k in test}
-            if rows:
-                best = best_row(rows, self.trainer.config.early_stopping_metric)
-                result |= {"best_epoch": best["epoch"]} | {f"best_{k}": best[k] for k in ("val_loss", "val_accuracy")}
-            self.run.summary.update(result)
-            self._finish(exit_code=0)
+            best = best_row(rows, self.trainer.config.early_stopping_metric)
+            result = {f"best_{name}": best[name] for name in ("epoch", "val_loss", "val_accuracy")}
+            result |= {name: test[name] for name in ("test_loss", "test_accuracy") if name in test}
+            self._finish(0, epochs=len(rows), **result)
 
     @harmless
     def on_train_failed(self, error: BaseException) -> None:
-        if self.run:
-            self.run.summary["error"] = type(error).__name__  # its text may say more than is meant to leave
-            self._finish(exit_code=1)
+        self._finish(1, error=type(error).__name__)  # its text may say more than is meant to leave
 
     def give_up(self) -> None:
-        if self.run:
-            self._finish(exit_code=1)
+        self._finish(1)
 
-    def _finish(self, exit_code: int):
-        run, self.run = self.run, None
-        run.finish(exit_code=exit_code)
+    def _finish(self, exit_code: int, **summary):
+        if self.run:
+            self.run.summary.update(summary)
+            run, self.run = self.run, None
+            run.finish(exit_code=exit_code)
 
 
 def described(trainer) -> dict:
@@ -153,25 +210,24 @@ def described(trainer) -> dict:
     }
 
 
-def _installed_wandb():
+def _wandb_and_mode() -> tuple:
+    """The package, or None, and its mode as the environment has it now; None if that is online without a login.
+
+    It asks for nothing.
+    """
     try:
         import wandb
         from wandb import init  # noqa: F401  # a folder of runs, named wandb, can be imported too
     except ImportError:
-        return None
-    return wandb
-
-
-def _mode(wandb) -> str | None:
-    """W&B's mode, as the environment has it now; None if that is online and there is no login. Asks for nothing."""
+        return None, None
     settings = wandb.setup().settings
     mode = os.environ.get("WANDB_MODE") or settings.mode
     if wandb.run:  # the user's; `wandb.login` would refuse
-        return "offline" if wandb.run.offline else mode
+        return wandb, "offline" if wandb.run.offline else mode
     if mode in ("offline", "dryrun", "disabled"):
-        return mode
+        return wandb, mode
     silent, settings.silent = settings.silent, True  # or it waits for the server to say who this is
     try:
-        return mode if wandb.login(prompt=False, verify=False) else None
+        return wandb, mode if wandb.login(prompt=False, verify=False) else None
     finally:
         settings.silent = silent

@@ -40,7 +40,7 @@ from lablib.hardware import (
 )
 from lablib.metrics import BatchMeter, combined, cross_entropy, evaluation_metrics
 from lablib.resuming import ResumableTrainer
-from lablib.services import ServiceCallback
+from lablib.tracking import ServiceCallback
 
 _EVALUATION_PIXELS = 2**22  # at most in a batch that is larger than the training's
 _OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}

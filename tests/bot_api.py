@@ -82,13 +82,6 @@ def hang(handler: "_Handler"):
     handler.server.closing.wait()
 
 
-def drip(handler: "_Handler"):
-    """Send a header that does not end, a byte now and then, so that no single wait is long."""
-    handler.wfile.write(b"HTTP/1.1 200 OK\r\nX-Long: ")
-    while not handler.server.closing.wait(0.02):
-        handler.wfile.write(b"x")
-
-
 class BotApi:
     """A server at `url`, as a context manager, with the `requests` that came; `script` answers the next ones."""
 

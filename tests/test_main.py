@@ -2,8 +2,11 @@
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from torch import nn
@@ -34,14 +37,15 @@ def run(tmp_path, capsys):
 
 @pytest.fixture
 def refusal(tmp_path, capsys):
-    """Runs the command with options that are not allowed, and gives the last line that it prints."""
+    """Runs the command with options that are not allowed, and gives the line that it prints."""
 
     def refusal(*options: str) -> str:
         with pytest.raises(SystemExit) as exit:
             main([*options, "--output-dir", str(tmp_path / "runs")])
         assert exit.value.code == 2
         assert not (tmp_path / "runs").exists()
-        return capsys.readouterr().err.splitlines()[-1]
+        (line,) = capsys.readouterr().err.splitlines()
+        return line
 
     return refusal
 
@@ -75,21 +79,25 @@ def test_a_run_teaches_another_one(run):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (
-            ["MLP", "--batch-size", "many"],
-            "TrainingConfig: batch_size = 'many', but batch_size should be a valid integer",
-        ),
-        (["MLP", "--optimizer", "lion"], "optimizer should be 'adam', 'adamw' or 'sgd'"),
-        (["MLP", "--depth", "2"], "MLP has no --depth; it has --dropout, --hidden-sizes"),
+        (["MLP", "--batch-size", "many"], "argument --batch-size: should be a valid integer"),
+        (["MLP", "--optimizer", "lion"], "argument --optimizer: should be 'adam', 'adamw' or 'sgd'"),
+        (["MLP", "--horizontal-flip", "maybe"], "argument --horizontal-flip: should be a valid boolean"),
+        (["MLP", "--depth", "2"], "argument --depth: MLP has none"),
         (["SimpleCNN"], "SimpleCNN needs --depth"),
         (["SimpleCNN", "--depth", "9"], "too small for depth 9"),
         (["MLP", "--data", "mnits"], "did you mean 'mnist'?"),
-        (["MLP", "--teacher", "nowhere"], "teacher = nowhere, but there is no finished run"),
-        (["VGG"], "invalid choice: 'VGG'"),
+        (["MLP", "--teacher", "nowhere"], "argument --teacher: there is no finished run in nowhere"),
+        (["VGG"], "argument model: invalid choice: 'VGG'"),
     ],
 )
-def test_what_is_not_allowed_is_refused_with_its_reason(refusal, options, words):
+def test_what_is_not_allowed_is_refused_in_one_line_with_its_reason(refusal, options, words):
     assert words in refusal(*options)
+
+
+def test_a_token_in_the_chats_place_is_refused_and_not_shown(refusal):
+    token = "123456:" + 35 * "A"
+    assert token not in (said := refusal("MLP", "--telegram-chat-id", token))
+    assert "argument --telegram-chat-id: " in said
 
 
 def test_a_teacher_of_a_class_that_the_command_does_not_know_is_refused(refusal, tmp_path):
@@ -103,8 +111,26 @@ def test_every_knob_is_an_option_with_its_comment_and_no_token_is(capsys):
         main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert "--early-stopping-patience VALUE epochs without improvement; None or 0: never (default: 10)" in text
+    assert "--depth VALUE SimpleCNN, ResidualCNN (required)" in text
+    assert "--width VALUE SimpleCNN, ResidualCNN (default: 16)" in text
     assert "--telegram-chat-id" in text
     assert "token VALUE" not in text
+
+
+def test_ctrl_c_leaves_a_checkpoint_and_one_line_that_says_how_far_the_run_came(tmp_path):
+    options = ["--num-epochs", "400", "--early-stopping-patience", "0", *SMALL[2:], "--output-dir", str(tmp_path)]
+    command = [sys.executable, "-m", "lablib", "MLP", *options]
+    quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, **quiet)
+    while process.poll() is None and not list(tmp_path.glob("*/history.jsonl")):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    out, said = process.communicate(timeout=60)
+    (history,) = tmp_path.glob("*/history.jsonl")
+    assert (process.returncode, out) == (130, ""), said
+    said = re.fullmatch(r"interrupted at epoch (\d+) of 400; run the same command again to resume\n", said)
+    assert int(said[1]) == len(history.read_text().splitlines()) + 1
+    assert list(history.parent.glob("checkpoints/checkpoint-*"))
 
 
 def test_two_processes_train_a_run_from_the_command_line_and_one_loads_it(run, tmp_path):

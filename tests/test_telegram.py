@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 import torch
-from bot_api import BotApi, closed_port, drip, error, hang, reply, reset
+from bot_api import BotApi, closed_port, error, hang, reply, reset
 from matplotlib.figure import Figure
 from pydantic import SecretStr
 from transformers import TrainerCallback
@@ -102,16 +102,16 @@ class At(TrainerCallback):
 
 def test_arguments_come_before_the_environment_and_the_environment_before_colab(api, monkeypatch):
     colab = ModuleType("google.colab")
-    colab.userdata = SimpleNamespace(get={"TELEGRAM_BOT_TOKEN": "3:colab", "TELEGRAM_CHAT_ID": "333"}.__getitem__)
+    colab.userdata = SimpleNamespace(get={"TELEGRAM_BOT_TOKEN": f"3{TOKEN}", "TELEGRAM_CHAT_ID": "333"}.__getitem__)
     monkeypatch.setitem(sys.modules, "google", ModuleType("google"))
     monkeypatch.setitem(sys.modules, "google.colab", colab)
     TelegramNotifier(base_url=api.url).send_message("text")
-    monkeypatch.setenv("TELEGRAM_BOT_TOKEN", " 2:environment\n")
+    monkeypatch.setenv("TELEGRAM_BOT_TOKEN", f" 2{TOKEN}\n")
     monkeypatch.setenv("TELEGRAM_CHAT_ID", "@name")
     TelegramNotifier(base_url=api.url).send_message("text")
-    TelegramNotifier(SecretStr("1:secret"), 111, api.url).send_message("text")
+    TelegramNotifier(SecretStr(f"1{TOKEN}"), 111, api.url).send_message("text")
     used = [(request.token, request.fields["chat_id"]) for request in api.requests]
-    assert used == [("3:colab", "333"), ("2:environment", "@name"), ("1:secret", "111")]
+    assert used == [(f"3{TOKEN}", "333"), (f"2{TOKEN}", "@name"), (f"1{TOKEN}", "111")]
 
 
 @pytest.mark.parametrize(
@@ -137,29 +137,15 @@ def test_a_report_is_one_message_if_it_fits_and_only_text_if_the_chat_refuses_pi
     text = "ended: 97 % <b>&amp; _now_ *\n\n“é” 🎉 + a=b&c"
     notifier.send_report(text, PNG)
     notifier.send_report(text + "x" * 1024, PNG)
-    notifier.send_report(text)
+    notifier.send_report("x" * 4001)
     assert api.methods() == ["sendPhoto", "sendMessage", "sendPhoto", "sendMessage"]
-    assert [request.text for request in api.requests] == [text, text + "x" * 1024, "", text]
+    assert [request.text for request in api.requests] == [text, text + "x" * 1024, "", "x" * 4000 + "…"]
     assert [request.files.get("photo") for request in api.requests] == [PNG, None, PNG, None]
     assert {(request.token, request.fields["chat_id"]) for request in api.requests} == {(TOKEN, CHAT)}
     api.script = [error(400, "Bad Request: not enough rights to send photos to the chat")]
     notifier.send_report("only text", PNG)
     assert [request.text for request in api.requests[4:]] == ["only text"] * 2
     assert api.methods()[5] == "sendMessage"
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("x" * 4096, "x" * 4096),
-        ("x" * 4097, "x" * 4095 + "…"),
-        ("x" + "🎉" * 2048, "x" + "🎉" * 2047 + "…"),
-        ("broken \ud800 half", "broken ? half"),
-    ],
-)
-def test_a_long_message_is_cut_at_what_telegram_takes(text, expected, api, notifier):
-    notifier.send_message(text)
-    assert sent(api) == expected
 
 
 def test_check_says_whose_bot_it_is_also_where_an_event_loop_runs_as_in_a_notebook(notifier):
@@ -170,21 +156,6 @@ def test_check_says_whose_bot_it_is_also_where_an_event_loop_runs_as_in_a_notebo
 
 
 # Faults
-
-
-def test_a_group_that_became_a_supergroup_is_followed_once(api, notifier):
-    moved = error(400, "Bad Request: group chat was upgraded", parameters={"migrate_to_chat_id": -1009})
-    api.script = [moved]
-    with pytest.warns(
-        UserWarning, match="Telegram: the group has a new number, set TELEGRAM_CHAT_ID to -1009"
-    ) as warned:
-        notifier.send_report("text", PNG)
-    assert [request.fields["chat_id"] for request in api.requests] == [CHAT, "-1009"]
-    assert len(warned) == 1
-    api.script = [moved] * 9
-    with pytest.raises(TelegramError, match="400 Bad Request: group chat was upgraded"):
-        notifier.send_message("text")
-    assert len(api.requests) == 3
 
 
 def test_a_429_waits_as_long_as_it_says_but_not_beyond_the_deadline(api, notifier):
@@ -214,6 +185,10 @@ def test_what_is_temporary_is_tried_again_with_longer_and_longer_pauses(api, not
     [
         (error(400, "Bad Request: chat not found"), "^400 Bad Request: chat not found$"),
         (error(401, "Unauthorized"), "^401 Unauthorized; is TELEGRAM_BOT_TOKEN right.$"),
+        (
+            error(400, "upgraded", parameters={"migrate_to_chat_id": -9}),
+            "^400 upgraded; .* set TELEGRAM_CHAT_ID to -9$",
+        ),
         (error(403, f"no {TOKEN} nor 9:{'B' * 35}, {'etc. ' * 99}"), "^403 no … nor …, [etc. ]{180,200}$"),
         (reply(200, b"<html>Log in to the hotel's network</html>"), "^200 not an answer of the Bot API "),
         (reply(200, b"[1]"), "^200 not an answer of the Bot API "),
@@ -231,12 +206,7 @@ def test_other_answers_are_errors_at_once_and_hold_no_token(answer, problem, api
 @pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize(
     ("fault", "problem"),
-    [
-        (reset, "no connection|no answer"),
-        (hang, "no answer"),
-        (drip, "no answer"),
-        (error(503, "Unavailable"), "503 Unavailable|no answer"),
-    ],
+    [(reset, "no connection|not an answer"), (hang, "no connection"), (error(503, "Unavailable"), "503 Unavailable")],
 )
 def test_a_server_that_stays_bad_is_given_up_at_the_deadline(fault, problem, api, notifier):
     api.script = [fault] * 100
@@ -246,12 +216,13 @@ def test_a_server_that_stays_bad_is_given_up_at_the_deadline(fault, problem, api
     assert time.monotonic() - began < 5
 
 
-def test_a_message_passes_no_proxy_and_leaves_no_line_in_the_http_librarys_log(notifier, caplog, monkeypatch):
+def test_a_message_passes_no_proxy_and_the_http_librarys_log_has_no_token(notifier, caplog, monkeypatch):
     monkeypatch.setenv("HTTP_PROXY", closed_port())
     for name in ("httpx", "httpcore.connection", "httpcore.http11"):
         caplog.set_level(logging.DEBUG, name)
     notifier.send_message("text")
-    assert [record for record in caplog.records if record.name.startswith("http")] == []
+    assert len(caplog.records) > 5
+    assert TOKEN[10:] not in "".join(f"{record.getMessage()} {vars(record)}" for record in caplog.records)
 
 
 # A training
@@ -297,7 +268,7 @@ def test_a_training_that_fails_or_is_interrupted_sends_where_and_why(error, outc
     [
         (error(401, "Unauthorized"), "401 Unauthorized; is TELEGRAM_BOT_TOKEN right?"),
         (error(403, "Forbidden: bot was blocked by the user"), "403 Forbidden: bot was blocked by the user"),
-        (hang, "no answer within 0.4 seconds"),
+        (hang, "no connection (ReadTimeout)"),
     ],
 )
 def test_a_telegram_that_refuses_or_hangs_is_one_warning_and_the_training_gives_the_same_bits(
@@ -400,9 +371,4 @@ def test_the_picture_has_a_line_for_training_and_validation_or_for_each_model(mo
     learning_curves(table, "a run")
     learning_curves(pd.concat([table.assign(model=name) for name in "ab"]), "an experiment")
     labels = [[line.get_label() for line in axis.lines] for axis in drawn]
-    assert labels == [
-        list(part[:2]),
-        list(part[2:]),
-        ["validation, a", "validation, b"],
-        ["validation, a", "validation, b"],
-    ]
+    assert labels == [list(part[:2]), list(part[2:]), *[["validation, a", "validation, b"]] * 2]

@@ -26,7 +26,7 @@ from lablib import MLP, ImageData, ResidualCNN, SimpleCNN, StreamlinedTrainer, T
 from lablib.data import ImageBatches, stratified_subset
 from lablib.identity import build_seeded, run_identity
 from lablib.metrics import evaluation_metrics, history
-from lablib.services import ServiceCallback
+from lablib.tracking import ServiceCallback
 from lablib.trainer import NonFiniteLossError
 
 VALIDATION_SPLIT = 0.25  # of tiny_data's 36 images: 27 + 9
