@@ -7,6 +7,7 @@ import os
 import re
 import threading
 import time
+import warnings
 from datetime import timedelta
 from functools import cached_property
 
@@ -72,7 +73,7 @@ class TelegramNotifier:
     def check(self) -> str:
         """Ask Telegram whose token this is; the answer names the bot."""
         bot = self._call("getMe")
-        return redacted(f"The token is that of {bot.get('first_name')} (@{bot.get('username')}).")
+        return redacted(f"The token belongs to {bot.get('first_name')} (@{bot.get('username')}).")
 
     def send_message(self, text: str) -> None:
         """Send plain text; what exceeds Telegram's 4096 characters (emoji count twice) is cut off."""
@@ -96,12 +97,14 @@ class TelegramNotifier:
         until, pause = time.monotonic() + self.deadline, self.pause
         while not (reply := self._attempt(method, png, fields, until - time.monotonic())).get("ok"):
             status, parameters = reply.get("error_code"), reply.get("parameters") or {}
+            if (new := str(parameters.get("migrate_to_chat_id", ""))) and self.chat_id != new:
+                warnings.warn(f"Telegram: the group has a new chat ID; set TELEGRAM_CHAT_ID to {new}", stacklevel=4)
+                self.chat_id = new
+                continue
             wait = max(pause, parameters.get("retry_after", 0))
             temporary = status in (None, 429) or status >= 500
             if not temporary or time.monotonic() + wait > until:
                 hint = "; is TELEGRAM_BOT_TOKEN right?" if status in (401, 404) else ""
-                if new := parameters.get("migrate_to_chat_id"):
-                    hint = f"; the group has a new number, set TELEGRAM_CHAT_ID to {new}"
                 raise TelegramError(f"{status or ''} {redacted(reply['description'])[:200]}{hint}".strip(), status)
             time.sleep(wait)
             pause *= 2
@@ -117,7 +120,7 @@ class TelegramNotifier:
         reply = {"description": "no connection"}
         try:
             response = httpx.post(url, **content, timeout=min(self.timeout, max(seconds, 0.01)), trust_env=False)
-            reply = {"description": "not an answer of the Bot API", "error_code": response.status_code}
+            reply = {"description": "not a Bot API response", "error_code": response.status_code}
             return reply | response.json()
         except Exception as error:
             return reply | {"description": f"{reply['description']} ({type(error).__name__})"}

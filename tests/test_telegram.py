@@ -152,10 +152,22 @@ def test_check_says_whose_bot_it_is_also_where_an_event_loop_runs_as_in_a_notebo
     async def cell() -> str:
         return notifier.check()
 
-    assert asyncio.run(cell()) == "The token is that of Lab Bot (@lab_bot)."
+    assert asyncio.run(cell()) == "The token belongs to Lab Bot (@lab_bot)."
 
 
 # Faults
+
+
+def test_a_group_that_became_a_supergroup_is_followed_once(api, notifier):
+    moved = error(400, "Bad Request: group chat was upgraded", parameters={"migrate_to_chat_id": -1009})
+    api.script = [moved]
+    with pytest.warns(UserWarning, match="the group has a new chat ID; set TELEGRAM_CHAT_ID to -1009"):
+        notifier.send_report("text", PNG)
+    assert [request.fields["chat_id"] for request in api.requests] == [CHAT, "-1009"]
+    api.script = [moved] * 9
+    with pytest.raises(TelegramError, match="400 Bad Request: group chat was upgraded"):
+        notifier.send_message("text")
+    assert len(api.requests) == 3
 
 
 def test_a_429_waits_as_long_as_it_says_but_not_beyond_the_deadline(api, notifier):
@@ -185,15 +197,11 @@ def test_what_is_temporary_is_tried_again_with_longer_and_longer_pauses(api, not
     [
         (error(400, "Bad Request: chat not found"), "^400 Bad Request: chat not found$"),
         (error(401, "Unauthorized"), "^401 Unauthorized; is TELEGRAM_BOT_TOKEN right.$"),
-        (
-            error(400, "upgraded", parameters={"migrate_to_chat_id": -9}),
-            "^400 upgraded; .* set TELEGRAM_CHAT_ID to -9$",
-        ),
         (error(403, f"no {TOKEN} nor 9:{'B' * 35}, {'etc. ' * 99}"), "^403 no … nor …, [etc. ]{180,200}$"),
-        (reply(200, b"<html>Log in to the hotel's network</html>"), "^200 not an answer of the Bot API "),
-        (reply(200, b"[1]"), "^200 not an answer of the Bot API "),
+        (reply(200, b"<html>Log in to the hotel's network</html>"), "^200 not a Bot API response "),
+        (reply(200, b"[1]"), "^200 not a Bot API response "),
         (reply(200, {"ok": False, "description": "no"}), "^200 no$"),
-        (reply(307, b"", Location="http://127.0.0.1:9"), "^307 not an answer of the Bot API "),
+        (reply(307, b"", Location="http://127.0.0.1:9"), "^307 not a Bot API response "),
     ],
 )
 def test_other_answers_are_errors_at_once_and_hold_no_token(answer, problem, api, notifier):
@@ -206,7 +214,7 @@ def test_other_answers_are_errors_at_once_and_hold_no_token(answer, problem, api
 @pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize(
     ("fault", "problem"),
-    [(reset, "no connection|not an answer"), (hang, "no connection"), (error(503, "Unavailable"), "503 Unavailable")],
+    [(reset, "no connection|not a Bot API"), (hang, "no connection"), (error(503, "Unavailable"), "503 Unavailable")],
 )
 def test_a_server_that_stays_bad_is_given_up_at_the_deadline(fault, problem, api, notifier):
     api.script = [fault] * 100
