@@ -121,7 +121,7 @@ class TrainingConfig:
     rotation_degrees: Annotated[float, Field(ge=0, le=180)] = 10.0  # each image by an angle from [-r, r]
     translation_fraction: Share = 0.1  # a shift of up to this part of the height and of the width
     horizontal_flip: bool = False
-    crop_padding: Natural = 0  # pixels of 0 put around an image, of which a piece of the old size is cut out at random
+    crop_padding: Natural = 0  # zero padding in pixels, followed by a random crop to the original size
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast for convolutions if that is faster here
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda, else mps, else cpu
     seed: _Seed = 0  # split, initial weights, order of the images, augmentation, dropout

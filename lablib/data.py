@@ -160,7 +160,7 @@ def stratified_split(labels: torch.Tensor, validation_split: float, seed: int) -
             return train, validation
     raise ValueError(
         f"{len(labels)} images, {counts.min()} of the rarest of {len(classes)} classes, cannot be split with a share "
-        f"of {validation_split}: each part needs an image of each class; add images or change the share"
+        f"of {validation_split}: each part needs at least one image of each class; add images or change the share"
     )
 
 

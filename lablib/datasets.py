@@ -125,7 +125,7 @@ def _listed(folder: Path) -> tuple[list[str], list[tuple[str, int]]]:
     if empty := labels.keys() - {classes[label] for _, label in images}:
         raise ValueError(f"no image in {folder / min(empty)}; add some or delete the folder")
     if others := {*files} - {*images}:
-        warnings.warn(f"{len(others)} files are ignored, since they are not images: {min(others)[0]}", stacklevel=5)
+        warnings.warn(f"{len(others)} files are not images and are ignored, for example {min(others)[0]}", stacklevel=5)
     return classes, images
 
 
@@ -133,7 +133,7 @@ def _from_folder(folder: Path, size, channels: int) -> ImageData:
     (classes, train), (test_classes, test) = (_listed(folder / part) for part in ("train", "test"))
     if classes != test_classes:
         wrong = sorted({*classes} ^ {*test_classes})
-        raise ValueError(f"{folder}: train/ and test/ need the same classes; only one of them has {wrong}")
+        raise ValueError(f"{folder}: train/ and test/ need the same classes; these are in only one of them: {wrong}")
     paths, split = [path for path, _ in train + test], len(train)
     labels = np.array([label for _, label in train + test], dtype=np.int64)
     status = [(path.removeprefix(str(folder)), (s := os.stat(path)).st_size, s.st_mtime_ns) for path in paths]
@@ -193,14 +193,16 @@ def _decode(path: str, size, channels: int, shape: tuple[int, int, int] | None =
             image = Image.alpha_composite(white, image.convert("RGBA"))
         image = image.convert("L" if channels == 1 else "RGB")
     except Exception as error:  # Pillow's decoders raise many kinds
-        raise ValueError(f"{path} is damaged or no image ({error}); replace or delete it") from error
+        raise ValueError(f"{path} is damaged or not an image ({error}); replace or delete it") from error
     if mode[0] in "IF":  # Pillow cuts off what is above 255
-        raise ValueError(f"{path} has pixels of 16 or 32 bits (mode {mode}); save it with 8 bits a channel")
+        raise ValueError(f"{path} has pixels of 16 or 32 bits (mode {mode}); save it with 8 bits per channel")
     if size is not None:
         image = ImageOps.fit(image, size[::-1], Image.Resampling.BILINEAR)
     pixels = np.atleast_3d(np.asarray(image)).transpose(2, 0, 1)
     if shape not in (None, pixels.shape):
-        raise ValueError(f"{path} is {image.width} × {image.height} pixels, others are not; set image_size, as to 32")
+        raise ValueError(
+            f"the images differ in size ({path} is {image.width} × {image.height}); set image_size, for example 32"
+        )
     return np.ascontiguousarray(pixels)
 
 

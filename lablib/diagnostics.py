@@ -28,7 +28,7 @@ def gradient_norms(
     # a projection is the shortcut's, not a layer on the way through F
     layers = {name: weight for name, weight in layers.items() if not name.endswith(("projection", "downsample.0"))}
     if not layers:
-        raise ValueError(f"{type(model).__name__} has no linear or convolutional layer to take gradients of")
+        raise ValueError(f"{type(model).__name__} has no linear or convolutional layers to measure")
     images, labels = batch
     with eval_mode(model), torch.enable_grad():
         logits = outputs(model, images) if outputs else model(images)

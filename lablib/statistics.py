@@ -208,7 +208,7 @@ def recommend(table: pd.DataFrame) -> str:
     """
     finished = table[table["n"] >= min(2, table["n"].max())].dropna(subset="val_accuracy_mean")
     if finished.empty:
-        raise ValueError("no model has a finished run, so there is none to recommend")
+        raise ValueError("no finished runs, so no model can be recommended")
     best = finished.loc[finished["val_accuracy_mean"].idxmax()]
     error = 0.0 if math.isnan(best["val_accuracy_std"]) else best["val_accuracy_std"] / math.sqrt(best["n"])
     close = finished[finished["val_accuracy_mean"] >= best["val_accuracy_mean"] - error]

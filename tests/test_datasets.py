@@ -178,7 +178,7 @@ def test_other_files_are_named_in_a_warning_and_hidden_ones_are_passed_over(fold
         (path := folder / "train" / "dog" / name).parent.mkdir(exist_ok=True)
         path.write_bytes(b"no image to Pillow")
     (folder / "train" / ".hidden").mkdir()
-    with pytest.warns(UserWarning, match="2 files are ignored, since they are not images: .*x.heic") as caught:
+    with pytest.warns(UserWarning, match="2 files are not images and are ignored, for example .*x.heic") as caught:
         data = load_data(folder)
     assert [warning.filename for warning in caught] == [__file__]
     assert len(data.train_labels) == 10
@@ -271,11 +271,11 @@ def encoded(pixels: np.ndarray, kind: str) -> bytes:
 
 NOISE = GENERATOR.integers(0, 256, (64, 64, 3), dtype=np.uint8)  # large, so that a cut leaves the header whole
 UNFIT = {
-    "empty.png": (b"", "is damaged or no image"),
-    "page.jpg": (b"<html>not found</html>", "is damaged or no image"),
-    "cut.png": (encoded(NOISE, "png")[:-1500], "is damaged or no image"),
-    "cut.jpg": (encoded(NOISE, "jpeg")[:-1500], "is damaged or no image"),
-    "0.bmp": (encoded(NOISE, "bmp")[:-1500], "is damaged or no image"),  # the first one
+    "empty.png": (b"", "is damaged or not an image"),
+    "page.jpg": (b"<html>not found</html>", "is damaged or not an image"),
+    "cut.png": (encoded(NOISE, "png")[:-1500], "is damaged or not an image"),
+    "cut.jpg": (encoded(NOISE, "jpeg")[:-1500], "is damaged or not an image"),
+    "0.bmp": (encoded(NOISE, "bmp")[:-1500], "is damaged or not an image"),  # the first one
     "deep.png": (encoded(np.full((7, 5), np.uint16(300)), "png"), "has pixels of 16 or 32 bits"),
     "deep.tiff": (encoded(np.full((7, 5), np.float32(0.5)), "tiff"), "has pixels of 16 or 32 bits"),
     "narrow.png": (encoded(PHOTO[:, :3], "png"), "is 3 × 7 pixels, .*set image_size"),

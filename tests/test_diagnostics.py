@@ -70,7 +70,7 @@ def test_convolutions_are_layers_and_one_that_is_not_used_has_no_gradient(batch)
     table = gradient_norms(Network(), batch)
     assert table["name"].tolist() == ["unused", "convolution"]
     assert (table["norm"] > 0).tolist() == [False, True]
-    with pytest.raises(ValueError, match="Flatten has no linear or convolutional layer to take gradients of"):
+    with pytest.raises(ValueError, match="Flatten has no linear or convolutional layers to measure"):
         gradient_norms(nn.Flatten(), batch)
 
 
