@@ -12,6 +12,7 @@ import sys
 import sysconfig
 from collections.abc import Callable
 from contextlib import suppress
+from enum import Enum
 from functools import cache, lru_cache, partial
 from pathlib import Path, PurePath
 from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType, ModuleType
@@ -158,6 +159,8 @@ def describe(value: Any, where: str, _above: tuple[int, ...] = (), _code: dict |
         return [inside(value.__self__), f"{value.__module__}.{value.__name__}"]
     if isinstance(value, ModuleType) and _is_installed(value.__name__):
         return value.__name__
+    if isinstance(value, Enum) and _installed(kind):
+        return f"{_installed(kind)}.{value.name}"
     attributes, copied = getattr(value, "__dict__", {}), ()
     with suppress(Exception):  # a lock, an open file, what lies outside of Python
         copied = value.__reduce_ex__(4)  # what pickle would make of it

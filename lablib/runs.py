@@ -107,9 +107,9 @@ def train_or_load(
 
     `build_model` builds the network anew at each call. `trainer_class` is another trainer than StreamlinedTrainer: its
     class, or a `functools.partial` with what else it needs, such as a teacher. With `weights` a published run, which
-    has none, does not count. A damaged run is reported by a warning, set aside and trained again. Where another process
-    trains the same run, this one waits and loads what it finds. `identity` is what `run_identity` gave for the same
-    arguments, where that is known. Raises as `run_identity` and the trainer do.
+    has none, does not count. A damaged run is reported by a warning and trained again. Where another process trains the
+    same run, this one waits and loads what it finds. `identity` is what `run_identity` gave for the same arguments,
+    where that is known. Raises as `run_identity` and the trainer do.
     """
     trainer_class, callbacks = separate_callbacks(trainer_class, callbacks)
     described = identity or run_identity(build_model, config, data, trainer_class, callbacks)
@@ -140,7 +140,8 @@ def find_run(name: str, output_dir: str | Path, weights: bool = False) -> Run | 
                 shutil.rmtree(run.path / "checkpoints", ignore_errors=True)  # the process was ended before it could
                 return run
         except DamagedRunError as error:
-            warnings.warn(f"{error}. The run is set aside, and trained again.", stacklevel=3)
+            what = "The run is set aside: another copy is loaded, or it is trained again"
+            warnings.warn(f"{error}. {what}.", stacklevel=3)
     return None
 
 
@@ -186,9 +187,7 @@ def _train(path: Path, described, build_model, config, data, trainer_class, call
 
     from lablib.trainer import StreamlinedTrainer
 
-    class HistoryWriter(TrainerCallback):
-        """Keeps history.jsonl up to date in each epoch, for whoever watches the run."""
-
+    class HistoryWriter(TrainerCallback):  # for whoever watches the run
         def on_evaluate(self, args, state, control, **kwargs):
             if state.is_world_process_zero:
                 write_atomically(path / "history.jsonl", _json_lines(history(state.log_history)), sync=False)
@@ -211,16 +210,15 @@ def _train(path: Path, described, build_model, config, data, trainer_class, call
     trainer.train(resume_from_checkpoint=trainer.newest_checkpoint())
     rows, prediction = history(trainer.state.log_history), trainer.predict_test()
     result = _result(trainer, rows, prediction.metrics)
-    if not first:
-        return
-    files = {
-        _WEIGHTS: safetensors.torch.save(contiguous_weights(trainer.model)),
-        "history.jsonl": _json_lines(rows),
-        "identity.json": json.dumps(described, indent=1).encode(),
-        "measured.npz": _measured(trainer, prediction.predictions, initial | _gradients(trainer, "trained")),
-    }
-    _write(path, result, files)
-    shutil.rmtree(path / "checkpoints", ignore_errors=True)
+    if first:
+        files = {
+            _WEIGHTS: safetensors.torch.save(contiguous_weights(trainer.model)),
+            "history.jsonl": _json_lines(rows),
+            "identity.json": json.dumps(described, indent=1).encode(),
+            "measured.npz": _measured(trainer, prediction.predictions, initial | _gradients(trainer, "trained")),
+        }
+        _write(path, result, files)
+        shutil.rmtree(path / "checkpoints", ignore_errors=True)
 
 
 def _result(trainer, rows: list[dict], test: dict[str, float]) -> dict[str, Any]:
