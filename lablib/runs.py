@@ -1,23 +1,14 @@
-"""The run store: a finished run is loaded, an interrupted one resumed, a new one trained.
-
-python -m lablib.runs list       what lies in runs/ and in results/runs/
-python -m lablib.runs publish    copy the finished runs of runs/ to results/runs/, without their weights
-python -m lablib.runs clean      delete interrupted and damaged runs, after asking; --finished: all of them
-"""
+"""The run store: a finished run is loaded, an interrupted one resumed, a new one trained."""
 
 import argparse
-import hashlib
 import io
 import json
-import os
 import shutil
-import sys
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +23,7 @@ from lablib.checkpoints import check_room, contiguous_weights, own_memory, write
 from lablib.config import TrainingConfig, num_processes
 from lablib.data import ImageData
 from lablib.diagnostics import gradient_norms
-from lablib.identity import build_seeded, run_identity, run_name
+from lablib.identity import build_seeded, run_identity, run_name, sha256
 from lablib.metrics import best_row, history
 
 PUBLISHED = Path(__file__).resolve().parents[1] / "results" / "runs"  # runs that every checkout has, without weights
@@ -47,10 +38,7 @@ class DamagedRunError(OSError):
 
 @dataclass(frozen=True)
 class Run:
-    """One finished training: its result, its history by epoch, and in `path` what was measured and the best weights.
-
-    A published run has no weights.
-    """
+    """A finished training; in `path` is what was measured, and unless it was published, the best epoch's weights."""
 
     path: Path
     result: dict[str, Any]
@@ -69,10 +57,10 @@ class Run:
         Raises ValueError if the run was published without its weights.
         """
         if not self.has_weights:
+            which = "{model} on {dataset}, seed {seed}".format(**self.result)
             raise ValueError(
-                f"the run {self.path.name} ({self.result['model']} on {self.result['dataset']}, seed "
-                f"{self.result['seed']}) was published without its weights. Train it to have them: call experiment or "
-                "train_or_load with weights=True for this network and seed"
+                f"the run {self.path.name} ({which}) was published without its weights. Train it to have them: call "
+                "experiment or train_or_load with weights=True for this network and seed"
             )
         own_memory(model)
         model.load_state_dict(safetensors.torch.load_file(self.path / _WEIGHTS))
@@ -119,88 +107,70 @@ def train_or_load(
 
     `build_model` builds the network anew at each call. `trainer_class` is another trainer than StreamlinedTrainer: its
     class, or a `functools.partial` with what else it needs, such as a teacher. With `weights` a published run, which
-    has none, does not count. A damaged run is reported by a warning, set aside and trained again. Where another process
-    trains the same run, this one waits and loads what it finds. `identity` is what `run_identity` gave for the same
-    arguments, where that is known. Raises as `run_identity` and the trainer do.
+    has none, does not count. A damaged run is reported by a warning and trained again. Where another process trains the
+    same run, this one waits and loads what it finds. `identity` is what `run_identity` gave for the same arguments,
+    where that is known. Raises as `run_identity` and the trainer do.
     """
     trainer_class, callbacks = separate_callbacks(trainer_class, callbacks)
     described = identity or run_identity(build_model, config, data, trainer_class, callbacks)
-    name = run_name(described)
-    path = Path(config.output_dir) / name
-    task = (path, described, build_model, config, data, trainer_class, callbacks)
-    if num_processes() > 1:
-        return _train_or_load_together(weights, *task)
-    if run := find_run(name, config.output_dir, weights):
+    path, together = Path(config.output_dir) / run_name(described), num_processes() > 1
+    if not together and (run := find_run(path.name, config.output_dir, weights)):
         return run
-    with _locked(path):
-        return find_run(name, config.output_dir, weights) or _train(*task)
+    # of several processes (`torchrun`) the first looks after the store; the arguments make them a group
+    first = not together or config.to_training_arguments(str(path)).process_index == 0
+    with _locked(path) if first else nullcontext():
+        found = [first and find_run(path.name, config.output_dir, weights)]  # another process may have been faster
+        if together:
+            torch.distributed.broadcast_object_list(found)
+        if not found[0]:
+            _train(path, described, build_model, config, data, trainer_class, callbacks)
+        if together:
+            torch.distributed.barrier()
+    return found[0] or load_run(path)
 
 
 def find_run(name: str, output_dir: str | Path, weights: bool = False) -> Run | None:
-    """A finished run by its name, from a store or, unless weights are needed, from the published ones; or None."""
-    path = Path(output_dir) / name
-    try:
-        run = load_run(path)
-    except DamagedRunError:
-        with _locked(path):
-            run = _load_or_set_aside(path)
-    if run:
-        shutil.rmtree(path / "checkpoints", ignore_errors=True)  # the process may have ended before it could
-    if run or weights:
-        return run
-    try:
-        return load_run(PUBLISHED / name)
-    except DamagedRunError as error:
-        warnings.warn(f"{error}. The published run is passed over.", stacklevel=3)
-        return None
+    """A finished run by its name, from a store or, unless weights are needed, from the published ones; or None.
+
+    A damaged one does not count, and is reported by a warning.
+    """
+    for folder in (output_dir,) if weights else (output_dir, PUBLISHED):
+        try:
+            if run := load_run(Path(folder) / name):
+                shutil.rmtree(run.path / "checkpoints", ignore_errors=True)  # the process was ended before it could
+                return run
+        except DamagedRunError as error:
+            what = "The run is set aside: another copy is loaded, or it is trained again"
+            warnings.warn(f"{error}. {what}.", stacklevel=3)
+    return None
 
 
 def load_run(path: Path) -> Run | None:
     """A finished run, or None if it is not finished. Raises DamagedRunError if its files are not what was written."""
-    try:
-        result = json.loads((path / "result.json").read_bytes())
-        sums = dict(result.pop("sha256"))
-    except FileNotFoundError:
+    file = path / "result.json"
+    if not file.exists():
         return None
-    except (ValueError, AttributeError, KeyError, TypeError) as error:
-        raise DamagedRunError(f"{path / 'result.json'} is damaged: {error!r}") from error
-    if sums.pop("result", None) != _result_digest(result):
-        raise DamagedRunError(f"{path / 'result.json'} is damaged: it is not what was written")
-    for name, digest in sums.items():
-        try:
-            content = (path / name).read_bytes()
-        except FileNotFoundError as error:
-            raise DamagedRunError(f"{path / name} is missing") from error
-        if _sha256(content) != digest:
-            raise DamagedRunError(f"{path / name} is damaged: it is not what was written")
-    rows = (path / "history.jsonl").read_text().splitlines()
-    return Run(path, result, [json.loads(row) for row in rows])
-
-
-def _load_or_set_aside(path: Path) -> Run | None:
     try:
-        return load_run(path)  # another process may have been faster
-    except DamagedRunError as error:
-        asides = (path.with_name(f"{path.name}.damaged-{number}") for number in count(1))
-        aside = path.rename(next(aside for aside in asides if not aside.exists()))
-        warnings.warn(f"{error}. The run is set aside as {aside} and trained again.", stacklevel=4)
-        return None
+        result = json.loads(file.read_bytes())
+        for name, digest in result.pop("sha256").items():
+            file = path / ("result.json" if name == "result" else name)
+            if digest != sha256(_json(result) if name == "result" else file.read_bytes()):
+                raise ValueError("it is not what was written")
+        rows = (path / "history.jsonl").read_text().splitlines()
+        return Run(path, result, [json.loads(row) for row in rows])
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+        raise DamagedRunError(f"{file} is damaged: {error}") from error
 
 
-@contextmanager
 def _locked(path: Path):
-    """Hold a run's lock; the system releases it when the process ends, however it ends."""
+    """A context manager that holds a run's lock; the system releases it when the process ends, however it ends."""
     check_room(path.parent, 0)
-    lock = FileLock(f"{path}.lock", is_singleton=True)  # one process may take it twice
+    lock = FileLock(f"{path}.lock")
     try:
-        lock.acquire(timeout=0)
+        return lock.acquire(timeout=0)
     except Timeout:
         print(f"another process is at the run {path.name}; waiting for it", flush=True)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
+        return lock.acquire()
 
 
 def separate_callbacks(trainer_class, callbacks: Sequence) -> tuple[Any, list]:
@@ -212,59 +182,43 @@ def separate_callbacks(trainer_class, callbacks: Sequence) -> tuple[Any, list]:
     return partial(trainer_class.func, *trainer_class.args, **others), callbacks
 
 
-def _train_or_load_together(weights: bool, path: Path, described, build_model, config, *more) -> Run:
-    """Where several processes train one run (`torchrun`), the first of them looks after the store."""
-    first = config.to_training_arguments(str(path)).process_index == 0
-    with _locked(path) if first else nullcontext():
-        found = [first and find_run(path.name, config.output_dir, weights)]
-        torch.distributed.broadcast_object_list(found)
-        if not found[0]:
-            _train(path, described, build_model, config, *more)
-        torch.distributed.barrier()
-    return found[0] or load_run(path)
+def _train(path: Path, described, build_model, config, data, trainer_class, callbacks) -> None:
+    from transformers import TrainerCallback  # seconds, which loading a run does without
 
+    from lablib.trainer import StreamlinedTrainer
 
-def _train(path: Path, described, build_model, config, data, trainer_class, callbacks) -> Run | None:
-    from lablib.trainer import StreamlinedTrainer  # seconds, which loading a run does without
+    class HistoryWriter(TrainerCallback):  # for whoever watches the run
+        def on_evaluate(self, args, state, control, **kwargs):
+            if state.is_world_process_zero:
+                write_atomically(path / "history.jsonl", _json_lines(history(state.log_history)), sync=False)
 
     path.mkdir(parents=True, exist_ok=True)
-    trainer = _with_teachers(trainer_class or StreamlinedTrainer)(
+    given = trainer_class.keywords if isinstance(trainer_class, partial) else {}
+    trainer = (trainer_class or StreamlinedTrainer)(
         build_seeded(build_model, config.seed),
         config=config,
         data=data,
-        callbacks=[*callbacks, _history_writer(path)],
+        callbacks=[*callbacks, HistoryWriter()],
         checkpoint_dir=str(path / "checkpoints"),
         run_name=path.name,
+        **{name: model.load() for name, model in given.items() if isinstance(model, TrainedModel)},
     )
-    identity = json.dumps(described, indent=1).encode()
     first = trainer.is_world_process_zero()
-    if first:
-        for leftover in path.glob("*.partial"):  # of a process that was killed
-            leftover.unlink()
-        write_atomically(path / "identity.json", identity)  # tells what is trained here, should it be interrupted
+    for leftover in path.glob("*.partial") if first else ():  # of a process that was killed
+        leftover.unlink()
     initial = _gradients(trainer, "initial")
     trainer.train(resume_from_checkpoint=trainer.newest_checkpoint())
     rows, prediction = history(trainer.state.log_history), trainer.predict_test()
     result = _result(trainer, rows, prediction.metrics)
-    if not first:
-        return None
-    files = {
-        _WEIGHTS: safetensors.torch.save(contiguous_weights(trainer.model)),
-        "history.jsonl": _json_lines(rows),
-        "identity.json": identity,
-        "measured.npz": _measured(trainer, prediction, initial | _gradients(trainer, "trained")),
-    }
-    for name, content in files.items():
-        write_atomically(path / name, content)
-    _write_result(path, result, {name: _sha256(content) for name, content in files.items()})
-    shutil.rmtree(path / "checkpoints", ignore_errors=True)
-    return load_run(path)
-
-
-def _with_teachers(trainer_class):
-    """A `partial` trainer with its TrainedModels loaded."""
-    given = trainer_class.keywords if isinstance(trainer_class, partial) else {}
-    return partial(trainer_class, **{n: model.load() for n, model in given.items() if isinstance(model, TrainedModel)})
+    if first:
+        files = {
+            _WEIGHTS: safetensors.torch.save(contiguous_weights(trainer.model)),
+            "history.jsonl": _json_lines(rows),
+            "identity.json": json.dumps(described, indent=1).encode(),
+            "measured.npz": _measured(trainer, prediction.predictions, initial | _gradients(trainer, "trained")),
+        }
+        _write(path, result, files)
+        shutil.rmtree(path / "checkpoints", ignore_errors=True)
 
 
 def _result(trainer, rows: list[dict], test: dict[str, float]) -> dict[str, Any]:
@@ -294,16 +248,13 @@ def _gradients(trainer, moment: str) -> dict[str, np.ndarray]:
     """`gradient_norms` of a trainer's model in its present state; nothing for a model without such layers."""
     batch = trainer.train_dataset.__getitems__(range(min(_GRADIENT_IMAGES, len(trainer.train_dataset))))
     images = trainer.prepare_images(batch["images"].to(trainer.args.device), training=False)
-    with torch.random.fork_rng(devices=[]):
-        try:
-            table = gradient_norms(trainer.model, (images, batch["labels"].to(images.device)), trainer.outputs)
-        except Exception:  # no such layers; whatever else is wrong, the sanity check says
-            return {}
-    return {f"gradient_{moment}": table["rms"].to_numpy(np.float32), "gradient_layers": table["name"].to_numpy(str)}
+    with torch.random.fork_rng(devices=[]), suppress(Exception):  # whatever else is wrong, the sanity check says
+        table = gradient_norms(trainer.model, (images, batch["labels"].to(images.device)), trainer.outputs)
+        return {f"gradient_{moment}": table["rms"].to_numpy(np.float32), "gradient_layers": table["name"].to_numpy(str)}
+    return {}
 
 
-def _measured(trainer, prediction, gradients: dict[str, np.ndarray]) -> bytes:
-    logits = prediction.predictions
+def _measured(trainer, logits, gradients: dict[str, np.ndarray]) -> bytes:
     logits = torch.from_numpy(logits[0] if isinstance(logits, tuple) else logits)
     confidence, predicted = logits.double().softmax(1).max(1)
     number = min(len(trainer.eval_dataset), max(8, 1000 // logits.shape[1]))
@@ -320,152 +271,93 @@ def _measured(trainer, prediction, gradients: dict[str, np.ndarray]) -> bytes:
     return content.getvalue()
 
 
-def _write_result(path: Path, result: dict[str, Any], sums: dict[str, str]) -> None:
-    """What makes a run a finished one, so that it is written last."""
-    content = result | {"sha256": {"result": _result_digest(result), **sums}}
-    write_atomically(path / "result.json", json.dumps(content, indent=1).encode())
+def _write(path: Path, result: dict[str, Any], files: dict[str, bytes]) -> None:
+    """Write a run's files, and last the result with their checksums, which makes it a finished one."""
+    path.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        write_atomically(path / name, content)
+    sums = {"result": sha256(_json(result))} | {name: sha256(content) for name, content in files.items()}
+    write_atomically(path / "result.json", json.dumps(result | {"sha256": sums}, indent=1).encode())
 
 
-def _result_digest(result: dict[str, Any]) -> str:
-    return _sha256(json.dumps(result, sort_keys=True).encode())
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
+def _json(result: dict[str, Any]) -> bytes:
+    return json.dumps(result, sort_keys=True).encode()
 
 
 def _json_lines(rows: list[dict]) -> bytes:
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
-def _history_writer(path: Path):
-    """A callback that keeps history.jsonl up to date in each epoch, for whoever watches the run."""
-    from transformers import TrainerCallback
-
-    class HistoryWriter(TrainerCallback):
-        def on_evaluate(self, args, state, control, **kwargs):
-            if state.is_world_process_zero:
-                write_atomically(path / "history.jsonl", _json_lines(history(state.log_history)), sync=False)
-
-    return HistoryWriter()
-
-
 def publish(run: Run, folder: Path | None = None) -> Path:
-    """Copy a finished run without its weights, whole or not at all, unless it is there already; its new place."""
-    folder = folder or PUBLISHED
-    target, beside = folder / run.path.name, folder / f".{run.path.name}.{os.getpid()}"
-    try:
+    """Copy a finished run without its weights, unless it is there already; its new place.
+
+    Raises DamagedRunError if a file has changed since it was written.
+    """
+    target = (folder or PUBLISHED) / run.path.name
+    with suppress(DamagedRunError):
         if load_run(target):
             return target
-    except DamagedRunError:
-        shutil.rmtree(target)
-    sums = json.loads((run.path / "result.json").read_bytes())["sha256"]
-    sums = {name: digest for name, digest in sums.items() if name not in ("result", _WEIGHTS)}
-    beside.mkdir(parents=True)
-    try:
-        for name in sums:
-            shutil.copyfile(run.path / name, beside / name)
-        _write_result(beside, run.result, sums)
-        os.replace(beside, target)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+    load_run(run.path)
+    names = ("history.jsonl", "identity.json", "measured.npz")
+    _write(target, run.result, {name: (run.path / name).read_bytes() for name in names})
     return target
 
 
 def runs_table(output_dir: str | Path) -> pd.DataFrame:
     """One row a run of a store; accuracies are fractions.
 
-    The state is "finished", "published" (finished, without weights), "training" (a process holds its lock),
-    "interrupted" (it resumes when it is asked for again), "damaged" (`notes` says why) or "set aside" (a damaged one
-    that was trained again). Raises NotADirectoryError if `output_dir` is a file.
+    The state is "finished", "published" (finished, without weights), "unfinished" (a process trains it, or it resumes
+    when it is asked for again) or "damaged" (`notes` says why).
     """
-    store = Path(output_dir)
-    if store.is_file():
-        raise NotADirectoryError(f"{store} is a file; a run store is a folder, such as runs")
-    rows = []
-    for path in sorted({file.parent for file in store.glob(f"*-{'[0-9a-f]' * 12}*/*.json")}):
-        held = _is_held(path)  # asked first: a run that ends in between is then finished
-        row = {"run": path.name, "mib": sum(file.stat().st_size for file in path.rglob("*")) / 2**20} | _found(path)
-        rows.append(row | ({"state": "training"} if held and row["state"] == "interrupted" else {}))
-    return pd.DataFrame(rows, columns=_COLUMNS)
+    paths = sorted(Path(output_dir).glob(f"*-{'[0-9a-f]' * 12}/"))
+    return pd.DataFrame([_row(path) for path in paths], columns=_COLUMNS)
 
 
-def _found(path: Path) -> dict[str, Any]:
-    """The state of a run that no process trains, and what is known of it."""
-    if ".damaged-" in path.name:
-        return {"state": "set aside", "notes": ""}
+def _row(path: Path) -> dict[str, Any]:
+    row = {"run": path.name, "mib": sum(file.stat().st_size for file in path.rglob("*")) / 2**20}
     try:
-        if run := load_run(path):
-            state = "finished" if run.has_weights else "published"
-            return run.result | {"state": state, "notes": "; ".join(run.result.get("notes", []))}
-        described, rows = json.loads((path / "identity.json").read_bytes()), path / "history.jsonl"
-        epochs = len(rows.read_bytes().splitlines()) if rows.exists() else 0
-        known = {"dataset": described["data"][0], "seed": described["config"].get("seed", 0), "epochs": epochs}
-        return known | {"state": "interrupted", "notes": ""}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return {"state": "damaged", "notes": str(error)}
-
-
-def _is_held(path: Path) -> bool:
-    try:
-        with FileLock(f"{path}.lock", blocking=False) if Path(f"{path}.lock").exists() else nullcontext():
-            return False
-    except (Timeout, OSError):  # held, or another user's
-        return True
+        run = load_run(path)
+    except DamagedRunError as error:
+        return row | {"state": "damaged", "notes": str(error)}
+    if run is None:
+        return row | {"state": "unfinished"}
+    return row | run.result | {"state": "finished" if run.has_weights else "published"}
 
 
 def clean(output_dir: str | Path, finished: bool = False, ask: Callable[[str], str] = input) -> list[str]:
-    """List the interrupted, damaged and set-aside runs of a store, delete them if `ask` answers yes, and return them.
+    """Delete the unfinished and damaged runs of a store if `ask` answers yes, and return their names.
 
     With `finished` the finished ones too. A run in training stays, and so do the lock files: they are empty, and
     a process that waits for one would not notice that another has been made.
     """
-    unwanted = {"interrupted", "damaged", "set aside"} | ({"finished"} if finished else set())
-    table = runs_table(output_dir)
-    table = table[table["state"].isin(unwanted)]
-    print(table[["run", "state", "epochs", "mib"]].to_string(index=False))
-    question = f"Delete these {len(table)}, {table['mib'].sum():.1f} MiB? [y/N] "
-    gone = []
-    for name in table["run"] if len(table) and ask(question).strip().lower() in ("y", "yes") else ():
-        path = Path(output_dir, name)
-        try:
-            with FileLock(f"{path}.lock", blocking=False):
-                if _found(path)["state"] in unwanted:  # still
+    unwanted = ["unfinished", "damaged", "finished"] if finished else ["unfinished", "damaged"]
+    table, gone = runs_table(output_dir).query("state in @unwanted"), []
+    print(table[["run", "state", "mib"]].to_string(index=False))
+    if len(table) and ask(f"Delete these {len(table)}? [y/N] ").strip().lower() in ("y", "yes"):
+        for path in map(Path(output_dir).joinpath, table["run"]):
+            with suppress(Timeout), FileLock(f"{path}.lock", blocking=False):
+                if _row(path)["state"] in unwanted:  # still
                     shutil.rmtree(path)
-                    gone.append(name)
-        except (Timeout, OSError) as error:
-            print(f"{name} is left alone: {error}")
+                    gone.append(path.name)
     print(f"{len(gone)} of {len(table)} deleted")
     return gone
 
 
-def main(arguments: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m lablib.runs", description="The run store.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, what in {
-        "list": "what lies in a store, and what is published",
-        "publish": "copy the finished runs to results/runs/, without their weights",
-        "clean": "delete interrupted and damaged runs, after asking",
-    }.items():
-        command = commands.add_parser(name, help=what, description=what)
-        command.add_argument("output_dir", nargs="?", default="runs", help="the run store (runs)")
-    command.add_argument("--finished", action="store_true", help="delete finished runs too")
-    command.add_argument("--yes", action="store_true", help="do not ask")
+def main(arguments: Sequence[str] | None = None) -> None:
+    """`python -m lablib.runs list | publish | clean`"""
+    parser = argparse.ArgumentParser(prog="python -m lablib.runs", description=__doc__)
+    parser.add_argument("command", choices=["list", "publish", "clean"])
+    parser.add_argument("output_dir", nargs="?", default="runs", help="the run store (runs)")
+    parser.add_argument("--finished", action="store_true", help="clean: delete finished runs too")
     options = parser.parse_args(arguments)
-    try:
-        table = runs_table(options.output_dir)
-    except NotADirectoryError as error:
-        parser.error(str(error))
-    if options.command == "list":
-        print(pd.concat([table, runs_table(PUBLISHED)]).to_string(index=False))
-    elif options.command == "clean":
-        clean(options.output_dir, options.finished, (lambda _: "yes") if options.yes else input)
-    else:
-        finished = table.loc[table["state"] == "finished", "run"]
-        for name in finished:
-            publish(load_run(Path(options.output_dir, name)))
-        print(f"{len(finished)} finished runs of {options.output_dir} are in {PUBLISHED}")
+    if options.command == "clean":
+        clean(options.output_dir, options.finished)
+        return
+    table = runs_table(options.output_dir)
+    for name in table.query("state == 'finished'")["run"] if options.command == "publish" else ():
+        publish(load_run(Path(options.output_dir, name)))
+    print(pd.concat([table, runs_table(PUBLISHED)]).to_string(index=False))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

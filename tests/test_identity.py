@@ -1,4 +1,4 @@
-# ruff: noqa: E501, NPY002
+# ruff: noqa: NPY002
 """What makes another run, what makes no other run, and what is refused: by the code of a notebook's cells."""
 
 import dataclasses
@@ -20,20 +20,31 @@ import torch
 from torch import nn
 
 from lablib import MLP, ResidualMLP, StreamlinedTrainer, TrainingConfig
-from lablib.identity import build_seeded, describe, run_identity, run_name
+from lablib.identity import describe, run_identity, run_name
 
 numbers = count()
 tiny_mlp = partial(MLP, (8,), image_shape=(1, 6, 6), num_classes=3)
 PRELUDE = """
-import argparse, collections, contextlib, dataclasses, enum, functools, itertools, logging, random, sys, threading
-import types
+import argparse, collections, dataclasses, enum, functools, itertools, logging, random, sys, threading, types
+from dataclasses import dataclass, field
 from functools import partial
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.utils import parametrizations, parametrize, prune
+from torch.nn.utils import parametrizations, parametrize
 from lablib import MLP, StreamlinedTrainer
+def ones(model):
+    for parameter in model.parameters():
+        nn.init.ones_(parameter)
+    return model
+def parametrized(model, how):
+    parametrize.register_parametrization(model, "weight", how)
+    return ones(model)
+def scaled(f, n):
+    @functools.wraps(f)
+    def g(x): return n * f(x)
+    return g
 """
 
 
@@ -52,105 +63,46 @@ def described(code: str, **more):
 
 
 ANOTHER = {  # what stands for … in the code makes another run
-    "argument": ("it = partial(StreamlinedTrainer, weights=torch.tensor([…]))", "1.0", "2.0"),
-    "argument in a partial in a partial": ("it = partial(partial(sum, partial(sum, …)), 1)", "1", "2"),
-    "class attribute": ("class it(StreamlinedTrainer):\n criterion = nn.CrossEntropyLoss(torch.tensor([…]))", "1.0", "2.0"),
-    "attribute of a base": ("class Base:\n size = …\nclass it(Base): pass", "1", "2"),
-    "method": ("class it(nn.Module):\n def forward(self, x): return x * …", "2", "3"),
-    "decorated method": ("class it:\n @torch.no_grad()\n def forward(self, x): return x * …", "2", "3"),
-    "decorated __init__": ("class it:\n @torch.no_grad()\n def __init__(self): self.x = …", "2", "3"),
-    "argument of a decorator": ("def f(x): return x\nit = torch.autocast('cpu', enabled=…)(f)", "True", "False"),
-    "wrapped by one's own decorator": (
-        """
-        def scaled(function, by):
-            @functools.wraps(function)
-            def wrapper(x): return by * function(x)
-            return wrapper
-        it = scaled(torch.relu, …)
-        """,
-        "1",
-        "2",
-    ),
-    "cached function": ("@functools.cache\ndef it(): return …", "1", "2"),
-    "context manager": ("@contextlib.contextmanager\ndef it(): yield …", "1", "2"),
-    "static method": ("class it:\n half = staticmethod(lambda x: x / …)", "2", "3"),
-    "class method": ("class it:\n @classmethod\n def half(cls, x): return x / …", "2", "3"),
-    "property": ("class it:\n @property\n def size(self): return …", "1", "2"),
-    "cached property": ("class it:\n @functools.cached_property\n def size(self): return …", "1", "2"),
-    "bound method": ("class A:\n def f(self): return self.x\na = A()\na.x = …\nit = a.f", "1", "2"),
-    "bound method in C": ("it = torch.tensor([…]).mul", "1.0", "2.0"),
-    "global variable": ("W = …\ndef it(x): return x * W", "1", "2"),
-    "global variable of a nested function": ("W = …\ndef it(): return lambda x: x * W", "1", "2"),
-    "global variable of a helper": ("W = …\ndef helper(x): return x * W\ndef it(x): return helper(x)", "1", "2"),
-    "global dataclass": (
-        "@dataclasses.dataclass\nclass A:\n w: list = dataclasses.field(default_factory=lambda: […])\ndef it(): return A()",
-        "1",
-        "2",
-    ),
-    "variable of one's own module": (
-        "mine = types.ModuleType('mine')\nmine.W = …\ndef it(x): return x * mine.W",
-        "1",
-        "2",
-    ),
-    "attribute of a function": ("def it(x): return x * it.by\nit.by = …", "1", "2"),
-    "closure": ("def make(w): return lambda x: x * w\nit = make(…)", "1", "2"),
-    "default argument": ("def it(x, w=…): return x * w", "torch.ones(1)", "torch.zeros(1)"),
-    "evaluated default argument": ("W = …\nit = lambda x, w=W: x * w\nW = 0", "1", "2"),
-    "keyword default": ("W = …\ndef it(x, *, w=W): return x * w\nW = 0", "1", "2"),
-    "recursion": ("def it(n): return it(n - …) if n else 0", "1", "2"),
-    "mutual recursion": ("def f(n): return it(n - …)\ndef it(n): return f(n) if n else 0", "1", "2"),
-    "one of the lambdas on a line": ("it = {'a': lambda x: x + 1, 'b': lambda x: x + 2}['…']", "a", "b"),
-    "constant lambdas on a line": ("it = [lambda: 1, lambda: 2][…]", "0", "1"),
-    "inner or outer lambda": ("f = lambda a, b: lambda: a\nit = …", "f", "f(0, 1)"),
-    "function of an installed factory": ("it = …", "F.max_pool2d", "F.max_pool1d"),
-    "function in C": ("it = …", "np.tanh", "np.sinh"),
-    "installed class": ("it = …", "nn.ReLU", "nn.Tanh"),
-    "module behind a name": ("import torch.… as F\ndef it(x): return F.softmax(x)", "nn.functional", "special"),
-    "dataclass": ("@dataclasses.dataclass\nclass A:\n w: float\nit = A(…)", "1.0", "2.0"),
-    "method of a dataclass": ("@dataclasses.dataclass\nclass A:\n w: int = 1\n def f(self): return …\nit = A()", "1", "2"),
-    "order of fields": ("@dataclasses.dataclass\nclass A:\n …\nit = lambda: A(1, 2)", "a: int; b: int", "b: int; a: int"),
-    "Namespace": ("it = argparse.Namespace(weights=np.array([…]))", "1.0", "2.0"),
-    "slots": ("class A:\n __slots__ = ('a', 'b')\n def __init__(self): self.a = …\nit = A()", "1", "2"),
-    "one's own kind of dict": ("class A(dict):\n def __missing__(self, key): return …\nit = A(a=1)", "1", "2"),
-    "factory of a defaultdict": ("it = collections.defaultdict(lambda: …)", "1", "2"),
-    "deque": ("it = collections.deque([…])", "1", "2"),
+    "tensor": ("it = partial(StreamlinedTrainer, weights=torch.tensor([…]))", "1.0", "2.0"),
+    "array": ("it = argparse.Namespace(weights=np.array([…]))", "1.0", "2.0"),
     "NumPy scalar": ("it = np.float32(…)", "1", "2"),
-    "NumPy's type": ("it = np.zeros(2, np.…)", "float32", "float64"),
-    "masked array": ("it = np.ma.masked_array([1, 2], mask=[…, 0])", "0", "1"),
-    "array of objects": ("it = np.array([…, 'a'], dtype=object)", "1", "2"),
-    "type of a tensor": ("it = torch.zeros(2, dtype=torch.…)", "float32", "float64"),
-    "dtype": ("it = torch.…", "float32", "float64"),
-    "bytes": ("it = b'…'", "a", "b"),
-    "set": ("it = {'a', '…'}", "b", "c"),
     "key that is no text": ("it = {…: 'a', None: 'b'}", "1", "2"),
-    "range": ("it = range(…)", "1", "2"),
-    "tuple with names": ("T = collections.namedtuple('T', 'a')\nit = T(…)", "1", "2"),
-    "Enum": ("class A(enum.Enum):\n W = …\nit = A.W", "1", "2"),
-    "Enum in a function": ("class A(enum.IntEnum):\n W = …\nit = lambda: A.W", "1", "2"),
+    "class attribute": ("class it(StreamlinedTrainer):\n loss = nn.CrossEntropyLoss(torch.tensor([…]))", "1.0", "2.0"),
+    "method": ("class it(nn.Module):\n def forward(self, x): return x * …", "2", "3"),
+    "decorated __init__": ("class it:\n @torch.no_grad()\n def __init__(self): self.x = …", "2", "3"),
+    "static method": ("class it:\n half = staticmethod(lambda x: x / …)", "2", "3"),
+    "property": ("class it:\n @property\n def size(self): return …", "1", "2"),
+    "bound method": ("class A:\n def f(self): return self.x\na = A()\na.x = …\nit = a.f", "1", "2"),
+    "argument of a decorator": ("def f(x): return x\nit = torch.autocast('cpu', enabled=…)(f)", "True", "False"),
+    "one's own decorator": ("it = scaled(torch.relu, …)", "1", "2"),
+    "global variable of a nested function": ("W = …\ndef it(): return lambda x: x * W", "1", "2"),
+    "global variable of a helper": ("W = …\ndef f(x): return x * W\ndef it(x): return f(x)", "1", "2"),
+    "module behind a name": ("import torch.… as F\ndef it(x): return F.softmax(x)", "nn.functional", "special"),
+    "closure": ("def make(w): return lambda x: x * w\nit = make(…)", "1", "2"),
+    "default argument": ("W = …\nit = lambda x, w=W: x * w\nW = 0", "1", "2"),
+    "recursion": ("def f(n): return it(n - …)\ndef it(n): return f(n) if n else 0", "1", "2"),
+    "one of the lambdas on a line": ("it = {'a': lambda x: x + 1, 'b': lambda x: x + 2}['…']", "a", "b"),
+    "function in C": ("it = …", "torch.tanh", "torch.sinh"),
+    "dataclass": ("@dataclass\nclass A:\n w: float\nit = A(…)", "1.0", "2.0"),
+    "order of fields": ("@dataclass\nclass A:\n …\nit = lambda: A(1, 2)", "a: int; b: int", "b: int; a: int"),
+    "default of a field": ("@dataclass\nclass it:\n w: list = field(default_factory=lambda: […])", "1", "2"),
     "state of a callback": ("class A:\n def __init__(self, w): self.w = w\nit = [A(…)]", "1", "2"),
     "what an __identity__ says": ("class A:\n def __identity__(self): return {'w': …}\nit = A()", "1", "2"),
-    "plain tensor of a module": ("it = nn.ReLU()\nit.w = torch.tensor([…])", "1.0", "2.0"),
-    "buffer that is not saved": ("it = nn.ReLU()\nit.register_buffer('w', torch.tensor([…]), persistent=False)", "1.0", "2.0"),
+    "buffer": ("it = nn.ReLU()\nit.register_buffer('w', torch.tensor([…]), persistent=False)", "1.0", "2.0"),
     "module in a plain list": ("it = nn.ReLU()\nit.layers = [nn.Dropout(…)]", "0.1", "0.2"),
     "forward hook": ("it = nn.ReLU()\nit.register_forward_hook(lambda module, x, y: y * …)", "1", "2"),
     "forward of an object": ("it = nn.ReLU()\nit.forward = lambda x: x * …", "1", "2"),
-    "frozen": ("it = nn.utils.skip_init(nn.Linear, 1, 1).requires_grad_(…)\nnn.init.ones_(it.weight)\nnn.init.ones_(it.bias)", "True", "False"),
-    "parametrization": ("it = parametrizations.weight_norm(nn.Linear(1, 1, bias=False), dim=…)\nnn.init.ones_(it.parametrizations.weight.original1)\nnn.init.ones_(it.parametrizations.weight.original0)", "0", "1"),
+    "frozen": ("it = ones(nn.Linear(1, 1)).requires_grad_(…)", "True", "False"),
+    "parametrization": ("it = ones(parametrizations.weight_norm(nn.Linear(1, 1, bias=False), dim=…))", "0", "1"),
     "one's own parametrization": (
-        "class P(nn.Module):\n def forward(self, w): return w * …\nit = nn.Linear(1, 1)\nnn.init.ones_(it.weight)\n"
-        "nn.init.ones_(it.bias)\nparametrize.register_parametrization(it, 'weight', P())",
-        "1",
-        "1 + 0",
+        "class P(nn.Module):\n def forward(self, w): return w * …\nit = parametrized(nn.Linear(1, 1), P())",
+        *("1", "1 + 0"),
     ),
-    "parametrized network of one's own": (
-        "class A(nn.Linear):\n def forward(self, x): return x * …\nit = A(1, 1)\nnn.init.ones_(it.weight)\n"
-        "nn.init.ones_(it.bias)\nparametrize.register_parametrization(it, 'weight', nn.Identity())",
-        "1",
-        "2",
+    "parametrized network": (
+        "class A(nn.Linear):\n def forward(self, x): return x * …\nit = parametrized(A(1, 1), nn.Identity())",
+        *("1", "2"),
     ),
-    "pruning": ("it = nn.Linear(2, 1)\nfor p in it.parameters(): nn.init.ones_(p)\nprune.l1_unstructured(it, 'weight', …)", "0", "1"),
-    "one block or twice the same": ("block = nn.ReLU()\nit = nn.Sequential(*[block] * …)", "1", "2"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", ANOTHER)
@@ -162,32 +114,15 @@ def test_what_changes_a_result_makes_another_run(case):
 
 
 THE_SAME = {
-    "layout, comments, docstrings": (
-        "def it(x):\n    '''Doubles.'''\n    # by two\n    return {'a': (x * 2)}",
-        "def it( x ):\n  return {\n    'a': x*2}",
-    ),
-    "order of methods": (
-        "class it:\n def a(self): return it\n def b(self): return self.a()",
-        "class it:\n def b(self): return self.a()\n def a(self): return it",
-    ),
-    "unused globals": ("W = 1\ndef it(x): return x.W", "W = 2\ndef it(x): return x.W"),
+    "layout, comments, docstrings": ("def it(x):\n  'Doubled.'\n  return [(x*2)] # it", "def it( x ): return [\n x*2]"),
+    "order of methods": ("class it:\n a = 1\n def b(self): return 2", "class it:\n def b(self): return 2\n a = 1"),
+    "unused globals": ("W = x = 1\ndef it(x): return x.W", "W = x = 2\ndef it(x): return x.W"),
     "whole numbers": ("it = [4, 1.5, True]", "it = [4.0, np.float64(1.5), np.True_]"),
-    "list and tuple": ("it = [1, (2, 3)]", "it = (1, [2, 3])"),
-    "order of a dict": ("it = {'a': 1, 2: [3], 'b': 0}", "it = {'b': 0, 'a': 1, 2: [3]}"),
-    "order of a dict of functions": (
-        "def f(): return g()\ndef g(): return 1\nit = {'a': f, 'b': g}",
-        "def f(): return g()\ndef g(): return 1\nit = {'b': g, 'a': f}",
-    ),
+    "order of a dict": ("it = {'a': 1, 'b': [3]}", "it = {'b': [3], 'a': 1}"),
     "shared and equal values": ("a = [torch.ones(1)]\nit = [a, a]", "it = [[torch.ones(1)], [torch.ones(1)]]"),
-    "cache of a property": (
-        "class A:\n @functools.cached_property\n def x(self): return 1\nit = A()",
-        "class A:\n @functools.cached_property\n def x(self): return 1\nit = A()\nit.x",
-    ),
-    "where the project lies": ("from pathlib import Path\nit = Path('a/b')", "from pathlib import Path\nit = Path.cwd() / 'a/b'"),
-    "its own name": ("def it(): return __name__, __file__", "def it(): return __name__, __file__\n__file__ = '/home/me'"),
     "class of an earlier cell": ("class A:\n x = 1\nit = A()", "class A:\n x = 2\nclass A:\n x = 1\nit = A()"),
     "device and gradient": ("it = torch.ones(2)", "it = nn.Parameter(torch.ones(2, 2)[0])"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", THE_SAME)
@@ -197,32 +132,31 @@ def test_what_changes_no_result_makes_no_other_run(case):
 
 
 REFUSED = {
-    "generator": ("(x for x in [1])", "it.held is a builtins.generator"),
-    "iterator": ("itertools.count()", "it.held is a itertools.count"),
-    "lock": ("threading.Lock()", "it.held is a _thread.lock"),
-    "condition": ("threading.Condition()", "it.held.*is a _thread.RLock"),
-    "open file": ("sys.__stdout__", "it.held is a _io.TextIOWrapper"),
-    "logger": ("logging.getLogger('a')", "it.held is a logging.Logger"),
-    "random generator of NumPy": ("np.random.default_rng(0)", "it.held is a numpy.Generator"),
-    "random generator of Python": ("random.Random(0)", "it.held is a random.Random"),
-    "random generator of torch": ("torch.Generator()", "it.held is a torch"),
-    "one's own module": ("types.ModuleType('mine')", "it.held is a builtins.module"),
-    "deep inside": ("{'a': [1, {'b': threading.Lock()}]}", r"it.held\['a'\]\[1\]\['b'\] is a _thread.lock"),
-    "function without source": ("eval('lambda x: x')", "the source of the function <lambda> is not in <string>"),
+    "(x for x in [1])": "it.held is a builtins.generator",
+    "itertools.count()": "it.held is a itertools.count",
+    "threading.Condition()": "it.held.*is a _thread.RLock",
+    "sys.__stdout__": "it.held is a _io.TextIOWrapper",
+    "logging.getLogger('a')": "it.held is a logging.Logger",
+    "np.random.default_rng(0)": "it.held is a numpy.Generator",
+    "random.Random(0)": "it.held is a random.Random",
+    "torch.Generator()": "it.held is a torch",
+    "collections.deque([1])": "it.held is a collections.deque",
+    "type('Mine', (dict,), {})(a=1)": "it.held is a Mine",
+    "np.array([1, 'a'], dtype=object)": "it.held is a numpy.ndarray",
+    "np.ma.masked_array([1, 2], mask=[1, 0])": "it.held is a numpy.*MaskedArray",
+    "functools.cache(lambda: 1)": "it.held is a functools._lru_cache_wrapper",
+    "enum.Enum('Mine', 'A').A": "it.held is a Mine",
+    "type('Mine', (), {'__slots__': ('a',)})()": "it.held.*a is a builtins.member_descriptor",
+    "types.ModuleType('mine')": "it.held is a builtins.module.* by name: from mine import",
+    "{'a': [1, {'b': threading.Lock()}]}": r"it.held\['a'\]\[1\]\['b'\] is a _thread.lock",
+    "eval('lambda x: x')": "the source of the function <lambda> is not found in <string>",
 }
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_be_told_is_refused_by_its_name(case):
-    held, message = REFUSED[case]
-    with pytest.raises(TypeError, match=message) as caught:
+@pytest.mark.parametrize("held", REFUSED)
+def test_what_cannot_be_told_is_refused_by_its_name(held):
+    with pytest.raises(TypeError, match=REFUSED[held]):
         described(f"class A: pass\nit = A()\nit.held = {held}")
-    assert "__identity__" in str(caught.value) or "Define it in a file" in str(caught.value)
-
-
-def test_a_global_variable_that_cannot_be_told_is_refused_by_its_name():
-    with pytest.raises(TypeError, match=r"it\.losses -> lock is a _thread.lock"):
-        described("lock = threading.Lock()\nclass it:\n def losses(self):\n  with lock: return 1")
 
 
 def test_many_functions_that_call_each_other_are_described_in_no_time():
@@ -231,26 +165,22 @@ def test_many_functions_that_call_each_other_are_described_in_no_time():
 
 
 SAMPLE = '''
-W = {"a": (1, 2.5), None: {"x"}}
+W = {"a": (1, 2.5), None: b"x"}
 class Base:
     size = 3
 @dataclasses.dataclass
 class Settings(Base):
     rate: float = 0.5
     layers: list = dataclasses.field(default_factory=list)
-    @functools.cached_property
+    @property
     def total(self): return f"{self.rate!r:>{3}} = {self.size=}"
-class Kind(enum.Enum):
-    SOFT = 1
 def it(x, *more, settings=Settings(), by=lambda x: (x, 2.0), **knobs):
     """Documented."""
     global W
-    if (n := len(more)) > 1 and not isinstance(x, int | str):
-        return [y @ by(W)[0] for y in more], {**knobs, "kind": Kind.SOFT}
-    match n:
-        case 0: raise ValueError(f"{n:.2f}" "joined" f"{settings.total}")
+    match len(more):
+        case 0: raise ValueError(f"{x:.2f}" "joined" f"{settings.total}")
         case [1, *_]: return -1e-3j
-    async def later(): return await it(x), b"x", ...
+    async def later(): return await it(x), [y @ by(W)[0] for y in more], {**knobs, "kind": Settings.size}, ...
     return type(it)(lambda: later)
 '''
 
@@ -260,26 +190,21 @@ def sample_digest() -> str:
 
 
 def test_a_description_is_the_same_on_each_version_of_python_and_in_each_process(tmp_path):
-    assert sample_digest() == "031aef7d72a8"
-    script = "import test_identity as t; print(t.sample_digest())"
+    assert sample_digest() == "c90d2c84ec8a"
+    command = [sys.executable, "-c", "import test_identity as t; print(t.sample_digest())"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([*sys.path, str(Path(__file__).parent)])}
-    for seed in "12":
-        command = [sys.executable, "-c", script]
-        environment |= {"PYTHONHASHSEED": seed, "OMP_NUM_THREADS": "1"}
-        said = subprocess.check_output(command, env=environment, cwd=tmp_path, text=True)
-        assert said.strip() == sample_digest()
+    said = subprocess.check_output(command, env=environment | {"PYTHONHASHSEED": "1"}, cwd=tmp_path, text=True)
+    assert said.strip() == sample_digest()
+
+
+CONFIG = TrainingConfig(num_epochs=4, batch_size=8, validation_split=0.25, device="cpu")
 
 
 @pytest.fixture
-def config():
-    return TrainingConfig(num_epochs=4, batch_size=8, validation_split=0.25, device="cpu")
-
-
-@pytest.fixture
-def name(config, tiny_data):
+def name(tiny_data):
     """The name of a run of tiny_mlp, but for what is given."""
 
-    def name(build_model=tiny_mlp, config=config, data=tiny_data, trainer_class=None, callbacks=()):
+    def name(build_model=tiny_mlp, config=CONFIG, data=tiny_data, trainer_class=None, callbacks=()):
         return run_name(run_identity(build_model, config, data, trainer_class, callbacks))
 
     return name
@@ -289,23 +214,21 @@ SHARED = nn.Linear(36, 3)
 TABLE = torch.ones(36, 3)
 
 
-class Constant(nn.Module):
-    def __init__(self, weights):
-        super().__init__()
-        self.register_buffer("weights", weights)
+def constant(weights: torch.Tensor) -> nn.Module:
+    (module := nn.Identity()).register_buffer("weights", weights)
+    return module
 
 
 @pytest.mark.parametrize(
     ("build", "error", "message"),
     [
-        (lambda: SHARED, ValueError, "build the network in the function, or return copy.deepcopy"),
-        (lambda: nn.Sequential(nn.Flatten(), SHARED), ValueError, "parts of an existing network"),
-        (lambda: nn.Embedding.from_pretrained(TABLE, freeze=False), ValueError, "parts of an existing network"),
+        (lambda: SHARED, ValueError, "Build the network in the function, or return copy.deepcopy"),
+        (lambda: nn.Sequential(nn.Flatten(), SHARED), ValueError, "networks that share no weights"),
+        (lambda: nn.Embedding.from_pretrained(TABLE, freeze=False), ValueError, "networks that share no weights"),
         (lambda: nn.Linear(1, 1, False).load_state_dict({"weight": torch.rand(1, 1)}), TypeError, "no torch.nn.Module"),
-        (lambda: Constant(torch.from_numpy(np.random.rand(2))), ValueError, "not with NumPy or random"),
-        (lambda: nn.Dropout(np.random.rand()), ValueError, "different weights or attributes with seed 0"),
+        (lambda: constant(torch.from_numpy(np.random.rand(2))), ValueError, "not with NumPy or random"),
+        (lambda: nn.Dropout(np.random.rand()), ValueError, "not with NumPy or random"),
     ],
-    ids=["network", "layer", "memory", "no network", "weights from NumPy", "attribute from NumPy"],
 )
 def test_a_function_that_does_not_build_the_network_anew_is_refused(build, error, message, name):
     with pytest.raises(error, match=message):
@@ -314,17 +237,7 @@ def test_a_function_that_does_not_build_the_network_anew_is_refused(build, error
 
 def test_networks_may_share_constants_and_layers_without_weights(name):
     activation, weights = nn.ReLU(), torch.ones(2)
-    assert name(lambda: nn.Sequential(Constant(weights), activation)).startswith("Sequential-")
-
-
-def test_building_with_a_seed_leaves_the_random_state_alone():
-    torch.manual_seed(5)
-    expected = tiny_mlp().state_dict()
-    torch.manual_seed(6)
-    before = torch.random.get_rng_state()
-    built = build_seeded(tiny_mlp, 5).state_dict()
-    assert torch.equal(torch.random.get_rng_state(), before)
-    assert all(torch.equal(built[name], tensor) for name, tensor in expected.items())
+    assert name(lambda: nn.Sequential(constant(weights), activation)).startswith("Sequential-")
 
 
 CHANGED = {
@@ -342,35 +255,25 @@ INDIFFERENT = {
 }
 
 
-def test_each_knob_either_makes_another_run_or_does_not(name, config):
+def test_each_knob_either_makes_another_run_or_does_not(name):
     assert CHANGED.keys() | INDIFFERENT.keys() == {field.name for field in dataclasses.fields(TrainingConfig)}
-    others = {knob: name(config=replace(config, **{knob: value})) for knob, value in (CHANGED | INDIFFERENT).items()}
+    others = {knob: name(config=replace(CONFIG, **{knob: value})) for knob, value in (CHANGED | INDIFFERENT).items()}
     assert {knob for knob, other in others.items() if other == name()} == INDIFFERENT.keys()
-    assert name(config=replace(config, precision="fp32")) == name()  # which is what "auto" comes to
-
-
-@pytest.mark.parametrize("part", ["train_images", "test_images", "train_labels", "test_labels"])
-def test_a_single_pixel_or_label_makes_another_run(part, name, tiny_data):
-    tensor = getattr(tiny_data, part).clone()
-    assert name(data=replace(tiny_data, **{part: tensor})) == name()
-    tensor.view(-1)[4] = (tensor.view(-1)[4] + 1) % 3
-    assert name(data=replace(tiny_data, **{part: tensor.clone()})) != name()
+    assert name(config=replace(CONFIG, precision="fp32")) == name()  # which is what "auto" comes to
 
 
 def test_a_changed_weight_of_one_of_lablibs_networks_makes_another_run(name):
-    def changed(constant):
-        model = tiny_mlp()
-        nn.init.constant_(model.classifier.bias, constant)
+    def changed(bias):
+        nn.init.constant_((model := tiny_mlp()).classifier.bias, bias)
         return model
 
-    builders = [tiny_mlp, *(partial(changed, constant) for constant in (0.0, 0.1))]
+    builders = [tiny_mlp, partial(changed, 0.0), partial(changed, 0.1)]
     builders += [partial(tiny_mlp, dropout=0.2), partial(ResidualMLP, **tiny_mlp.keywords)]
     assert len({name(build) for build in builders}) == 5
 
 
 def test_a_network_of_lablib_is_known_by_its_arguments_however_it_is_built(name, digits):
-    builders = [MLP, lambda: MLP((128, 64), 0.1, (1, 28, 28), 10), partial(MLP, hidden_sizes=[128.0, 64][::1])]
-    builders[2] = partial(MLP, image_shape=[1, 28, 28], num_classes=10)
+    builders = [MLP, lambda: MLP((128, 64), 0.1, (1, 28, 28), 10), partial(MLP, image_shape=[1, 28, 28])]
     assert len({name(build, data=digits) for build in builders}) == 1
 
 

@@ -18,9 +18,7 @@ STORED = sorted(path for path in PUBLISHED.glob("*") if path.is_dir())
 SHORT = {"num_epochs": 1, "batch_size": 128, "precision": "fp32"}
 
 
-class Named(SimpleNamespace):
-    """Stands for a data set or a teacher of which no more than the identity is known."""
-
+class Named(SimpleNamespace):  # a data set or a teacher of which no more than the identity is known
     def __identity__(self):
         return self.identity
 
@@ -34,9 +32,8 @@ def described_again(stored: dict) -> dict:
     if isinstance(stored["trainer"], dict):
         _, knobs = stored["trainer"]["with"]
         trainer = partial(KnowledgeDistillationTrainer, **knobs | {"teacher": Named(identity=knobs["teacher"])})
-    return run_identity(
-        partial(network, **stored["model"]["arguments"]), config, Named(identity=stored["data"]), trainer
-    )
+    network = partial(network, **stored["model"]["arguments"])
+    return run_identity(network, config, Named(identity=stored["data"]), trainer)
 
 
 def fields() -> list[dataclasses.Field]:
