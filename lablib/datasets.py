@@ -201,7 +201,7 @@ def _decode(path: str, size, channels: int, shape: tuple[int, int, int] | None =
     pixels = np.atleast_3d(np.asarray(image)).transpose(2, 0, 1)
     if shape not in (None, pixels.shape):
         raise ValueError(
-            f"the images differ in size ({path} is {image.width} × {image.height}); set image_size, for example 32"
+            f"{path} is {image.width} × {image.height} pixels, unlike the others; set image_size, for example 32"
         )
     return np.ascontiguousarray(pixels)
 

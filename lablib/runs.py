@@ -140,8 +140,7 @@ def find_run(name: str, output_dir: str | Path, weights: bool = False) -> Run | 
                 shutil.rmtree(run.path / "checkpoints", ignore_errors=True)  # the process was ended before it could
                 return run
         except DamagedRunError as error:
-            what = "The run is set aside: another copy is loaded, or it is trained again"
-            warnings.warn(f"{error}. {what}.", stacklevel=3)
+            warnings.warn(f"{error}. Another copy is loaded, or the run is trained again.", stacklevel=3)
     return None
 
 

@@ -250,7 +250,7 @@ def test_a_run_that_is_published_by_half_or_damaged_does_not_count_and_is_publis
             publish(finished)
     assert load_run(published / finished.path.name) is None
     os.truncate(publish(finished) / "measured.npz", 99)
-    with pytest.warns(UserWarning, match=r"measured.npz is damaged.* The run is set aside"):
+    with pytest.warns(UserWarning, match=r"measured.npz is damaged.* the run is trained again"):
         run = train_or_load(tiny_mlp, config, tiny_data)
     assert run.has_weights
     assert load_run(publish(run)).result == run.result
