@@ -12,7 +12,6 @@ import threading
 import time
 import warnings
 from collections.abc import Sequence
-from functools import cached_property
 from importlib.metadata import version
 from itertools import count
 from pathlib import Path
@@ -64,10 +63,7 @@ def check_room(folder: Path, num_bytes: int):
 
 
 def contiguous_weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """A model's state_dict as clones on its device; safetensors refuses shared memory and other layouts.
-
-    Raises TypeError for an entry that is not a tensor.
-    """
+    """A model's state_dict as clones, since safetensors refuses shared memory. Raises TypeError for other entries."""
     weights = model.state_dict()
     for name, value in weights.items():
         if not isinstance(value, torch.Tensor):
@@ -106,7 +102,7 @@ class Interruption:
         self._restore_handlers()
         if self._noted == signal.SIGTERM:
             signal.raise_signal(signal.SIGTERM)
-        if self._noted == signal.SIGINT and error is None:
+        elif self._noted and error is None:
             raise KeyboardInterrupt
 
     @property
@@ -149,23 +145,19 @@ def seal(written: Path, target: Path, keep: int):
         _sync(path)
         manifest[path.name] = _fingerprint(path)
     write_atomically(written / _MANIFEST, json.dumps(manifest, indent=1).encode())
-    if target.exists():
-        _delete(target)
+    others = [path for path in checkpoints_in(target.parent) if path != target]
+    for old in (target, *others[keep - 1 :]):
+        if old.exists():
+            leftover = written.with_name(f"old-{old.name}")  # never half a checkpoint under its name
+            os.replace(old, leftover)
+            shutil.rmtree(leftover)
     os.replace(written, target)
     _sync(target.parent)
-    for path in checkpoints_in(target.parent)[keep:]:
-        _delete(path)
 
 
 def _fingerprint(path: Path) -> dict[str, int | str]:
     content = path.read_bytes()
     return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-
-
-def _delete(checkpoint: Path):
-    leftover = checkpoint.parent / UNFINISHED / f"old-{checkpoint.name}"  # never half a checkpoint under its name
-    os.replace(checkpoint, leftover)
-    shutil.rmtree(leftover)
 
 
 class ResumableTrainer:
@@ -176,7 +168,7 @@ class ResumableTrainer:
     training depends on; the best weights are kept in memory, too. Nothing is unpickled.
 
     `notes` lists what differs from the training that is resumed. A subclass has `before_training()`,
-    `training_failed(error)`, and, to resume within an epoch, `progress()`, which gives JSON, and
+    `training_failed(error)`, `progress()`, which gives what else is needed to resume within an epoch as JSON, and
     `restore_progress(list)`, which takes what each process gave.
     """
 
@@ -187,18 +179,15 @@ class ResumableTrainer:
         super().__init__(*args, **kwargs)
         own_memory(self.model)
         self.notes: list[str] = []
-        self._best_weights: dict[str, torch.Tensor] | None = None
         self._interruption = Interruption(()) if self.args.world_size > 1 else Interruption()
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """Train, or resume from a checkpoint: a path, or True for the newest usable one.
 
-        Raises OSError for the path of a damaged checkpoint or one of another architecture, and if the folder is not
-        writable or has no room; ValueError if True finds none.
+        Raises OSError if the path cannot be loaded or the folder not be written to, and ValueError if True finds none.
         """
         folder, path = Path(self.args.output_dir), resume_from_checkpoint
-        # two checkpoints and one that is written, of weights, the best ones, and Adam's two moments
-        check_room(folder, 3 * 4 * sum(p.nbytes for p in self.model.parameters()) + 2**20)
+        check_room(folder, 12 * sum(p.nbytes for p in self.model.parameters()) + 2**20)  # three, with Adam's moments
         if (folder / UNFINISHED).exists() and self.is_world_process_zero():  # a process was killed
             shutil.rmtree(folder / UNFINISHED)
         if path is True and not (path := self.newest_checkpoint()):
@@ -229,12 +218,11 @@ class ResumableTrainer:
                 (others := folder.parent / "set-aside").mkdir(exist_ok=True)
                 places = (others / f"{path.name}-{number}" for number in count(1))
                 aside = path.rename(next(place for place in places if not place.exists()))
-                what = f"{path.name} cannot be used: {error}. It is set aside as {aside}; training resumes from"
-                warnings.warn(f"{what} the checkpoint before it, or from the beginning if there is none.", stacklevel=3)
+                warnings.warn(f"{path.name} cannot be used: {error}. It is set aside as {aside}.", stacklevel=3)
         self.accelerator.wait_for_everyone()
         return next(iter(checkpoints_in(folder)), None)
 
-    @cached_property
+    @property
     def environment(self) -> dict[str, str]:
         """What a resumed training should find unchanged: versions, precision, device, number of processes."""
         return {
@@ -245,8 +233,7 @@ class ResumableTrainer:
             "processes": str(self.args.world_size),
         }
 
-    def _maybe_log_save_evaluate(self, *args, **kwargs):
-        # upstream calls it after each step, and once more after an epoch's last one
+    def _maybe_log_save_evaluate(self, *args, **kwargs):  # after each step, and once more after an epoch's last one
         state, control, saved_at = self.state, self.control, self._saved_at
         epoch_ends = control.should_training_stop or control.should_epoch_stop or state.epoch == int(state.epoch)
         asks = self.args.world_size == 1 or state.global_step % 50 == 0  # it takes time until all processes agree
@@ -292,9 +279,9 @@ class ResumableTrainer:
             self.accelerator.wait_for_everyone()
         except Exception as error:
             shutil.rmtree(written.parent, ignore_errors=True)
-            reason = f"{target} could not be written ({type(error).__name__}: {error})"
-            advice = "Earlier checkpoints are intact: fix this, and run again to resume from the newest"
-            raise OSError(getattr(error, "errno", None) or errno.EIO, f"{reason}. {advice}") from error
+            what = f"({type(error).__name__}: {error}). Fix this and run again; earlier checkpoints are intact"
+            number = getattr(error, "errno", None) or errno.EIO
+            raise OSError(number, f"{target} could not be written {what}") from error
         finally:
             args.output_dir = folder
         self._saved_at = time.monotonic()
@@ -317,8 +304,7 @@ class ResumableTrainer:
                 raise ValueError("it holds the weights of another architecture")
             return state, [(one["environment"], one["notes"], one["progress"]) for one in saved], best
         except Exception as error:
-            reason = str(error).partition("\n")[0]
-            raise OSError(f"{checkpoint} cannot be loaded: {type(error).__name__}: {reason}") from error
+            raise OSError(f"{checkpoint} cannot be loaded: {type(error).__name__}: {error}") from error
 
     def _restore(self, state: dict, saved: list[tuple], best: dict[str, torch.Tensor]):
         environments, notes, progress = zip(*saved, strict=True)
