@@ -25,41 +25,25 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from lablib import (
-    MLP,
-    ImageData,
-    KnowledgeDistillationTrainer,
-    ResidualCNN,
-    StreamlinedTrainer,
-    TrainingConfig,
-    load_data,
-    train_or_load,
-)
-from lablib.checkpoints import ResumableTrainer
+from lablib import MLP, KnowledgeDistillationTrainer, ResidualCNN, StreamlinedTrainer, TrainingConfig
+from lablib.checkpoints import UNFINISHED, ResumableTrainer, checkpoints_in
+from lablib.datasets import load_data
 from lablib.identity import build_seeded
-from lablib.runs import load_run
+from lablib.runs import load_run, train_or_load
 
 KINDS = ("step", "validation", "checkpoint", "result")
 STEPS_BETWEEN_CHECKPOINTS = 4  # and one after each epoch; by the clock, no two attempts would write the same ones
 
 
-def trainings(data: ImageData) -> dict[str, dict]:
+def trainings() -> dict[str, dict]:
     """The trainings that are tormented, as arguments of `train_or_load`."""
-    shape = {"image_shape": data.image_shape, "num_classes": data.num_classes}
-    teacher = build_seeded(partial(MLP, (64, 32), **shape), 7)
+    teacher = build_seeded(partial(MLP, (64, 32)), 7)
     distillation = partial(KnowledgeDistillationTrainer, teacher=teacher, temperature=4.0, alpha=0.7)
     return {
-        "MLP": {"build_model": partial(MLP, (32,), **shape)},
-        "ResidualCNN": {"build_model": partial(ResidualCNN, 1, 4, **shape)},
-        "distillation": {"build_model": partial(MLP, (16,), **shape), "trainer_class": distillation},
+        "MLP": {"build_model": partial(MLP, (32,))},
+        "ResidualCNN": {"build_model": partial(ResidualCNN, 1, 4, image_shape=(1, 28, 28))},
+        "distillation": {"build_model": partial(MLP, (16,)), "trainer_class": distillation},
     }
-
-
-def some_digits(images: int) -> ImageData:
-    """The first of scikit-learn's digits."""
-    digits, half = load_data("digits"), images // 2
-    train = (digits.train_images[:images], digits.train_labels[:images])
-    return ImageData("digits", *train, digits.test_images[:half], digits.test_labels[:half], digits.class_names)
 
 
 @dataclass
@@ -74,24 +58,14 @@ class Torturer:
     moment: tuple | None = None
     fault: str | None = None  # instead of being killed
     seen: list[tuple] = field(default_factory=list)
-    phase: str | None = None
+    trained: bool = False
     trainer: ResumableTrainer | None = None
 
     def install(self):
         """Get between lablib and what it calls; for the rest of this process."""
-        self._around(StreamlinedTrainer, "training_step", after=lambda: self._reached("step"))
-        self._around(
-            StreamlinedTrainer,
-            "prediction_step",
-            after=lambda: self.trainer.is_in_train and self._reached("validation"),
-        )
-        self._around(StreamlinedTrainer, "train", after=lambda: setattr(self, "phase", "result"))
-        self._around(
-            ResumableTrainer,
-            "_save_checkpoint",
-            before=lambda: setattr(self, "phase", "checkpoint"),
-            after=lambda: setattr(self, "phase", None),
-        )
+        self._after(StreamlinedTrainer, "training_step", lambda: self._reached("step"))
+        self._after(StreamlinedTrainer, "prediction_step", lambda: self._reached("validation"))
+        self._after(StreamlinedTrainer, "train", lambda: setattr(self, "trained", True))
         for module, name, path in (
             (torch, "save", lambda obj, path, *rest: path),
             (safetensors.torch, "save_file", lambda tensors, path, *rest, **more: path),
@@ -105,14 +79,20 @@ class Torturer:
             trainer.state.epoch.is_integer() or trainer.state.global_step % STEPS_BETWEEN_CHECKPOINTS == 0
         )
 
-    def _around(self, cls, name: str, before=lambda: None, after=lambda: None):
+    @property
+    def phase(self) -> str | None:
+        """What is being written."""
+        writes = self.trainer and Path(self.trainer.args.output_dir).name == UNFINISHED
+        return "checkpoint" if writes else "result" if self.trained else None
+
+    def _after(self, cls, name: str, action):
         original = getattr(cls, name)
 
         def wrapped(trainer, *args, **kwargs):
-            self.trainer = trainer
-            before()
             outcome = original(trainer, *args, **kwargs)
-            after()
+            self.trainer = trainer
+            if trainer.is_in_train or name == "train":
+                action()
             return outcome
 
         setattr(cls, name, wrapped)
@@ -151,9 +131,10 @@ class Torturer:
 class Case:
     """One kind of training, with what it comes to undisturbed and the moments it has."""
 
-    def __init__(self, name: str, folder: Path, data: ImageData, epochs: int):
-        self.name, self.data, self.training = name, data, trainings(data)[name]
-        self.config = TrainingConfig(num_epochs=epochs, batch_size=32, device="cpu", precision="fp32")
+    def __init__(self, name: str, folder: Path, images: int, epochs: int):
+        self.name, self.data, self.training = name, load_data("digits"), trainings()[name]
+        knobs = {"num_epochs": epochs, "max_train_images": images, "batch_size": 32}
+        self.config = TrainingConfig(**knobs, device="cpu", precision="fp32")
         self._stores = (folder / f"{name}-{number}" for number in itertools.count())
         store = self.new_store()
         self.moments = [tuple(moment) for moment in self.finish(store)["seen"]]
@@ -183,7 +164,7 @@ class Case:
                 except OSError as error:
                     said["error"], status = str(error), 3
             said["warnings"] = [str(warning.message) for warning in caught]
-            torturer.phase = None
+            torturer.trained = False
             said_path.write_text(json.dumps(said))
         finally:
             os._exit(status)
@@ -218,12 +199,10 @@ def killed_often(case: Case, kills: int, seed: int) -> dict:
     drawn = random.Random(seed)
     of_kind = {kind: [m for m in case.moments if m[0] == kind and m[3] != "rmtree"] for kind in KINDS}
     written = max(i for i, moment in enumerate(of_kind["result"]) if moment[3] == "replace")  # result.json
-    of_kind["result"], after = of_kind["result"][: written + 1], of_kind["result"][written + 1]
-    share = {kind: kills // len(KINDS) + (number < kills % len(KINDS)) for number, kind in enumerate(KINDS)}
-    chosen = [after] * (share["result"] > 0)  # after a kill with a whole result nothing is left to be killed
-    share["result"] -= len(chosen)
-    share = {kind: min(number, len(of_kind[kind])) for kind, number in share.items()}
-    share["step"] += kills - len(chosen) - sum(share.values())
+    del of_kind["result"][written + 2 :]  # after a kill with a whole result nothing is left to be killed
+    share = {kind: min(kills // len(KINDS), len(of_kind[kind])) for kind in KINDS}
+    share["step"] += kills - sum(share.values())
+    chosen = []
     for kind in KINDS:
         chosen += drawn.sample(of_kind[kind], share[kind])
     store, died = case.new_store(), Counter()
@@ -262,10 +241,9 @@ def damaged_files(case: Case, limit: int | None, seed: int) -> list[dict]:
     last, rows = max(moment[1] for moment in case.moments), []
     for at, moment in {"checkpoint": ("step", last - 2, 0, ""), "result": None}.items():
         template = case.new_store()
-        status, said = case.attempt(template, moment)
-        assert status == (-signal.SIGKILL if moment else 0), said
-        found = template.glob("*/checkpoints/checkpoint-*" if moment else "*/")
-        folder = max(found, key=lambda path: int(path.name.rpartition("-")[2]) if moment else 0)
+        case.attempt(template, moment)
+        (folder,) = template.glob("*/")
+        folder = checkpoints_in(folder / "checkpoints")[0] if moment else folder
         files = sorted(path.relative_to(template) for path in folder.iterdir() if path.is_file())
         plans = [(file, damage) for file in files for damage in ("half", "flipped bit", "missing")]
         for file, damage in random.Random(seed).sample(plans, limit) if limit else plans:
@@ -295,14 +273,13 @@ def damage_file(path: Path, damage: str, seed: int):
 
 PAGE = """# Interrupted, broken, damaged: does a run end the same?
 
-`make torture` writes this page. A run counts as the same only if its weights, its history, its result and
-its measurements are bitwise those of a run that nothing happened to (times aside). Each attempt is a process
-of its own.
+`make torture` writes this page. A run counts as the same only if its weights, history, result and measurements are
+bitwise those of a run that nothing happened to (times aside). Each attempt is a process of its own.
 
 ## Killed with SIGKILL and started again until it ends
 
-Moments drawn from a seed: in a training step, between its gradients and its update; in a validation; between
-and within the writes of a checkpoint; between and within the writes of the result.
+Moments drawn from a seed: in a training step, between its gradients and its update; in a validation; between and
+within the writes of a checkpoint; between and within the writes of the result.
 
 | training | in a step | in a validation | writing a checkpoint | writing the result | differences |
 |---|---|---|---|---|---|
@@ -310,11 +287,10 @@ and within the writes of a checkpoint; between and within the writes of the resu
 
 ## A fault in each write, and damage to each file
 
-ENOSPC (no space left) and EIO (the disk fails) are raised by each operation in turn: opening, writing,
-syncing, renaming a file, of the first, a middle and the last checkpoint and of the result. "torn" leaves half
-of the bytes and kills the process. The damages are done to the newest checkpoint of an interrupted run, or to
-a finished run. Noticed: the run stopped with an error that names the path, or a warning named what was
-damaged (for a result that is missing there is nothing to name).
+ENOSPC (no space left) and EIO (the disk fails) are raised by each operation in turn: opening, writing, syncing,
+renaming a file, of three checkpoints and of the result. "torn" leaves half of the bytes and kills the process. The
+damages are done to the newest checkpoint of an interrupted run, or to a finished run. Noticed: the run stopped with an
+error that names the path, or a warning named what was damaged (for a missing result there is nothing to name).
 
 | fault | injected | noticed | ended the same |
 |---|---|---|---|
@@ -348,9 +324,8 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     began = time.monotonic()
-    data = some_digits(options.images)
     with tempfile.TemporaryDirectory(prefix="torture-") as folder:
-        cases = [Case(name, Path(folder), data, options.epochs) for name in options.only]
+        cases = [Case(name, Path(folder), options.images, options.epochs) for name in options.only]
         kills = [killed_often(case, options.kills, options.seed) for case in cases]
         faults = broken_writes(cases[0], options.faults, options.seed)
         faults += damaged_files(cases[0], options.faults, options.seed)
