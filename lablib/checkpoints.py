@@ -1,34 +1,27 @@
-"""What lets a training stop at any moment: folders that are whole or absent, and signals that let a step finish."""
+"""Checkpoints that are whole or absent, and a trainer that resumes exactly from them after a signal or a crash."""
 
 import errno
 import hashlib
 import json
 import os
+import platform
 import shutil
 import signal
 import tempfile
 import threading
+import time
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from importlib.metadata import version
 from itertools import count
 from pathlib import Path
 
+import safetensors.torch
 import torch
 from torch import nn
 
-UNFINISHED = "unfinished"  # the folder in which a checkpoint is written before it is sealed
-MANIFEST = "manifest.json"
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-_PREFIX = "checkpoint-"
-_SIGNS_OF_THE_DISK = ("PytorchStreamWriter", "inline_container", "iostream", "IoError", "I/O error")
-
-_parent: int | None = None  # of a worker process, whose training ends with it
-
-
-class DamagedCheckpointError(OSError):
-    """A checkpoint has changed since it was written, or cannot be loaded."""
+UNFINISHED = "unfinished"  # the folder in which a checkpoint is written before it gets its place
+_MANIFEST, _WEIGHTS, _BEST = "manifest.json", "model.safetensors", "best_model.safetensors"
 
 
 def write_atomically(path: Path, content: bytes, sync: bool = True):
@@ -37,19 +30,17 @@ def write_atomically(path: Path, content: bytes, sync: bool = True):
     try:
         with open(partial, "wb") as file:
             file.write(content)
-            if sync:
-                file.flush()
-                os.fsync(file.fileno())
+        if sync:
+            _sync(partial)
         os.replace(partial, path)
-    except BaseException:
+    finally:
         partial.unlink(missing_ok=True)
-        raise
     if sync:
-        _sync_folder(path.parent)
+        _sync(path.parent)
 
 
-def _sync_folder(path: Path):
-    if os.name == "posix":  # Windows cannot open a folder, and need not
+def _sync(path: Path):
+    if os.name == "posix":  # Windows syncs neither folders nor files that are open for reading
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -63,26 +54,16 @@ def check_room(folder: Path, num_bytes: int):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"lablib")
-            file.flush()
-            os.fsync(file.fileno())
         if (free := shutil.disk_usage(folder).free) < num_bytes:
-            raise OSError(errno.ENOSPC, f"{_mib(free)} are free, but this training writes up to {_mib(num_bytes)}")
+            room = f"{free / 2**20:.3g} MiB are free, but this training writes up to {num_bytes / 2**20:.3g} MiB"
+            raise OSError(errno.ENOSPC, room)
     except OSError as error:
-        advice = "free some space" if error.errno == errno.ENOSPC else "make it writable"
         reason = f"the folder {folder} cannot be written to ({error.strerror or error})"
-        raise OSError(error.errno, f"{reason}: {advice}, or choose another output_dir") from error
-
-
-def _mib(num_bytes: float) -> str:
-    return f"{num_bytes / 2**20:.3g} MiB"
+        raise OSError(error.errno, f"{reason}: make room, make it writable or choose another output_dir") from error
 
 
 def contiguous_weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """A model's state_dict as contiguous clones on its device, which safetensors accepts.
-
-    It refuses tensors that share memory (one block used three times) or are not contiguous (transposed, channels last).
-    Raises TypeError for an entry that is not a tensor.
-    """
+    """A model's state_dict as clones, since safetensors refuses shared memory. Raises TypeError for other entries."""
     weights = model.state_dict()
     for name, value in weights.items():
         if not isinstance(value, torch.Tensor):
@@ -97,105 +78,16 @@ def own_memory(model: nn.Module):
             tensor.data = tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
-def checkpoints_in(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, newest first, not verified."""
-    numbered = [path for path in folder.glob(f"{_PREFIX}*") if path.name.removeprefix(_PREFIX).isdigit()]
-    return sorted(numbered, key=lambda path: int(path.name.removeprefix(_PREFIX)), reverse=True)
-
-
-def seal(target: Path, keep: int):
-    """Turn what was written in `UNFINISHED` into a checkpoint, and delete all but the newest `keep`.
-
-    It is flushed, gets a manifest of sizes and checksums, and is moved into place.
-    """
-    written, manifest = target.parent / UNFINISHED / target.name, {}
-    for path in sorted(path for path in written.rglob("*") if path.is_file()):
-        with open(path, "r+b") as file:
-            os.fsync(file.fileno())
-        manifest[path.relative_to(written).as_posix()] = _fingerprint(path)
-    write_atomically(written / MANIFEST, json.dumps(manifest, indent=1).encode())
-    if target.exists():
-        _delete(target)
-    os.replace(written, target)
-    _sync_folder(target.parent)
-    for path in checkpoints_in(target.parent)[keep:]:
-        _delete(path)
-
-
-def verify(checkpoint: Path):
-    """Compare a checkpoint with its manifest. Raises DamagedCheckpointError, naming the file that differs."""
-    try:
-        manifest = json.loads((checkpoint / MANIFEST).read_bytes())
-        changed = [name for name, written in manifest.items() if _fingerprint(checkpoint / name) != written]
-    except (OSError, ValueError, AttributeError) as error:
-        raise DamagedCheckpointError(f"{checkpoint} cannot be read: {error}") from error
-    if changed:
-        raise DamagedCheckpointError(f"in {checkpoint}, {' and '.join(changed)} has changed since it was written")
-
-
-def _fingerprint(path: Path) -> dict[str, int | str]:
-    with open(path, "rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def newest_usable(folder: Path, check: Callable[[Path], None] = verify) -> Path | None:
-    """The newest checkpoint that passes a check, or None; damaged ones are set aside with a warning."""
-    for path in checkpoints_in(folder):
-        try:
-            check(path)
-            return path
-        except DamagedCheckpointError as error:
-            (others := folder.parent / "set-aside").mkdir(exist_ok=True)
-            places = (others / f"{path.name}-{number}" for number in count(1))
-            aside = path.rename(next(place for place in places if not place.exists()))
-            what = f"{path.name} cannot be used: {error}. It is set aside as {aside}; training resumes from"
-            warnings.warn(f"{what} the checkpoint before it, or from the beginning if there is none.", stacklevel=2)
-    return None
-
-
-def discard_unfinished(folder: Path):
-    """Delete what a process left behind that was killed while writing or deleting a checkpoint."""
-    for path in folder.glob(f"{UNFINISHED}*"):
-        shutil.rmtree(path)
-
-
-def _delete(checkpoint: Path):
-    leftover = checkpoint.with_name(f"{UNFINISHED}-{checkpoint.name}")  # never half a checkpoint under its name
-    os.replace(checkpoint, leftover)
-    shutil.rmtree(leftover)
-
-
-@contextmanager
-def failures_explained(target: Path, num_bytes: int):
-    """Discard a checkpoint that cannot be written; if the disk is why, say which, why, what is safe, what to do."""
-    try:
-        yield
-    except Exception as error:
-        shutil.rmtree(target.parent / UNFINISHED, ignore_errors=True)
-        # PyTorch and safetensors say only in the message that it is the disk
-        if not isinstance(error, OSError) and not any(sign in str(error) for sign in _SIGNS_OF_THE_DISK):
-            raise
-        room = f"it takes {_mib(num_bytes)}, and {_mib(shutil.disk_usage(target.parent).free)} are free"
-        advice = "Earlier checkpoints are intact: fix this, and run again to resume from the newest"
-        number = getattr(error, "errno", None) or errno.EIO
-        raise OSError(number, f"{target} could not be written ({error}); {room}. {advice}") from error
-
-
-def leave_with(parent: int):
-    """Let the trainings of this worker process end when its parent is gone; it has to be the parent's own child."""
-    global _parent
-    _parent = parent if os.getpid() != parent and os.getppid() == parent else None
-
-
 class Interruption:
     """A context manager that notes SIGINT and SIGTERM, so that a step can finish and a checkpoint be written.
 
-    SIGINT is Ctrl-C or a notebook's "interrupt the kernel"; SIGTERM comes from a shutdown or a cluster. A second signal
-    acts at once, and one that was noted but not acted upon acts when the context ends. Only the main thread can handle
-    signals; in another thread none is noted. Signals that are ignored (`nohup`) stay ignored.
+    A second signal acts at once, and one that was noted but not acted upon acts when the context ends. Only the main
+    thread can handle signals; in another thread none is noted. Signals that are ignored (`nohup`) stay ignored.
     """
 
-    def __init__(self, signals: Sequence[signal.Signals] = SIGNALS):
+    parent: int | None = None  # of a worker process, whose training ends with it
+
+    def __init__(self, signals: Sequence[signal.Signals] = (signal.SIGINT, signal.SIGTERM)):
         self._signals, self._noted, self._before = signals, None, {}
 
     def __enter__(self):
@@ -203,36 +95,226 @@ class Interruption:
         if threading.current_thread() is threading.main_thread():
             for number in self._signals:
                 if signal.getsignal(number) not in (signal.SIG_IGN, None):
-                    self._before[number] = signal.signal(number, self._note)
+                    self._before[number] = signal.signal(number, self.ask)
         return self
 
     def __exit__(self, kind, error, trace):
         self._restore_handlers()
         if self._noted == signal.SIGTERM:
             signal.raise_signal(signal.SIGTERM)
-        if self._noted == signal.SIGINT and error is None:
+        elif self._noted and error is None:
             raise KeyboardInterrupt
 
     @property
     def asked(self) -> bool:
         """Whether to leave."""
-        if self._noted is None and _parent is not None and os.getppid() != _parent:
+        if self._noted is None and self.parent is not None and os.getppid() != self.parent:
             self._noted = signal.SIGTERM
         return self._noted is not None
 
-    def ask(self):
-        """Leave as if a person had pressed Ctrl-C."""
-        self._note(self._noted or signal.SIGINT)
+    def ask(self, number: int = signal.SIGINT, frame=None):
+        """Leave after this step, as if a signal had come."""
+        self._noted = signal.Signals(number)
+        self._restore_handlers()
 
     def leave(self):
         """Raise what ends the training if that was asked for."""
         if self.asked:
             raise KeyboardInterrupt if self._noted == signal.SIGINT else SystemExit(128 + self._noted)
 
-    def _note(self, number, frame=None):
-        self._noted = signal.Signals(number)
-        self._restore_handlers()
-
     def _restore_handlers(self):
         while self._before:
             signal.signal(*self._before.popitem())
+
+
+def leave_with(parent: int):
+    """Let the trainings of this worker process end when its parent is gone; it has to be the parent's own child."""
+    Interruption.parent = parent if os.getpid() != parent and os.getppid() == parent else None
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, newest first, not verified."""
+    numbers = [path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*")]
+    return [folder / f"checkpoint-{n}" for n in sorted((int(n) for n in numbers if n.isdigit()), reverse=True)]
+
+
+def seal(written: Path, target: Path, keep: int):
+    """Make a checkpoint of a folder: with a manifest of checksums, in its place, one of the newest `keep` there."""
+    manifest = {}
+    for path in sorted(written.iterdir()):
+        _sync(path)
+        manifest[path.name] = _fingerprint(path)
+    write_atomically(written / _MANIFEST, json.dumps(manifest, indent=1).encode())
+    others = [path for path in checkpoints_in(target.parent) if path != target]
+    for old in (target, *others[keep - 1 :]):
+        if old.exists():
+            leftover = written.with_name(f"old-{old.name}")  # never half a checkpoint under its name
+            os.replace(old, leftover)
+            shutil.rmtree(leftover)
+    os.replace(written, target)
+    _sync(target.parent)
+
+
+def _fingerprint(path: Path) -> dict[str, int | str]:
+    content = path.read_bytes()
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+class ResumableTrainer:
+    """Lets a trainer resume as if it had never stopped: `class Mine(ResumableTrainer, transformers.Trainer)`.
+
+    A checkpoint is written within an epoch every `checkpoint_seconds`, at its end if the last one is as old as
+    `seconds_between_epochs`, and on SIGINT and SIGTERM, which finish the step and exit. Each holds all that the
+    training depends on; the best weights are kept in memory, too. Nothing is unpickled.
+
+    `notes` lists what differs from the training that is resumed. A subclass has `before_training()`,
+    `training_failed(error)`, `progress()`, which gives what else is needed to resume within an epoch as JSON, and
+    `restore_progress(list)`, which takes what each process gave.
+    """
+
+    checkpoint_seconds = 300.0
+    seconds_between_epochs = 60.0
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        own_memory(self.model)
+        self.notes: list[str] = []
+        self._interruption = Interruption(()) if self.args.world_size > 1 else Interruption()
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """Train, or resume from a checkpoint: a path, or True for the newest usable one.
+
+        Raises OSError if the path cannot be loaded or the folder not be written to, and ValueError if True finds none.
+        """
+        folder, path = Path(self.args.output_dir), resume_from_checkpoint
+        check_room(folder, 12 * sum(p.nbytes for p in self.model.parameters()) + 2**20)  # three, with Adam's moments
+        if (folder / UNFINISHED).exists() and self.is_world_process_zero():  # a process was killed
+            shutil.rmtree(folder / UNFINISHED)
+        if path is True and not (path := self.newest_checkpoint()):
+            raise ValueError(f"there is no checkpoint in {folder} to resume from; train without resuming")
+        loaded = self._load(Path(path)) if path else None
+        self.notes, self._best_weights, self._saved_at = [], None, time.monotonic()
+        with self._interruption:
+            try:
+                self.before_training()
+                if loaded:
+                    self._restore(*loaded)
+                output = super().train(resume_from_checkpoint=path or None, **kwargs)
+                if self._best_weights:
+                    raise RuntimeError("the best weights were not loaded: lablib needs another version of transformers")
+                return output
+            except BaseException as error:
+                self.training_failed(error)
+                raise
+
+    def newest_checkpoint(self) -> Path | None:
+        """The newest usable checkpoint, or None; those that cannot be used are set aside with a warning."""
+        folder = Path(self.args.output_dir)
+        for path in checkpoints_in(folder) if self.is_world_process_zero() else ():
+            try:
+                self._load(path)
+                break
+            except OSError as error:
+                (others := folder.parent / "set-aside").mkdir(exist_ok=True)
+                places = (others / f"{path.name}-{number}" for number in count(1))
+                aside = path.rename(next(place for place in places if not place.exists()))
+                warnings.warn(f"{path.name} cannot be used: {error}. It is set aside as {aside}.", stacklevel=3)
+        self.accelerator.wait_for_everyone()
+        return next(iter(checkpoints_in(folder)), None)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What a resumed training should find unchanged: versions, precision, device, number of processes."""
+        return {
+            **{name: version(name) for name in ("torch", "transformers")},
+            "python": platform.python_version(),
+            "precision": "bf16" if self.args.bf16 else "fp16" if self.args.fp16 else "fp32",
+            "device": self.args.device.type,
+            "processes": str(self.args.world_size),
+        }
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs):  # after each step, and once more after an epoch's last one
+        state, control, saved_at = self.state, self.control, self._saved_at
+        epoch_ends = control.should_training_stop or control.should_epoch_stop or state.epoch == int(state.epoch)
+        asks = self.args.world_size == 1 or state.global_step % 50 == 0  # it takes time until all processes agree
+        if not epoch_ends and asks and self._is_due(self.checkpoint_seconds):
+            control.should_save = True
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        if self._saved_at != saved_at:
+            self._interruption.leave()
+
+    def _determine_best_metric(self, metrics, trial):
+        better = super()._determine_best_metric(metrics, trial)
+        if better:
+            self._best_weights = contiguous_weights(self.model)
+        self.control.should_save = self._is_due(self.seconds_between_epochs)  # upstream would save after every epoch
+        return better
+
+    def _is_due(self, seconds: float) -> bool:
+        due = self._interruption.asked or time.monotonic() - self._saved_at >= seconds
+        if self.args.world_size > 1:
+            due = self.accelerator.gather(torch.tensor([due], device=self.args.device)).any().item()
+        return due
+
+    def _finalize_training(self, *args, **kwargs):
+        if self._best_weights:
+            self.model.load_state_dict(self._best_weights)
+        self._best_weights = self.state.best_model_checkpoint = None  # where upstream would load them from
+        return super()._finalize_training(*args, **kwargs)
+
+    def _save_checkpoint(self, model, trial):
+        args, state, folder = self.args, self.state, self.args.output_dir
+        target, first = Path(folder, f"checkpoint-{state.global_step}"), self.is_world_process_zero()
+        written = target.parent / UNFINISHED / target.name
+        try:
+            args.output_dir = str(written.parent)
+            super()._save_checkpoint(model, trial)
+            saved = {"environment": self.environment, "notes": self.notes, "progress": self.progress()}
+            (written / f"lablib_{args.process_index}.json").write_text(json.dumps(saved))
+            if first and self._best_weights and state.best_global_step < state.global_step:
+                safetensors.torch.save_file(self._best_weights, written / _BEST)
+            self.accelerator.wait_for_everyone()
+            if first:
+                seal(written, target, keep=max(2, args.save_total_limit or 2))
+            self.accelerator.wait_for_everyone()
+        except Exception as error:
+            shutil.rmtree(written.parent, ignore_errors=True)
+            what = f"({type(error).__name__}: {error}). Fix this and run again; earlier checkpoints are intact"
+            number = getattr(error, "errno", None) or errno.EIO
+            raise OSError(number, f"{target} could not be written {what}") from error
+        finally:
+            args.output_dir = folder
+        self._saved_at = time.monotonic()
+
+    def _save(self, output_dir=None, state_dict=None):
+        super()._save(output_dir, contiguous_weights(self.model) if state_dict is None else state_dict)
+
+    def _load(self, checkpoint: Path) -> tuple[dict, list[tuple], dict[str, torch.Tensor]]:
+        """The trainer's state, what each process had saved, and the best weights. Raises OSError if it is damaged."""
+        try:
+            manifest = json.loads((checkpoint / _MANIFEST).read_bytes())
+            if changed := [name for name, written in manifest.items() if _fingerprint(checkpoint / name) != written]:
+                raise ValueError(f"{' and '.join(changed)} is not what was written")
+            state = json.loads((checkpoint / "trainer_state.json").read_bytes())
+            processes = range(len([*checkpoint.glob("lablib_*.json")]) or 1)
+            saved = [json.loads((checkpoint / f"lablib_{process}.json").read_bytes()) for process in processes]
+            best = safetensors.torch.load_file(checkpoint / (_BEST if _BEST in manifest else _WEIGHTS))
+            shapes, expected = ({k: v.shape for k, v in w.items()} for w in (best, self.model.state_dict()))
+            if shapes != expected:
+                raise ValueError("it holds the weights of another architecture")
+            return state, [(one["environment"], one["notes"], one["progress"]) for one in saved], best
+        except Exception as error:
+            raise OSError(f"{checkpoint} cannot be loaded: {type(error).__name__}: {error}") from error
+
+    def _restore(self, state: dict, saved: list[tuple], best: dict[str, torch.Tensor]):
+        environments, notes, progress = zip(*saved, strict=True)
+        self.notes, before, now = notes[0], environments[0], self.environment
+        if changed := [name for name in now if now[name] != before.get(name)]:
+            was, is_ = (", ".join(f"{name} {values.get(name)}" for name in changed) for values in (before, now))
+            self.notes = [*self.notes, f"resumed at step {state['global_step']} with {is_}, begun with {was}"]
+            warnings.warn(f"{self.args.output_dir}: {self.notes[-1]}; the result will carry this note", stacklevel=3)
+        if state["best_global_step"]:
+            self._best_weights = best
+        if state["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"]:
+            self.args.num_train_epochs, self.args.max_steps = int(state["epoch"]), -1  # or another step would be made
+        self.restore_progress([*progress])

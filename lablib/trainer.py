@@ -25,10 +25,10 @@ from transformers.trainer_pt_utils import nested_numpify
 from transformers.trainer_utils import PredictionOutput
 
 from lablib.augmentation import augment
-from lablib.checkpoints import contiguous_weights
+from lablib.checkpoints import ResumableTrainer, contiguous_weights
 from lablib.config import TrainingConfig
 from lablib.data import ImageBatches, ImageData, ShuffledBatches, stratified_split, stratified_subset
-from lablib.distributed import process_seed
+from lablib.distributed import DistributedTrainer, process_seed
 from lablib.hardware import (
     check_device,
     deterministic_algorithms,
@@ -39,7 +39,6 @@ from lablib.hardware import (
     untouched,
 )
 from lablib.metrics import BatchMeter, combined, cross_entropy, evaluation_metrics
-from lablib.resuming import ResumableTrainer
 from lablib.tracking import ServiceCallback
 
 _EVALUATION_PIXELS = 2**22  # at most in a batch that is larger than the training's
@@ -58,7 +57,7 @@ class SanityCheckError(RuntimeError):
     """The training would fail at its first step or hours later; it has not started."""
 
 
-class StreamlinedTrainer(ResumableTrainer):
+class StreamlinedTrainer(ResumableTrainer, DistributedTrainer):
     """Trains, validates after each epoch, stops early and restores the best weights; `.test()` evaluates the test set.
 
     The training set is split by class into a training and a validation part. Augmentation and normalisation happen in

@@ -9,11 +9,18 @@ import pytest
 import torch
 
 from lablib import ImageData, load_data
+from lablib.checkpoints import ResumableTrainer
 
 matplotlib.use("Agg")
 torch.set_num_threads(1)  # the tests' batches are too small to share out
 
 DATA_DIR = Path(__file__).parents[1] / "data"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _checkpoints_after_each_epoch():
+    """So that an epoch of milliseconds has one to resume from."""
+    ResumableTrainer.seconds_between_epochs = 0.0
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,52 +1,211 @@
-"""Checkpoints on disk: whole or absent, checked before they are used, and folders that cannot take them."""
+"""A training that is interrupted anywhere resumes from its newest usable checkpoint and ends bitwise the same."""
 
 import errno
+import json
 import os
 import shutil
+import signal
+import threading
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+from torch import nn
+from transformers import TrainerCallback
 
-from lablib.checkpoints import (
-    MANIFEST,
-    UNFINISHED,
-    DamagedCheckpointError,
-    check_room,
-    checkpoints_in,
-    discard_unfinished,
-    failures_explained,
-    newest_usable,
-    seal,
-    verify,
-    write_atomically,
-)
+from lablib import MLP, StreamlinedTrainer, TrainingConfig, checkpoints, train_or_load
+from lablib.checkpoints import UNFINISHED, Interruption, check_room, checkpoints_in, seal, write_atomically
+from lablib.identity import build_seeded
+from lablib.metrics import BatchMeter, history
 
-CONTENTS = {"model.safetensors": b"weights" * 100, "trainer_state.json": b"{}", "näme mit Leerzeichen": b""}
-
-
-def write(folder: Path, step: int, keep: int = 9) -> Path:
-    """A sealed checkpoint."""
-    target = folder / f"checkpoint-{step}"
-    (folder / UNFINISHED / target.name).mkdir(parents=True)
-    for name, content in CONTENTS.items():
-        (folder / UNFINISHED / target.name / name).write_bytes(content)
-    seal(target, keep)
-    return target
+STEPS = 4  # an epoch: 27 of tiny_data's 36 images in batches of 8
+tiny_mlp = partial(MLP, (8,), image_shape=(1, 6, 6), num_classes=3)
 
 
 @pytest.fixture
-def folder(tmp_path):
-    return tmp_path / "Läufe 1" / "checkpoints"
+def config(tmp_path):
+    knobs = {"num_epochs": 3, "batch_size": 8, "validation_split": 0.25, "lr_schedule": "cosine"}
+    return partial(TrainingConfig, **knobs, device="cpu", output_dir=str(tmp_path / "runs"))
 
 
-def test_a_sealed_checkpoint_is_whole_and_replaces_one_of_the_same_step(folder):
-    for _ in range(2):
-        checkpoint = write(folder, 3)
-        verify(checkpoint)
-        assert {path.name for path in checkpoint.iterdir()} == {*CONTENTS, MANIFEST}
-    discard_unfinished(folder)
-    assert [*folder.iterdir()] == checkpoints_in(folder) == [checkpoint]
+@pytest.fixture(params=[60.0])
+def build(request, config, tiny_data, tmp_path):
+    """A trainer whose checkpoints lie in `tmp_path / name`."""
+
+    def build(name: str, *callbacks, trainer_class=StreamlinedTrainer, model=tiny_mlp, **knobs):
+        more = {"callbacks": callbacks, "checkpoint_dir": str(tmp_path / name)}
+        trainer = trainer_class(build_seeded(model, 0), config=config(**knobs), data=tiny_data, **more)
+        trainer.seconds_between_epochs = request.param
+        return trainer
+
+    return build
+
+
+after_each_epoch = pytest.mark.parametrize("build", [0.0], indirect=True)
+
+
+class At(TrainerCallback):
+    """Does something at the end of a step, or of each (None); part of no run's identity."""
+
+    def __init__(self, step: int | None, action):
+        self.step, self.action = step, action
+
+    def __identity__(self):
+        return None
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.step in (None, state.global_step):
+            self.action()
+
+
+def press_ctrl_c():
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def findings(trainer) -> tuple:
+    rows = [{k: v for k, v in row.items() if k != "seconds"} for row in history(trainer.state.log_history)]
+    return rows, {name: tensor.tolist() for name, tensor in trainer.model.state_dict().items()}
+
+
+def stopped(build, *steps: int, **more) -> list[Path]:
+    """Interrupt one training at steps, one after another; its checkpoints, newest first."""
+    for number, step in enumerate(steps):
+        trainer = build("interrupted", At(step, press_ctrl_c), **more)
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train(resume_from_checkpoint=number > 0)
+    return checkpoints_in(Path(trainer.args.output_dir))
+
+
+def trained(build, name: str, *callbacks, **more):
+    trainer = build(name, *callbacks, **more)
+    torch.rand(7)
+    trainer.train(resume_from_checkpoint=name == "interrupted")
+    return trainer
+
+
+class Repeated(nn.Module):
+    """One block three times, a transposed weight, an expanded buffer, and channels-last convolutions."""
+
+    def __init__(self):
+        super().__init__()
+        self.convolution = nn.Conv2d(1, 4, 3).to(memory_format=torch.channels_last)
+        self.blocks = nn.ModuleList([nn.Linear(64, 64)] * 3)
+        self.classifier = nn.Parameter(torch.randn(3, 64).T)
+        self.spread = nn.Parameter(torch.randn(1, 64).expand(2, 64))
+        self.register_buffer("scale", torch.ones(1).expand(64))
+
+    def forward(self, images):
+        x = self.convolution(images).relu().flatten(1)
+        for block in self.blocks:
+            x = x + block(x).relu() * self.scale
+        return (x + self.spread.sum(0)) @ self.classifier
+
+
+class Scripted(StreamlinedTrainer):
+    """Its validation accuracy is best in the second epoch."""
+
+    def _evaluated(self, prediction):
+        return super()._evaluated(prediction) | {"accuracy": 0.9 if round(self.state.epoch) == 2 else 0.5}
+
+
+PATIENT = {"num_epochs": 6, "early_stopping_patience": 2, "trainer_class": Scripted}
+
+
+@pytest.mark.parametrize(
+    ("steps", "more"),
+    [
+        *[((step,), {}) for step in (1, STEPS, 2 * STEPS + 3, 3 * STEPS)],
+        (range(1, 3 * STEPS), {}),
+        ((3,), {"training_arguments": {"gradient_accumulation_steps": 3}}),
+        ((STEPS + 1,), {"model": Repeated}),
+        ((STEPS + 1, 3 * STEPS + 2), PATIENT),
+        ((4 * STEPS,), PATIENT),
+        *[((step,), {"training_arguments": {"max_steps": last}}) for step, last in ((7, 10), (10, 10), (3, 3))],
+    ],
+)
+def test_ctrl_c_ends_the_step_with_a_checkpoint_and_the_resumed_training_ends_bitwise_the_same(steps, more, build):
+    assert stopped(build, *steps, **more)[0].name == f"checkpoint-{steps[-1]}"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    begun = []
+    noting = [At(number, partial(begun.append, number)) for number in range(1, 6 * STEPS)]
+    whole, resumed = trained(build, "undisturbed", **more), trained(build, "interrupted", *noting, **more)
+    assert begun == [*range(steps[-1] + 1, whole.state.global_step + 1)]
+    assert findings(resumed) == findings(whole)
+    if more is PATIENT:
+        assert len(findings(resumed)[0]) == 4  # two epochs after the best one
+        assert resumed.evaluate()["eval_loss"] == findings(whole)[0][1]["val_loss"]
+    if more.get("model") is Repeated:
+        assert resumed.model.blocks[0] is resumed.model.blocks[2]
+
+
+@pytest.mark.parametrize(("within", "expected"), [(300, [8]), (50, [5, 10]), (1e-9, [1, 2, 3, 5, 6, 7, 9, 10, 11])])
+def test_checkpoints_are_written_by_the_clock_and_at_an_epochs_end_after_a_minute(within, expected, build, monkeypatch):
+    written, clock = [], SimpleNamespace(seconds=0, monotonic=lambda: clock.seconds)
+    monkeypatch.setattr(checkpoints, "time", clock)
+    callback = At(None, lambda: setattr(clock, "seconds", clock.seconds + 10))
+    callback.on_save = lambda args, state, control, **kwargs: written.append(state.global_step)
+    trainer = trained(build, "undisturbed", callback, checkpoint_seconds=within)
+    assert written == expected
+    kept = checkpoints_in(Path(trainer.args.output_dir))
+    assert [path.name for path in kept] == [f"checkpoint-{step}" for step in written[:-3:-1]]
+
+
+def test_a_short_training_writes_no_checkpoint_and_ends_with_its_best_weights(build):
+    trainer = trained(build, "undisturbed", **PATIENT)
+    assert [*Path(trainer.args.output_dir).iterdir()] == []
+    assert trainer.evaluate()["eval_loss"] == findings(trainer)[0][1]["val_loss"]
+
+
+@pytest.mark.parametrize(("batches", "cut"), [(8, 5), (8, 0), (65, 64), (200, 100)])
+def test_the_measurements_of_half_an_epoch_come_back_as_they_were(batches, cut):
+    whole, half, other = BatchMeter(), BatchMeter(), BatchMeter()
+    for number in range(batches):
+        if number == cut:
+            other.restore(json.loads(json.dumps(half.state())))
+        losses = {"loss": torch.tensor(1 / (number + 1)), "soft_loss": torch.tensor(3 / (number + 1))}
+        for meter in (whole, half if number < cut else other):
+            meter.add(losses, torch.eye(3), torch.tensor([0, 1, number % 3]))
+    assert other.means() == whole.means()
+    assert len(other) == batches
+
+
+def test_sigterm_ends_the_step_with_a_checkpoint_and_then_does_what_it_does(build, tmp_path):
+    received = []
+    before = signal.signal(signal.SIGTERM, lambda *_: received.extend(checkpoints_in(tmp_path / "here")))
+    try:
+        with pytest.raises(SystemExit) as caught:
+            build("here", At(2, lambda: os.kill(os.getpid(), signal.SIGTERM))).train()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert caught.value.code == 128 + signal.SIGTERM
+    assert [path.name for path in received] == ["checkpoint-2"]
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_second_signal_does_not_wait_and_a_first_that_nobody_acted_upon_is_not_lost(times):
+    reached = []
+    with pytest.raises(KeyboardInterrupt), Interruption() as interruption:  # noqa: PT012
+        for _ in range(times):
+            press_ctrl_c()
+            reached.append(interruption.asked)
+        reached.append("the end")
+    assert reached == ([True, "the end"] if times == 1 else [True])
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_ignored_signal_stays_ignored_and_another_thread_handles_none(monkeypatch):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with Interruption() as interruption:
+            press_ctrl_c()
+            assert not interruption.asked
+    finally:
+        signal.signal(signal.SIGINT, before)
+    monkeypatch.setattr(threading, "main_thread", lambda: None)
+    with Interruption():
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def cut(path):
@@ -57,107 +216,130 @@ def flip(path):
     path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
 
 
+@after_each_epoch
 @pytest.mark.parametrize(
     ("name", "damage", "words"),
     [
-        ("model.safetensors", cut, "checkpoint-3, model.safetensors has changed since it was written"),
-        ("model.safetensors", flip, "checkpoint-3, model.safetensors has changed since it was written"),
-        ("trainer_state.json", Path.unlink, "checkpoint-3 cannot be read: .*trainer_state.json"),
-        (MANIFEST, cut, "checkpoint-3 cannot be read: "),
-        (MANIFEST, Path.unlink, f"checkpoint-3 cannot be read: .*{MANIFEST}"),
-        (MANIFEST, lambda path: path.write_text("[1]"), "checkpoint-3 cannot be read: "),
+        ("model.safetensors", cut, "ValueError: model.safetensors is not what was written"),
+        ("optimizer.pt", flip, "ValueError: optimizer.pt is not what was written"),
+        ("trainer_state.json", Path.unlink, "FileNotFoundError: .*trainer_state.json"),
+        ("manifest.json", cut, "JSONDecodeError: "),
+        ("manifest.json", lambda path: path.write_text("[1]"), "AttributeError: "),
     ],
 )
-def test_damage_is_named(name, damage, words, folder):
-    checkpoint = write(folder, 3)
-    damage(checkpoint / name)
-    with pytest.raises(DamagedCheckpointError, match=words):
-        verify(checkpoint)
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_used(name, damage, words, build, tmp_path):
+    newest, before = stopped(build, STEPS + 1)
+    damage(newest / name)
+    with pytest.raises(OSError, match=rf"checkpoint-5 cannot be loaded: {words}"):
+        build("interrupted").train(resume_from_checkpoint=str(newest))
+    with pytest.warns(UserWarning, match=rf"checkpoint-5 cannot be used: .*{words}.* set aside as .*checkpoint-5-1"):
+        assert build("interrupted").newest_checkpoint() == before
+    assert (tmp_path / "set-aside" / "checkpoint-5-1").is_dir()
+    assert findings(trained(build, "interrupted")) == findings(trained(build, "undisturbed"))
 
 
-def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_used_if_there_is_one(folder):
-    assert newest_usable(folder) is None
-    before = write(folder, 9)
-    for number in (1, 2):
-        flip(write(folder, 10) / "model.safetensors")
-        with pytest.warns(UserWarning, match=rf"checkpoint-10 cannot be used: .* aside as .*checkpoint-10-{number};"):
-            assert newest_usable(folder) == before
-    assert len([*(folder.parent / "set-aside").iterdir()]) == 2
-    cut(before / MANIFEST)
-    with pytest.warns(UserWarning, match=r"or from the beginning if there is none"):
-        assert newest_usable(folder) is None
+def test_a_checkpoint_of_another_architecture_is_set_aside(build):
+    stopped(build, 1)
+    wider = build("interrupted", model=partial(MLP, (9,), image_shape=(1, 6, 6), num_classes=3))
+    with pytest.warns(UserWarning, match=r"holds the weights of another architecture.* set aside"):
+        assert wider.newest_checkpoint() is None
+    with pytest.raises(ValueError, match=r"there is no checkpoint in .* to resume from; train without resuming"):
+        wider.train(resume_from_checkpoint=True)
 
 
-def test_the_newest_are_kept_by_number_and_not_by_name(folder):
-    (folder / "checkpoint-of-mine").mkdir(parents=True)
-    for step in (8, 9, 10, 100):
-        write(folder, step, keep=2)
-    assert [path.name for path in checkpoints_in(folder)] == ["checkpoint-100", "checkpoint-10"]
-    assert (folder / "checkpoint-of-mine").is_dir()
+class Malicious:
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
 
 
-def test_a_deletion_that_breaks_off_leaves_no_half_checkpoint_under_its_name(folder, monkeypatch):
-    def killed(path):
-        raise KeyboardInterrupt
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_planted_pickle_is_not_executed(name, build, tmp_path):
+    (planted,) = stopped(build, 1)
+    torch.save(Malicious(tmp_path / "executed"), planted / name)
+    (planted / "manifest.json").unlink()
+    seal(planted.rename(planted.parent / UNFINISHED / planted.name), planted, keep=2)
+    with pytest.raises(Exception, match="Weights only load failed"):
+        trained(build, "interrupted")
+    assert not (tmp_path / "executed").exists()
 
-    write(folder, 1)
-    with monkeypatch.context() as patch:
-        patch.setattr(shutil, "rmtree", killed)
-        with pytest.raises(KeyboardInterrupt):
-            write(folder, 2, keep=1)
-    assert [path.name for path in checkpoints_in(folder)] == ["checkpoint-2"]
-    discard_unfinished(folder)
-    assert [path.name for path in folder.iterdir()] == ["checkpoint-2"]
+
+def failing(number: int):
+    def fail(*args, **kwargs):
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+def sealed(folder: Path, step: int):
+    (written := folder / UNFINISHED / f"checkpoint-{step}").mkdir(parents=True)
+    (written / "näme mit Leerzeichen").write_bytes(b"content")
+    seal(written, folder / written.name, keep=2)
+
+
+def test_the_newest_stay_by_number_and_half_a_deletion_leaves_no_half_checkpoint(tmp_path, monkeypatch):
+    (tmp_path / "checkpoint-of-mine").mkdir()
+    for step in (8, 9, 10, 100, 100):
+        sealed(tmp_path, step)
+    assert [path.name for path in checkpoints_in(tmp_path)] == ["checkpoint-100", "checkpoint-10"]
+    monkeypatch.setattr(shutil, "rmtree", failing(errno.EIO))
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        sealed(tmp_path, 101)
+    assert [path.name for path in checkpoints_in(tmp_path)] == ["checkpoint-100"]
+    assert (tmp_path / "checkpoint-of-mine").is_dir()
 
 
 def test_a_file_that_cannot_be_written_leaves_the_old_one_and_nothing_else(tmp_path, monkeypatch):
-    def fail(descriptor):
-        raise OSError(errno.EIO, "the disk fails")
-
     write_atomically(tmp_path / "result.json", b"old")
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="the disk fails"):
+    monkeypatch.setattr(os, "fsync", failing(errno.EIO))
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
         write_atomically(tmp_path / "result.json", b"new")
-    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("result.json", b"old")]
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]
 
 
-def test_a_disk_that_is_too_full_is_named_with_what_is_free_and_what_is_needed(folder, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2**20))
-    check_room(folder, 2**20)
-    assert [*folder.iterdir()] == []
-    words = rf"{folder} .*1 MiB are free, .* writes up to 300 MiB\): free some space, or choose another output_dir"
-    with pytest.raises(OSError, match=words) as caught:
-        check_room(folder, 300 * 2**20)
-    assert caught.value.errno == errno.ENOSPC
+def test_a_folder_without_room_or_that_cannot_be_written_to_is_named_with_the_reason(tmp_path, monkeypatch, build):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2**19))
+    check_room(tmp_path / "new" / "folder", 2**19)
+    with pytest.raises(OSError, match=r"0.5 MiB are free, but this training writes up to 1.* MiB\): make room"):
+        build("here").train()
+    monkeypatch.setattr("tempfile.TemporaryFile", failing(errno.EROFS))
+    with pytest.raises(OSError, match=rf"{tmp_path} cannot be written to \({os.strerror(errno.EROFS)}\): .*output_dir"):
+        check_room(tmp_path, 0)
 
 
-@pytest.mark.parametrize(
-    ("number", "advice"),
-    [(errno.EROFS, "make it writable"), (errno.EEXIST, "make it writable"), (errno.ENOSPC, "free some space")],
-)
-def test_a_folder_that_cannot_be_written_to_is_named_with_the_reason(number, advice, folder, monkeypatch):
-    def refuse(*args, **kwargs):
-        raise OSError(number, os.strerror(number))
+@after_each_epoch
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), RuntimeError("PytorchStreamWriter failed")])
+def test_a_failing_write_stops_the_training_and_leaves_the_checkpoints_before(error, build, monkeypatch):
+    trainer, save = build("interrupted"), torch.save
 
-    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
-    words = rf"{folder} cannot be written to \({os.strerror(number)}\): {advice}, or choose another output_dir"
-    with pytest.raises(OSError, match=words):
-        check_room(folder, 0)
+    def full(content, path, *args, **kwargs):
+        if trainer.state.global_step == 2 * STEPS:
+            Path(path).write_bytes(b"half")
+            raise error
+        return save(content, path, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(
+            OSError, match=r"checkpoint-8 could not be written .* earlier checkpoints are intact"
+        ) as caught:
+            trainer.train()
+    assert caught.value.errno == getattr(error, "errno", errno.EIO)
+    assert str(error) in str(caught.value)
+    assert [path.name for path in Path(trainer.args.output_dir).iterdir()] == [f"checkpoint-{STEPS}"]
+    assert findings(trained(build, "interrupted")) == findings(trained(build, "undisturbed"))
 
 
-@pytest.mark.parametrize(
-    ("error", "number"),
-    [(OSError(errno.ENOSPC, "No space left"), errno.ENOSPC), (RuntimeError("PytorchStreamWriter failed"), errno.EIO)],
-)
-def test_a_failed_write_says_which_why_what_is_safe_and_what_to_do(error, number, folder):
-    before = write(folder, 3)
-    (folder / UNFINISHED / "checkpoint-4").mkdir(parents=True)
-    with (
-        pytest.raises(OSError, match=r"checkpoint-4 could not be written \(.*(space|failed)") as caught,
-        failures_explained(folder / "checkpoint-4", 5 * 2**20),
-    ):
-        raise error
-    assert caught.value.errno == number
-    assert "it takes 5 MiB, and " in str(caught.value)
-    assert "Earlier checkpoints are intact: fix this, and run again to resume from the newest" in str(caught.value)
-    assert [*folder.iterdir()] == [before]
+def test_another_version_is_said_once_and_noted_in_the_result(config, tiny_data, monkeypatch):
+    def interrupted_at(step: int):
+        with pytest.raises(KeyboardInterrupt):
+            train_or_load(tiny_mlp, config(), tiny_data, callbacks=(At(step, press_ctrl_c),))
+
+    interrupted_at(2)
+    monkeypatch.setattr(checkpoints, "version", lambda name: "9.9")
+    with pytest.warns(UserWarning, match=r"at step 2 with torch 9.9, .*, begun with torch .*; the result will carry"):
+        interrupted_at(STEPS + 1)
+    (note,) = train_or_load(tiny_mlp, config(), tiny_data).result["notes"]
+    assert note.startswith("resumed at step 2 with torch 9.9, transformers 9.9, begun with torch ")
