@@ -298,7 +298,7 @@ def test_an_image_that_does_not_fit_is_named_and_no_cache_written(folder, file):
     [
         (
             lambda folder: (folder / "test/dog").rename(folder / "test/wolf"),
-            "same classes; these are in only one .*'dog', 'wolf'",
+            "only one .*'dog', 'wolf'",
         ),
         (lambda folder: (folder / "train/fox").mkdir(), "no image in .*/train/fox"),
         (lambda folder: (folder / "test").rename(folder / "val"), "test needs a folder of images for each class"),
