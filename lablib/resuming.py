@@ -12,19 +12,19 @@ from typing import Any
 
 import safetensors.torch
 import torch
+import transformers
 from transformers import TrainerCallback
 from transformers.trainer_pt_utils import safe_globals
 
 from lablib import checkpoints
 from lablib.checkpoints import SIGNALS, UNFINISHED, DamagedCheckpointError, Interruption, contiguous_weights
-from lablib.distributed import DistributedTrainer
 
 _WEIGHTS, _BEST = "model.safetensors", "best_model.safetensors"
 _COST = 0.01  # at most this part of the time goes into the checkpoints within an epoch
 _STEPS_BETWEEN_DECISIONS = 50  # of several processes, which have to agree
 
 
-class ResumableTrainer(DistributedTrainer):
+class ResumableTrainer(transformers.Trainer):
     """Writes checkpoints that are complete or absent, hold all that the training depends on, and are verified on use.
 
     One is written after each epoch and, within an epoch, every `checkpoint_seconds`, or less often where that would
