@@ -13,9 +13,10 @@ from lablib.config import TrainingConfig
 
 def check_device(device: str) -> None:
     """Raise ValueError for a device that this machine lacks."""
-    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not present.get(device, True):
-        there = ", ".join(["'auto'", "'cpu'", *(repr(name) for name in present if present[name])])
+    accelerators = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    present = ["auto", "cpu", *(name for name, there in accelerators.items() if there)]
+    if device not in present:
+        there = ", ".join(map(repr, present))
         raise ValueError(f"device = {device!r}, but this machine has none that PyTorch can use; write one of {there}")
 
 

@@ -33,7 +33,6 @@ from lablib.resuming import ResumableTrainer
 
 Outputs = torch.Tensor | tuple[torch.Tensor, ...]  # logits (batch × classes), or a tuple that begins with them
 
-_EVALUATION_PIXELS = 2**22  # at most in a batch that is larger than the training's
 _OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
 # what PyTorch, oneDNN and the GPUs' libraries say in a RuntimeError
 _OUT_OF_MEMORY = ("out of memory", "DefaultCPUAllocator", "bad_alloc", "ALLOC_FAILED", "could not create a memory")
@@ -91,19 +90,18 @@ class StreamlinedTrainer(ResumableTrainer):
             raise ValueError("dataloader_drop_last would leave images out of evaluations too; change the batch_size")
         args._n_gpu = min(args.n_gpu, 1)  # or Trainer multiplies the batch by the GPUs it sees
         args.accelerator_config.split_batches = True  # so that batch sizes count the images of all processes
-        at_once = max(config.batch_size, min(1000, _EVALUATION_PIXELS // data.train_images[0].numel()))
+        at_once = max(config.batch_size, min(1000, 2**22 // data.train_images[0].numel()))  # of 4 million values
         args.per_device_eval_batch_size = at_once // args.world_size * args.world_size
         args.per_device_train_batch_size = config.batch_size
-        device = args.device
-        if device.type == "cuda" and data.train_images.nbytes > torch.cuda.mem_get_info(device)[0] / 2:
-            device = torch.device("cpu")
-        images, labels = data.train_images.to(device), data.train_labels.to(device)
+        on_gpu = args.device.type == "cuda"
+        fits = not on_gpu or data.train_images.nbytes < torch.cuda.mem_get_info(args.device)[0] / 2
+        images, labels = (t.to(args.device if fits else "cpu") for t in (data.train_images, data.train_labels))
         train, validation = stratified_split(data.train_labels, config.validation_split, config.seed)
         train = stratified_subset(train, data.train_labels, config.max_train_images, config.seed)
         patience = config.early_stopping_patience
         self.checkpoint_seconds = config.checkpoint_seconds
         self._memory_format = memory_format(model, args.device, data.image_shape)
-        if args.device.type == "cuda":
+        if on_gpu:
             model.to(memory_format=self._memory_format)
         super().__init__(
             model=model,
@@ -222,15 +220,20 @@ class StreamlinedTrainer(ResumableTrainer):
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """The config's plain optimizer, with weight decay on every parameter."""
         if self.optimizer is None:
-            parameters = [*(model or self.model).parameters()]
-            knobs = {"lr": self.config.learning_rate, "weight_decay": self.config.weight_decay}
+            config, args, parameters = self.config, self.args, [*(model or self.model).parameters()]
+            knobs = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+            knobs = {"momentum": 0.9} if config.optimizer == "sgd" else knobs
             knobs["fused"] = all(parameter.is_floating_point() for parameter in parameters) or None  # not of complex
-            if self.config.optimizer == "sgd":
-                knobs["momentum"] = 0.9
-            else:
-                knobs |= {"betas": (self.args.adam_beta1, self.args.adam_beta2), "eps": self.args.adam_epsilon}
-            self.optimizer = _OPTIMIZERS[self.config.optimizer](parameters, **knobs)
+            optimizer = _OPTIMIZERS[config.optimizer]
+            self.optimizer = optimizer(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, **knobs)
         return self.optimizer
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        for parameter, state in self.optimizer.state.items():  # fused optimizers mix up values in another memory format
+            for name, value in state.items():
+                if torch.is_tensor(value) and value.shape == parameter.shape:
+                    state[name] = torch.empty_like(parameter).copy_(value)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As upstream; training loss and accuracy are means over the images since the last log."""
@@ -241,9 +244,8 @@ class StreamlinedTrainer(ResumableTrainer):
     def _get_grad_norm(self, model, grad_norm=None):
         # Upstream computes the norm in every step (a tenth of a small MLP's time) and logs it once per epoch.
         steps = math.ceil(len(self.callback_handler.train_dataloader) / self.args.gradient_accumulation_steps)
-        if (self.state.global_step + 1) % steps == 0:
-            return super()._get_grad_norm(model, grad_norm)
-        return grad_norm
+        is_last = (self.state.global_step + 1) % steps == 0
+        return super()._get_grad_norm(model, grad_norm) if is_last else grad_norm
 
     def _training_metrics(self) -> dict[str, float]:
         losses = self._since_last_log.state()["losses"]["loss"]  # the only time in an epoch to wait for the device
@@ -260,9 +262,8 @@ class StreamlinedTrainer(ResumableTrainer):
     @torch.no_grad()
     def _evaluated(self, prediction: EvalPrediction) -> dict[str, float]:
         """Losses and accuracy over all images at once, since a weighted loss is not a mean over batches."""
-        arrays = prediction.predictions, prediction.label_ids
-        # on the device of the training, since `losses` may hold tensors such as class weights
-        outputs, labels = tree_map(lambda array: torch.from_numpy(array).to(self.args.device), arrays)
+        arrays, device = (prediction.predictions, prediction.label_ids), self.args.device  # of tensors in `losses` too
+        outputs, labels = tree_map(lambda array: torch.from_numpy(array).to(device), arrays)
         metrics = {name: value.item() for name, value in self.losses(outputs, labels).items()}
         if not math.isfinite(metrics["loss"]):
             raise self._not_finite(f"loss of an evaluation is {metrics['loss']}")
