@@ -16,11 +16,7 @@ from lablib.trainer import StreamlinedTrainer
 
 
 def distillation_loss(
-    student_logits: torch.Tensor,
-    teacher_logits: torch.Tensor,
-    labels: torch.Tensor,
-    temperature: float,
-    alpha: float,
+    student_logits: torch.Tensor, teacher_logits: torch.Tensor, labels: torch.Tensor, temperature: float, alpha: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Total, soft and hard loss of a batch (Hinton, Vinyals and Dean 2015, https://arxiv.org/abs/1503.02531).
 

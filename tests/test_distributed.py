@@ -22,12 +22,15 @@ MODELS = {
 
 
 def tiny() -> ImageData:
-    """45 images, 11 of which are tested: each is known by its first pixel."""
-    labels = torch.arange(45) % 3
-    images = torch.randint(0, 60, (45, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    images[:, 0, 0, 0] = torch.arange(45)
-    images[torch.arange(45), 0, 3, labels] += 150
-    return ImageData("tiny", images, labels, images[:11], labels[:11], ("one", "two", "three"))
+    """45 training images, each known by its first pixel, and 1,011 test images: a full batch for both, and a rest."""
+    generator, parts = torch.Generator().manual_seed(0), []
+    for number in (45, 1011):
+        labels = torch.arange(number) % 3
+        images = torch.randint(0, 60, (number, 1, 8, 8), generator=generator, dtype=torch.uint8)
+        images[torch.arange(number), 0, 3, labels] += 150
+        parts += [images, labels]
+    parts[0][:, 0, 0, 0] = torch.arange(45)
+    return ImageData("tiny", *parts, ("one", "two", "three"))
 
 
 RUNS = """
@@ -130,7 +133,7 @@ def test_the_processes_share_each_batch_and_fill_up_the_last_one_with_images_of_
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("processes", [1, 2])
 def test_each_of_the_test_images_counts_once_and_by_the_weights_that_are_saved(processes, model, findings):
-    """The 11 images are no multiple of two processes, and on a CPU each has other batch norm statistics."""
+    """The number of images is odd, and on a CPU each process has batch norm statistics of its own until then."""
     found, data, network = findings[processes]["runs"][model], tiny(), MODELS[model]().eval()
     network.load_state_dict({name: torch.tensor(value) for name, value in found["weights"].items()})
     with torch.no_grad():
