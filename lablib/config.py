@@ -37,9 +37,9 @@ _Chat = Annotated[str, Field(pattern=r"^(-?\d+|@\w+)$")]  # a number or a name, 
 _CHECKED = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
 _TOKEN = re.compile(r"\d+(?::|%3[Aa])[\w-]{30,}")
 
-# Further fields of transformers.TrainingArguments that are known to work here; dataloader_drop_last in training only.
+# Further fields of transformers.TrainingArguments that are known to work here.
 TRAINING_ARGUMENTS = (
-    "adam_beta1", "adam_beta2", "adam_epsilon", "dataloader_drop_last", "dataloader_num_workers",
+    "adam_beta1", "adam_beta2", "adam_epsilon", "dataloader_num_workers",
     "dataloader_persistent_workers", "dataloader_prefetch_factor", "ddp_backend", "ddp_broadcast_buffers",
     "ddp_bucket_cap_mb", "ddp_find_unused_parameters", "ddp_static_graph", "ddp_timeout", "disable_tqdm",
     "eval_accumulation_steps", "gradient_accumulation_steps", "log_level", "lr_scheduler_kwargs", "max_steps",

@@ -10,17 +10,13 @@ from torch.nn import functional as F
 
 from lablib.config import TrainingConfig
 from lablib.data import ImageData
-from lablib.hardware import takes_channels_last
+from lablib.hardware import memory_format
 from lablib.identity import weights_digest
 from lablib.trainer import StreamlinedTrainer
 
 
 def distillation_loss(
-    student_logits: torch.Tensor,
-    teacher_logits: torch.Tensor,
-    labels: torch.Tensor,
-    temperature: float,
-    alpha: float,
+    student_logits: torch.Tensor, teacher_logits: torch.Tensor, labels: torch.Tensor, temperature: float, alpha: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Total, soft and hard loss of a batch (Hinton, Vinyals and Dean 2015, https://arxiv.org/abs/1503.02531).
 
@@ -29,12 +25,8 @@ def distillation_loss(
     temperature² keeps the soft term's gradient the same size at all temperatures. Logits are batch × classes, labels
     batch.
     """
-    soft = temperature**2 * F.kl_div(
-        F.log_softmax(student_logits / temperature, dim=1),
-        F.log_softmax(teacher_logits / temperature, dim=1),
-        log_target=True,
-        reduction="batchmean",
-    )
+    student, teacher = (F.log_softmax(logits / temperature, dim=1) for logits in (student_logits, teacher_logits))
+    soft = temperature**2 * F.kl_div(student, teacher, log_target=True, reduction="batchmean")
     hard = F.cross_entropy(student_logits, labels)
     return alpha * soft + (1 - alpha) * hard, soft, hard
 
@@ -43,8 +35,8 @@ class KnowledgeDistillationTrainer(StreamlinedTrainer):
     """Trains a student on the labels and on a teacher's logits for the same images; only the loss changes.
 
     The teacher is copied, frozen, and in eval mode. Both terms are recorded by epoch, as soft_loss and hard_loss.
-    Raises ValueError for an alpha outside [0, 1], a temperature that is not above 0, and a teacher that is
-    the student, cannot be copied, or has another number of classes.
+    Raises ValueError for an alpha outside [0, 1], a temperature that is not above 0, and a teacher that is the student
+    or has another number of classes.
     """
 
     def __init__(
@@ -57,27 +49,21 @@ class KnowledgeDistillationTrainer(StreamlinedTrainer):
         alpha: float = 0.7,
         **trainer_arguments,
     ):
-        if not _is_number(alpha) or not 0 <= alpha <= 1:
+        if not 0 <= alpha <= 1:
             raise ValueError(f"alpha = {alpha!r}, but it must be a number from 0 (labels only) to 1 (teacher only)")
-        if not _is_number(temperature) or temperature <= 0:
+        if not 0 < temperature < math.inf:
             raise ValueError(f"temperature = {temperature!r}, but it must be a number above 0, such as 4")
         if teacher is student:
             raise ValueError("the teacher is the student; give a network of its own, trained before, as the teacher")
-        try:
-            teacher = copy.deepcopy(teacher).requires_grad_(False).eval()
-        except Exception as error:  # PyTorch does not copy a tensor with history
-            raise ValueError(
-                f"the teacher cannot be copied: {type(error).__name__}: {error}; load its weights into a new network"
-            ) from error
         self.temperature, self.alpha = float(temperature), float(alpha)
         super().__init__(student, config, data, **trainer_arguments)
-        self.teacher = teacher.to(self.args.device)
-        if not takes_channels_last(self.teacher, data.image_shape):  # it sees what the student sees
-            self._memory_format = torch.contiguous_format
+        self.teacher = copy.deepcopy(teacher).requires_grad_(False).eval().to(self.args.device)
+        if memory_format(self.teacher, self.args.device, data.image_shape) == torch.contiguous_format:
+            self._memory_format = torch.contiguous_format  # the student sees what the teacher sees
         with torch.no_grad():
             classes = self.teacher(self.prepare_images(data.train_images[:2].to(self.args.device), False)).shape[1]
         if classes != data.num_classes:
-            raise ValueError(f"the teacher gives {classes} outputs, and {data.name} has {data.num_classes} classes")
+            raise ValueError(f"the teacher has {classes} outputs, but {data.name} has {data.num_classes} classes")
 
     @cached_property
     def environment(self) -> dict[str, str]:
@@ -94,7 +80,3 @@ class KnowledgeDistillationTrainer(StreamlinedTrainer):
         """The total loss and its two unweighted terms."""
         total, soft, hard = distillation_loss(*outputs, labels, self.temperature, self.alpha)
         return {"loss": total, "soft_loss": soft, "hard_loss": hard}
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,7 +1,6 @@
 """StreamlinedTrainer: one training of one model on one data set, on top of transformers.Trainer."""
 
 import atexit
-import contextlib
 import functools
 import gc
 import math
@@ -10,14 +9,14 @@ import tempfile
 import time
 import weakref
 from collections.abc import Sequence
-from itertools import islice
 from typing import Any
 
 import safetensors.torch
 import torch
 import transformers
-from accelerate.utils import convert_outputs_to_fp32
+from accelerate.utils import broadcast, convert_outputs_to_fp32
 from torch import nn
+from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, EvalPrediction, PrinterCallback, TrainerCallback
@@ -28,23 +27,12 @@ from lablib.augmentation import augment
 from lablib.checkpoints import ResumableTrainer, contiguous_weights
 from lablib.config import TrainingConfig
 from lablib.data import ImageBatches, ImageData, ShuffledBatches, stratified_split, stratified_subset
-from lablib.distributed import DistributedTrainer, process_seed
-from lablib.hardware import (
-    check_device,
-    deterministic_algorithms,
-    fits,
-    keep_freed_memory,
-    memory_format,
-    resolve_bf16,
-    untouched,
-)
-from lablib.metrics import BatchMeter, combined, cross_entropy, evaluation_metrics
-from lablib.tracking import ServiceCallback
+from lablib.hardware import algorithms, check_device, keep_freed_memory, memory_format, resolve_bf16, untouched
+from lablib.metrics import BatchMeter
 
-_EVALUATION_PIXELS = 2**22  # at most in a batch that is larger than the training's
+Outputs = torch.Tensor | tuple[torch.Tensor, ...]  # logits (batch × classes), or a tuple that begins with them
+
 _OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
-
-
 # what PyTorch, oneDNN and the GPUs' libraries say in a RuntimeError
 _OUT_OF_MEMORY = ("out of memory", "DefaultCPUAllocator", "bad_alloc", "ALLOC_FAILED", "could not create a memory")
 
@@ -57,17 +45,24 @@ class SanityCheckError(RuntimeError):
     """The training would fail at its first step or hours later; it has not started."""
 
 
-class StreamlinedTrainer(ResumableTrainer, DistributedTrainer):
+class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
     """Trains, validates after each epoch, stops early and restores the best weights; `.test()` evaluates the test set.
 
     The training set is split by class into a training and a validation part. Augmentation and normalisation happen in
     the training step, on the device, so that a resumed run draws the random numbers of an uninterrupted one (see
-    `ResumableTrainer`). Callbacks, checkpoints and `torchrun` work as in any `transformers.Trainer`.
+    `ResumableTrainer`). Callbacks and checkpoints work as in any `transformers.Trainer`. Checkpoints go to
+    `checkpoint_dir`, or to a temporary folder that is deleted with the trainer. `run_name` is the name in Weights &
+    Biases and Telegram.
 
-    Checkpoints go to `checkpoint_dir`, or to a temporary folder that is deleted with the trainer. `run_name` is the
-    name in Weights & Biases and Telegram.
-    Raises ValueError if the device does not exist. `train` raises SanityCheckError before its first step (see
-    `sanity_check`), and NonFiniteLossError, naming epoch and step, for a loss that is NaN or infinite.
+    Under `torchrun` accelerate splits each batch among the processes. Without augmentation and dropout, of which each
+    process draws its own, weights and metrics are those of one process to a relative 1e-5 if `batch_size` divides the
+    number of training images. If not, the epoch's last batch is filled up with images of its first. On GPUs batch norm
+    is over the whole batch; on CPUs each process normalises its share, and the first one's statistics are kept.
+    An evaluation counts each image once.
+
+    Raises ValueError for a device that does not exist, and for what would silently change results. `train` raises
+    SanityCheckError before its first step (see `sanity_check`), and NonFiniteLossError, naming epoch and step, for a
+    loss that is NaN or infinite.
     """
 
     def __init__(
@@ -82,6 +77,8 @@ class StreamlinedTrainer(ResumableTrainer, DistributedTrainer):
         _freeze_imports()  # before there is a trainer, which would never be collected
         check_device(config.device)
         keep_freed_memory()
+        if hasattr(model, "config") and not isinstance(model, transformers.PreTrainedModel):
+            raise ValueError("transformers would write to the model's attribute `config`; give it another name")
         self.config, self.data = config, data
         self.run_name = run_name or type(model).__name__
         if checkpoint_dir is None:
@@ -89,54 +86,65 @@ class StreamlinedTrainer(ResumableTrainer, DistributedTrainer):
             weakref.finalize(self, shutil.rmtree, checkpoint_dir, ignore_errors=True)
         args = config.to_training_arguments(checkpoint_dir, bf16=resolve_bf16(config, model))
         args._n_gpu = min(args.n_gpu, 1)  # or Trainer multiplies the batch by the GPUs it sees
-        at_once = _EVALUATION_PIXELS // data.train_images[0].numel()
-        args.per_device_eval_batch_size = max(config.batch_size, min(args.per_device_eval_batch_size, at_once))
-        device = args.device if fits(data, args.device) else torch.device("cpu")
-        images, labels = data.train_images.to(device), data.train_labels.to(device)
+        args.accelerator_config.split_batches = True  # so that batch sizes count the images of all processes
+        at_once = max(config.batch_size, min(1000, 2**22 // data.train_images[0].numel()))  # of 4 million values
+        args.per_device_eval_batch_size = at_once // args.world_size * args.world_size
+        args.per_device_train_batch_size = config.batch_size
+        on_gpu = args.device.type == "cuda"
+        fits = not on_gpu or data.train_images.nbytes < torch.cuda.mem_get_info(args.device)[0] / 2
+        images, labels = (t.to(args.device if fits else "cpu") for t in (data.train_images, data.train_labels))
         train, validation = stratified_split(data.train_labels, config.validation_split, config.seed)
         train = stratified_subset(train, data.train_labels, config.max_train_images, config.seed)
         patience = config.early_stopping_patience
-        stopping = [EarlyStoppingCallback(patience)] if patience else []
-        self._memory_format = memory_format(model, args.device, data.image_shape)
         self.checkpoint_seconds = config.checkpoint_seconds
-        with _config_hidden(model):
-            super().__init__(
-                model=model,
-                args=args,
-                train_dataset=ImageBatches(images, labels, train),
-                eval_dataset=ImageBatches(images, labels, validation),
-                data_collator=_as_it_is,
-                compute_metrics=self._evaluated,
-                callbacks=[*stopping, *callbacks],
-            )
+        self._memory_format = memory_format(model, args.device, data.image_shape)
+        if on_gpu:
+            model.to(memory_format=self._memory_format)
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=ImageBatches(images, labels, train),
+            eval_dataset=ImageBatches(images, labels, validation),
+            data_collator=_as_it_is,
+            compute_metrics=self._evaluated,
+            callbacks=[*([EarlyStoppingCallback(patience)] if patience else []), *callbacks],
+        )
         self.model_accepts_loss_kwargs = False  # or a forward with **kwargs counts as one that scales its own loss
         if args.disable_tqdm:
             self.remove_callback(PrinterCallback)
-        for callback in _services(self):
-            self.add_callback(callback)
+        if config.use_wandb:
+            from lablib.tracking import WandbCallback
+
+            self.add_callback(WandbCallback(self))
+        if config.use_telegram_notifications:
+            from lablib.telegram import TelegramCallback
+
+            self.add_callback(TelegramCallback(self))
         mean, std = (s.to(args.device).view(-1, 1, 1) for s in data.channel_statistics)
         self._scale, self._offset = 1 / (255 * std), -mean / std
-        self._since_last_log = BatchMeter()
+        self._since_last_log = BatchMeter(args.world_size)
         self._clock = time.perf_counter()
         self._final_test: dict[str, float] | None = None  # of the training that ended last
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """Train until the last epoch or the early stop, then load the best weights; see `ResumableTrainer.train`."""
-        with deterministic_algorithms(self.config.deterministic):
+        with algorithms(self.config.deterministic):
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def before_training(self) -> None:
         """Run the sanity check, then seed and start the clock. Raises SanityCheckError."""
         sanity_check(self)
-        transformers.set_seed(process_seed(self.args.seed, self.args.process_index))
+        if self.args.world_size > 1 and self.args.device.type == "cuda":
+            nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
+        transformers.set_seed((self.args.seed + self.args.process_index * 2_654_435_761) % 2**32)  # not a seed nearby
         self._final_test = None
-        self._since_last_log.forget()
+        self._since_last_log = BatchMeter(self.args.world_size)
         self._clock = time.perf_counter()
 
     def training_failed(self, error: BaseException) -> None:
         """Tell Weights & Biases and Telegram."""
         for callback in self.callback_handler.callbacks:
-            if isinstance(callback, ServiceCallback):
+            if hasattr(callback, "on_train_failed"):
                 callback.on_train_failed(error)
 
     def progress(self) -> dict[str, Any]:
@@ -144,12 +152,8 @@ class StreamlinedTrainer(ResumableTrainer, DistributedTrainer):
         return {"measured": self._since_last_log.state(), "seconds": time.perf_counter() - self._clock}
 
     def restore_progress(self, progress: list[dict[str, Any]]) -> None:
-        """Continue the measurements of the checkpoint."""
-        measured = [of_process["measured"] for of_process in progress]
-        if len(measured) != self.args.world_size:  # now the first process has it all
-            total = combined(measured)
-            measured = [total] + [tree_map(lambda value: 0, total)] * (self.args.world_size - 1)
-        self._since_last_log.restore(measured[self.args.process_index])
+        """Continue the measurements of the checkpoint, which each process has saved for all."""
+        self._since_last_log.restore(progress[0]["measured"])
         self._clock = time.perf_counter() - progress[0]["seconds"]
 
     def test(self) -> dict[str, float]:
@@ -168,78 +172,65 @@ class StreamlinedTrainer(ResumableTrainer, DistributedTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """As upstream; a single process draws its batches as tensors of indices."""
-        args = self.args
-        if args.world_size > 1 or args.dataloader_num_workers or args.dataloader_drop_last:
+        if self.args.world_size > 1 or self.args.dataloader_num_workers:
             return super().get_train_dataloader()
-        batches = ShuffledBatches(len(self.train_dataset), self._train_batch_size, args.data_seed)
-        return self.accelerator.prepare(
-            DataLoader(self.train_dataset, batch_sampler=batches, collate_fn=self.data_collator)
-        )
-
-    def _get_dataloader(self, *args, is_training=False, **kwargs):
-        drop_last = self.args.dataloader_drop_last
-        self.args.dataloader_drop_last = drop_last and is_training  # an evaluation counts every image
-        try:
-            return super()._get_dataloader(*args, is_training=is_training, **kwargs)
-        finally:
-            self.args.dataloader_drop_last = drop_last
+        batches = ShuffledBatches(len(self.train_dataset), self._train_batch_size, self.args.data_seed)
+        return self.accelerator.prepare(DataLoader(self.train_dataset, batch_sampler=batches, collate_fn=_as_it_is))
 
     def prepare_images(self, images: torch.Tensor, training: bool) -> torch.Tensor:
         """uint8 images -> the model's input: augmented if training, normalised by the training set's statistics."""
-        config = self.config
-        pixels = images.to(torch.float32)
-        if training and len(pixels):
-            pixels = augment(
-                pixels,
-                config.rotation_degrees,
-                config.translation_fraction,
-                config.horizontal_flip,
-                config.crop_padding,
-            )
+        config, pixels = self.config, images.to(torch.float32)
+        if training:
+            knobs = config.rotation_degrees, config.translation_fraction, config.horizontal_flip, config.crop_padding
+            pixels = augment(pixels, *knobs)
         return (pixels * self._scale + self._offset).contiguous(memory_format=self._memory_format)
 
-    def outputs(self, model: nn.Module, images: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+    def outputs(self, model: nn.Module, images: torch.Tensor) -> Outputs:
         """The model's logits (batch × classes), or a tuple that begins with them, as `losses` needs."""
         return model(images)
 
-    def losses(self, outputs: torch.Tensor | tuple[torch.Tensor, ...], labels: torch.Tensor) -> dict[str, torch.Tensor]:
+    def losses(self, outputs: Outputs, labels: torch.Tensor) -> dict[str, torch.Tensor]:
         """The "loss" to minimise and other terms to record by epoch, each a mean over the batch."""
-        return cross_entropy(outputs, labels)
+        return {"loss": F.cross_entropy(outputs, labels)}
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The loss of one batch, augmented in training."""
-        labels = inputs["labels"]
         outputs = self.outputs(model, self.prepare_images(inputs["images"], model.training))
-        logits = outputs[0] if isinstance(outputs, tuple) else outputs
-        losses = self.losses(outputs, labels)
-        if len(labels) == 0:  # the other processes have all of the last batch; this one contributes nothing
-            losses = dict.fromkeys(losses, 0 * logits.sum())
+        losses = self.losses(outputs, inputs["labels"])
         if model.training:
-            self._since_last_log.add(losses, logits, labels)
-        loss = losses["loss"] * inputs.get("weight", 1)
-        return (loss, outputs) if return_outputs else loss
+            self._since_last_log.add(losses, _logits(outputs), inputs["labels"])
+        return (losses["loss"], outputs) if return_outputs else losses["loss"]
 
     @torch.no_grad()
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Outputs and labels of one batch; `evaluation_metrics` computes the losses of all batches at once."""
+        """Outputs and labels of one batch; `_evaluated` computes the losses of all batches at once."""
         inputs = self._prepare_inputs(inputs)
         with self.compute_loss_context_manager():
             outputs = self.outputs(model, self.prepare_images(inputs["images"], training=False))
         return None, outputs, inputs["labels"]
 
+    def evaluation_loop(self, *args, **kwargs):
+        """As upstream; all processes take the first one's buffers, such as a CPU's batch norm statistics."""
+        broadcast([*self.model.buffers()])
+        return super().evaluation_loop(*args, **kwargs)
+
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """The config's plain optimizer, with weight decay on every parameter."""
         if self.optimizer is None:
-            config = self.config
-            more = {"betas": (self.args.adam_beta1, self.args.adam_beta2), "eps": self.args.adam_epsilon}
-            if config.optimizer == "sgd":
-                more = {"momentum": 0.9}
-            parameters = list((model or self.model).parameters())
-            more["fused"] = all(parameter.is_floating_point() for parameter in parameters) or None  # not of complex
-            self.optimizer = _OPTIMIZERS[config.optimizer](
-                parameters, lr=config.learning_rate, weight_decay=config.weight_decay, **more
-            )
+            config, args, parameters = self.config, self.args, [*(model or self.model).parameters()]
+            knobs = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+            knobs = {"momentum": 0.9} if config.optimizer == "sgd" else knobs
+            knobs["fused"] = all(parameter.is_floating_point() for parameter in parameters) or None  # not of complex
+            optimizer = _OPTIMIZERS[config.optimizer]
+            self.optimizer = optimizer(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, **knobs)
         return self.optimizer
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        for parameter, state in self.optimizer.state.items():  # fused optimizers mix up values in another memory format
+            for name, value in state.items():
+                if torch.is_tensor(value) and value.shape == parameter.shape:
+                    state[name] = torch.empty_like(parameter).copy_(value)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As upstream; training loss and accuracy are means over the images since the last log."""
@@ -250,31 +241,30 @@ class StreamlinedTrainer(ResumableTrainer, DistributedTrainer):
     def _get_grad_norm(self, model, grad_norm=None):
         # Upstream computes the norm in every step (a tenth of a small MLP's time) and logs it once per epoch.
         steps = math.ceil(len(self.callback_handler.train_dataloader) / self.args.gradient_accumulation_steps)
-        if (self.state.global_step + 1) % steps == 0:
-            return super()._get_grad_norm(model, grad_norm)
-        return grad_norm
+        is_last = (self.state.global_step + 1) % steps == 0
+        return super()._get_grad_norm(model, grad_norm) if is_last else grad_norm
 
     def _training_metrics(self) -> dict[str, float]:
-        measured = self._measured_by_all()  # the only time in an epoch that the device is waited for
-        losses = measured.losses()["loss"]
-        finite = losses.isfinite()
-        if not finite.all():
-            first = int((~finite).nonzero()[0])
+        losses = self._since_last_log.state()["losses"]["loss"]  # the only time in an epoch to wait for the device
+        if wrong := [number for number, loss in enumerate(losses) if not math.isfinite(loss)]:
             batches = self.args.gradient_accumulation_steps  # a step
-            step = self.state.global_step - math.ceil(len(losses) / batches) + first // batches + 1
-            raise self._not_finite(f"training loss is {losses[first].item()}", f", step {step}")
-        means = measured.means()
-        self._since_last_log.forget()
-        now = time.perf_counter()
+            step = self.state.global_step - math.ceil(len(losses) / batches) + wrong[0] // batches + 1
+            raise self._not_finite(f"training loss is {losses[wrong[0]]}", f", step {step}")
+        means, now = self._since_last_log.means(), time.perf_counter()
+        self._since_last_log = BatchMeter(self.args.world_size)
         before = max((entry.get("seconds", 0.0) for entry in self.state.log_history), default=0.0)
         seconds, self._clock = before + now - self._clock, now
         return means | {"seconds": seconds}
 
+    @torch.no_grad()
     def _evaluated(self, prediction: EvalPrediction) -> dict[str, float]:
-        metrics = evaluation_metrics(prediction, self.losses, self.args.device)
+        """Losses and accuracy over all images at once, since a weighted loss is not a mean over batches."""
+        arrays, device = (prediction.predictions, prediction.label_ids), self.args.device  # of tensors in `losses` too
+        outputs, labels = tree_map(lambda array: torch.from_numpy(array).to(device), arrays)
+        metrics = {name: value.item() for name, value in self.losses(outputs, labels).items()}
         if not math.isfinite(metrics["loss"]):
-            raise self._not_finite(f"loss of an evaluation is {metrics['loss']}")
-        return metrics
+            raise self._not_finite(f"evaluation loss is {metrics['loss']}")
+        return metrics | {"accuracy": (_logits(outputs).argmax(1) == labels).double().mean().item()}
 
     def _not_finite(self, what: str, where: str = "") -> NonFiniteLossError:
         return NonFiniteLossError(
@@ -282,47 +272,31 @@ class StreamlinedTrainer(ResumableTrainer, DistributedTrainer):
             f"a smaller learning_rate than {self.config.learning_rate:g} or max_grad_norm=1.0 may help"
         )
 
-    def _measured_by_all(self) -> BatchMeter:
-        """The measurements since the last log; each process measures only its own images."""
-        if self.args.world_size == 1:
-            return self._since_last_log
-        states = [None] * self.args.world_size
-        torch.distributed.all_gather_object(states, self._since_last_log.state())
-        whole = BatchMeter()
-        whole.restore(combined(states))
-        return whole
-
 
 def sanity_check(trainer: StreamlinedTrainer) -> None:
     """Try what a training does on a few real images, so that it fails in the first seconds or not at all.
 
     An evaluation, the number of classes, a full batch and the last batch of an epoch (forward and backward), and the
     weights as safetensors. It leaves no trace (see `untouched`) and needs no other process.
-    Raises SanityCheckError: which of these fails, what the network was given and returned, and the original error.
+    Raises SanityCheckError: which of these fails, what the network was given, and the original error.
     """
-    args, model = trainer.args, trainer.model
-    training, validation = trainer.train_dataset, trainer.eval_dataset
-    processes, batch, images = args.world_size, args.train_batch_size * args.world_size, len(training)
-    if args.dataloader_drop_last and images < batch:
-        raise SanityCheckError(f"dataloader_drop_last leaves none of {images} images: use a smaller batch_size")
-    most = min(images, batch if processes == 1 else max(2, args.train_batch_size))  # of several, each has a share
+    args, model, images = trainer.args, trainer.model, len(trainer.train_dataset)
+    batch, last = args.train_batch_size, (images - 1) % args.train_batch_size + 1
+    most = min(images, batch // args.world_size)
     with untouched(trainer):
         trainer._since_last_log = BatchMeter()
         if args.bf16:  # accelerate does this when the training begins
             model.forward = convert_outputs_to_fp32(trainer.accelerator.autocast()(model.forward))
-        last = (len(validation) - 1) % args.eval_batch_size + 1
-        failure = _failure(trainer, "an evaluation", validation, min(last, 16))
-        failure = failure or _failure(trainer, "a full batch", training, most)
-        last = (images - 1) % batch + 1
-        if not failure and last < most and not args.dataloader_drop_last:
-            failure = _failure(trainer, "the last batch of an epoch", training, last)
+        evaluated = (len(trainer.eval_dataset) - 1) % args.eval_batch_size + 1
+        failure = _failure(trainer, "an evaluation", trainer.eval_dataset, min(evaluated, 16))
+        failure = failure or _failure(trainer, "a full batch", trainer.train_dataset, most)
+        if not failure and last < most and args.world_size == 1:  # several processes fill it up
+            failure = _failure(trainer, "the last batch of an epoch", trainer.train_dataset, last)
             if failure:
-                nearby = sorted(range(processes, batch + 9 * processes, processes), key=lambda size: abs(size - batch))
-                lasts = ((size, min(most, (images - 1) % size + 1)) for size in nearby[1:17])
-                works = (str(size) for size, last in lasts if not _failure(trainer, "", training, last))
-                advice = f"Use batch_size = {' or '.join(islice(works, 2)) or images}, which leaves no such batch"
-                drop = "training_arguments={'dataloader_drop_last': True}, which leaves it out"
-                failure.args = (f"{failure}. {advice}, or {drop}",)
+                nearby = sorted(range(1, batch + 9), key=lambda size: abs(size - batch))[1:17]
+                lasts = ((size, min(most, (images - 1) % size + 1)) for size in nearby)
+                works = (size for size, last in lasts if not _failure(trainer, "", trainer.train_dataset, last))
+                failure.args = (f"{failure}. Use batch_size = {next(works, images)}, which leaves no such batch",)
         if failure:
             raise failure
         try:
@@ -334,11 +308,7 @@ def sanity_check(trainer: StreamlinedTrainer) -> None:
 
 def _failure(trainer: StreamlinedTrainer, what: str, dataset: ImageBatches, size: int) -> SanityCheckError | None:
     """Why a batch of the first images of a data set fails, or None."""
-    model, seen = trainer.model, {}
-    hooks = [
-        model.register_forward_pre_hook(lambda _, inputs: seen.update(given=_shapes(inputs))),
-        model.register_forward_hook(lambda _, inputs, outputs: seen.update(returned=_shapes(outputs))),
-    ]
+    model, data = trainer.model, trainer.data
     try:
         batch = trainer._prepare_inputs(dataset.__getitems__(range(size)))
         if dataset is trainer.train_dataset:
@@ -347,30 +317,34 @@ def _failure(trainer: StreamlinedTrainer, what: str, dataset: ImageBatches, size
             loss.backward()
             return None
         _, outputs, labels = trainer.prediction_step(model.eval(), batch, prediction_loss_only=False)
-        logits, data = outputs[0] if isinstance(outputs, tuple) else outputs, trainer.data
+        logits = _logits(outputs)
         if not isinstance(logits, torch.Tensor) or logits.ndim != 2 or len(logits) != size:
-            raise TypeError("a network must return logits, images × classes, or a tuple that begins with them")
-        if (outs := logits.shape[1]) != data.num_classes:
-            return SanityCheckError(f"the network gives {outs} outputs, and {data.name} has {data.num_classes} classes")
-        evaluation_metrics(EvalPrediction(*nested_numpify((outputs, labels))), trainer.losses, trainer.args.device)
+            raise TypeError(
+                "a network must return logits of shape (images, classes), or a tuple whose first element is the logits"
+            )
+        if logits.shape[1] != data.num_classes:
+            outputs = f"the network has {logits.shape[1]} outputs"
+            return SanityCheckError(f"{outputs}, but {data.name} has {data.num_classes} classes")
+        trainer._evaluated(EvalPrediction(*nested_numpify((outputs, labels))))
+        return None
+    except NonFiniteLossError:  # statistics of batch norm that are not trained may give any loss
         return None
     except Exception as error:
-        network = f". {type(model).__name__} was given {seen['given']}" if "given" in seen else ""
-        network += f" and returned {seen['returned']}, which `losses` must accept" if "returned" in seen else ""
-        failure = f"{what} ({size} of {len(dataset)} images) fails with {type(error).__name__}: {error}{network}"
+        network = f"{type(model).__name__} was given float32 {(size, *data.image_shape)}"
+        words = f"{what} ({size} of {len(dataset)} images) fails with {type(error).__name__}: {error}. {network}"
         if isinstance(error, MemoryError) or any(sign in str(error) for sign in _OUT_OF_MEMORY):
-            failure = f"{what} ({size} images) does not fit into memory: use a smaller batch_size or image_size"
-        failed = SanityCheckError(failure)
-        failed.__cause__ = error
-        return failed
-    finally:
-        for hook in hooks:
-            hook.remove()
+            words = f"{what} ({size} images) does not fit into memory: use a smaller batch_size or image_size"
+        failure = SanityCheckError(words)
+        failure.__cause__ = error
+        return failure
 
 
-def _shapes(values) -> str:
-    shapes = tree_map(lambda v: f"{v.dtype} {tuple(v.shape)}"[6:] if isinstance(v, torch.Tensor) else v, values)
-    return str(shapes[0] if isinstance(values, tuple) and len(values) == 1 else shapes).replace("'", "")
+def _logits(outputs: Outputs) -> torch.Tensor:
+    return outputs[0] if isinstance(outputs, tuple) else outputs
+
+
+def _as_it_is(batch):
+    return batch
 
 
 @functools.cache
@@ -379,42 +353,3 @@ def _freeze_imports() -> None:
     gc.collect()
     gc.freeze()
     atexit.register(gc.unfreeze)  # or extension modules report leaks when the process ends
-
-
-def _services(trainer: StreamlinedTrainer) -> list[ServiceCallback]:
-    """The callbacks of the services that are switched on; the others are not imported."""
-    callbacks = []
-    if trainer.config.use_wandb:
-        from lablib.tracking import WandbCallback
-
-        callbacks.append(WandbCallback(trainer))
-    if trainer.config.use_telegram_notifications:
-        from lablib.telegram import TelegramCallback
-
-        callbacks.append(TelegramCallback(trainer))
-    return callbacks
-
-
-class _WithoutConfig:
-    config = property(lambda self: None)
-
-    def __init_subclass__(cls):
-        pass  # keeps the class below out of a registry in the user's __init_subclass__
-
-
-@contextlib.contextmanager
-def _config_hidden(model: nn.Module):
-    """transformers mistakes a model's attribute `config` for its own kind of config and writes to it."""
-    own_class = type(model)
-    if not hasattr(model, "config") or isinstance(model, transformers.PreTrainedModel):
-        yield
-        return
-    model.__class__ = type(own_class)(own_class.__name__, (_WithoutConfig, own_class), {})
-    try:
-        yield
-    finally:
-        model.__class__ = own_class
-
-
-def _as_it_is(batch):
-    return batch

@@ -1,20 +1,20 @@
+"""The distillation loss against NumPy, and its trainer against a plain loop."""
+
+import re
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
 
-from lablib import MLP, TrainingConfig, experiment
+from lablib import MLP, TrainingConfig
 from lablib.data import stratified_split
 from lablib.distillation import KnowledgeDistillationTrainer, distillation_loss
 from lablib.identity import run_identity, run_name
 from lablib.metrics import history
 from lablib.models import ResidualCNN
 from lablib.trainer import SanityCheckError
-
-T = 4.0
 
 
 @pytest.fixture
@@ -49,40 +49,11 @@ def test_the_loss_is_that_of_numpy_in_float64(batch, temperature, alpha):
     assert losses == pytest.approx([alpha * soft + (1 - alpha) * hard, soft, hard], rel=1e-12)
 
 
-def test_alpha_0_is_cross_entropy_and_does_not_hear_the_teacher(batch):
-    student, teacher, labels = batch
-    total, _, _ = distillation_loss(student, teacher, labels, T, alpha=0.0)
-    assert total.item() == F.cross_entropy(student, labels).item()
-    other, _, _ = distillation_loss(student, -teacher, labels, T, alpha=0.0)
-    assert other.item() == total.item()
-
-
-def test_alpha_1_with_the_teachers_own_logits_is_0_with_no_gradient(batch):
-    _, teacher, labels = batch
-    student = teacher.clone().requires_grad_()
-    total, soft, _ = distillation_loss(student, teacher, labels, T, alpha=1.0)
-    total.backward()
-    assert total.item() == soft.item() == pytest.approx(0, abs=1e-12)
-    assert student.grad.abs().max() < 1e-12
-
-
-def test_the_gradients_size_hardly_changes_with_the_temperature(batch):
-    student, teacher, labels = batch
-
-    def gradient_norm(temperature: float) -> float:
-        leaf = (student / 10).requires_grad_()
-        total, _, _ = distillation_loss(leaf, teacher / 10, labels, temperature, alpha=1.0)
-        return torch.autograd.grad(total, leaf)[0].norm().item()
-
-    norms = [gradient_norm(temperature) for temperature in (1, 2, 4, 8, 16)]
-    assert max(norms) < 1.5 * min(norms)  # without the factor of temperature² they would differ 256 times
-
-
 def test_the_training_is_that_of_a_plain_loop(tiny_data):
     knobs = config(rotation_degrees=0, translation_fraction=0, batch_size=100)  # one batch an epoch
     student, teacher = network(1, dropout=0.0), network(2, dropout=0.0)
     plain = network(1, dropout=0.0)
-    trainer = KnowledgeDistillationTrainer(student, teacher, knobs, tiny_data, T, 0.7)
+    trainer = KnowledgeDistillationTrainer(student, teacher, knobs, tiny_data, 4.0, 0.7)
     trainer.train()
 
     train, _ = stratified_split(tiny_data.train_labels, 0.25, 0)
@@ -90,7 +61,7 @@ def test_the_training_is_that_of_a_plain_loop(tiny_data):
     optimizer = torch.optim.Adam(plain.parameters(), lr=1e-3)
     losses = []
     for _ in range(2):
-        terms = distillation_loss(plain(images), teacher(images).detach(), labels, T, 0.7)
+        terms = distillation_loss(plain(images), teacher(images).detach(), labels, 4.0, 0.7)
         losses.append([term.item() for term in terms])
         optimizer.zero_grad()
         terms[0].backward()
@@ -98,17 +69,10 @@ def test_the_training_is_that_of_a_plain_loop(tiny_data):
     rows = history(trainer.state.log_history)
     recorded = [[row["train_loss"], row["train_soft_loss"], row["train_hard_loss"]] for row in rows]
     assert np.array(recorded) == pytest.approx(np.array(losses), rel=1e-5)
-
-
-def test_both_terms_of_training_and_validation_are_in_the_history(tiny_data):
-    trainer = KnowledgeDistillationTrainer(network(1), network(2), config(), tiny_data, T, 0.6)
-    trainer.train()
-    rows = history(trainer.state.log_history)
-    assert len(rows) == 2
-    for row in rows:
-        for part in ("train", "val"):
-            soft, hard = row[f"{part}_soft_loss"], row[f"{part}_hard_loss"]
-            assert row[f"{part}_loss"] == pytest.approx(0.6 * soft + 0.4 * hard, rel=1e-5)
+    assert all(
+        row["val_loss"] == pytest.approx(0.7 * row["val_soft_loss"] + 0.3 * row["val_hard_loss"]) for row in rows
+    )
+    assert {id(p) for p in trainer.optimizer.param_groups[0]["params"]} == {id(p) for p in student.parameters()}
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -149,47 +113,28 @@ def test_teacher_and_student_see_the_same_augmented_images_in_the_same_precision
         assert dtype == teachers_dtype == torch.bfloat16
 
 
-def test_only_the_students_weights_are_trained_and_saved(tiny_data, tmp_path):
-    student = network(1)
-    trainer = KnowledgeDistillationTrainer(student, network(2), config(), tiny_data, checkpoint_dir=str(tmp_path))
-    trainer.train()
-    assert {id(p) for group in trainer.optimizer.param_groups for p in group["params"]} <= {
-        id(p) for p in student.parameters()
-    }
-    assert trainer.predict_test().predictions[0].shape == (18, 3)
-
-
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         ({"alpha": -0.1}, "alpha = -0.1, but it must be a number from 0 (labels only) to 1 (teacher only)"),
-        ({"alpha": 1.1}, "alpha = 1.1, but it must be a number from 0 (labels only) to 1 (teacher only)"),
-        ({"alpha": "0.5"}, "alpha = '0.5', but it must be a number from 0 (labels only) to 1 (teacher only)"),
+        ({"alpha": float("nan")}, "alpha = nan, but it must be a number from 0 (labels only) to 1 (teacher only)"),
         ({"temperature": 0}, "temperature = 0, but it must be a number above 0, such as 4"),
-        ({"temperature": -4.0}, "temperature = -4.0, but it must be a number above 0, such as 4"),
         ({"temperature": float("inf")}, "temperature = inf, but it must be a number above 0, such as 4"),
     ],
 )
 def test_a_wrong_alpha_or_temperature_is_refused(tiny_data, arguments, words):
-    with pytest.raises(ValueError, match="but it must be") as caught:
+    with pytest.raises(ValueError, match=re.escape(words)):
         KnowledgeDistillationTrainer(network(1), network(2), config(), tiny_data, **arguments)
-    assert words in str(caught.value)
 
 
 def test_a_teacher_that_does_not_fit_is_refused(tiny_data):
     student = network(1)
-    with pytest.raises(
-        ValueError, match="the teacher is the student; give a network of its own, trained before, as the teacher"
-    ):
+    with pytest.raises(ValueError, match="the teacher is the student; give a network of its own"):
         KnowledgeDistillationTrainer(student, student, config(), tiny_data)
-    with pytest.raises(ValueError, match="the teacher gives 4 outputs, and tiny has 3 classes"):
+    with pytest.raises(ValueError, match="the teacher has 4 outputs, but tiny has 3 classes"):
         KnowledgeDistillationTrainer(student, network(2, num_classes=4), config(), tiny_data)
-    keeping = network(2)
-    keeping.kept = keeping(torch.zeros(2, 1, 6, 6))
-    with pytest.raises(ValueError, match=r"the teacher cannot be copied: RuntimeError: Only Tensors created"):
-        KnowledgeDistillationTrainer(student, keeping, config(), tiny_data)
     four = KnowledgeDistillationTrainer(network(1, num_classes=4), network(2), config(), tiny_data)
-    with pytest.raises(SanityCheckError, match="the network gives 4 outputs, and tiny has 3 classes"):
+    with pytest.raises(SanityCheckError, match="the network has 4 outputs, but tiny has 3 classes"):
         four.train()
 
 
@@ -225,53 +170,3 @@ def test_the_teachers_weights_alpha_and_temperature_are_part_of_a_runs_identity(
         run_name(run_identity(network, knobs, tiny_data)),
     ]
     assert len({base, *changed}) == 5
-
-
-def test_an_experiment_distils_with_a_teacher_for_each_seed_and_keeps_the_terms(tiny_data, tmp_path):
-    knobs = config(output_dir=str(tmp_path))
-    trainers = {seed: partial(KnowledgeDistillationTrainer, teacher=network(10 + seed), alpha=0.5) for seed in (0, 1)}
-    students = {"student": partial(network, 0)}
-    distilled = experiment(students, knobs, tiny_data, (0, 1), trainer_class=trainers)
-    assert not distilled.failures
-    histories = distilled.histories()
-    assert {"train_soft_loss", "train_hard_loss", "val_soft_loss", "val_hard_loss"} <= set(histories.columns)
-    assert distilled.runs["student", 0].path != distilled.runs["student", 1].path
-    with pytest.raises(ValueError, match=r"no trainer for \[\('student', 2\)\]"):
-        experiment(students, knobs, tiny_data, (0, 2), trainer_class=trainers)
-
-
-def test_a_distillation_that_is_interrupted_goes_on_bit_by_bit(tiny_data, tmp_path):
-    from transformers import TrainerCallback
-
-    class Interrupt(TrainerCallback):
-        def on_epoch_begin(self, args, state, control, **kwargs):
-            if state.epoch and state.epoch >= 1:
-                raise KeyboardInterrupt
-
-    def trainer(name: str, *callbacks) -> KnowledgeDistillationTrainer:
-        knobs = config(num_epochs=3, seed=5)
-        folder = str(tmp_path / name)
-        return KnowledgeDistillationTrainer(
-            network(1), network(2), knobs, tiny_data, callbacks=callbacks, checkpoint_dir=folder
-        )
-
-    whole = trainer("whole")
-    whole.train()
-    with pytest.raises(KeyboardInterrupt):
-        trainer("broken", Interrupt()).train()
-    resumed = trainer("broken")
-    resumed.train(resume_from_checkpoint=True)
-    assert not resumed.teacher.training
-    for one, other in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
-        assert torch.equal(one, other)
-    timeless = [
-        [{k: v for k, v in row.items() if k != "seconds"} for row in history(t.state.log_history)]
-        for t in (whole, resumed)
-    ]
-    assert timeless[0] == timeless[1]
-
-
-def test_every_part_of_the_teacher_is_on_the_trainers_device(tiny_data):
-    trainer = KnowledgeDistillationTrainer(network(1), network(2), config(), tiny_data)
-    assert {p.device.type for p in trainer.teacher.parameters()} == {trainer.args.device.type}
-    assert isinstance(trainer.teacher, nn.Module)

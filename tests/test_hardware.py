@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from transformers import TrainerCallback
 
 from lablib import MLP, ImageData, StreamlinedTrainer, TrainingConfig
 from lablib.hardware import memory_format, resolve_bf16
@@ -34,12 +35,6 @@ def small_mlp() -> nn.Module:
     return MLP((4,), image_shape=(1, 6, 6), num_classes=3)
 
 
-@pytest.mark.parametrize("build", [small_cnn, small_mlp])
-def test_the_precision_asked_for_is_taken(build):
-    assert resolve_bf16(config(precision="bf16"), build())
-    assert not resolve_bf16(config(precision="fp32"), build())
-
-
 @pytest.mark.parametrize(
     ("device", "there", "listed"),
     [("cuda", (False, False), "'auto', 'cpu'"), ("mps", (True, False), "'auto', 'cpu', 'cuda'")],
@@ -52,12 +47,27 @@ def test_a_device_that_is_not_there_is_refused_with_those_that_are(device, there
         StreamlinedTrainer(small_mlp(), TrainingConfig(device=device), tiny_data)
 
 
-@pytest.mark.parametrize(("amx", "avx512"), [(True, False), (False, True), (True, True), (False, False)])
+@pytest.mark.parametrize(("amx", "avx512"), [(True, False), (False, True), (False, False)])
 def test_auto_takes_bf16_for_convolutions_where_the_processor_has_units_for_it(amx, avx512, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
     assert resolve_bf16(config(), small_cnn()) == (amx or avx512)
     assert not resolve_bf16(config(), small_mlp())
+    assert resolve_bf16(config(precision="bf16"), small_mlp())
+    assert not resolve_bf16(config(precision="fp32"), small_cnn())
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_a_training_is_deterministic_on_request_and_leaves_the_settings_as_they_were(deterministic, tiny_data):
+    during = []
+
+    class Look(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            during.append((torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark))
+
+    StreamlinedTrainer(small_mlp(), config(deterministic=deterministic), tiny_data, callbacks=[Look()]).train()
+    assert {*during} == {(deterministic, not deterministic)}
+    assert (torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark) == (False, False)
 
 
 def test_images_come_channels_last_for_convolutions_and_contiguous_for_linear_layers(tiny_data):

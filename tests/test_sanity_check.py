@@ -1,6 +1,7 @@
 """What would fail in a training fails before it, in words about what the user wrote, and the check leaves no trace."""
 
 import random
+import time
 from functools import partial
 
 import numpy as np
@@ -63,26 +64,17 @@ def batch_normed() -> nn.Module:
 @pytest.mark.parametrize("outputs", [2, 10])
 def test_another_number_of_outputs_than_classes_is_named(outputs, tiny_data):
     words = refused(linear(outputs), tiny_data)
-    assert words == f"the network gives {outputs} outputs, and tiny has 3 classes"
+    assert words == f"the network has {outputs} outputs, but tiny has 3 classes"
 
 
 @pytest.mark.parametrize("batch_size", [13, 26])  # of 27 images
-def test_a_last_batch_that_fails_is_refused_with_batch_sizes_that_train(batch_size, tiny_data):
+def test_a_last_batch_that_fails_is_refused_with_a_batch_size_that_trains(batch_size, tiny_data):
     words = refused(batch_normed(), tiny_data, batch_size=batch_size)
     assert words.startswith(
         "the last batch of an epoch (1 of 27 images) fails with ValueError: Expected more than 1 val"
     )
     assert "Sequential was given float32 (1, 1, 6, 6)" in words
-    advised = [int(size) for size in words.partition("Use batch_size = ")[2].partition(",")[0].split(" or ")]
-    assert len(advised) == 2
-    for size in advised:
-        train(batch_normed(), tiny_data, batch_size=size)
-    train(batch_normed(), tiny_data, batch_size=batch_size, training_arguments={"dataloader_drop_last": True})
-
-
-def test_a_batch_that_is_never_full_is_refused_where_it_would_be_dropped(tiny_data):
-    words = refused(linear(), tiny_data, batch_size=28, training_arguments={"dataloader_drop_last": True})
-    assert words == "dataloader_drop_last leaves none of 27 images: use a smaller batch_size"
+    train(batch_normed(), tiny_data, batch_size=int(words.partition("Use batch_size = ")[2].partition(",")[0]))
 
 
 def test_a_network_for_other_images_is_shown_what_it_was_given(tiny_data):
@@ -106,9 +98,9 @@ class WithAuxiliaryLoss(StreamlinedTrainer):
 
 
 def test_a_network_with_an_auxiliary_classifier_needs_losses_that_know_of_it(tiny_data):
-    words = refused(Auxiliary(), tiny_data)
-    assert "Auxiliary was given float32 (9, 1, 6, 6) and returned (float32 (9, 3), float32 (9, 3))" in words
-    assert "which `losses` must accept" in words
+    assert "a full batch (9 of 27 images) fails with TypeError: cross_entropy_loss(): argument" in refused(
+        Auxiliary(), tiny_data
+    )
     assert train(Auxiliary(), tiny_data, WithAuxiliaryLoss).state.global_step == 6
 
 
@@ -127,16 +119,11 @@ class Answers(Linear):
     "form", [lambda x: {"logits": x}, lambda x: x.argmax(1), lambda x: x[:, :, None], lambda x: None]
 )
 def test_what_is_no_logits_is_refused(form, tiny_data):
-    assert "a network must return logits, images × classes, or a tuple that begins with them" in refused(
-        Answers(form), tiny_data
-    )
+    assert "a network must return logits of shape (images, classes)" in refused(Answers(form), tiny_data)
 
 
 def test_a_loss_without_a_gradient_is_refused(tiny_data):
-    assert (
-        "a full batch (9 of 27 images) fails with RuntimeError: element 0 of tensors does not require grad"
-        in refused(Answers(torch.detach), tiny_data)
-    )
+    assert "element 0 of tensors does not require grad" in refused(Answers(torch.detach), tiny_data)
 
 
 class Unweighted(StreamlinedTrainer):
@@ -200,10 +187,9 @@ class Complex(Linear):
         return super().forward(torch.fft.irfft2(torch.fft.rfft2(images) * self.filter))
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
-def test_complex_weights_train(optimizer, tiny_data):
+def test_complex_weights_train(tiny_data):
     model = Complex()
-    train(model, tiny_data, optimizer=optimizer)
+    train(model, tiny_data)
     assert not torch.equal(model.filter, torch.ones_like(model.filter))
 
 
@@ -241,9 +227,9 @@ class Drawing(nn.Module):
         return self.linear(F.dropout(self.normalised(images), 0.3).flatten(1)) + noise * self.scale + self.mean
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(
-    "build", [Drawing, partial(MLP, (8,), 0.3, (1, 6, 6), 3), partial(ResidualCNN, 1, 4, (1, 6, 6), 3)]
+    ("build", "precision"),
+    [(Drawing, "fp32"), (Drawing, "bf16"), (partial(ResidualCNN, 1, 4, (1, 6, 6), 3), "bf16")],
 )
 def test_a_training_is_bitwise_the_same_with_and_without_the_check(build, precision, tiny_data, monkeypatch):
     ends = []
@@ -257,24 +243,18 @@ def test_a_training_is_bitwise_the_same_with_and_without_the_check(build, precis
 
 
 @pytest.mark.parametrize("fails", [False, True])
-@pytest.mark.parametrize("trained_before", [False, True])
-def test_the_check_leaves_everything_as_it_was(trained_before, fails, tiny_data, monkeypatch):
-    monkeypatch.setattr("lablib.trainer.sanity_check", lambda trainer: None)
+def test_the_check_leaves_everything_as_it_was_even_after_a_training(fails, tiny_data, monkeypatch):
     knobs = TrainingConfig(num_epochs=1, batch_size=10, validation_split=0.25, device="cpu", precision="bf16")
-    trainer = StreamlinedTrainer(Drawing().train(), knobs, tiny_data)
-    if trained_before:
-        trainer.train()  # accelerate has changed the model's forward since
-    model = trainer.model
+    trainer = StreamlinedTrainer(Drawing(), knobs, tiny_data)
+    trainer.train()  # accelerate has changed the model's forward since
+    model = trainer.model.train()
     model.normalised.eval()
-    for parameter in model.parameters():
-        parameter.grad = torch.ones_like(parameter)
 
     def everything():
         tensors = {**dict(model.named_parameters()), **dict(model.named_buffers()), "scale": model.scale}
-        states = torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
         plain = {name: value for name, value in vars(model).items() if not isinstance(value, (dict, torch.Tensor))}
-        values = {name: (id(t), t.tolist(), t.grad is None or t.grad.tolist()) for name, t in tensors.items()}
-        return values, states, plain, [module.training for module in model.modules()], model._forward_hooks
+        values = {name: (id(tensor), tensor.tolist(), tensor.grad) for name, tensor in tensors.items()}
+        return values, plain, [module.training for module in model.modules()], dict(vars(trainer))
 
     before = everything()
     if fails:
@@ -287,21 +267,11 @@ def test_the_check_leaves_everything_as_it_was(trained_before, fails, tiny_data,
     assert len(trainer._since_last_log) == 0
 
 
-class OfAllProcesses(nn.Module):
-    def forward(self, images):
-        raise AssertionError("every process would have to take part")
-
-
-def test_a_process_of_several_tries_its_share_by_itself_and_the_whole_last_batch(tiny_data):
-    sizes = []
-
-    class Noting(Linear):
-        def forward(self, images):
-            sizes.append(len(images))
-            return super().forward(images)
-
-    knobs = TrainingConfig(batch_size=13, validation_split=0.25, device="cpu")
-    trainer = StreamlinedTrainer(Noting(), knobs, tiny_data)
-    trainer.model_wrapped = OfAllProcesses()  # where DistributedDataParallel is
+@pytest.mark.parametrize("network", [MLP, partial(ResidualCNN, 2)])
+def test_the_check_takes_no_second_for_the_labs_own_networks(network, digits):
+    model = network(image_shape=digits.image_shape, num_classes=10)
+    trainer = StreamlinedTrainer(model, TrainingConfig(batch_size=128, device="cpu"), digits)
+    sanity_check(trainer)  # what PyTorch prepares when it is first used is no part of it
+    began = time.process_time()
     sanity_check(trainer)
-    assert sizes == [9, 13, 1]
+    assert time.process_time() - began < 1
