@@ -61,7 +61,7 @@ class TelegramNotifier:
         token = bot_token.get_secret_value() if isinstance(bot_token, SecretStr) else bot_token
         token = str(token or _credential("TELEGRAM_BOT_TOKEN")).strip()
         self.chat_id = str(chat_id or _credential("TELEGRAM_CHAT_ID")).strip()
-        if not token.isascii() or redacted(token) != "…":  # or it would not be recognised in a log
+        if not re.fullmatch(r"\d+:[\w-]+", token, re.ASCII):
             raise TelegramError(f"set TELEGRAM_BOT_TOKEN to your bot's token, 123456:AAq7… {_WHERE}")
         if not re.fullmatch(r"-?\d+|@\w+", self.chat_id):
             raise TelegramError(f"set TELEGRAM_CHAT_ID to a chat's number or @name {_WHERE}")
@@ -105,7 +105,8 @@ class TelegramNotifier:
             temporary = status in (None, 429) or status >= 500
             if not temporary or time.monotonic() + wait > until:
                 hint = "; is TELEGRAM_BOT_TOKEN right?" if status in (401, 404) else ""
-                raise TelegramError(f"{status or ''} {redacted(reply['description'])[:200]}{hint}".strip(), status)
+                said = redacted(reply["description"].replace(self._token.get_secret_value(), "…"))[:200]
+                raise TelegramError(f"{status or ''} {said}{hint}".strip(), status)
             time.sleep(wait)
             pause *= 2
         return reply["result"]
