@@ -9,30 +9,22 @@ import struct
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qsl
 
 
-@dataclass
 class Request:
     """One request as it arrived: the path's token and method, form fields as text, files as bytes."""
 
-    path: str
-    content_type: str
-    body: bytes
-    fields: dict[str, str] = field(default_factory=dict)
-    files: dict[str, bytes] = field(default_factory=dict)
-    at: float = field(default_factory=time.monotonic)
-
-    def __post_init__(self):
-        _, bot, self.method = self.path.split("/")
+    def __init__(self, path: str, content_type: str, body: bytes):
+        self.at, self.body, self.fields, self.files = time.monotonic(), body, {}, {}
+        _, bot, self.method = path.split("/")
         self.token = bot.removeprefix("bot")
-        if not self.content_type.startswith("multipart/form-data"):
-            self.fields = dict(parse_qsl(self.body.decode(), keep_blank_values=True))
+        if not content_type.startswith("multipart/form-data"):
+            self.fields = dict(parse_qsl(body.decode(), keep_blank_values=True))
             return
-        header = f"Content-Type: {self.content_type}\r\n\r\n".encode()
-        for part in email.message_from_bytes(header + self.body, policy=email.policy.HTTP).iter_parts():
+        header = f"Content-Type: {content_type}\r\n\r\n".encode()
+        for part in email.message_from_bytes(header + body, policy=email.policy.HTTP).iter_parts():
             name, content = part.get_param("name", header="content-disposition"), part.get_payload(decode=True)
             if part.get_filename():
                 self.files[name] = content

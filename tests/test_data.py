@@ -3,7 +3,6 @@
 import pickle
 from dataclasses import replace
 
-import joblib
 import numpy as np
 import pytest
 import torch
@@ -20,27 +19,17 @@ def random_states() -> list:
     return [*torch.get_rng_state().tolist(), *np.random.get_state()[1].tolist()]  # noqa: NPY002
 
 
-@pytest.mark.parametrize("validation_split", [0.1, 0.25, 0.5])
-@pytest.mark.parametrize("seed", [0, 1])
-def test_a_split_is_disjoint_complete_and_shares_out_each_class_to_within_one_image(digits, validation_split, seed):
-    for labels in (digits.train_labels, UNEQUAL):
-        before = random_states()
-        train, validation = stratified_split(labels, validation_split, seed)
-        assert random_states() == before
-        assert len(validation) == round(validation_split * len(labels))
-        assert torch.equal(torch.cat([train, validation]).sort().values, torch.arange(len(labels)))
-        counts = torch.bincount(labels)
-        for part in (train, validation):
-            exact = counts * len(part) / len(labels)
-            assert ((torch.bincount(labels[part], minlength=len(counts)) - exact).abs() <= 1).all()
-
-
-def test_a_split_is_scikit_learns():
-    train, validation = stratified_split(UNEQUAL, 0.25, seed=3)
-    oracle = StratifiedShuffleSplit(n_splits=1, test_size=41, random_state=3)
+@pytest.mark.parametrize("validation_split", [0.1, 0.25])
+def test_a_split_is_scikit_learns_and_has_each_class_in_proportion(validation_split):
+    before = random_states()
+    train, validation = stratified_split(UNEQUAL, validation_split, seed=3)
+    assert random_states() == before
+    oracle = StratifiedShuffleSplit(n_splits=1, test_size=round(validation_split * len(UNEQUAL)), random_state=3)
     expected_train, expected_validation = next(oracle.split(np.zeros(len(UNEQUAL)), UNEQUAL.numpy()))
     assert train.tolist() == sorted(expected_train)
     assert validation.tolist() == sorted(expected_validation)
+    exact = torch.bincount(UNEQUAL) * validation_split
+    assert ((torch.bincount(UNEQUAL[validation]) - exact).abs() <= 1).all()
 
 
 @pytest.mark.parametrize(
@@ -52,40 +41,32 @@ def test_a_split_is_scikit_learns():
     ],
 )
 def test_too_few_images_for_a_split_are_refused(labels, validation_split):
-    words = rf"^{len(labels)} images, \d+ of the rarest .* with a share of {validation_split}: each part needs an image"
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=f"^{len(labels)} images, .* with a share of {validation_split}: each part "):
         stratified_split(labels, validation_split, seed=0)
 
 
-@pytest.mark.parametrize("size", [40, 100, 117, 121])
-@pytest.mark.parametrize("seed", [0, 1])
-def test_a_subset_has_the_size_that_is_asked_for_and_each_class_its_share_to_within_one_image(size, seed):
+@pytest.mark.parametrize("size", [40, 100, 121])
+def test_a_subset_has_the_size_that_is_asked_for_and_each_class_its_share_to_within_one_image(size):
     train, _ = stratified_split(UNEQUAL, 0.25, seed=0)
     before = random_states()
-    subset = stratified_subset(train, UNEQUAL, size, seed)
+    subset = stratified_subset(train, UNEQUAL, size, seed=0)
     assert random_states() == before
-    assert torch.equal(subset, stratified_subset(train, UNEQUAL, size, seed))
-    assert not torch.equal(subset, stratified_subset(train, UNEQUAL, size, seed + 1))
-    assert len(subset) == len(subset.unique()) == size
+    assert torch.equal(subset, stratified_subset(train, UNEQUAL, size, seed=0))
+    assert not torch.equal(subset, stratified_subset(train, UNEQUAL, size, seed=1))
+    assert len(subset) == size
     assert torch.isin(subset, train).all()
-    assert torch.equal(subset, subset.sort().values)
+    assert torch.equal(subset, subset.unique(sorted=True))
     exact = torch.bincount(UNEQUAL[train]) * size / len(train)
     assert ((torch.bincount(UNEQUAL[subset], minlength=4) - exact).abs() <= 1).all()
 
 
-@pytest.mark.parametrize("size", [None, 123, 10**6])
-def test_a_subset_of_no_size_or_of_at_least_all_is_all(size):
+def test_a_subset_may_be_all_and_no_class_may_have_no_image_in_it():
     train, _ = stratified_split(UNEQUAL, 0.25, seed=0)
-    assert len(train) == 123
-    assert torch.equal(stratified_subset(train, UNEQUAL, size, seed=0), train)
-
-
-@pytest.mark.parametrize("size", [1, 5])
-def test_a_subset_in_which_a_class_would_have_no_image_is_refused(size):
-    with pytest.raises(
-        ValueError, match=f"max_train_images = {size} of 164 training images in 4 classes leaves a class"
-    ):
-        stratified_subset(torch.arange(164), UNEQUAL, size, seed=0)
+    for size in (None, len(train), 10**6):
+        assert torch.equal(stratified_subset(train, UNEQUAL, size, seed=0), train)
+    for size in (1, 5):
+        with pytest.raises(ValueError, match=f"max_train_images = {size} of 123 training images in 4 classes"):
+            stratified_subset(train, UNEQUAL, size, seed=0)
 
 
 @pytest.mark.parametrize("part", ["train", "test"])
@@ -155,20 +136,6 @@ def test_a_pickled_data_set_comes_back_as_it_was_and_knows_its_fingerprint(tiny_
     assert copy.fingerprint == replace(copy).fingerprint == tiny_data.fingerprint
     assert copy.train_labels.dtype == torch.int64
     assert torch.equal(copy.channel_statistics[0], tiny_data.channel_statistics[0])
-
-
-def place(data: ImageData) -> str:
-    return str(data._arrays[0].filename)  # of a numpy.memmap
-
-
-@pytest.mark.parametrize("mapped", [True, False])
-def test_joblib_shares_one_file_among_its_workers_a_folders_own_or_one_of_its_making(tmp_path, mapped):
-    images, labels = np.zeros((400, 3, 32, 32), np.uint8), np.arange(400) % 2  # 1.2 MB; joblib shares from 1 MB on
-    np.save(tmp_path / "images.npy", images)
-    images = np.load(tmp_path / "images.npy", mmap_mode="r") if mapped else images
-    data = ImageData.from_arrays("black", images, labels, images, labels, class_names=("a", "b"))
-    (file,) = {*joblib.Parallel(2)(joblib.delayed(place)(data) for _ in range(4))}
-    assert (file == str(tmp_path / "images.npy")) == mapped
 
 
 def test_batches_hold_the_chosen_images_in_order_and_a_data_loader_visits_each_once(digits):

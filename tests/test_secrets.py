@@ -4,24 +4,22 @@ import contextlib
 import dataclasses
 import json
 import logging
-import os
 import pprint
-import subprocess
-import sys
 import tempfile
 import traceback
 import warnings
 from functools import partial
+from types import ModuleType
 
-import nbformat
 import pytest
 import torch
 from bot_api import BotApi, closed_port, error, hang, reply, reset
+from IPython.core.interactiveshell import InteractiveShell
 from IPython.lib.pretty import pretty
 from pydantic import SecretStr
 from transformers import TrainerCallback
 
-from lablib import MLP, TrainingConfig, experiment, train_or_load
+from lablib import MLP, StreamlinedTrainer, TrainingConfig, experiment, train_or_load
 from lablib.telegram import TelegramError, TelegramNotifier
 
 SECRET = "AAq7Zk-Wm3xVt9Rb_Ls5Yc2Hd8Fg4Jn6PqE"
@@ -29,13 +27,8 @@ TOKEN = f"123456789:{SECRET}"
 # More of it than its last four characters, in whatever form: six in a row.
 PIECES = [SECRET[start : start + 6] for start in range(len(SECRET) - 5)]
 
-KNOBS = {
-    "num_epochs": 2,
-    "batch_size": 8,
-    "validation_split": 0.25,
-    "device": "cpu",
-    "use_telegram_notifications": True,
-}
+KNOBS = {"num_epochs": 2, "batch_size": 8, "validation_split": 0.25, "device": "cpu"}
+KNOBS |= {"use_telegram_notifications": True}
 
 tiny_mlp = partial(MLP, (4,), image_shape=(1, 6, 6), num_classes=3)
 
@@ -69,53 +62,28 @@ def shown(problem: BaseException | None) -> str:
     return "\n".join([*kept, *lines, shown(problem.__cause__), shown(problem.__context__)])
 
 
-class Keep(logging.Handler):
-    """Everything that any logger is given, with its arguments and its exception."""
-
-    def __init__(self):
-        super().__init__(logging.DEBUG)
-        self.texts: list[str] = []
-
-    def emit(self, record: logging.LogRecord):
-        problem = shown(record.exc_info[1]) if record.exc_info else ""
-        self.texts.append("\n".join([record.getMessage(), repr(record.args), repr(vars(record)), problem]))
-
-
-@contextlib.contextmanager
-def everything_logged(handler: logging.Handler):
-    """All loggers that there are at DEBUG, whatever they are set to, and with the handler at each."""
-    loggers = [logging.getLogger(name) for name in (None, *logging.root.manager.loggerDict)]
-    before = [(logger, logger.level, logger.disabled) for logger in loggers]
-    for logger in loggers:
-        logger.level, logger.disabled = logging.DEBUG, False  # setLevel clears the caches of all loggers every time
-        logger.addHandler(handler)
-    logging.root.manager._clear_cache()
-    try:
-        yield
-    finally:
-        for logger, level, disabled in before:
-            logger.removeHandler(handler)
-            logger.level, logger.disabled = level, disabled
-        logging.root.manager._clear_cache()
-
-
 @pytest.fixture
-def trace(capfd, tmp_path):
-    """A function that says how much was logged and which places of all that was said and written show the token."""
-    handler, warned = Keep(), []
+def trace(capfd, tmp_path, monkeypatch):
+    """A function that says which places of all that was printed, logged, warned of and written show the token."""
+    logged = []
+
+    def keep(logger: logging.Logger, record: logging.LogRecord):
+        problem = shown(record.exc_info[1]) if record.exc_info else ""
+        logged.append("\n".join([record.getMessage(), repr(record.args), repr(vars(record)), problem]))
 
     def places() -> list[str]:
         out, err = capfd.readouterr()
-        files = [os.path.join(folder, name) for folder, _, names in os.walk(tmp_path) for name in names]
-        texts = {"stdout": out, "stderr": err, "logs": "\n".join(handler.texts)}
+        texts = {"stdout": out, "stderr": err, "logs": "\n".join(logged)}
         texts["warnings"] = "\n".join(f"{w.message} {w.message.args} {shown(w.message)} {w.source}" for w in warned)
-        contents = {path: open(path, "rb").read() for path in files}  # noqa: SIM115
+        contents = {str(path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
         return [place for place, content in {**texts, **contents}.items() if leaks(content)]
 
-    with everything_logged(handler), warnings.catch_warnings(record=True) as caught:
+    # every logger says all that it has to say, whatever its level
+    monkeypatch.setattr(logging.Logger, "isEnabledFor", lambda *logger_and_level: True)
+    monkeypatch.setattr(logging.Logger, "callHandlers", keep)
+    with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
-        warned = caught
-        places.handler, places.warned = handler, caught
+        places.logged, places.warned = logged, warned
         yield places
 
 
@@ -139,8 +107,6 @@ FAULTS = {
     "429": error(429, "Too Many Requests", parameters={"retry_after": 0.01}),
     "400": error(400, f"Bad Request: /bot{TOKEN}/sendPhoto"),
     "401": error(401, f"Unauthorized: {TOKEN}"),
-    "403": error(403, "Forbidden"),
-    "404": reply(404, f"no page /bot{TOKEN}/sendPhoto".encode()),
     "500": error(500, f"Internal, at /bot{TOKEN}/sendPhoto"),
     "no JSON": reply(200, f"<html>/bot{TOKEN}/sendPhoto</html>".encode()),
     "redirect": reply(302, b"", Location=f"/bot{TOKEN}/sendPhoto", X_Echo=f"/bot{TOKEN}/sendPhoto"),
@@ -152,8 +118,10 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("ends", ["well", "with an error"])
-@pytest.mark.parametrize("fault", ["all well", "400", "401", "hang", "refused"])
+@pytest.mark.parametrize(
+    ("fault", "ends"),
+    [*((fault, "well") for fault in ("all well", "400", "hang", "refused")), ("401", "badly"), ("all well", "badly")],
+)
 def test_a_training_leaves_no_trace_of_the_token_whatever_telegram_answers(
     fault, ends, tiny_data, tmp_path, trace, monkeypatch, one_picture
 ):
@@ -170,7 +138,7 @@ def test_a_training_leaves_no_trace_of_the_token_whatever_telegram_answers(
         assert not any(leaks(request.body) for request in api.requests)  # not even the chat sees it
     reasons = [str(warning.message) for warning in trace.warned if "Telegram: " in str(warning.message)]
     assert len(reasons) == (fault != "all well"), reasons
-    assert len(trace.handler.texts) > 10
+    assert len(trace.logged) > 10
     assert len(list(tmp_path.glob("runs/*/checkpoints/*/training_args.bin" if problem else "runs/*/result.json"))) == 1
     assert trace() == []
 
@@ -220,6 +188,8 @@ THINGS = {
     "config": lambda: TrainingConfig(telegram_bot_token=TOKEN, telegram_chat_id=42),
     "config in a container": lambda: {"configs": [TrainingConfig(telegram_bot_token=SecretStr(TOKEN))]},
     "replaced config": lambda: dataclasses.replace(TrainingConfig(telegram_bot_token=TOKEN), seed=1),
+    "training arguments": lambda: TrainingConfig(telegram_bot_token=TOKEN).to_training_arguments("out"),
+    "identity": lambda: TrainingConfig(telegram_bot_token=TOKEN, telegram_chat_id=42).identity(),
     "notifier": lambda: TelegramNotifier(TOKEN, 42),
 }
 
@@ -230,13 +200,6 @@ def test_no_view_of_what_holds_the_token_shows_it(thing):
     fields = dataclasses.asdict(it) if dataclasses.is_dataclass(it) else getattr(it, "__dict__", {})
     seen = [repr(it), f"{it} {it!s:>20}", pprint.pformat(it), repr(fields), json.dumps(fields, default=str), pretty(it)]
     assert [text for text in seen if leaks(text)] == []
-
-
-def test_training_arguments_and_the_identity_know_nothing_of_the_token(tmp_path):
-    config = TrainingConfig(telegram_bot_token=TOKEN, telegram_chat_id=42)
-    arguments = config.to_training_arguments(str(tmp_path))
-    assert not leaks(repr(arguments) + repr(vars(arguments)) + arguments.to_json_string())
-    assert not leaks(repr(config.identity()))
 
 
 def test_an_experiment_leaves_no_trace_of_the_token(tiny_data, tmp_path, trace, monkeypatch):
@@ -258,42 +221,23 @@ def test_an_experiment_leaves_no_trace_of_the_token(tiny_data, tmp_path, trace, 
 
 
 CELLS = [
-    "from lablib import MLP, StreamlinedTrainer, TrainingConfig, load_data\n"
-    "from lablib.telegram import TelegramNotifier\n"
-    "TelegramNotifier.__init__.__defaults__ = (None, None, {url!r}, 10)\n"
-    "TelegramNotifier.deadline = 0.2",
     "notifier = TelegramNotifier()\nprint(notifier, vars(notifier))\nnotifier",
-    "notifier.check()",  # fails: its traceback is an output, with what IPython makes of it
-    "config = TrainingConfig(num_epochs=1, use_telegram_notifications=True)\n"
-    "trainer = StreamlinedTrainer(MLP((4,)), config, load_data('digits'))\n"
-    "trainer.train()\nconfig",
+    "notifier.check()",  # fails, and IPython shows its traceback
+    "trainer = StreamlinedTrainer(tiny_mlp(), config, data)\ntrainer.train()\nconfig",
 ]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def executing(tmp_path_factory):
-    """A notebook that uses the token, being executed while the other tests run; what it asked of Telegram, its path."""
-    path = tmp_path_factory.mktemp("notebook") / "notebook.ipynb"
+def test_a_notebooks_cells_show_nothing_of_the_token(tiny_data, tmp_path, trace, monkeypatch):
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
+    monkeypatch.setenv("TELEGRAM_BOT_TOKEN", TOKEN)
+    monkeypatch.setenv("TELEGRAM_CHAT_ID", "42")
+    config = TrainingConfig(**KNOBS, output_dir=tmp_path / "runs")
+    names = {"TelegramNotifier": TelegramNotifier, "StreamlinedTrainer": StreamlinedTrainer, "tiny_mlp": tiny_mlp}
+    shell = InteractiveShell(user_module=ModuleType("cells"), user_ns=names | {"config": config, "data": tiny_data})
     with BotApi(*[error(401, f"Unauthorized: /bot{TOKEN}")] * 5) as api:
-        cells = [nbformat.v4.new_code_cell(source.replace("{url!r}", repr(api.url))) for source in CELLS]
-        nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
-        command = [sys.executable, "-c", "from nbclient.cli import main; main()", "--allow-errors", "--inplace"]
-        secrets = {"TELEGRAM_BOT_TOKEN": TOKEN, "TELEGRAM_CHAT_ID": "42"}
-        quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        process = subprocess.Popen([*command, str(path)], env=os.environ | secrets, **quiet)
-        yield process, api, path
-        process.kill()
-        process.communicate()
-
-
-def test_an_executed_notebook_shows_nothing_of_the_token(executing):
-    process, api, path = executing
-    printed, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, printed
-    assert api.requests[0].token == TOKEN
-    outputs = [output for cell in nbformat.read(path, 4).cells for output in cell.outputs]
-    (failure,) = [output for output in outputs if output.output_type == "error"]
-    assert failure.ename == "TelegramError"
-    assert any("Telegram: 401" in output.get("text", "") for output in outputs)  # the training's one warning
-    assert not leaks(path.read_bytes())
-    assert not leaks(printed)
+        monkeypatch.setattr(TelegramNotifier.__init__, "__defaults__", (None, None, api.url, 10))
+        results = [shell.run_cell(cell) for cell in CELLS]
+        assert {request.token for request in api.requests} == {TOKEN}
+    assert [type(result.error_in_exec) for result in results] == [type(None), TelegramError, type(None)]
+    assert [str(warning.message)[:13] for warning in trace.warned] == ["Telegram: 401"]
+    assert trace() == []
