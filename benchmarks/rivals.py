@@ -189,8 +189,8 @@ def tight_loop(gate: Gate, case: Case, images: int | None, workers: int, output_
 
 
 def lablib(gate: Gate, case: Case, images: int | None, workers: int, output_dir: str):
-    """lablib as a notebook uses it, early stopping off: history, best weights and a checkpoint an epoch included."""
-    trainer = lablib_trainer(case, load(case, images), output_dir, callbacks=[_gate_callback(gate, "on_save")])
+    """lablib as a notebook uses it, early stopping off: history and best weights included."""
+    trainer = lablib_trainer(case, load(case, images), output_dir, callbacks=[_gate_callback(gate, "on_evaluate")])
     gate.images = len(trainer.train_dataset)
     trainer.train()
 

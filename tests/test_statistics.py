@@ -164,7 +164,7 @@ def test_failed_and_missing_runs_show_in_the_tables_and_the_others_count():
     assert statistics.recommend(table) == "plain"
     joined = pd.concat([table, results_table(frame_of({"other": VALUES}))], ignore_index=True)
     assert statistics.readable_table(joined).loc["other", "n"] == "5"
-    with pytest.raises(ValueError, match="no model has a finished run"):
+    with pytest.raises(ValueError, match="no finished runs, so no model can be recommended"):
         statistics.recommend(table[1:])
 
 
