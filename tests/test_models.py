@@ -1,8 +1,8 @@
 """The networks against closed formulas, arithmetic by hand, torchvision and onnxruntime; and what they refuse."""
 
 import copy
+from itertools import product
 
-import onnx
 import onnxruntime
 import pytest
 import torch
@@ -12,7 +12,6 @@ from torchvision.models.resnet import BasicBlock, ResNet
 from lablib import MLP, ResidualCNN, ResidualMLP, SimpleCNN
 from lablib.models import PlainBlock, export_onnx
 
-MLPS, CNNS = (MLP, ResidualMLP), (SimpleCNN, ResidualCNN)
 TINY = (1, 4, 4)
 
 
@@ -38,7 +37,7 @@ def randomised(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-@pytest.mark.parametrize("network", MLPS)
+@pytest.mark.parametrize("network", [MLP, ResidualMLP])
 def test_dropout_acts_in_training_only_and_no_image_on_another(network):
     model, images = network((64, 64), dropout=0.5, image_shape=(1, 6, 6), num_classes=3), torch.rand(4, 1, 6, 6)
     assert not torch.equal(model.train()(images), model(images))
@@ -80,13 +79,6 @@ def test_a_residual_mlp_computes_a_relu_of_f_plus_the_shortcut(shortcut):
     torch.testing.assert_close(model(images), x @ model.classifier.weight.T + model.classifier.bias)
 
 
-@pytest.mark.parametrize("network", MLPS)
-@pytest.mark.parametrize("sizes", [(), (0,), (8.0,), "8", (True,)])
-def test_hidden_sizes_that_are_no_positive_whole_numbers_are_refused(network, sizes):
-    with pytest.raises(ValueError, match=r"hidden_sizes = .*, but whole numbers above 0 are needed"):
-        network(sizes)
-
-
 def test_cnns_have_the_parameters_of_the_exercise_and_of_the_formula():
     assert (count(ResidualCNN(2, width=16)), count(ResidualCNN(4, width=16))) == (165_914, 2_793_114)
     stem, first, second = (9 * i * o + 2 * o for i, o in ((2, 8), (8, 16), (16, 32)))
@@ -102,27 +94,34 @@ def test_a_stage_computes_what_torchvisions_resnet_layer_computes_with_the_same_
         assert torch.equal(ours.train(mode)(images), torchvisions.train(mode)(images))
 
 
-@pytest.mark.parametrize("network", CNNS)
+@pytest.mark.parametrize("network", [SimpleCNN, ResidualCNN])
 @pytest.mark.parametrize(("depth", "shape", "classes"), [(1, (1, 2, 2), 2), (2, (3, 5, 9), 10), (4, (2, 16, 16), 3)])
 def test_each_stage_halves_the_resolution_and_doubles_the_channels_down_to_the_smallest(network, depth, shape, classes):
-    model, x = network(depth, 4, shape, classes).eval(), torch.zeros(2, *shape)
-    assert model(x).shape == (2, classes)
-    x = model.stem(x)
-    assert x.shape == (2, 4, *shape[1:])
-    for stage in model.stages:
-        before, x = x.shape, stage(x)
-        assert x.shape == (2, 2 * before[1], -(-before[2] // 2), -(-before[3] // 2))
+    model, images = network(depth, 4, shape, classes).eval(), torch.rand(2, *shape)
+    features = model.stages(model.stem(images))
+    assert features.shape == (2, 4 * 2**depth, *(-(-side // 2**depth) for side in shape[1:]))
+    averages = features.flatten(2).sum(2) / features[0, 0].numel()
+    torch.testing.assert_close(model(images), averages @ model.classifier.weight.T + model.classifier.bias)
 
 
-@pytest.mark.parametrize("network", CNNS)
-def test_what_a_cnn_cannot_be_built_of_is_refused(network):
+@pytest.mark.parametrize(
+    ("network", "size"),
+    [
+        *product((MLP, ResidualMLP), [{"hidden_sizes": sizes} for sizes in ((), (0,), (8.0,), "8", (True,))]),
+        *product((SimpleCNN, ResidualCNN), [{"depth": 0}, {"depth": True}, {"depth": 2.0}, {"depth": 1, "width": -1}]),
+    ],
+)
+def test_sizes_that_are_no_positive_whole_numbers_are_refused(network, size):
+    with pytest.raises(ValueError, match=f"{list(size)[-1]} = .*, but whole numbers above 0 are needed"):
+        network(**size)
+
+
+@pytest.mark.parametrize("network", [SimpleCNN, ResidualCNN])
+def test_images_too_small_for_the_depth_are_refused(network):
     with pytest.raises(ValueError, match=r"7 × 32 pixels are too small for depth 3.* smallest are 8 × 8"):
         network(3, 4, (3, 7, 32))
     with pytest.raises(ValueError, match=r"smallest are 8 × 8"):
         network(3, 4)(torch.zeros(1, 3, 32, 7))
-    for bad in ({"depth": 0}, {"depth": True}, {"depth": 2.0}, {"depth": 1, "width": -1}):
-        with pytest.raises(ValueError, match=f"{list(bad)[-1]} = .*, but whole numbers above 0 are needed"):
-            network(**bad)
 
 
 def test_without_shortcuts_the_convolutions_stay_and_nothing_is_added():
@@ -153,18 +152,15 @@ def test_a_saved_network_comes_back_with_its_arguments_and_the_same_logits(netwo
 
 
 @pytest.mark.parametrize("name", ["ResidualMLP", "ResidualCNN"])
-def test_onnxruntime_gives_pytorchs_logits_for_every_batch_size_from_one_file(name, tmp_path, capfd):
+def test_onnxruntime_gives_pytorchs_logits_for_every_batch_size_from_one_file(name, tmp_path):
     network, image_shape = SAVED[name]
     model = randomised(network()).double().train()
-    before, random_state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    before = copy.deepcopy(model.state_dict())
     path = tmp_path / "model.onnx"
     export_onnx(model, path, image_shape)
-    assert capfd.readouterr() == ("", "")
     assert all(module.training for module in model.modules())
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    assert torch.equal(torch.get_rng_state(), random_state)
     assert list(path.parent.iterdir()) == [path]  # the weights are inside
-    onnx.checker.check_model(path, full_check=True)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     (taken,), (given,) = session.get_inputs(), session.get_outputs()
     assert (taken.name, taken.type, taken.shape) == ("images", "tensor(float)", ["batch", *image_shape])
