@@ -255,7 +255,7 @@ def test_a_checkpoint_of_weights_in_another_memory_format_resumes_as_one_in_the_
     resumed, whole = (trained(build, name, model=tiny_cnn, **last_is_best) for name in ("interrupted", "undisturbed"))
     assert whole.state.best_global_step == 3 * STEPS
     for weights, expected in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
-        torch.testing.assert_close(weights, expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(weights, expected, rtol=0, atol=3e-4)  # mixed up they differ by 2e-3
 
 
 def test_the_seconds_of_a_resumed_training_do_not_include_the_pause(build):
