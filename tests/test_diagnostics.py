@@ -52,22 +52,19 @@ def test_gradient_norms_are_those_of_backward_in_plain_pytorch(batch):
     assert table["name"].tolist() == ["hidden.0", "hidden.3", "classifier"]
 
 
-def test_a_projection_is_no_layer_on_the_way(batch):
+class WithUnused(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.unused, self.convolution = nn.Linear(2, 2), nn.Conv2d(1, 3, 4)
+
+    def forward(self, images):
+        return self.convolution(images).flatten(1)
+
+
+def test_convolutions_are_layers_too_but_a_projection_is_none(batch):
     names = gradient_norms(build(ResidualMLP, hidden_sizes=(6, 6, 5)), batch)["name"].tolist()
     assert names == [f"blocks.{block}.residual.{layer}" for block in range(3) for layer in (0, 3)] + ["classifier"]
-
-
-def test_convolutions_are_layers_and_one_that_is_not_used_has_no_gradient(batch):
-    class Network(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.unused = nn.Linear(2, 2)
-            self.convolution = nn.Conv2d(1, 3, 4)
-
-        def forward(self, images):
-            return self.convolution(images).flatten(1)
-
-    table = gradient_norms(Network(), batch)
+    table = gradient_norms(WithUnused(), batch)
     assert table["name"].tolist() == ["unused", "convolution"]
     assert (table["norm"] > 0).tolist() == [False, True]
     with pytest.raises(ValueError, match="Flatten has no linear or convolutional layers to measure"):
@@ -95,9 +92,6 @@ def test_a_model_stays_as_it_was(batch, look):
     assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(after, tensors, strict=True))
     assert [module.training for module in model.modules()] == modes
     assert not model[4]._forward_pre_hooks
-    with pytest.raises(RuntimeError):
-        gradient_norms(model, (torch.rand(2, 1, 5, 5), torch.tensor([0, 1])))
-    assert [module.training for module in model.modules()] == modes
 
 
 def test_the_mean_angle_is_scipys_between_the_features_before_the_last_linear_layer(batch):
@@ -116,8 +110,6 @@ def test_tiny_angles_are_not_lost_and_what_has_none_is_refused(batch):
     assert mean_angle(model, images[:1].expand(3, -1, -1, -1)) == 0
     with pytest.raises(ValueError, match="an angle needs a linear layer and two images; there are 0 and 9"):
         mean_angle(nn.Flatten(), batch[0])
-    with pytest.raises(ValueError, match="there are 2 and 1"):
-        mean_angle(build(MLP, hidden_sizes=(6,)), batch[0][:1])
 
 
 def test_a_calibration_made_by_hand():

@@ -1,17 +1,14 @@
 """The distillation loss against NumPy, and its trainer against a plain loop."""
 
 import re
-from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from lablib import MLP, TrainingConfig
 from lablib.data import stratified_split
 from lablib.distillation import KnowledgeDistillationTrainer, distillation_loss
-from lablib.identity import run_identity, run_name
 from lablib.metrics import history
 from lablib.models import ResidualCNN
 from lablib.trainer import SanityCheckError
@@ -38,8 +35,7 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.3, 0.7, 1.0])
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0, 20.0])
+@pytest.mark.parametrize(("temperature", "alpha"), [(0.5, 0.3), (1.0, 1.0), (4.0, 0.7), (20.0, 0.0)])
 def test_the_loss_is_that_of_numpy_in_float64(batch, temperature, alpha):
     student, teacher, labels = (tensor.numpy() for tensor in batch)
     p, q = log_softmax(teacher / temperature), log_softmax(student / temperature)
@@ -75,13 +71,11 @@ def test_the_training_is_that_of_a_plain_loop(tiny_data):
     assert {id(p) for p in trainer.optimizer.param_groups[0]["params"]} == {id(p) for p in student.parameters()}
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_teacher_stays_what_it_was_down_to_its_batch_norm_statistics(tiny_data, precision):
+def test_the_teacher_stays_what_it_was_down_to_its_batch_norm_statistics(tiny_data):
     torch.manual_seed(0)
-    teacher = ResidualCNN(1, 4, (1, 6, 6), 3).train()
+    teacher, student = ResidualCNN(1, 4, (1, 6, 6), 3).train(), ResidualCNN(1, 2, (1, 6, 6), 3)
     before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
-    student = ResidualCNN(1, 2, (1, 6, 6), 3)
-    trainer = KnowledgeDistillationTrainer(student, teacher, config(precision=precision), tiny_data)
+    trainer = KnowledgeDistillationTrainer(student, teacher, config(), tiny_data)
     trainer.train()
     trainer.evaluate()
     for network_ in (teacher, trainer.teacher):
@@ -93,22 +87,16 @@ def test_the_teacher_stays_what_it_was_down_to_its_batch_norm_statistics(tiny_da
 
 
 def test_teacher_and_student_see_the_same_augmented_images_in_the_same_precision(tiny_data):
-    seen = {"student": [], "teacher": []}
-
-    class Watched(MLP):
-        def forward(self, images):
-            logits = super().forward(images)
-            seen[self.who].append((images.clone(), logits.dtype))
-            return logits
-
-    student, teacher = (Watched((8,), image_shape=(1, 6, 6), num_classes=3) for _ in range(2))
-    student.who, teacher.who = "student", "teacher"
+    student, teacher = network(1), network(2)
     trainer = KnowledgeDistillationTrainer(student, teacher, config(precision="bf16"), tiny_data)
-    seen["student"].clear()
-    seen["teacher"].clear()
+    seen = [], []
+    for watched, noted in zip((student, trainer.teacher), seen, strict=True):
+        watched.hidden.register_forward_hook(
+            lambda hidden, inputs, output, noted=noted: noted.append((inputs[0].clone(), output.dtype))
+        )
     trainer.train()
-    assert len(seen["student"]) == len(seen["teacher"]) > 0
-    for (images, dtype), (teachers_images, teachers_dtype) in zip(*seen.values(), strict=True):
+    assert seen[0]
+    for (images, dtype), (teachers_images, teachers_dtype) in zip(*seen, strict=True):
         assert torch.equal(images, teachers_images)
         assert dtype == teachers_dtype == torch.bfloat16
 
@@ -117,8 +105,6 @@ def test_teacher_and_student_see_the_same_augmented_images_in_the_same_precision
     ("arguments", "words"),
     [
         ({"alpha": -0.1}, "alpha = -0.1, but it must be a number from 0 (labels only) to 1 (teacher only)"),
-        ({"alpha": float("nan")}, "alpha = nan, but it must be a number from 0 (labels only) to 1 (teacher only)"),
-        ({"temperature": 0}, "temperature = 0, but it must be a number above 0, such as 4"),
         ({"temperature": float("inf")}, "temperature = inf, but it must be a number above 0, such as 4"),
     ],
 )
@@ -127,7 +113,7 @@ def test_a_wrong_alpha_or_temperature_is_refused(tiny_data, arguments, words):
         KnowledgeDistillationTrainer(network(1), network(2), config(), tiny_data, **arguments)
 
 
-def test_a_teacher_that_does_not_fit_is_refused(tiny_data):
+def test_a_teacher_or_student_that_does_not_fit_is_refused(tiny_data):
     student = network(1)
     with pytest.raises(ValueError, match="the teacher is the student; give a network of its own"):
         KnowledgeDistillationTrainer(student, student, config(), tiny_data)
@@ -136,37 +122,3 @@ def test_a_teacher_that_does_not_fit_is_refused(tiny_data):
     four = KnowledgeDistillationTrainer(network(1, num_classes=4), network(2), config(), tiny_data)
     with pytest.raises(SanityCheckError, match="the network has 4 outputs, but tiny has 3 classes"):
         four.train()
-
-
-class Viewing(nn.Module):
-    """`view` needs features that are contiguous, which those of channels-last images are not."""
-
-    def __init__(self):
-        super().__init__()
-        self.convolution, self.classifier = nn.Conv2d(1, 4, 3), nn.Linear(64, 3)
-
-    def forward(self, images):
-        return self.classifier(self.convolution(images).view(len(images), -1))
-
-
-def test_a_teacher_that_takes_no_channels_last_images_teaches_a_student_that_does(tiny_data):
-    trainer = KnowledgeDistillationTrainer(ResidualCNN(1, 16, (1, 6, 6), 3), Viewing(), config(), tiny_data)
-    trainer.train()
-    assert trainer.state.global_step == 8
-
-
-def test_the_teachers_weights_alpha_and_temperature_are_part_of_a_runs_identity(tiny_data, tmp_path):
-    knobs = config(output_dir=str(tmp_path))
-
-    def path(**arguments):
-        return run_name(run_identity(network, knobs, tiny_data, partial(KnowledgeDistillationTrainer, **arguments)))
-
-    base = path(teacher=network(2), temperature=4.0, alpha=0.7)
-    assert base == path(alpha=0.7, temperature=4.0, teacher=network(2))
-    changed = [
-        path(teacher=network(3), temperature=4.0, alpha=0.7),
-        path(teacher=network(2), temperature=2.0, alpha=0.7),
-        path(teacher=network(2), temperature=4.0, alpha=0.5),
-        run_name(run_identity(network, knobs, tiny_data)),
-    ]
-    assert len({base, *changed}) == 5

@@ -13,7 +13,6 @@ import torch
 from torch.nn import functional as F
 
 from lablib import MLP, ImageData, ResidualCNN, TrainingConfig, experiment
-from lablib.config import _leave_group
 
 MODELS = {
     "mlp": partial(MLP, (8,), dropout=0.0, image_shape=(1, 8, 8), num_classes=3),
@@ -156,17 +155,6 @@ def test_no_thread_of_the_group_outlives_the_lab(findings):
     """One that lets go of a tensor while Python ends aborts its process."""
     assert [len(findings[number]["threads"]) for number in (1, 2)] == [1, 2]
     assert not [name for threads in findings[2]["threads"] for name in threads if "gloo" in name]
-
-
-def test_a_process_that_ends_by_an_error_does_not_wait_for_the_others(monkeypatch, tmp_path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
-    monkeypatch.setattr(sys, "last_value", ValueError(), raising=False)
-    _leave_group()
-    assert torch.distributed.is_initialized()
-    monkeypatch.delattr(sys, "last_value")
-    _leave_group()
-    assert not torch.distributed.is_initialized()
-    _leave_group()  # a second time is no error
 
 
 def test_what_several_processes_cannot_do_is_refused(monkeypatch, tmp_path, tiny_data):

@@ -3,36 +3,32 @@
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from lablib import MLP, ImageData, StreamlinedTrainer, TrainingConfig
+from lablib import MLP, ImageData, KnowledgeDistillationTrainer, StreamlinedTrainer, TrainingConfig
 from lablib.hardware import memory_format, resolve_bf16
 from lablib.models import ResidualCNN, SimpleCNN
+
+CPU = torch.device("cpu")
+RGB = (3, 32, 32)
+small_cnn = partial(SimpleCNN, 1, width=2, image_shape=(3, 6, 6), num_classes=3)
+small_mlp = partial(MLP, (4,), image_shape=(1, 6, 6), num_classes=3)
 
 
 def config(**knobs) -> TrainingConfig:
     return TrainingConfig(num_epochs=1, device="cpu", **knobs)
 
 
-CPU = torch.device("cpu")
-RGB = (3, 32, 32)
-
-
-def coloured(data: ImageData) -> ImageData:
-    images = {part: getattr(data, part).repeat(1, 3, 1, 1) for part in ("train_images", "test_images")}
-    return replace(data, **images)
-
-
-def small_cnn() -> nn.Module:
-    return SimpleCNN(1, width=2, image_shape=(1, 6, 6), num_classes=3)
-
-
-def small_mlp() -> nn.Module:
-    return MLP((4,), image_shape=(1, 6, 6), num_classes=3)
+@pytest.fixture(scope="module")
+def coloured(tiny_data) -> ImageData:
+    """The same picture in three channels."""
+    images = {part: getattr(tiny_data, part).repeat(1, 3, 1, 1) for part in ("train_images", "test_images")}
+    return replace(tiny_data, **images)
 
 
 @pytest.mark.parametrize(
@@ -70,25 +66,21 @@ def test_a_training_is_deterministic_on_request_and_leaves_the_settings_as_they_
     assert (torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark) == (False, False)
 
 
-def test_images_come_channels_last_for_convolutions_and_contiguous_for_linear_layers(tiny_data):
-    assert memory_format(small_cnn(), CPU, (1, 6, 6)) == torch.channels_last
+def test_images_come_channels_last_for_convolutions_and_contiguous_for_linear_layers(coloured):
     assert memory_format(small_mlp(), CPU, (1, 6, 6)) == torch.contiguous_format
-    data = coloured(tiny_data)
-    trainer = StreamlinedTrainer(SimpleCNN(1, width=2, image_shape=(3, 6, 6), num_classes=3), config(), data)
+    trainer = StreamlinedTrainer(small_cnn(), config(), coloured)
     for training in (True, False):
-        images = trainer.prepare_images(data.train_images[:4], training)
+        images = trainer.prepare_images(coloured.train_images[:4], training)
         assert images.is_contiguous(memory_format=torch.channels_last)
         assert not images.is_contiguous()
 
 
 @pytest.mark.parametrize(("width", "expected"), [(8, torch.contiguous_format), (16, torch.channels_last)])
 def test_narrow_projections_stay_contiguous_on_a_processor_where_onednn_would_write_past_its_memory(width, expected):
-    model = ResidualCNN(2, width)
+    model, without_projections = ResidualCNN(2, width), ResidualCNN(2, width, shortcut=False)
     assert memory_format(model, CPU, RGB) == expected
     assert memory_format(model, torch.device("cuda"), RGB) == torch.channels_last
-    assert (
-        memory_format(ResidualCNN(2, width, shortcut=False), CPU, RGB) == torch.channels_last
-    )  # it has no projections
+    assert memory_format(without_projections, CPU, RGB) == torch.channels_last
 
 
 class ViewingCNN(nn.Module):
@@ -102,12 +94,12 @@ class ViewingCNN(nn.Module):
         return self.classifier(self.convolution(images).view(len(images), -1))
 
 
-def test_a_model_that_takes_no_images_with_channels_last_trains_on_contiguous_ones(tiny_data):
+def test_a_model_that_takes_no_channels_last_images_trains_and_teaches_on_contiguous_ones(coloured):
     model = ViewingCNN()
     with pytest.raises(RuntimeError, match="view"):
         model(torch.zeros(2, 3, 6, 6).contiguous(memory_format=torch.channels_last))
-    assert memory_format(model, CPU, (3, 6, 6)) == torch.contiguous_format
-    StreamlinedTrainer(model, config(), coloured(tiny_data)).train()
+    StreamlinedTrainer(model, config(), coloured).train()
+    KnowledgeDistillationTrainer(small_cnn(), model, config(), coloured).train()
 
 
 def test_the_gradients_of_a_residual_network_are_those_of_float64():
@@ -125,11 +117,11 @@ torch.set_num_threads(2)
 labels = torch.arange(27) % 10
 for width in (3, 16):
     torch.manual_seed(0)
-    model, images = ResidualCNN(2, width).eval().double(), torch.randn(27, 3, 32, 32)
+    model, images = ResidualCNN(2, width).eval().double(), torch.randn(27, 3, 16, 16)
     F.cross_entropy(model(images.double()), labels).backward()
     expected = {name: p.grad.float() for name, p in model.named_parameters()}
     model = model.float()
-    images = images.contiguous(memory_format=memory_format(model, torch.device("cpu"), (3, 32, 32)))
+    images = images.contiguous(memory_format=memory_format(model, torch.device("cpu"), (3, 16, 16)))
     for bf16, _ in product((False, True), range(5)):
         model.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):

@@ -1,20 +1,17 @@
 """The networks against closed formulas, arithmetic by hand, torchvision and onnxruntime; and what they refuse."""
 
 import copy
-import math
-from itertools import pairwise
+from itertools import product
 
-import onnx
 import onnxruntime
 import pytest
 import torch
 from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
-from lablib import MLP, ResidualBlock, ResidualCNN, ResidualMLP, SimpleCNN
+from lablib import MLP, ResidualCNN, ResidualMLP, SimpleCNN
 from lablib.models import PlainBlock, export_onnx
 
-MLPS, CNNS = (MLP, ResidualMLP), (SimpleCNN, ResidualCNN)
 TINY = (1, 4, 4)
 
 
@@ -40,18 +37,7 @@ def randomised(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-@pytest.mark.parametrize(("image_shape", "num_classes"), [((1, 28, 28), 10), ((3, 5, 9), 4)])
-@pytest.mark.parametrize("hidden_sizes", [(8,), (128, 64), (5, 7, 7, 3)])
-def test_mlps_have_the_parameters_of_the_closed_formula(hidden_sizes, image_shape, num_classes):
-    widths, shape = [math.prod(image_shape), *hidden_sizes], {"image_shape": image_shape, "num_classes": num_classes}
-    classifier = (widths[-1] + 1) * num_classes
-    assert count(MLP(hidden_sizes, **shape)) == sum((i + 1) * o for i, o in pairwise(widths)) + classifier
-    for shortcut in (True, False):
-        blocks = [(i + 1) * o + (o + 1) * o + (i * o if shortcut and i != o else 0) for i, o in pairwise(widths)]
-        assert count(ResidualMLP(hidden_sizes, shortcut=shortcut, **shape)) == sum(blocks) + classifier
-
-
-@pytest.mark.parametrize("network", MLPS)
+@pytest.mark.parametrize("network", [MLP, ResidualMLP])
 def test_dropout_acts_in_training_only_and_no_image_on_another(network):
     model, images = network((64, 64), dropout=0.5, image_shape=(1, 6, 6), num_classes=3), torch.rand(4, 1, 6, 6)
     assert not torch.equal(model.train()(images), model(images))
@@ -61,11 +47,13 @@ def test_dropout_acts_in_training_only_and_no_image_on_another(network):
     torch.testing.assert_close(logits[2:3], model(images[2:3]))
 
 
-def test_an_mlp_computes_linear_relu_linear():
-    model, images = MLP((5,), image_shape=(2, 3, 3), num_classes=4).eval(), torch.rand(7, 2, 3, 3)
-    hidden, classifier = model.hidden[0], model.classifier
-    expected = (images.reshape(7, 18) @ hidden.weight.T + hidden.bias).clamp(min=0) @ classifier.weight.T
-    torch.testing.assert_close(model(images), expected + classifier.bias)
+def test_an_mlp_computes_linear_relu_and_so_on_and_has_no_other_weights():
+    model, images = MLP((5, 3), image_shape=(2, 3, 3), num_classes=4).eval(), torch.rand(7, 2, 3, 3)
+    assert count(model) == 19 * 5 + 6 * 3 + 4 * 4
+    x = images.reshape(7, 18)
+    for layer in (model.hidden[0], model.hidden[3]):
+        x = (x @ layer.weight.T + layer.bias).clamp(min=0)
+    torch.testing.assert_close(model(images), x @ model.classifier.weight.T + model.classifier.bias)
 
 
 def test_hes_initialisation_has_his_spread_and_no_biases():
@@ -80,33 +68,15 @@ def test_hes_initialisation_has_his_spread_and_no_biases():
 @pytest.mark.parametrize("shortcut", [True, False])
 def test_a_residual_mlp_computes_a_relu_of_f_plus_the_shortcut(shortcut):
     model = ResidualMLP((4, 4), image_shape=(1, 2, 3), num_classes=3, shortcut=shortcut).eval()
-    x = images = torch.rand(5, 1, 2, 3)
-    x = x.reshape(5, 6)
+    assert count(model) == 7 * 4 + 5 * 4 + (6 * 4 if shortcut else 0) + 5 * 4 + 5 * 4 + 5 * 3
+    images = torch.rand(5, 1, 2, 3)
+    x = images.reshape(5, 6)
     for block in model.blocks:
         first, last = (module for module in block.residual if isinstance(module, nn.Linear))
         branch = (x @ first.weight.T + first.bias).clamp(min=0) @ last.weight.T + last.bias
         skip = x @ block.projection.weight.T if x.shape[1] != 4 and shortcut else x if shortcut else 0
         x = (branch + skip).clamp(min=0)
     torch.testing.assert_close(model(images), x @ model.classifier.weight.T + model.classifier.bias)
-
-
-def test_with_f_equal_to_0_a_residual_block_is_its_shortcut():
-    same, wider, cut = ResidualBlock(6, 6), ResidualBlock(6, 9), ResidualBlock(6, 9, shortcut=False)
-    x = torch.randn(5, 6)
-    assert not torch.equal(same(x), x)
-    for block in (same, wider, cut):
-        nn.init.zeros_(block.residual[-1].weight)
-        nn.init.zeros_(block.residual[-1].bias)
-    assert torch.equal(same(x), x)
-    torch.testing.assert_close(wider(x), x @ wider.projection.weight.T)
-    assert cut(x).abs().max() == 0
-
-
-@pytest.mark.parametrize("network", MLPS)
-@pytest.mark.parametrize("sizes", [(), (0,), (8.0,), "8", (True,), (None,)])
-def test_hidden_sizes_that_are_no_positive_whole_numbers_are_refused(network, sizes):
-    with pytest.raises(ValueError, match=r"hidden_sizes = .*, but whole numbers above 0 are needed"):
-        network(sizes)
 
 
 def test_cnns_have_the_parameters_of_the_exercise_and_of_the_formula():
@@ -124,27 +94,34 @@ def test_a_stage_computes_what_torchvisions_resnet_layer_computes_with_the_same_
         assert torch.equal(ours.train(mode)(images), torchvisions.train(mode)(images))
 
 
-@pytest.mark.parametrize("network", CNNS)
+@pytest.mark.parametrize("network", [SimpleCNN, ResidualCNN])
 @pytest.mark.parametrize(("depth", "shape", "classes"), [(1, (1, 2, 2), 2), (2, (3, 5, 9), 10), (4, (2, 16, 16), 3)])
 def test_each_stage_halves_the_resolution_and_doubles_the_channels_down_to_the_smallest(network, depth, shape, classes):
-    model, x = network(depth, 4, shape, classes).eval(), torch.zeros(2, *shape)
-    assert model(x).shape == (2, classes)
-    x = model.stem(x)
-    assert x.shape == (2, 4, *shape[1:])
-    for stage in model.stages:
-        before, x = x.shape, stage(x)
-        assert x.shape == (2, 2 * before[1], -(-before[2] // 2), -(-before[3] // 2))
+    model, images = network(depth, 4, shape, classes).eval(), torch.rand(2, *shape)
+    features = model.stages(model.stem(images))
+    assert features.shape == (2, 4 * 2**depth, *(-(-side // 2**depth) for side in shape[1:]))
+    averages = features.flatten(2).sum(2) / features[0, 0].numel()
+    torch.testing.assert_close(model(images), averages @ model.classifier.weight.T + model.classifier.bias)
 
 
-@pytest.mark.parametrize("network", CNNS)
-def test_what_a_cnn_cannot_be_built_of_is_refused(network):
+@pytest.mark.parametrize(
+    ("network", "size"),
+    [
+        *product((MLP, ResidualMLP), [{"hidden_sizes": sizes} for sizes in ((), (0,), (8.0,), "8", (True,))]),
+        *product((SimpleCNN, ResidualCNN), [{"depth": 0}, {"depth": True}, {"depth": 2.0}, {"depth": 1, "width": -1}]),
+    ],
+)
+def test_sizes_that_are_no_positive_whole_numbers_are_refused(network, size):
+    with pytest.raises(ValueError, match=f"{list(size)[-1]} = .*, but whole numbers above 0 are needed"):
+        network(**size)
+
+
+@pytest.mark.parametrize("network", [SimpleCNN, ResidualCNN])
+def test_images_too_small_for_the_depth_are_refused(network):
     with pytest.raises(ValueError, match=r"7 × 32 pixels are too small for depth 3.* smallest are 8 × 8"):
         network(3, 4, (3, 7, 32))
     with pytest.raises(ValueError, match=r"smallest are 8 × 8"):
         network(3, 4)(torch.zeros(1, 3, 32, 7))
-    for bad in ({"depth": 0}, {"depth": True}, {"depth": 2.0}, {"depth": 1, "width": -1}):
-        with pytest.raises(ValueError, match=f"{list(bad)[-1]} = .*, but whole numbers above 0 are needed"):
-            network(**bad)
 
 
 def test_without_shortcuts_the_convolutions_stay_and_nothing_is_added():
@@ -174,19 +151,16 @@ def test_a_saved_network_comes_back_with_its_arguments_and_the_same_logits(netwo
     assert str(loaded) == str(model)
 
 
-@pytest.mark.parametrize("name", ["MLP", "ResidualMLP", "SimpleCNN", "ResidualCNN"])
-def test_onnxruntime_gives_pytorchs_logits_for_every_batch_size_from_one_file(name, tmp_path, capfd):
+@pytest.mark.parametrize("name", ["ResidualMLP", "ResidualCNN"])
+def test_onnxruntime_gives_pytorchs_logits_for_every_batch_size_from_one_file(name, tmp_path):
     network, image_shape = SAVED[name]
     model = randomised(network()).double().train()
-    before, random_state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    before = copy.deepcopy(model.state_dict())
     path = tmp_path / "model.onnx"
     export_onnx(model, path, image_shape)
-    assert capfd.readouterr() == ("", "")
     assert all(module.training for module in model.modules())
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    assert torch.equal(torch.get_rng_state(), random_state)
     assert list(path.parent.iterdir()) == [path]  # the weights are inside
-    onnx.checker.check_model(path, full_check=True)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     (taken,), (given,) = session.get_inputs(), session.get_outputs()
     assert (taken.name, taken.type, taken.shape) == ("images", "tensor(float)", ["batch", *image_shape])
@@ -199,29 +173,13 @@ def test_onnxruntime_gives_pytorchs_logits_for_every_batch_size_from_one_file(na
         torch.testing.assert_close(torch.from_numpy(theirs), ours, atol=1e-4, rtol=0)
 
 
-class Odd(nn.Module):
-    """Its forward is what a test says."""
-
-    def __init__(self, compute):
-        super().__init__()
-        self.forward = compute
+class OnlyPairs(nn.Module):
+    def forward(self, images):
+        return images.reshape(2, -1)
 
 
-@pytest.mark.parametrize(
-    ("network", "image_shape", "message"),
-    [
-        (MLP, (1, 4, 5), r"reduction dim"),
-        (lambda: ResidualCNN(3, 2), (3, 7, 8), r"7 × 8 pixels are too small for depth 3"),
-        (
-            lambda: Odd(lambda x: x.flatten(1) + torch.ones(2, 1)),
-            TINY,
-            "marked batch as dynamic but your code specialized",
-        ),
-        (lambda: Odd(lambda x: x.reshape(2, -1)), TINY, "marked batch as dynamic but your code specialized"),
-    ],
-)
-def test_what_cannot_be_exported_is_refused_and_an_older_file_stays(network, image_shape, message, tmp_path):
+def test_a_network_for_one_batch_size_cannot_be_exported_and_an_older_file_stays(tmp_path):
     (older := tmp_path / "model.onnx").write_text("older")
-    with pytest.raises(Exception, match=message):
-        export_onnx(network(), older, image_shape)
+    with pytest.raises(Exception, match="marked batch as dynamic but your code specialized"):
+        export_onnx(OnlyPairs(), older, TINY)
     assert older.read_text() == "older"

@@ -4,10 +4,6 @@ import copy
 import gc
 import itertools
 import math
-import subprocess
-import sys
-import time
-import warnings
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,11 +16,10 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import TrainerCallback
 
-from lablib import MLP, ImageData, ResidualCNN, SimpleCNN, StreamlinedTrainer, TrainingConfig, stratified_split
+from lablib import MLP, ImageData, StreamlinedTrainer, TrainingConfig, stratified_split
 from lablib.data import ImageBatches, stratified_subset
 from lablib.identity import build_seeded
 from lablib.metrics import history
-from lablib.tracking import ServiceCallback
 from lablib.trainer import NonFiniteLossError
 
 VALIDATION_SPLIT = 0.25  # of tiny_data's 36 images: 27 + 9
@@ -39,10 +34,6 @@ def config(**knobs) -> TrainingConfig:
 
 def small_mlp(dropout: float = 0.1, seed: int = 0, model_class=MLP) -> MLP:
     return build_seeded(lambda: model_class((8,), dropout, image_shape=(1, 6, 6), num_classes=3), seed)
-
-
-def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
-    return copy.deepcopy(model.state_dict())
 
 
 def same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -90,7 +81,7 @@ class ScriptedTrainer(StreamlinedTrainer):
         if metric_key_prefix == "eval":
             epoch = round(self.state.epoch)
             output.metrics[f"eval_{self.config.early_stopping_metric}"] = self.script[epoch - 1]
-            self.weights.append(weights_of(self.model))
+            self.weights.append(copy.deepcopy(self.model.state_dict()))
         return output
 
 
@@ -107,23 +98,14 @@ class InputsKept(MLP):
 
 
 class BadLogits(MLP):
-    """Its logits become NaN or infinite in one training step, counted from 1."""
+    """Its logits become NaN or infinite in one training step, counted from 1, or in an evaluation (None)."""
 
-    bad_step, value, steps = 0, math.nan, 0
+    bad_step, value, steps = None, math.nan, 0
 
     def forward(self, images):
-        logits = super().forward(images)
         self.steps += self.training
-        return logits * self.value if self.training and self.steps == self.bad_step else logits
-
-
-class InterruptAtEpoch(TrainerCallback):
-    def __init__(self, epoch: int):
-        self.epoch = epoch
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        if round(state.epoch) + 1 == self.epoch:
-            raise KeyboardInterrupt
+        bad = self.steps == self.bad_step if self.training else self.bad_step is None
+        return super().forward(images) * (self.value if bad else 1)
 
 
 # Which weights are tested
@@ -133,13 +115,18 @@ class InterruptAtEpoch(TrainerCallback):
     ("metric", "script"),
     [("accuracy", [0.3, 0.9, 0.5, 0.9, 0.7]), ("loss", [0.9, 0.2, 0.5, 0.2, 0.7])],
 )
-def test_the_first_best_epoch_is_restored_and_tested(metric, script, build, tiny_data):
+def test_the_first_best_epoch_is_restored_and_tested_and_the_test_set_not_looked_at_before(
+    metric, script, build, tiny_data
+):
+    sealed = copy.copy(tiny_data)
+    del sealed.__dict__["test_images"], sealed.__dict__["test_labels"]
     knobs = config(num_epochs=5, early_stopping_patience=None, early_stopping_metric=metric)
-    trainer = build(knobs, trainer_class=ScriptedTrainer, script=script)
+    trainer = build(knobs, data=sealed, trainer_class=ScriptedTrainer, script=script)
     trainer.train()
-    assert same_bits(trainer.model.state_dict(), trainer.weights[1])
-    for other in (0, 2, 3, 4):
-        assert not same_bits(trainer.weights[1], trainer.weights[other])
+    assert [same_bits(trainer.model.state_dict(), weights) for weights in trainer.weights] == [0, 1, 0, 0, 0]
+    with pytest.raises(AttributeError, match="has no attribute 'test_images'"):
+        trainer.test()
+    trainer.data = tiny_data
 
     by_hand = small_mlp().eval()
     by_hand.load_state_dict(trainer.weights[1])
@@ -153,48 +140,15 @@ def test_the_first_best_epoch_is_restored_and_tested(metric, script, build, tiny
     assert result["test_accuracy"] == pytest.approx(expected_accuracy)
 
 
-class SealedData(ImageData):
-    """Breaks at the first look at the test set while it is sealed."""
-
-    def __getattribute__(self, name):
-        if name.startswith("test_") and object.__getattribute__(self, "__dict__").get("sealed"):
-            raise PermissionError("the test set is sealed")
-        return object.__getattribute__(self, name)
-
-
-def test_the_test_set_is_not_looked_at_before_it_is_asked_for(build, tiny_data):
-    parts = {name: getattr(tiny_data, name) for name in ("train_images", "train_labels", "test_images", "test_labels")}
-    data = SealedData("sealed", **parts, class_names=tiny_data.class_names)
-    data.__dict__["sealed"] = True
-    trainer = build(config(), data=data)
-    trainer.train()
-    trainer.evaluate()
-    with pytest.raises(PermissionError, match="sealed"):
-        trainer.test()
-    data.__dict__["sealed"] = False
-    assert 0 <= trainer.test()["test_accuracy"] <= 1
-
-
-class AsksForTheTest(ServiceCallback):
-    """A service that wants the test result at a training's end, as W&B and Telegram do."""
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self.told = self.test_result()
-
-
-def test_a_trainings_end_is_tested_once_however_many_ask_and_a_test_is_of_the_present_weights(build, unchecked):
+def test_a_training_is_tested_once_however_many_ask_and_a_test_is_of_the_present_weights(build, unchecked):
     model = small_mlp(model_class=InputsKept)
-    trainer = build(config(num_epochs=1, early_stopping_patience=None), model)
-    services = [AsksForTheTest(trainer), AsksForTheTest(trainer)]
-    for service in services:
-        trainer.add_callback(service)
+    trainer = build(config(num_epochs=1), model)
     trainer.train()
     first = trainer.final_test()
-    assert len(model.shown[False]) == 2  # validated and tested
-    assert first == services[0].told == services[1].told
     trainer.model.classifier.weight.data.mul_(2)
-    assert trainer.test()["test_loss"] != first["test_loss"]
     assert trainer.final_test() == first
+    assert len(model.shown[False]) == 2  # validated and tested
+    assert trainer.test()["test_loss"] != first["test_loss"]
     trainer.train()
     assert trainer.final_test()["test_loss"] != first["test_loss"]
 
@@ -202,61 +156,38 @@ def test_a_trainings_end_is_tested_once_however_many_ask_and_a_test_is_of_the_pr
 # What the model sees
 
 
-def test_validation_and_test_images_are_never_augmented(build, tiny_data, unchecked):
-    model = small_mlp(model_class=InputsKept)
-    trainer = build(config(num_epochs=1, rotation_degrees=45.0, translation_fraction=0.2), model)
-    trainer.train()
-    train, validation = stratified_split(tiny_data.train_labels, VALIDATION_SPLIT, seed=0)
-    assert len(model.shown[False]) == 1
-    expected = normalised(tiny_data.train_images[validation], tiny_data)
-    np.testing.assert_allclose(torch.cat(model.shown[False]).numpy(), expected, rtol=1e-4, atol=1e-5)
-
-    in_training = torch.cat(model.shown[True]).numpy()
-    plain = normalised(tiny_data.train_images[train], tiny_data)
-    distances = np.abs(in_training[:, None] - plain[None]).max((2, 3, 4)).min(1)
-    assert len(in_training) == len(train)
-    assert (distances > 0.01).all()
-
-    model.shown[False].clear()
-    trainer.test()
-    expected = normalised(tiny_data.test_images, tiny_data)
-    np.testing.assert_allclose(torch.cat(model.shown[False]).numpy(), expected, rtol=1e-4, atol=1e-5)
-
-
-def test_each_training_image_is_augmented_once_an_epoch_and_none_in_an_evaluation(build, monkeypatch, unchecked):
+def test_training_images_alone_are_augmented_each_of_them_once_an_epoch(build, tiny_data, monkeypatch, unchecked):
     calls = []
 
-    def counting(pixels, *knobs):
-        calls.append((len(pixels), trainer.model.training, knobs))
-        return pixels
+    def brighten(pixels, *knobs):
+        calls.append((len(pixels), knobs))
+        return pixels + 255
 
-    monkeypatch.setattr("lablib.trainer.augment", counting)
-    trainer = build(config(rotation_degrees=7.0, translation_fraction=0.3, horizontal_flip=True, crop_padding=1))
-    trainer.train()
-    assert [size for size, _, _ in calls] == [8, 8, 8, 3] * 2
-    assert all(training and knobs == (7.0, 0.3, True, 1) for _, training, knobs in calls)
-    trainer.evaluate()
-    trainer.test()
-    assert len(calls) == 2 * STEPS
-
-
-def test_at_most_so_many_training_images_are_seen_in_an_epoch_the_same_in_each(build, tiny_data, unchecked):
+    monkeypatch.setattr("lablib.trainer.augment", brighten)
     model = small_mlp(model_class=InputsKept)
-    build(config(max_train_images=15, **NOTHING_RANDOM), model).train()
-    train, _ = stratified_split(tiny_data.train_labels, VALIDATION_SPLIT, seed=0)
-    chosen = stratified_subset(train, tiny_data.train_labels, 15, seed=0)
-    in_training = model.shown[True]
-    assert [len(batch) for batch in in_training] == [8, 7] * 2
-    # normalised by the statistics of the whole training set
-    expected = np.sort(normalised(tiny_data.train_images[chosen], tiny_data).sum((1, 2, 3)))
-    for epoch in (in_training[:2], in_training[2:]):
-        np.testing.assert_allclose(np.sort(torch.cat(epoch).double().sum((1, 2, 3)).numpy()), expected, atol=1e-4)
-    assert [len(images) for images in model.shown[False]] == [9, 9]  # validated on all, in each epoch
+    knobs = {"rotation_degrees": 7.0, "translation_fraction": 0.3, "horizontal_flip": True, "crop_padding": 1}
+    trainer = build(config(**knobs), model)
+    trainer.train()
+    trainer.test()
+    assert calls == [(size, tuple(knobs.values())) for size in (8, 8, 8, 3, 8, 8, 8, 3)]
+
+    train, validation = stratified_split(tiny_data.train_labels, VALIDATION_SPLIT, seed=0)
+    for epoch in (model.shown[True][:STEPS], model.shown[True][STEPS:]):
+        sums = np.sort(torch.cat(epoch).double().sum((1, 2, 3)).numpy())
+        expected = normalised(tiny_data.train_images[train] + 255.0, tiny_data).sum((1, 2, 3))
+        np.testing.assert_allclose(sums, np.sort(expected), atol=1e-3)
+    expected = normalised(tiny_data.train_images[validation], tiny_data)
+    for shown, images in zip(
+        model.shown[False], (expected, expected, normalised(tiny_data.test_images, tiny_data)), strict=True
+    ):
+        np.testing.assert_allclose(shown.numpy(), images, rtol=1e-4, atol=1e-5)
 
 
-def test_a_limit_below_the_number_of_classes_is_refused_before_the_training(build):
-    with pytest.raises(ValueError, match="max_train_images = 2 of 27 training images in 3 classes"):
-        build(config(max_train_images=2))
+def test_a_limit_on_the_training_images_leaves_a_stratified_part_of_them_and_all_of_the_validation(build, tiny_data):
+    trainer = build(config(max_train_images=15))
+    train, validation = stratified_split(tiny_data.train_labels, VALIDATION_SPLIT, seed=0)
+    assert torch.equal(trainer.train_dataset.indices, stratified_subset(train, tiny_data.train_labels, 15, seed=0))
+    assert torch.equal(trainer.eval_dataset.indices, validation)
 
 
 # What of transformers.Trainer would change the results
@@ -298,9 +229,7 @@ def test_accumulated_gradients_make_the_step_of_the_whole_batch(model_class, bui
     assert steps[0].norm() > 1e-4
 
 
-def test_what_would_change_results_in_silence_is_refused(build):
-    with pytest.raises(ValueError, match="dataloader_drop_last"):
-        config(training_arguments={"dataloader_drop_last": True})
+def test_a_model_whose_attribute_transformers_would_write_to_is_refused(build):
     model = small_mlp()
     model.config = {"use_cache": "mine"}
     with pytest.raises(ValueError, match="transformers would write to the model's attribute `config`"):
@@ -310,25 +239,21 @@ def test_what_would_change_results_in_silence_is_refused(build):
 @pytest.mark.parametrize(
     "arguments",
     [
-        {"max_steps": STEPS + 2},
         {"torch_compile": True, "torch_compile_backend": "eager", "torch_compile_mode": "default"},
-        {"dataloader_num_workers": 1, "dataloader_prefetch_factor": 2, "dataloader_persistent_workers": True},
-        {"lr_scheduler_kwargs": {"num_cycles": 0.5}, "eval_accumulation_steps": 1},
-        {"disable_tqdm": False, "log_level": "warning", "save_total_limit": 3, "adam_beta2": 0.99},
+        {"dataloader_num_workers": 1, "dataloader_prefetch_factor": 2},
+        {"lr_scheduler_kwargs": {"num_cycles": 0.5}, "eval_accumulation_steps": 1, "disable_tqdm": False},
     ],
+    ids=["compiled", "workers", "others"],
 )
-def test_further_training_arguments_train(arguments, build):
-    trainer = build(config(lr_schedule="cosine", training_arguments=arguments))
-    trainer.train()
-    assert len(timeless(trainer)) == 2
-    assert trainer.state.global_step == arguments.get("max_steps", 2 * STEPS)
-    assert trainer.test()["test_loss"] > 0
-
-
-def test_importing_the_lab_leaves_the_process_as_it_is():
-    code = "import gc, sys, lablib.trainer; print(gc.get_freeze_count(), 'lomo_optim' in sys.modules)"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.split() == ["0", "False"]
+def test_arguments_that_are_about_the_machine_change_nothing_in_the_history(arguments, build):
+    histories = []
+    for more in ({}, arguments):
+        knobs = config(lr_schedule="cosine", training_arguments=more, **NOTHING_RANDOM)
+        trainer = build(knobs, small_mlp(dropout=0.0))
+        trainer.train()
+        histories.append(timeless(trainer))
+    for row, expected in zip(*histories, strict=True):
+        assert row == pytest.approx(expected, rel=1e-5)
 
 
 # When it stops
@@ -338,8 +263,7 @@ def test_importing_the_lab_leaves_the_process_as_it_is():
     ("metric", "patience", "script", "epochs"),
     [
         ("accuracy", 2, [0.5, 0.6, 0.5, 0.6, 0.9, 0.9, 0.9], 4),  # an equal value is no improvement
-        ("accuracy", 3, [0.5, 0.4, 0.6, 0.5, 0.4, 0.3, 0.9], 6),  # the improvement in epoch 3 starts the count anew
-        ("accuracy", 3, [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7], 7),
+        ("accuracy", 3, [0.5, 0.4, 0.6, 0.5, 0.4, 0.3, 0.9], 6),  # the improvement in epoch 3 starts the count again
         ("loss", 2, [1.0, 0.9, 0.95, 0.8, 0.81, 0.82, 0.1], 6),
         ("loss", 0, [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7], 7),
     ],
@@ -350,50 +274,40 @@ def test_early_stopping_stops_after_exactly_patience_epochs_without_improvement(
     knobs = config(num_epochs=7, batch_size=32, early_stopping_metric=metric, early_stopping_patience=patience)
     trainer = build(knobs, trainer_class=ScriptedTrainer, script=script)
     trainer.train()
-    assert [row[f"val_{metric}"] for row in timeless(trainer)] == script[:epochs]
+    before = timeless(trainer)
+    assert [row[f"val_{metric}"] for row in before] == script[:epochs]
+    trainer.script = [0.0] * epochs
+    trainer.evaluate()  # of the best epoch's weights
+    assert timeless(trainer) == before
 
 
 @pytest.mark.parametrize(
-    ("step", "epoch", "value", "named"),
-    [(1, 1, math.nan, "nan"), (4, 1, math.inf, "nan|inf"), (6, 2, math.nan, "nan"), (3, 1, math.inf, "nan|inf")],
+    ("step", "value", "epochs", "words"),
+    [
+        (4, math.inf, 1, "training loss is (nan|inf) at epoch 1, step 4;"),
+        (6, math.nan, 2, "training loss is nan at epoch 2, step 6;"),
+        (None, math.nan, 1, "evaluation loss is nan at epoch 1; a smaller learning_rate"),
+    ],
 )
-def test_a_loss_that_is_not_finite_stops_the_training_and_names_epoch_and_step(step, epoch, value, named, build):
+def test_a_loss_that_is_not_finite_stops_the_training_and_names_epoch_and_step(step, value, epochs, words, build):
     model = small_mlp(model_class=BadLogits)
     model.bad_step, model.value = step, value
-    with pytest.raises(NonFiniteLossError, match=rf"loss is ({named}) at epoch {epoch}, step {step};"):
+    with pytest.raises(NonFiniteLossError, match=words):
         build(config(num_epochs=3), model).train()
-    assert model.steps == epoch * STEPS
+    assert model.steps == epochs * STEPS
 
 
 # What is random
 
 
-def test_the_same_seed_gives_the_same_bits_whatever_else_is_drawn(build):
-    knobs = config(seed=3, rotation_degrees=20.0, horizontal_flip=True)
-    torch.manual_seed(11)
-    one = build(knobs, small_mlp(dropout=0.3))
-    one.train()
-    torch.manual_seed(12)
-    other = build(knobs, small_mlp(dropout=0.3))
-    torch.rand(7)
-    other.train()
-    assert same_bits(one.model.state_dict(), other.model.state_dict())
-    assert timeless(one) == timeless(other)
-
-
-def test_another_seed_takes_the_images_in_another_order_and_gives_other_weights(build):
-    trainers = [build(config(seed=seed), small_mlp()) for seed in (0, 0, 1)]
-    samplers = [trainer.get_train_dataloader().batch_sampler for trainer in trainers]
-    orders = [[int(position) for batch in sampler for position in batch] for sampler in samplers]
+def test_another_seed_takes_the_images_in_another_order(build):
+    samplers = [build(config(seed=seed)).get_train_dataloader().batch_sampler for seed in (0, 0, 1)]
+    orders = [torch.cat([*sampler]).tolist() for sampler in samplers]
     assert all(sorted(order) == list(range(27)) for order in orders)
     assert orders[0] == orders[1] != orders[2]
-    for trainer in trainers[1:]:
-        trainer.train()
-    for name, tensor in trainers[1].model.state_dict().items():
-        assert not torch.equal(tensor, trainers[2].model.state_dict()[name]), name
 
 
-def test_augmentation_and_dropout_draw_anew_in_each_epoch(build, unchecked):
+def test_augmentation_draws_again_in_each_epoch(build, unchecked):
     model = small_mlp(model_class=InputsKept)
     build(config(batch_size=27, rotation_degrees=30.0), model).train()
     first, second = model.shown[True]
@@ -403,28 +317,24 @@ def test_augmentation_and_dropout_draw_anew_in_each_epoch(build, unchecked):
 # Callbacks
 
 
-class PlainCallback(TrainerCallback):
-    """Written for transformers.Trainer: notes what it is told, and stops the training after the second epoch."""
+class Noting(TrainerCallback):
+    """Written for transformers.Trainer."""
 
     def __init__(self):
-        self.told = []
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.told.append(state.global_step)
-
-    def on_evaluate(self, args, state, control, metrics, **kwargs):
-        self.told.append(("evaluated", {"eval_loss", "eval_accuracy", "epoch"} <= metrics.keys()))
-
-    def on_log(self, args, state, control, logs, **kwargs):
-        self.told.append(sorted({"loss", "learning_rate", "grad_norm", "eval_loss", "train_runtime"} & logs.keys()))
+        self.noted = []
 
     def on_pre_optimizer_step(self, args, state, control, model, optimizer, **kwargs):
         pairs = zip(model.parameters(), optimizer.param_groups[0]["params"], strict=True)
-        self.told.append([given.grad is not None and given is updated for given, updated in pairs])
+        self.noted.append([given.grad is not None and given is updated for given, updated in pairs])
 
-    def on_epoch_end(self, args, state, control, train_dataloader, **kwargs):
-        self.told.append((state.epoch, len(train_dataloader)))
-        control.should_training_stop = round(state.epoch) == 2
+    def on_step_end(self, args, state, control, train_dataloader, **kwargs):
+        self.noted.append((state.global_step, state.epoch, len(train_dataloader)))
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        self.noted.append({"eval_loss", "eval_accuracy", "epoch"} <= metrics.keys())
+
+    def on_log(self, args, state, control, logs, **kwargs):
+        self.noted.append(sorted({"loss", "learning_rate", "grad_norm", "eval_loss", "train_runtime"} & logs.keys()))
 
 
 class OwnLoss(MLP):
@@ -433,40 +343,41 @@ class OwnLoss(MLP):
         return {"loss": F.cross_entropy(logits, labels), "logits": logits}
 
 
-def test_a_callback_is_told_the_same_as_by_a_plain_trainer_and_may_stop_the_training(build, tiny_data, tmp_path):
-    in_lab, reference = PlainCallback(), PlainCallback()
-    trainer = build(config(num_epochs=5, optimizer="sgd"), callbacks=[in_lab])
+def test_a_callback_is_given_the_same_as_by_a_plain_trainer(build, tmp_path):
+    in_lab, in_plain = Noting(), Noting()
+    trainer = build(config(), callbacks=[in_lab])
     trainer.train()
-    train, validation = stratified_split(tiny_data.train_labels, VALIDATION_SPLIT, 0)
     plain = transformers.Trainer(
         model := small_mlp(model_class=OwnLoss),
-        config(num_epochs=5).to_training_arguments(str(tmp_path / "plain")),
-        train_dataset=ImageBatches(tiny_data.train_images, tiny_data.train_labels, train),
-        eval_dataset=ImageBatches(tiny_data.train_images, tiny_data.train_labels, validation),
+        config().to_training_arguments(str(tmp_path / "plain")),
+        train_dataset=trainer.train_dataset,
+        eval_dataset=trainer.eval_dataset,
         data_collator=lambda batch: batch,
         compute_metrics=lambda prediction: {"accuracy": 0.5},
-        callbacks=[reference],
-        optimizers=(torch.optim.SGD(model.parameters(), lr=1e-3), None),
+        callbacks=[in_plain],
+        optimizers=(torch.optim.Adam(model.parameters()), None),
     )
     plain.remove_callback(transformers.PrinterCallback)
     plain.train()
-    assert in_lab.told == reference.told
-    assert in_lab.told.count(("evaluated", True)) == len(timeless(trainer)) == 2
+    assert in_lab.noted == in_plain.noted
+    assert in_lab.noted.count(True) == 2
 
 
 # The arithmetic
 
 
+BETAS = {"adam_beta1": 0.5, "adam_beta2": 0.75, "adam_epsilon": 1e-4}
+
+
 @pytest.mark.parametrize(
     ("knobs", "optimizer"),
     [
-        ({"optimizer": "sgd"}, lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9)),
-        ({"optimizer": "sgd", "weight_decay": 0.1}, lambda p: torch.optim.SGD(p, 0.01, 0.9, weight_decay=0.1)),
-        ({"optimizer": "adam"}, lambda p: torch.optim.Adam(p, lr=0.01)),
-        ({"optimizer": "adam", "weight_decay": 0.1}, lambda p: torch.optim.Adam(p, lr=0.01, weight_decay=0.1)),
-        ({"optimizer": "adamw", "weight_decay": 0.1}, lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1)),
+        ({"optimizer": "sgd"}, partial(torch.optim.SGD, momentum=0.9, weight_decay=0.1)),
+        ({"optimizer": "adam"}, partial(torch.optim.Adam, weight_decay=0.1)),
+        ({"optimizer": "adamw"}, partial(torch.optim.AdamW, weight_decay=0.1)),
+        ({"training_arguments": BETAS}, partial(torch.optim.Adam, weight_decay=0.1, betas=(0.5, 0.75), eps=1e-4)),
     ],
-    ids=["sgd", "sgd with decay", "adam", "adam with decay", "adamw"],
+    ids=["sgd", "adam", "adamw", "betas"],
 )
 def test_two_epochs_agree_with_a_plain_pytorch_loop(knobs, optimizer, build, tiny_data, monkeypatch, unchecked):
     order = []
@@ -478,8 +389,8 @@ def test_two_epochs_agree_with_a_plain_pytorch_loop(knobs, optimizer, build, tin
         return take(self, positions)
 
     monkeypatch.setattr(ImageBatches, "__getitems__", noting)
-    knobs = {"learning_rate": 0.01, "early_stopping_metric": "loss", **knobs, **NOTHING_RANDOM}
-    trainer = build(config(**knobs), small_mlp(dropout=0.0))
+    knobs = {"learning_rate": 0.01, "weight_decay": 0.1, "early_stopping_metric": "loss", **knobs}
+    trainer = build(config(**knobs, **NOTHING_RANDOM), small_mlp(dropout=0.0))
     trainer.train()
     rows = history(trainer.state.log_history)
 
@@ -492,7 +403,7 @@ def test_two_epochs_agree_with_a_plain_pytorch_loop(knobs, optimizer, build, tin
     images = torch.from_numpy(normalised(tiny_data.train_images, tiny_data)).float()
     labels = tiny_data.train_labels
     model = small_mlp(dropout=0.0)
-    step = optimizer(model.parameters())
+    step = optimizer(model.parameters(), lr=0.01)
     val_losses = []
     for batches, row in zip(epochs, rows, strict=True):
         total_loss, correct = 0.0, 0
@@ -518,21 +429,8 @@ def test_two_epochs_agree_with_a_plain_pytorch_loop(knobs, optimizer, build, tin
 
 
 @pytest.mark.parametrize(
-    ("name", "expected"), [("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW), ("sgd", torch.optim.SGD)]
+    ("schedule", "fraction", "warmup"), [("constant", 0.3, 4), ("cosine", 0, 0), ("cosine", 0.25, 3)]
 )
-def test_the_optimizer_is_the_plain_one_with_weight_decay_on_every_parameter(name, expected, build):
-    passed = {"adam_beta1": 0.5, "adam_beta2": 0.75, "adam_epsilon": 1e-4}
-    trainer = build(config(optimizer=name, weight_decay=0.02, learning_rate=0.3, training_arguments=passed))
-    optimizer = trainer.create_optimizer()
-    assert type(optimizer) is expected
-    (group,) = optimizer.param_groups
-    assert len(group["params"]) == len(list(trainer.model.parameters()))
-    assert (group["weight_decay"], group["lr"]) == (0.02, 0.3)
-    assert (group.get("betas"), group.get("eps")) == ((None, None) if name == "sgd" else ((0.5, 0.75), 1e-4))
-
-
-@pytest.mark.parametrize("schedule", ["constant", "cosine"])
-@pytest.mark.parametrize(("fraction", "warmup"), [(0.0, 0), (0.25, 3), (0.3, 4)])
 def test_the_learning_rate_of_each_step_is_the_schedules(schedule, fraction, warmup, build):
     rates = []
 
@@ -543,21 +441,14 @@ def test_the_learning_rate_of_each_step_is_the_schedules(schedule, fraction, war
     knobs = config(num_epochs=3, learning_rate=0.02, lr_schedule=schedule, warmup_fraction=fraction)
     trainer = build(knobs, callbacks=[NoteRate()])
     trainer.train()
-    steps = 3 * STEPS
-    expected = []
-    for step in range(steps):
-        if step < warmup:
-            factor = step / warmup
-        elif schedule == "constant":
-            factor = 1.0
-        else:
-            factor = (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
-        expected.append(0.02 * factor)
+    steps = np.arange(3 * STEPS)
+    after = {"constant": 1.0, "cosine": (1 + np.cos(np.pi * (steps - warmup) / (len(steps) - warmup))) / 2}
+    expected = 0.02 * np.where(steps < warmup, steps / max(warmup, 1), after[schedule])
     assert rates == pytest.approx(expected, rel=1e-9)
     assert [row["learning_rate"] for row in timeless(trainer)] == pytest.approx(expected[STEPS - 1 :: STEPS])
 
 
-@pytest.mark.parametrize("limit", [None, 0.05, 1e6])
+@pytest.mark.parametrize("limit", [None, 0.05])
 def test_gradients_are_clipped_only_on_request(limit, build):
     model = small_mlp()
     before = torch.cat([p.detach().clone().flatten() for p in model.parameters()])
@@ -571,152 +462,27 @@ def test_gradients_are_clipped_only_on_request(limit, build):
 
 
 def test_bf16_computes_in_bfloat16_and_leaves_nothing_behind(build, tiny_data):
-    before = build(config(precision="fp32"))
-    before.train()
-
-    in_bf16 = build(config(precision="bf16"))
-    dtypes = []
+    trainers, dtypes = [build(config(precision=precision)) for precision in ("fp32", "bf16", "fp32")], []
+    before, in_bf16, after = trainers
     in_bf16.model.classifier.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
-    in_bf16.train()
+    for trainer in trainers:
+        trainer.train()
     assert set(dtypes) == {torch.bfloat16}
     assert all(p.dtype == torch.float32 for p in in_bf16.model.parameters())
     assert in_bf16.predict_test().predictions.dtype == np.float32
     assert in_bf16.model(in_bf16.prepare_images(tiny_data.test_images, training=False)).dtype == torch.float32
-    assert not torch.is_autocast_enabled("cpu")
-
-    after = build(config(precision="fp32"))
-    after.train()
     assert same_bits(before.model.state_dict(), after.model.state_dict())
     assert not same_bits(before.model.state_dict(), in_bf16.model.state_dict())
 
 
-class NaNWhenEvaluated(MLP):
-    def forward(self, images):
-        return super().forward(images) * (1 if self.training else float("nan"))
-
-
-@pytest.mark.parametrize("metric", ["accuracy", "loss"])
-def test_an_evaluation_without_a_finite_loss_is_no_result(metric, build):
-    trainer = build(config(early_stopping_metric=metric), NaNWhenEvaluated((8,), image_shape=(1, 6, 6), num_classes=3))
-    with pytest.raises(NonFiniteLossError, match=r"the evaluation loss is nan at epoch 1; a smaller learning_rate"):
-        trainer.train()
-
-
-# Interrupting, and going on
-
-
-COLOURS = {"image_shape": (3, 8, 8), "num_classes": 3}
-
-
-@pytest.fixture(scope="module")
-def colourful() -> ImageData:
-    """24 + 6 images of 8 × 8 coloured pixels in 3 classes, told apart by their brightest channel."""
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.arange(30) % 3
-    images = torch.randint(0, 120, (30, 3, 8, 8), generator=generator, dtype=torch.uint8)
-    images[torch.arange(30), labels] += 100
-    return ImageData("colourful", images[:24], labels[:24], images[24:], labels[24:], ("red", "green", "blue"))
-
-
-@pytest.mark.parametrize(("precision", "optimizer"), [("fp32", "sgd"), ("bf16", "adam")])
-@pytest.mark.parametrize("network", [partial(SimpleCNN, 1, 4, **COLOURS), partial(ResidualCNN, 1, 4, **COLOURS)])
-def test_a_resumed_cnn_ends_like_one_that_was_not_interrupted_with_its_batch_norm_statistics(
-    network, precision, optimizer, build, colourful, tmp_path
-):
-    knobs = config(num_epochs=3, precision=precision, optimizer=optimizer, horizontal_flip=True, seed=4)
-
-    def build_cnn(folder, *callbacks):
-        more = {"checkpoint_dir": str(tmp_path / folder), "callbacks": callbacks, "script": [0.1, 0.2, 0.3]}
-        return build(knobs, build_seeded(network, 4), colourful, ScriptedTrainer, **more)
-
-    undisturbed = build_cnn("undisturbed")
-    undisturbed.train()
-    with pytest.raises(KeyboardInterrupt):
-        build_cnn("interrupted", InterruptAtEpoch(2)).train()
-    torch.rand(5)
-    resumed = build_cnn("interrupted")
-    resumed.train(resume_from_checkpoint=True)
-    assert same_bits(undisturbed.model.state_dict(), resumed.model.state_dict())
-    assert timeless(undisturbed) == timeless(resumed)
-    assert len(resumed.weights) == 2  # of the epochs after the interruption
-    statistics = resumed.model.stem[1]
-    assert statistics.num_batches_tracked == 3 * len(resumed.get_train_dataloader())
-    assert not torch.equal(statistics.running_mean, resumed.weights[0]["stem.1.running_mean"])
-
-
-def test_a_checkpoint_of_weights_in_another_memory_format_resumes_as_one_in_the_same(build, colourful, tmp_path):
-    def build_cnn(folder, memory_format, *callbacks):
-        network = build_seeded(partial(SimpleCNN, 1, 4, **COLOURS), 4).to(memory_format=memory_format)
-        return build(config(), network, colourful, checkpoint_dir=str(tmp_path / folder), callbacks=callbacks)
-
-    for begun in (torch.contiguous_format, torch.channels_last):
-        with pytest.raises(KeyboardInterrupt):
-            build_cnn(str(begun), begun, InterruptAtEpoch(2)).train()
-        resumed = build_cnn(str(begun), torch.contiguous_format)
-        resumed.train(resume_from_checkpoint=True)
-        weights = torch.cat([parameter.flatten() for parameter in resumed.model.parameters()])
-        if begun == torch.contiguous_format:
-            expected = weights
-    torch.testing.assert_close(weights, expected, rtol=0, atol=1e-5)
-
-
-def test_the_seconds_of_a_resumed_training_go_on_without_the_pause(build, tmp_path):
-    class SlowEpochs(TrainerCallback):
-        def on_epoch_begin(self, args, state, control, **kwargs):
-            time.sleep(0.03)
-
-    knobs, folder = config(num_epochs=4), str(tmp_path / "interrupted")
-    began = time.perf_counter()
-    with pytest.raises(KeyboardInterrupt):
-        build(knobs, checkpoint_dir=folder, callbacks=[SlowEpochs(), InterruptAtEpoch(3)]).train()
-    time.sleep(0.3)
-    resumed = build(knobs, checkpoint_dir=folder, callbacks=[SlowEpochs()])
-    resumed.train(resume_from_checkpoint=True)
-    elapsed = time.perf_counter() - began
-    seconds = [row["seconds"] for row in history(resumed.state.log_history)]
-    assert all(later - earlier >= 0.03 for earlier, later in itertools.pairwise([0.0, *seconds]))
-    assert seconds[-1] <= elapsed - 0.3
-
-
-def test_trainers_without_a_checkpoint_folder_have_each_their_own_which_goes_without_a_warning(tiny_data):
-    one = StreamlinedTrainer(small_mlp(), config(), tiny_data)
-    other = StreamlinedTrainer(small_mlp(seed=1), config(seed=1), tiny_data)
-    folders = [Path(trainer.args.output_dir) for trainer in (one, other)]
-    one.train()
+def test_without_a_checkpoint_folder_each_trainer_has_one_that_goes_with_it(tiny_data):
+    trainers = [StreamlinedTrainer(small_mlp(), config(), tiny_data) for _ in range(2)]
+    folders = [Path(trainer.args.output_dir) for trainer in trainers]
+    trainers[0].train()
     assert [any(folder.glob("checkpoint-*")) for folder in folders] == [True, False]
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        del one, other
-        gc.collect()
+    del trainers
+    gc.collect()
     assert not any(folder.exists() for folder in folders)
-    assert [str(warning.message) for warning in caught] == []
-
-
-# The history
-
-
-def test_the_history_has_one_row_an_epoch_with_the_keys_that_it_promises(build):
-    trainer = build(config(num_epochs=3))
-    trainer.train()
-    rows = history(trainer.state.log_history)
-    assert [row["epoch"] for row in rows] == [1, 2, 3]
-    measured = ["train_loss", "train_accuracy", "val_loss", "val_accuracy"]
-    keys = ["epoch", *measured, "learning_rate", "grad_norm", "seconds"]
-    assert all(key in history.__doc__ for key in keys)
-    for row in rows:
-        assert sorted(row) == sorted(keys)
-        assert all(isinstance(value, int | float) and math.isfinite(value) for value in row.values())
-
-
-def test_an_evaluation_after_the_training_does_not_rewrite_the_last_epoch(build):
-    trainer = build(
-        config(num_epochs=2, early_stopping_patience=None), trainer_class=ScriptedTrainer, script=[0.9, 0.2]
-    )
-    trainer.train()
-    before = timeless(trainer)
-    trainer.script[1] = 0.9  # the restored weights are those of epoch 1
-    trainer.evaluate()
-    assert timeless(trainer) == before
 
 
 def test_an_epoch_that_a_callback_breaks_off_does_not_rewrite_the_one_before(build):

@@ -72,7 +72,6 @@ class Torturer:
             (builtins, "open", lambda path, mode="r", *rest, **more: path if set("wx") & set(mode) else None),
             (os, "replace", lambda source, target: None),
             (os, "fsync", lambda descriptor: None),
-            (shutil, "rmtree", lambda path, **more: None),
         ):
             self._operation(module, name, path)
         ResumableTrainer._is_due = lambda trainer, seconds: (
@@ -194,17 +193,15 @@ def outcome(store: Path) -> dict[str, bytes]:
     }
 
 
-def killed_often(case: Case, kills: int, seed: int) -> dict:
-    """One run, killed at moments drawn from a seed and started again each time, until it ends."""
-    drawn = random.Random(seed)
-    of_kind = {kind: [m for m in case.moments if m[0] == kind and m[3] != "rmtree"] for kind in KINDS}
+def killed_often(case: Case, kills: int) -> dict:
+    """One run, killed at moments drawn at random and started again each time, until it ends."""
+    of_kind = {kind: [moment for moment in case.moments if moment[0] == kind] for kind in KINDS}
     written = max(i for i, moment in enumerate(of_kind["result"]) if moment[3] == "replace")  # result.json
     del of_kind["result"][written + 2 :]  # after a kill with a whole result nothing is left to be killed
     share = {kind: min(kills // len(KINDS), len(of_kind[kind])) for kind in KINDS}
     share["step"] += kills - sum(share.values())
-    chosen = []
-    for kind in KINDS:
-        chosen += drawn.sample(of_kind[kind], share[kind])
+    drawn = random.Random(0)
+    chosen = [moment for kind in KINDS for moment in drawn.sample(of_kind[kind], share[kind])]
     store, died = case.new_store(), Counter()
     for moment in sorted(chosen, key=case.moments.index):
         status, said = case.attempt(store, moment)
@@ -214,19 +211,19 @@ def killed_often(case: Case, kills: int, seed: int) -> dict:
     return {"training": case.name, **{kind: died[kind] for kind in KINDS}, "differences": case.differences(store)}
 
 
-def broken_writes(case: Case, limit: int | None, seed: int) -> list[dict]:
-    """A run for each operation of writing and each fault: it stops with an error or dies, and goes on from there.
+def broken_writes(case: Case, limit: int | None) -> list[dict]:
+    """A run for each operation of writing and each fault: it stops with an error or dies, and resumes.
 
     The checkpoints are the first, which has none before it, one within the second epoch and the last.
     """
     steps = sorted({step for kind, step, *_ in case.moments if kind == "checkpoint"})
     steps = {steps[0], steps[len(steps) // 2], steps[-1]}
-    writes = [m for m in case.moments if m[0] == "result" or (m[0] == "checkpoint" and m[1] in steps)]
-    plans = [(m, "torn") for m in writes if m[3].startswith("half of")]
-    whole = [m for m in writes if not m[3].startswith("half of") and m[3] != "rmtree"]
-    plans += [(moment, fault) for moment in whole for fault in ("ENOSPC", "EIO")]
-    rows = []
-    for moment, fault in random.Random(seed).sample(plans, limit) if limit else plans:
+    plans, rows = [], []
+    for moment in case.moments:
+        if moment[0] == "result" or (moment[0] == "checkpoint" and moment[1] in steps):
+            faults = ("torn",) if moment[3].startswith("half of") else ("ENOSPC", "EIO")
+            plans += [(moment, fault) for fault in faults]
+    for moment, fault in random.Random(0).sample(plans, limit or len(plans)):
         store = case.new_store()
         status, said = case.attempt(store, moment, fault)
         noticed = status == -signal.SIGKILL if fault == "torn" else status == 3 and str(store) in said["error"]
@@ -236,7 +233,7 @@ def broken_writes(case: Case, limit: int | None, seed: int) -> list[dict]:
     return rows
 
 
-def damaged_files(case: Case, limit: int | None, seed: int) -> list[dict]:
+def damaged_files(case: Case, limit: int | None) -> list[dict]:
     """A run for each file of a checkpoint and of a result, and each damage to it after it was written."""
     last, rows = max(moment[1] for moment in case.moments), []
     for at, moment in {"checkpoint": ("step", last - 2, 0, ""), "result": None}.items():
@@ -246,10 +243,10 @@ def damaged_files(case: Case, limit: int | None, seed: int) -> list[dict]:
         folder = checkpoints_in(folder / "checkpoints")[0] if moment else folder
         files = sorted(path.relative_to(template) for path in folder.iterdir() if path.is_file())
         plans = [(file, damage) for file in files for damage in ("half", "flipped bit", "missing")]
-        for file, damage in random.Random(seed).sample(plans, limit) if limit else plans:
+        for file, damage in random.Random(0).sample(plans, limit or len(plans)):
             store = case.new_store()
             shutil.copytree(template, store, dirs_exist_ok=True)
-            damage_file(store / file, damage, seed)
+            damage_file(store / file, damage)
             said = case.finish(store)
             # a flipped bit in result.json may be one of another file's sum, which is then named
             damaged = file.parent.name if moment else "the run is trained again"
@@ -261,43 +258,47 @@ def damaged_files(case: Case, limit: int | None, seed: int) -> list[dict]:
     return rows
 
 
-def damage_file(path: Path, damage: str, seed: int):
-    """Delete it, cut it in half, or flip a bit that the seed chooses."""
-    content, drawn = bytearray(path.read_bytes()), random.Random(seed)
-    content[drawn.randrange(len(content))] ^= 1 << drawn.randrange(8)
+def damage_file(path: Path, damage: str):
+    """Delete it, cut it in half, or flip a bit of it."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3] ^= 1
     if damage == "missing":
         path.unlink()
     else:
         path.write_bytes(content if damage == "flipped bit" else content[: len(content) // 2])
 
 
-PAGE = """# Interrupted, broken, damaged: does a run end the same?
+PAGE = """# Do runs survive interruptions, failed writes and damaged files?
 
-`make torture` writes this page. A run counts as the same only if its weights, history, result and measurements are
-bitwise those of a run that nothing happened to (times aside). Each attempt is a process of its own.
+`make torture` writes this page. A run counts as the same only if its weights, history and result are bitwise identical
+to those of an undisturbed run, except for times. Each attempt is a separate process.
 
-## Killed with SIGKILL and started again until it ends
+## Killed with SIGKILL and restarted until it finishes
 
-Moments drawn from a seed: in a training step, between its gradients and its update; in a validation; between and
-within the writes of a checkpoint; between and within the writes of the result.
+The moments are drawn at random from a fixed seed: in a training step, between gradients and update; during validation;
+between and within the writes of a checkpoint; between and within the writes of the result.
 
-| training | in a step | in a validation | writing a checkpoint | writing the result | differences |
+| run | in a step | in validation | writing a checkpoint | writing the result | differences |
 |---|---|---|---|---|---|
 {kills}
 
-## A fault in each write, and damage to each file
+## Each write fails, each file is damaged
 
-ENOSPC (no space left) and EIO (the disk fails) are raised by each operation in turn: opening, writing, syncing,
-renaming a file, of three checkpoints and of the result. "torn" leaves half of the bytes and kills the process. The
-damages are done to the newest checkpoint of an interrupted run, or to a finished run. Noticed: the run stopped with an
-error that names the path, or a warning named what was damaged (for a missing result there is nothing to name).
+ENOSPC (no space left) and EIO (disk error) are raised by each operation in turn: opening, writing, syncing and renaming
+a file. *Torn* leaves half of the bytes and kills the process. Files are damaged in the newest checkpoint of an
+interrupted run, or in a finished run. *Detected* means that the run stopped with an error that names the path, or that
+a warning named the damaged file (a missing result leaves nothing to name).
 
-| fault | injected | noticed | ended the same |
+| fault | injected | detected | same outcome |
 |---|---|---|---|
 {faults}
 
-{seconds:.0f} seconds with one thread; torch {version}.
+The test took {seconds:.0f} seconds with one thread; torch {version}.
 """
+
+
+def table(rows: list[list]) -> str:
+    return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in rows)
 
 
 def report(kills: list[dict], faults: list[dict], seconds: float) -> str:
@@ -307,28 +308,26 @@ def report(kills: list[dict], faults: list[dict], seconds: float) -> str:
     for fault in dict.fromkeys(row["fault"] for row in faults):
         rows = [row for row in faults if row["fault"] == fault]
         broken.append([fault, len(rows), sum(r["noticed"] for r in rows), sum(not r["differences"] for r in rows)])
-    tables = ["\n".join(f"| {' | '.join(map(str, cells))} |" for cells in table) for table in (killed, broken)]
     version = torch.__version__.partition("+")[0]
-    return PAGE.format(kills=tables[0], faults=tables[1], seconds=seconds, version=version)
+    return PAGE.format(kills=table(killed), faults=table(broken), seconds=seconds, version=version)
 
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--kills", type=int, default=20, help="of each training")
     parser.add_argument("--only", nargs="+", default=["MLP", "ResidualCNN", "distillation"], help="trainings")
-    parser.add_argument("--faults", type=int, help="as many, drawn from the seed; by default all")
+    parser.add_argument("--faults", type=int, help="as many, drawn at random; by default all")
     parser.add_argument("--images", type=int, default=600)
     parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="a file for the table; without one it is printed")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="torture-") as folder:
         cases = [Case(name, Path(folder), options.images, options.epochs) for name in options.only]
-        kills = [killed_often(case, options.kills, options.seed) for case in cases]
-        faults = broken_writes(cases[0], options.faults, options.seed)
-        faults += damaged_files(cases[0], options.faults, options.seed)
+        kills = [killed_often(case, options.kills) for case in cases]
+        faults = broken_writes(cases[0], options.faults)
+        faults += damaged_files(cases[0], options.faults)
     page = report(kills, faults, time.monotonic() - began)
     print(page)
     failed = [row for row in [*kills, *faults] if row["differences"] or not row.get("noticed", True)]
