@@ -66,6 +66,11 @@ def redacted(text: str) -> str:
     return _TOKEN.sub("…", text)
 
 
+def one_line(error: BaseException) -> str:
+    """An error's type and the first line of its message, without tokens; further lines may be a traceback."""
+    return ": ".join([type(error).__name__, *redacted(str(error)).splitlines()[:1]])[:500]
+
+
 def _with_plain_errors(cls: type) -> type:
     """Let a pydantic dataclass raise a ValueError with one line for each wrong argument."""
     validate = cls.__init__

@@ -7,7 +7,6 @@ import os
 import re
 import threading
 import time
-import warnings
 from datetime import timedelta
 from functools import cached_property
 
@@ -16,16 +15,10 @@ import pandas as pd
 from matplotlib.figure import Figure
 from pydantic import SecretStr
 
-from lablib.config import redacted
+from lablib.config import one_line, redacted
 from lablib.metrics import best_row, history
 from lablib.tracking import Harmless, ServiceCallback, harmless
 
-_RUN_LINES = {
-    "best_epoch": "best epoch: {best_epoch} of {epochs}",
-    "val_accuracy": "validation accuracy: {val_accuracy:.2%}",
-    "test_accuracy": "test accuracy: {test_accuracy:.2%}",
-    "seconds": "duration: {seconds:.0f} s",
-}
 _WHERE = "in the environment or in Colab's secrets"
 
 for _name in ("httpx", "httpcore.connection", "httpcore.http11"):  # they log the URL, and the token is part of it
@@ -67,9 +60,6 @@ class TelegramNotifier:
             raise TelegramError(f"set TELEGRAM_CHAT_ID to a chat's number or @name {_WHERE}")
         self._token, self.base_url, self.timeout = SecretStr(token), base_url, timeout
 
-    def __repr__(self) -> str:
-        return f"TelegramNotifier(bot_token={self._token!r}, chat_id={self.chat_id!r})"
-
     def check(self) -> str:
         """Ask Telegram whose token this is; the answer names the bot."""
         bot = self._call("getMe")
@@ -80,28 +70,19 @@ class TelegramNotifier:
         self._call("sendMessage", text=text if len(text) <= 4000 else text[:4000] + "…")
 
     def send_report(self, text: str, png: bytes | None = None) -> None:
-        """Send text with a picture, as one message if it fits; a chat that refuses pictures gets the text."""
+        """Send text with a picture, as one message if the text fits into a caption."""
         if png is None or len(text) > 1000:  # a caption has up to 1024 characters
             self.send_message(text)
             text = ""
-        try:
-            if png is not None:
-                self._call("sendPhoto", png, caption=text)
-        except TelegramError as error:
-            if error.status != 400 or not text:
-                raise
-            self.send_message(text)
+        if png is not None:
+            self._call("sendPhoto", png, caption=text)
 
     def _call(self, method: str, png: bytes | None = None, **fields: str) -> dict:
         """The result of one of the Bot API's methods; what is temporary is tried again."""
         until, pause = time.monotonic() + self.deadline, self.pause
         while not (reply := self._attempt(method, png, fields, until - time.monotonic())).get("ok"):
-            status, parameters = reply.get("error_code"), reply.get("parameters") or {}
-            if (new := str(parameters.get("migrate_to_chat_id", ""))) and self.chat_id != new:
-                warnings.warn(f"Telegram: the group has a new chat ID; set TELEGRAM_CHAT_ID to {new}", stacklevel=4)
-                self.chat_id = new
-                continue
-            wait = max(pause, parameters.get("retry_after", 0))
+            status = reply.get("error_code")
+            wait = max(pause, (reply.get("parameters") or {}).get("retry_after", 0))
             temporary = status in (None, 429) or status >= 500
             if not temporary or time.monotonic() + wait > until:
                 hint = "; is TELEGRAM_BOT_TOKEN right?" if status in (401, 404) else ""
@@ -113,13 +94,11 @@ class TelegramNotifier:
     def _attempt(self, method: str, png: bytes | None, fields: dict[str, str], seconds: float) -> dict:
         """The Bot API's reply to one request; other problems take the same form, as httpx's errors hold the URL."""
         url = f"{self.base_url}/bot{self._token.get_secret_value()}/{method}"
-        content = {
-            "data": {"chat_id": self.chat_id, **fields},
-            "files": {"photo": ("picture.png", png)} if png else None,
-        }
+        files, timeout = {"photo": ("picture.png", png)} if png else None, min(self.timeout, max(seconds, 0.01))
         reply = {"description": "no connection"}
         try:
-            response = httpx.post(url, **content, timeout=min(self.timeout, max(seconds, 0.01)), trust_env=False)
+            form = {"chat_id": self.chat_id, **fields}
+            response = httpx.post(url, data=form, files=files, timeout=timeout, trust_env=False)
             reply = {"description": "not a Bot API response", "error_code": response.status_code}
             return reply | response.json()
         except Exception as error:
@@ -137,14 +116,16 @@ class _Messenger(Harmless):
 
     def check_credentials(self) -> None:
         """Raise TelegramError if they are malformed; a thread finds out whether Telegram accepts the token."""
-        threading.Thread(target=self._ask, args=(self.notifier,), name="telegram check", daemon=True).start()
+        notifier = self.notifier
 
-    def _ask(self, notifier: TelegramNotifier):
-        try:
-            notifier.check()
-        except TelegramError as error:
-            if error.status in (401, 404):  # after any other problem, the messages may still get through
-                self.fail(error)
+        def ask():
+            try:
+                notifier.check()
+            except TelegramError as error:
+                if error.status in (401, 404):  # after any other problem, the messages may still get through
+                    self.fail(error)
+
+        threading.Thread(target=ask, name="telegram check", daemon=True).start()
 
     def send(self, title: str, outcome: str, lines: list[str], table: pd.DataFrame | None = None) -> None:
         """Send a text, and the learning curves in a table."""
@@ -154,9 +135,15 @@ class _Messenger(Harmless):
         self.notifier.send_report(redacted(text), png)
 
     def send_run(self, title: str, name: str, result: dict, rows: list[dict]) -> None:
-        """Send the result of a training."""
-        lines = [line.format(**result) for key, line in _RUN_LINES.items() if key in result]
-        self.send(title, "training finished", [f"run: {name}", *lines], pd.DataFrame(rows))
+        """Send the result of a training; it has no test accuracy under `torchrun`."""
+        lines = [
+            f"run: {name}",
+            f"best epoch: {result['best_epoch']} of {result['epochs']}",
+            f"validation accuracy: {result['val_accuracy']:.2%}",
+            *([f"test accuracy: {result['test_accuracy']:.2%}"] if "test_accuracy" in result else []),
+            f"duration: {result['seconds']:.0f} s",
+        ]
+        self.send(title, "training finished", lines, pd.DataFrame(rows))
 
 
 class TelegramCallback(_Messenger, ServiceCallback):
@@ -174,13 +161,14 @@ class TelegramCallback(_Messenger, ServiceCallback):
     def on_train_end(self, args, state, control, **kwargs):
         rows = history(state.log_history)
         best = best_row(rows, self.config.early_stopping_metric)  # whose weights are loaded by now
-        result = {**best, **self.test_result(), "best_epoch": best["epoch"], "epochs": len(rows)}
-        self.send_run(self._title, self.trainer.run_name, result | {"seconds": rows[-1]["seconds"]}, rows)
+        result = {"best_epoch": best["epoch"], "epochs": len(rows), "seconds": rows[-1]["seconds"]}
+        self.send_run(self._title, self.trainer.run_name, best | result | self.test_result(), rows)
 
     @harmless
     def on_train_failed(self, error: BaseException):
         epochs = f"after {self.trainer.state.epoch or 0:.1f} of {self.config.num_epochs} epochs"
-        self.send(self._title, f"training {_outcome(error)}", [f"run: {self.trainer.run_name}", epochs, _line(error)])
+        lines = [f"run: {self.trainer.run_name}", epochs, one_line(error)]
+        self.send(self._title, f"training {_outcome(error)}", lines)
 
 
 class ExperimentMessages(_Messenger):
@@ -192,19 +180,15 @@ class ExperimentMessages(_Messenger):
 
     def __init__(self, experiment):
         self.experiment, self.config = experiment, experiment.config
-        self._pending, self._began = set(), time.monotonic()
+        self._to_train, self._began = set(), time.monotonic()
 
     def __enter__(self):
         return self
 
-    def __exit__(self, kind, error, trace):
-        if error or self._pending or self.experiment.failures:
-            self._ended(error)
-
     @harmless
     def begin(self, pending):
         """Remember the runs, as (model, seed), that are about to be trained."""
-        self._pending = set(pending)
+        self._to_train = set(pending)
         self.check_credentials()
 
     @harmless
@@ -219,15 +203,17 @@ class ExperimentMessages(_Messenger):
             self.send(title, "training failed", [self.experiment.failures[key]])
 
     @harmless
-    def _ended(self, error: BaseException | None):
-        result, total = self.experiment, len(self.experiment.models) * len(self.experiment.seeds)
-        loaded = len(result.runs.keys() - self._pending)
+    def __exit__(self, kind, error, trace):
+        result = self.experiment
+        if not (error or self._to_train or result.failures):
+            return
+        total, loaded = len(result.models) * len(result.seeds), len(result.runs.keys() - self._to_train)
         lines = [
             f"runs: {len(result.runs)} of {total} finished ({loaded} loaded), {len(result.failures)} failed",
             f"duration: {timedelta(seconds=round(time.monotonic() - self._began))}",
         ]
         if error:
-            lines += [_line(error), "Run it again to continue where it stopped."]
+            lines += [one_line(error), "Run it again to continue where it stopped."]
         for name in result.models:
             if values := result.values(name).values():
                 lines.append(f"{name}: test accuracy {sum(values) / len(values):.2%} (n = {len(values)})")
@@ -251,11 +237,6 @@ def learning_curves(table: pd.DataFrame, title: str) -> bytes:
 
 def _outcome(error: BaseException | None) -> str:
     return "finished" if error is None else "failed" if isinstance(error, Exception) else "interrupted"
-
-
-def _line(error: BaseException) -> str:
-    """An error's type and the first line of its text; further lines may be a traceback."""
-    return ": ".join([type(error).__name__, *redacted(str(error)).splitlines()[:1]])[:500]
 
 
 def _credential(name: str) -> str:
