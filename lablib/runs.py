@@ -111,7 +111,6 @@ def train_or_load(
     same run, this one waits and loads what it finds. `identity` is what `run_identity` gave for the same arguments,
     where that is known. Raises as `run_identity` and the trainer do.
     """
-    trainer_class, callbacks = separate_callbacks(trainer_class, callbacks)
     described = identity or run_identity(build_model, config, data, trainer_class, callbacks)
     path, together = Path(config.output_dir) / run_name(described), num_processes() > 1
     if not together and (run := find_run(path.name, config.output_dir, weights)):
@@ -172,15 +171,6 @@ def _locked(path: Path):
         return lock.acquire()
 
 
-def separate_callbacks(trainer_class, callbacks: Sequence) -> tuple[Any, list]:
-    """The trainer without the callbacks that a `partial` of it holds, and all callbacks."""
-    if not isinstance(trainer_class, partial):
-        return trainer_class, list(callbacks)
-    others = dict(trainer_class.keywords)
-    callbacks = [*others.pop("callbacks", ()), *callbacks]
-    return partial(trainer_class.func, *trainer_class.args, **others), callbacks
-
-
 def _train(path: Path, described, build_model, config, data, trainer_class, callbacks) -> None:
     from transformers import TrainerCallback  # seconds, which loading a run does without
 
@@ -191,17 +181,14 @@ def _train(path: Path, described, build_model, config, data, trainer_class, call
             if state.is_world_process_zero:
                 write_atomically(path / "history.jsonl", _json_lines(history(state.log_history)), sync=False)
 
-    path.mkdir(parents=True, exist_ok=True)
+    arguments = {"config": config, "data": data, "callbacks": [*callbacks, HistoryWriter()]}
+    arguments |= {"checkpoint_dir": str(path / "checkpoints"), "run_name": path.name}
     given = trainer_class.keywords if isinstance(trainer_class, partial) else {}
-    trainer = (trainer_class or StreamlinedTrainer)(
-        build_seeded(build_model, config.seed),
-        config=config,
-        data=data,
-        callbacks=[*callbacks, HistoryWriter()],
-        checkpoint_dir=str(path / "checkpoints"),
-        run_name=path.name,
-        **{name: model.load() for name, model in given.items() if isinstance(model, TrainedModel)},
-    )
+    if twice := sorted(given.keys() & arguments):
+        raise ValueError(f"trainer_class sets {twice}, which the run sets; pass callbacks as the argument `callbacks`")
+    arguments |= {name: model.load() for name, model in given.items() if isinstance(model, TrainedModel)}
+    path.mkdir(parents=True, exist_ok=True)
+    trainer = (trainer_class or StreamlinedTrainer)(build_seeded(build_model, config.seed), **arguments)
     first = trainer.is_world_process_zero()
     for leftover in path.glob("*.partial") if first else ():  # of a process that was killed
         leftover.unlink()

@@ -69,40 +69,30 @@ def compare(frame: pd.DataFrame, pairs: Mapping[str, tuple[str, str]], metric: s
     return _tested([(label, one, other, values[one] - values[other]) for label, one, other in known])
 
 
-def compare_effects(first: pd.DataFrame, second: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
-    """Does an effect differ, say between two recipes (`names`)? First's paired differences − second's, by seed.
+def compare_effects(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
+    """Does an effect differ, say between two recipes? First's paired differences − second's, by seed.
 
-    Both are tables of `compare` with the same labels, and so is the result.
+    Both are tables of `compare`; the result is one too, with the labels that both have.
     """
-    rows = []
+    comparisons = []
     for row in first.merge(second, on="label", validate="one_to_one").itertuples():
-        effects = f"{row.first_x} − {row.second_x} ({names[0]})", f"{row.first_y} − {row.second_y} ({names[1]})"
-        rows.append((row.label, *effects, pd.Series(row.by_seed_x) - pd.Series(row.by_seed_y)))
-    return _tested(rows)
+        effects = f"{row.first_x} − {row.second_x}", f"{row.first_y} − {row.second_y} in the other experiment"
+        comparisons.append((row.label, *effects, pd.Series(row.by_seed_x) - pd.Series(row.by_seed_y)))
+    return _tested(comparisons)
+
+
+_COLUMNS = ["label", "first", "second", "n", "mean", "std", "ci95", "p_value", "p_adjusted", "significant", "by_seed"]
 
 
 def _tested(comparisons: list[tuple[str, str, str, pd.Series]]) -> pd.DataFrame:
     """A table of comparisons, from label, first, second and the differences by seed."""
-    columns = [
-        "label",
-        "first",
-        "second",
-        "n",
-        "mean",
-        "std",
-        "ci95",
-        "p_value",
-        "p_adjusted",
-        "significant",
-        "by_seed",
-    ]
     rows = []
     for *names, differences in comparisons:
         if by_seed := differences.dropna().to_dict():
             summary = summarise([*by_seed.values()])
             p = math.nan if math.isnan(summary.ci95) else float(stats.ttest_1samp([*by_seed.values()], 0).pvalue)
-            rows.append(dict(zip(columns, names, strict=False)) | vars(summary) | {"p_value": p, "by_seed": by_seed})
-    table = pd.DataFrame(rows, columns=columns)
+            rows.append(dict(zip(_COLUMNS, names, strict=False)) | vars(summary) | {"p_value": p, "by_seed": by_seed})
+    table = pd.DataFrame(rows, columns=_COLUMNS)
     known = table["p_value"].dropna().astype(float)
     table["p_adjusted"] = pd.Series(stats.false_discovery_control(known), known.index, dtype=float)
     table["significant"] = table["p_adjusted"] < SIGNIFICANT
