@@ -18,14 +18,13 @@ from operator import index
 from pathlib import Path
 
 import joblib
-import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from torch import nn
 from tqdm import tqdm
 
 from lablib import figures
-from lablib.checkpoints import Interruption, leave_with
+from lablib.checkpoints import Interruption
 from lablib.config import TrainingConfig, num_processes, one_line, redacted
 from lablib.data import ImageData
 from lablib.identity import build_seeded, run_identity, run_name
@@ -72,10 +71,6 @@ class Experiment:
         """One figure of a model's results, by seed."""
         return {seed: run.result[key] for (name, seed), run in sorted(self.runs.items()) if name == model}
 
-    def measured(self, model: str, key: str) -> dict[int, np.ndarray]:
-        """What was measured with a model's weights, by seed; the keys are those of `Run.measured`."""
-        return {seed: run.measured()[key] for (name, seed), run in sorted(self.runs.items()) if name == model}
-
     def frame(self) -> pd.DataFrame:
         """One row per run, failed ones included: model, seed, dataset, parameters, accuracies, epochs and so on."""
         columns = ["model", "seed", "parameters", "val_accuracy", "test_accuracy", "best_epoch", "epochs", "seconds"]
@@ -91,13 +86,12 @@ class Experiment:
         return self._of_each_run(lambda run: pd.DataFrame(run.history))
 
     def gradients(self) -> pd.DataFrame:
-        """Every run's gradient by layer: model, seed, layer, name, moment ("initial" or "trained"), rms."""
+        """Every run's gradient by layer: model, seed, layer, moment ("initial" or "trained"), rms."""
 
         def gradients(run: Run) -> pd.DataFrame:
-            measured, columns = run.measured(), {"name": "layers", "initial": "initial", "trained": "trained"}
-            table = pd.DataFrame({name: measured.get(f"gradient_{key}", []) for name, key in columns.items()})
-            table["layer"] = range(1, len(table) + 1)
-            return table.melt(["layer", "name"], var_name="moment", value_name="rms")
+            measured = run.measured()
+            table = pd.DataFrame({m: measured.get(f"gradient_{m}", []) for m in ("initial", "trained")})
+            return table.assign(layer=table.index + 1).melt("layer", var_name="moment", value_name="rms")
 
         return self._of_each_run(gradients)
 
@@ -340,7 +334,7 @@ def _train(result: Experiment, tasks: dict[Key, tuple], paths: dict[Key, Path], 
 
 def _train_one(key: Key, build_model, config, data, trainer_class, identity, callbacks, weights: bool, parent: int):
     """A run's key, the run, and its error; neither if it was interrupted in a worker process."""
-    leave_with(parent)
+    Interruption.parent = parent if os.getppid() == parent else None  # a worker's training ends with its parent
     more = {"callbacks": copy.deepcopy(callbacks), "weights": weights, "identity": identity}
     try:
         with _one_training:

@@ -31,14 +31,15 @@ class Summary:
 
     def percent(self) -> str:
         """A fraction as text: '98.35 ± 0.12 % (n = 5)', '98.35 % (1 seed)'."""
-        return f"{_hundredths(self.mean, self.ci95)} % ({_count(self.n)})"
+        return f"{_hundredths(self.mean, self.ci95)} % ({seeds_text(self.n)})"
 
 
 def _hundredths(mean: float, ci95: float = math.nan, sign: str = "") -> str:
     return f"{100 * mean:{sign}.2f}" + ("" if math.isnan(ci95) else f" ± {100 * ci95:.2f}")
 
 
-def _count(n: int) -> str:
+def seeds_text(n: int) -> str:
+    """How many seeds a figure rests on: "1 seed", "n = 5"."""
     return "1 seed" if n == 1 else f"n = {n}"
 
 
@@ -109,7 +110,7 @@ def points(row: Mapping) -> str:
     """A comparison as text, in percentage points: '+0.63 ± 0.20 points (n = 5, p = 0.003)'."""
     p, name = row["p_adjusted"], "p" if row["p_adjusted"] == row["p_value"] else "adjusted p"
     tested = "" if math.isnan(p) else f", {name} < 0.001" if p < 0.001 else f", {name} = {p:.2g}"
-    return f"{_hundredths(row['mean'], row['ci95'], '+')} points ({_count(row['n'])}{tested})"
+    return f"{_hundredths(row['mean'], row['ci95'], '+')} points ({seeds_text(row['n'])}{tested})"
 
 
 def verdict(row: Mapping, word: str = "better") -> str:
@@ -135,7 +136,7 @@ def effects_table(comparisons: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     columns = {}
     for name, table in comparisons.items():
         rows = table.itertuples()
-        cells = [f"{_hundredths(r.mean, r.ci95, '+')} ({_count(r.n)}){' *' * r.significant}" for r in rows]
+        cells = [f"{_hundredths(r.mean, r.ci95, '+')} ({seeds_text(r.n)}){' *' * r.significant}" for r in rows]
         columns[name] = pd.Series(cells, labels(table), dtype=object)
     return pd.concat(columns, axis=1).fillna("").rename_axis(columns="points, * significant")
 

@@ -5,8 +5,8 @@ import io
 import logging
 import os
 import re
-import threading
 import time
+from collections.abc import Iterable
 from datetime import timedelta
 from functools import cached_property
 
@@ -112,20 +112,8 @@ class _Messenger(Harmless):
 
     @cached_property
     def notifier(self) -> TelegramNotifier:
+        """Raises TelegramError if the credentials are missing or malformed."""
         return TelegramNotifier(self.config.telegram_bot_token, self.config.telegram_chat_id)
-
-    def check_credentials(self) -> None:
-        """Raise TelegramError if they are malformed; a thread finds out whether Telegram accepts the token."""
-        notifier = self.notifier
-
-        def ask():
-            try:
-                notifier.check()
-            except TelegramError as error:
-                if error.status in (401, 404):  # after any other problem, the messages may still get through
-                    self.fail(error)
-
-        threading.Thread(target=ask, name="telegram check", daemon=True).start()
 
     def send(self, title: str, outcome: str, lines: list[str], table: pd.DataFrame | None = None) -> None:
         """Send a text, and the learning curves in a table."""
@@ -155,7 +143,7 @@ class TelegramCallback(_Messenger, ServiceCallback):
 
     @harmless
     def on_train_begin(self, args, state, control, **kwargs):
-        self.check_credentials()
+        _ = self.notifier  # fails before the training, and not after it
 
     @harmless
     def on_train_end(self, args, state, control, **kwargs):
@@ -186,10 +174,10 @@ class ExperimentMessages(_Messenger):
         return self
 
     @harmless
-    def begin(self, pending):
+    def begin(self, keys: Iterable[tuple[str, int]]):
         """Remember the runs, as (model, seed), that are about to be trained."""
-        self._to_train = set(pending)
-        self.check_credentials()
+        self._to_train = set(keys)
+        _ = self.notifier  # fails before the training, and not after it
 
     @harmless
     def run_ended(self, key: tuple[str, int]):

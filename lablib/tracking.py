@@ -5,7 +5,6 @@ import functools
 import os
 import platform
 import secrets
-import time
 import warnings
 import weakref
 from importlib.metadata import version
@@ -86,7 +85,7 @@ class ServiceCallback(Harmless, TrainerCallback):
 
     def test_result(self) -> dict[str, float]:
         """Loss and accuracy on the test set; empty under `torchrun`, where every process would have to take part."""
-        return self.trainer.final_test() if self.trainer.args.world_size == 1 else {}
+        return self.trainer.test() if self.trainer.args.world_size == 1 else {}
 
 
 class WandbCallback(ServiceCallback):
@@ -102,12 +101,11 @@ class WandbCallback(ServiceCallback):
 
     @harmless
     def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
-        start = time.perf_counter()
         self._steps = -(-len(train_dataloader) // args.gradient_accumulation_steps)  # an epoch
         self._histograms = {}
         self._wandb, mode = _wandb_and_mode()
-        settings = [os.environ.get(name) for name in ("WANDB_API_KEY", "WANDB_BASE_URL")]
-        attempt = hash((self._wandb, mode, self.trainer.config.wandb_project, *settings))
+        login = os.environ.get("WANDB_API_KEY"), os.environ.get("WANDB_BASE_URL")
+        attempt = hash((self._wandb, mode, self.trainer.config.wandb_project, login))
         if attempt in _unavailable:
             self.broken = True
             return
@@ -117,8 +115,6 @@ class WandbCallback(ServiceCallback):
             _unavailable.add(attempt)
             hint = "; WANDB_MODE=offline keeps the run on this machine, without an account"
             raise RuntimeError(f"{error}{hint if self._wandb and mode != 'offline' else ''}") from error
-        finally:
-            self.trainer._clock += time.perf_counter() - start  # a run's seconds are those of its training
 
     def _begin(self, id_file: Path, mode: str | None, resumed: bool):
         if not self._wandb:
@@ -153,14 +149,12 @@ class WandbCallback(ServiceCallback):
 
     @harmless
     def _watch(self):
-        for name, parameter in self.trainer.model.named_parameters():
-            self._histograms[f"parameters/{name}"] = self._histogram(parameter)
-            if parameter.grad is not None:
-                self._histograms[f"gradients/{name}"] = self._histogram(parameter.grad)
-
-    def _histogram(self, tensor: torch.Tensor):
-        values = tensor.detach().float().cpu().numpy().ravel()
-        return self._wandb.Histogram(values[np.isfinite(values)])
+        parameters = dict(self.trainer.model.named_parameters())
+        tensors = {f"parameters/{name}": parameter for name, parameter in parameters.items()}
+        tensors |= {f"gradients/{name}": p.grad for name, p in parameters.items() if p.grad is not None}
+        for name, tensor in tensors.items():
+            values = tensor.detach().float().cpu().numpy().ravel()
+            self._histograms[name] = self._wandb.Histogram(values[np.isfinite(values)])
 
     @harmless
     def on_evaluate(self, args, state, control, **kwargs):

@@ -33,8 +33,6 @@ from lablib.metrics import BatchMeter
 Outputs = torch.Tensor | tuple[torch.Tensor, ...]  # logits (batch × classes), or a tuple that begins with them
 
 _OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
-# what PyTorch, oneDNN and the GPUs' libraries say in a RuntimeError
-_OUT_OF_MEMORY = ("out of memory", "DefaultCPUAllocator", "bad_alloc", "ALLOC_FAILED", "could not create a memory")
 
 
 class NonFiniteLossError(ArithmeticError):
@@ -54,11 +52,8 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
     `checkpoint_dir`, or to a temporary folder that is deleted with the trainer. `run_name` is the name in Weights &
     Biases and Telegram.
 
-    Under `torchrun` accelerate splits each batch among the processes. Without augmentation and dropout, of which each
-    process draws its own, weights and metrics are those of one process to a relative 1e-5 if `batch_size` divides the
-    number of training images. If not, the epoch's last batch is filled up with images of its first. On GPUs batch norm
-    is over the whole batch; on CPUs each process normalises its share, and the first one's statistics are kept.
-    An evaluation counts each image once.
+    Under `torchrun` accelerate splits each batch among the processes, each of which draws its own augmentation and
+    dropout; docs/scaling.md says how the result compares with that of one process.
 
     Raises ValueError for a device that does not exist, and for what would silently change results. `train` raises
     SanityCheckError before its first step (see `sanity_check`), and NonFiniteLossError, naming epoch and step, for a
@@ -86,10 +81,8 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
             weakref.finalize(self, shutil.rmtree, checkpoint_dir, ignore_errors=True)
         args = config.to_training_arguments(checkpoint_dir, bf16=resolve_bf16(config, model))
         args._n_gpu = min(args.n_gpu, 1)  # or Trainer multiplies the batch by the GPUs it sees
-        args.accelerator_config.split_batches = True  # so that batch sizes count the images of all processes
         at_once = max(config.batch_size, min(1000, 2**22 // data.train_images[0].numel()))  # of 4 million values
         args.per_device_eval_batch_size = at_once // args.world_size * args.world_size
-        args.per_device_train_batch_size = config.batch_size
         on_gpu = args.device.type == "cuda"
         fits = not on_gpu or data.train_images.nbytes < torch.cuda.mem_get_info(args.device)[0] / 2
         images, labels = (t.to(args.device if fits else "cpu") for t in (data.train_images, data.train_labels))
@@ -124,7 +117,6 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
         self._scale, self._offset = 1 / (255 * std), -mean / std
         self._since_last_log = BatchMeter(args.world_size)
         self._clock = time.perf_counter()
-        self._final_test: dict[str, float] | None = None  # of the training that ended last
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """Train until the last epoch or the early stop, then load the best weights; see `ResumableTrainer.train`."""
@@ -137,7 +129,6 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
         if self.args.world_size > 1 and self.args.device.type == "cuda":
             nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         transformers.set_seed((self.args.seed + self.args.process_index * 2_654_435_761) % 2**32)  # not a seed nearby
-        self._final_test = None
         self._since_last_log = BatchMeter(self.args.world_size)
         self._clock = time.perf_counter()
 
@@ -151,20 +142,14 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
         """The measurements and seconds since the last epoch ended."""
         return {"measured": self._since_last_log.state(), "seconds": time.perf_counter() - self._clock}
 
-    def restore_progress(self, progress: list[dict[str, Any]]) -> None:
-        """Continue the measurements of the checkpoint, which each process has saved for all."""
-        self._since_last_log.restore(progress[0]["measured"])
-        self._clock = time.perf_counter() - progress[0]["seconds"]
+    def restore_progress(self, progress: dict[str, Any]) -> None:
+        """Continue the measurements of the checkpoint."""
+        self._since_last_log.restore(progress["measured"])
+        self._clock = time.perf_counter() - progress["seconds"]
 
     def test(self) -> dict[str, float]:
         """Loss and accuracy on the test set with the current weights: after `train()`, those of the best epoch."""
         return self.predict_test().metrics
-
-    def final_test(self) -> dict[str, float]:
-        """The test result of the last training, computed once for all who ask: the run, W&B, Telegram."""
-        if self._final_test is None:
-            self._final_test = self.test()
-        return dict(self._final_test)
 
     def predict_test(self) -> PredictionOutput:
         """Logits (images × classes), labels and metrics of the test set."""
@@ -174,8 +159,9 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
         """As upstream; a single process draws its batches as tensors of indices."""
         if self.args.world_size > 1 or self.args.dataloader_num_workers:
             return super().get_train_dataloader()
-        batches = ShuffledBatches(len(self.train_dataset), self._train_batch_size, self.args.data_seed)
-        return self.accelerator.prepare(DataLoader(self.train_dataset, batch_sampler=batches, collate_fn=_as_it_is))
+        data, seed = self.train_dataset, self.args.data_seed
+        batches = ShuffledBatches(len(data), self._train_batch_size, seed, data.indices.device)
+        return self.accelerator.prepare(DataLoader(data, batch_sampler=batches, collate_fn=_as_it_is))
 
     def prepare_images(self, images: torch.Tensor, training: bool) -> torch.Tensor:
         """uint8 images -> the model's input: augmented if training, normalised by the training set's statistics."""
@@ -210,7 +196,7 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
         return None, outputs, inputs["labels"]
 
     def evaluation_loop(self, *args, **kwargs):
-        """As upstream; all processes take the first one's buffers, such as a CPU's batch norm statistics."""
+        """As upstream; all processes take the first one's buffers, such as the batch norm statistics of a CPU."""
         broadcast([*self.model.buffers()])
         return super().evaluation_loop(*args, **kwargs)
 
@@ -281,24 +267,17 @@ def sanity_check(trainer: StreamlinedTrainer) -> None:
     Raises SanityCheckError: which of these fails, what the network was given, and the original error.
     """
     args, model, images = trainer.args, trainer.model, len(trainer.train_dataset)
-    batch, last = args.train_batch_size, (images - 1) % args.train_batch_size + 1
-    most = min(images, batch // args.world_size)
+    full, last = min(images, args.train_batch_size // args.world_size), (images - 1) % args.train_batch_size + 1
+    evaluated = (len(trainer.eval_dataset) - 1) % args.eval_batch_size + 1
     with untouched(trainer):
         trainer._since_last_log = BatchMeter()
         if args.bf16:  # accelerate does this when the training begins
             model.forward = convert_outputs_to_fp32(trainer.accelerator.autocast()(model.forward))
-        evaluated = (len(trainer.eval_dataset) - 1) % args.eval_batch_size + 1
-        failure = _failure(trainer, "an evaluation", trainer.eval_dataset, min(evaluated, 16))
-        failure = failure or _failure(trainer, "a full batch", trainer.train_dataset, most)
-        if not failure and last < most and args.world_size == 1:  # several processes fill it up
-            failure = _failure(trainer, "the last batch of an epoch", trainer.train_dataset, last)
-            if failure:
-                nearby = sorted(range(1, batch + 9), key=lambda size: abs(size - batch))[1:17]
-                lasts = ((size, min(most, (images - 1) % size + 1)) for size in nearby)
-                works = (size for size, last in lasts if not _failure(trainer, "", trainer.train_dataset, last))
-                failure.args = (f"{failure}. Use batch_size = {next(works, images)}, which leaves no such batch",)
-        if failure:
-            raise failure
+        _try_batch(trainer, "an evaluation", trainer.eval_dataset, min(evaluated, 16))
+        _try_batch(trainer, "a full batch", trainer.train_dataset, full)
+        if last < full and args.world_size == 1:  # several processes fill it up
+            advice = ". Choose a batch_size that leaves a larger last batch"
+            _try_batch(trainer, "the last batch of an epoch", trainer.train_dataset, last, advice)
         try:
             safetensors.torch.save(contiguous_weights(model))
         except Exception as error:
@@ -306,8 +285,8 @@ def sanity_check(trainer: StreamlinedTrainer) -> None:
             raise SanityCheckError(f"no checkpoint of {type(model).__name__} can be written: {reason}") from error
 
 
-def _failure(trainer: StreamlinedTrainer, what: str, dataset: ImageBatches, size: int) -> SanityCheckError | None:
-    """Why a batch of the first images of a data set fails, or None."""
+def _try_batch(trainer: StreamlinedTrainer, what: str, dataset: ImageBatches, size: int, advice: str = "") -> None:
+    """Raise SanityCheckError if a batch of the first images of a data set fails."""
     model, data = trainer.model, trainer.data
     try:
         batch = trainer._prepare_inputs(dataset.__getitems__(range(size)))
@@ -315,28 +294,22 @@ def _failure(trainer: StreamlinedTrainer, what: str, dataset: ImageBatches, size
             with trainer.compute_loss_context_manager():
                 loss = trainer.compute_loss(model.train(), batch)
             loss.backward()
-            return None
+            return
         _, outputs, labels = trainer.prediction_step(model.eval(), batch, prediction_loss_only=False)
         logits = _logits(outputs)
         if not isinstance(logits, torch.Tensor) or logits.ndim != 2 or len(logits) != size:
             raise TypeError(
                 "a network must return logits of shape (images, classes), or a tuple whose first element is the logits"
             )
-        if logits.shape[1] != data.num_classes:
-            outputs = f"the network has {logits.shape[1]} outputs"
-            return SanityCheckError(f"{outputs}, but {data.name} has {data.num_classes} classes")
+        if (outputs_found := logits.shape[1]) != data.num_classes:
+            raise ValueError(f"the network has {outputs_found} outputs, but {data.name} has {data.num_classes} classes")
         trainer._evaluated(EvalPrediction(*nested_numpify((outputs, labels))))
-        return None
     except NonFiniteLossError:  # statistics of batch norm that are not trained may give any loss
-        return None
+        pass
     except Exception as error:
-        network = f"{type(model).__name__} was given float32 {(size, *data.image_shape)}"
-        words = f"{what} ({size} of {len(dataset)} images) fails with {type(error).__name__}: {error}. {network}"
-        if isinstance(error, MemoryError) or any(sign in str(error) for sign in _OUT_OF_MEMORY):
-            words = f"{what} ({size} images) does not fit into memory: use a smaller batch_size or image_size"
-        failure = SanityCheckError(words)
-        failure.__cause__ = error
-        return failure
+        given = f"{type(model).__name__} was given float32 {(size, *data.image_shape)}{advice}"
+        what = f"{what} ({size} of {len(dataset)} images)"
+        raise SanityCheckError(f"{what} fails with {type(error).__name__}: {error}. {given}") from error
 
 
 def _logits(outputs: Outputs) -> torch.Tensor:

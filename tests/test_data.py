@@ -52,7 +52,7 @@ def test_a_split_is_scikit_learns():
     ],
 )
 def test_too_few_images_for_a_split_are_refused(labels, validation_split):
-    words = rf"^{len(labels)} images, \d+ of the rarest .* with a share of {validation_split}: each part needs an image"
+    words = rf"^{len(labels)} images, \d+ of the rarest .* with a share of {validation_split}: each part needs at least"
     with pytest.raises(ValueError, match=words):
         stratified_split(labels, validation_split, seed=0)
 

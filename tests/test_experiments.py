@@ -118,7 +118,6 @@ def test_histories_and_gradients_are_tables_of_what_each_run_has(finished):
     for (model, seed, moment), layers in gradients.groupby(["model", "seed", "moment"]):
         measured = finished.runs[model, seed].measured()
         assert layers["rms"].tolist() == measured[f"gradient_{moment}"].tolist()
-        assert layers["name"].tolist() == measured["gradient_layers"].tolist()
         assert layers["layer"].tolist() == [1, 2]
     assert len(gradients) == 4 * 2 * 2
     assert replace(finished, runs={}).gradients().empty

@@ -2,26 +2,17 @@
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
-from torch import nn
 
 from lablib import ResidualCNN, TrainingConfig, load_data, train_or_load
 from lablib.__main__ import main
 
 SMALL = ["--num-epochs", "1", "--max-train-images", "150", "--device", "cpu", "--image-size", "8"]
-
-
-class Linear(nn.Sequential):
-    """A model that is not lablib's."""
-
-    def __init__(self):
-        super().__init__(nn.Flatten(), nn.Linear(64, 10))
 
 
 @pytest.fixture
@@ -37,15 +28,16 @@ def run(tmp_path, capsys):
 
 @pytest.fixture
 def refusal(tmp_path, capsys):
-    """Runs the command with options that are not allowed, and gives the line that it prints."""
+    """Runs the command with options that are not allowed, and gives the line that it prints last."""
 
     def refusal(*options: str) -> str:
         with pytest.raises(SystemExit) as exit:
             main([*options, "--output-dir", str(tmp_path / "runs")])
         assert exit.value.code == 2
         assert not (tmp_path / "runs").exists()
-        (line,) = capsys.readouterr().err.splitlines()
-        return line
+        usage, *said = capsys.readouterr().err.splitlines()
+        assert usage == "usage: python -m lablib MODEL [--option VALUE ...]"
+        return " ".join(said)
 
     return refusal
 
@@ -67,15 +59,6 @@ def test_a_switch_may_stand_alone(run):
     assert alone["path"] != run("SimpleCNN", "--depth", "1", "--width", "2", "--horizontal-flip", "False")["path"]
 
 
-def test_a_run_teaches_another_one(run):
-    teacher = run("ResidualMLP", "--hidden-sizes", "16", "16", "--learning-rate", "1e-2")
-    student = run("MLP", "--hidden-sizes", "8", "--teacher", teacher["path"], "--alpha", "0.5")
-    with open(f"{student['path']}/identity.json", encoding="utf-8") as file:
-        trainer = json.load(file)["trainer"]
-    knobs = {"alpha": 0.5, "temperature": 4, "teacher": {"run": os.path.basename(teacher["path"])}}
-    assert trainer == {"partial": "lablib.KnowledgeDistillationTrainer", "with": [[], knobs]}
-
-
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -85,12 +68,11 @@ def test_a_run_teaches_another_one(run):
         (["MLP", "--depth", "2"], "argument --depth: MLP has none"),
         (["SimpleCNN"], "SimpleCNN needs --depth"),
         (["SimpleCNN", "--depth", "9"], "too small for depth 9"),
-        (["MLP", "--data", "mnits"], "did you mean 'mnist'?"),
-        (["MLP", "--teacher", "nowhere"], "argument --teacher: there is no finished run in nowhere"),
+        (["MLP", "--data", "mnits"], "'mnits' is neither a known name (digits, mnist"),
         (["VGG"], "argument model: invalid choice: 'VGG'"),
     ],
 )
-def test_what_is_not_allowed_is_refused_in_one_line_with_its_reason(refusal, options, words):
+def test_what_is_not_allowed_is_refused_with_its_reason(refusal, options, words):
     assert words in refusal(*options)
 
 
@@ -98,12 +80,6 @@ def test_a_token_in_the_chats_place_is_refused_and_not_shown(refusal):
     token = "123456:" + 35 * "A"
     assert token not in (said := refusal("MLP", "--telegram-chat-id", token))
     assert "argument --telegram-chat-id: " in said
-
-
-def test_a_teacher_of_a_class_that_the_command_does_not_know_is_refused(refusal, tmp_path):
-    knobs = TrainingConfig(num_epochs=1, max_train_images=150, device="cpu", output_dir=str(tmp_path / "others"))
-    teacher = train_or_load(Linear, knobs, load_data("digits", image_size=8)).path
-    assert "is a Linear, but it must be one of MLP, ResidualMLP, SimpleCNN" in refusal("MLP", "--teacher", str(teacher))
 
 
 def test_every_knob_is_an_option_with_its_comment_and_no_token_is(capsys):
@@ -117,7 +93,7 @@ def test_every_knob_is_an_option_with_its_comment_and_no_token_is(capsys):
     assert "token VALUE" not in text
 
 
-def test_ctrl_c_leaves_a_checkpoint_and_one_line_that_says_how_far_the_run_came(tmp_path):
+def test_ctrl_c_leaves_a_checkpoint_and_one_line_that_says_how_to_resume(tmp_path):
     options = ["--num-epochs", "400", "--early-stopping-patience", "0", *SMALL[2:], "--output-dir", str(tmp_path)]
     command = [sys.executable, "-m", "lablib", "MLP", *options]
     quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -127,9 +103,7 @@ def test_ctrl_c_leaves_a_checkpoint_and_one_line_that_says_how_far_the_run_came(
     process.send_signal(signal.SIGINT)
     out, said = process.communicate(timeout=60)
     (history,) = tmp_path.glob("*/history.jsonl")
-    assert (process.returncode, out) == (130, ""), said
-    said = re.fullmatch(r"interrupted at epoch (\d+) of 400; run the same command again to resume\n", said)
-    assert int(said[1]) == len(history.read_text().splitlines()) + 1
+    assert (process.returncode, out, said) == (130, "", "interrupted; run the same command again to resume\n")
     assert list(history.parent.glob("checkpoints/checkpoint-*"))
 
 

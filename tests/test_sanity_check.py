@@ -64,17 +64,17 @@ def batch_normed() -> nn.Module:
 @pytest.mark.parametrize("outputs", [2, 10])
 def test_another_number_of_outputs_than_classes_is_named(outputs, tiny_data):
     words = refused(linear(outputs), tiny_data)
-    assert words == f"the network has {outputs} outputs, but tiny has 3 classes"
+    assert f"the network has {outputs} outputs, but tiny has 3 classes" in words
 
 
 @pytest.mark.parametrize("batch_size", [13, 26])  # of 27 images
-def test_a_last_batch_that_fails_is_refused_with_a_batch_size_that_trains(batch_size, tiny_data):
+def test_a_last_batch_that_fails_is_refused(batch_size, tiny_data):
     words = refused(batch_normed(), tiny_data, batch_size=batch_size)
     assert words.startswith(
         "the last batch of an epoch (1 of 27 images) fails with ValueError: Expected more than 1 val"
     )
     assert "Sequential was given float32 (1, 1, 6, 6)" in words
-    train(batch_normed(), tiny_data, batch_size=int(words.partition("Use batch_size = ")[2].partition(",")[0]))
+    assert words.endswith(". Choose a batch_size that leaves a larger last batch")
 
 
 def test_a_network_for_other_images_is_shown_what_it_was_given(tiny_data):
@@ -137,24 +137,6 @@ class Unweighted(StreamlinedTrainer):
 def test_a_loss_that_fails_only_in_an_evaluation_is_refused(tiny_data):
     words = refused(linear(), tiny_data, Unweighted)
     assert words.startswith("an evaluation (9 of 9 images) fails with RuntimeError: weight tensor should be defined")
-
-
-class Limited(Linear):
-    error = RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory")
-
-    def forward(self, images):
-        if len(images) > 9:
-            raise self.error
-        return super().forward(images)
-
-
-@pytest.mark.parametrize("error", [Limited.error, torch.OutOfMemoryError("CUDA out of memory."), MemoryError()])
-def test_a_batch_that_does_not_fit_into_memory_has_to_be_smaller_itself_or_its_images(error, tiny_data):
-    model = Limited()
-    model.error = error
-    words = "a full batch (27 images) does not fit into memory: use a smaller batch_size or image_size"
-    assert refused(model, tiny_data, batch_size=100) == words
-    train(Limited(), tiny_data)
 
 
 class Unwritable(Linear):

@@ -220,14 +220,6 @@ def test_a_failed_training_raises_its_own_error_whatever_wandb_does(tmp_path, ti
         trainer.train()
 
 
-def test_the_wait_for_it_to_begin_does_not_count_as_training(tmp_path, tiny_data, monkeypatch):
-    monkeypatch.setattr("lablib.tracking.time", SimpleNamespace(perf_counter=iter([0.0, 1000.0]).__next__))
-    monkeypatch.setattr(wandb, "init", FailingRun("nothing").init)
-    trainer = StreamlinedTrainer(small_mlp(), config(tmp_path, num_epochs=1), tiny_data)
-    trainer.train()
-    assert history(trainer.state.log_history)[0]["seconds"] < -900
-
-
 def test_without_a_login_it_asks_for_nothing_and_warns_once_until_there_is_one(tmp_path, tiny_data, monkeypatch):
     train = partial(train_briefly, config(tmp_path, num_epochs=1), tiny_data)
     monkeypatch.delenv("WANDB_MODE")

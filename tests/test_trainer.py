@@ -24,7 +24,6 @@ from lablib import MLP, ImageData, ResidualCNN, SimpleCNN, StreamlinedTrainer, T
 from lablib.data import ImageBatches, stratified_subset
 from lablib.identity import build_seeded
 from lablib.metrics import history
-from lablib.tracking import ServiceCallback
 from lablib.trainer import NonFiniteLossError
 
 VALIDATION_SPLIT = 0.25  # of tiny_data's 36 images: 27 + 9
@@ -173,30 +172,6 @@ def test_the_test_set_is_not_looked_at_before_it_is_asked_for(build, tiny_data):
         trainer.test()
     data.__dict__["sealed"] = False
     assert 0 <= trainer.test()["test_accuracy"] <= 1
-
-
-class AsksForTheTest(ServiceCallback):
-    """A service that wants the test result at a training's end, as W&B and Telegram do."""
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self.told = self.test_result()
-
-
-def test_a_trainings_end_is_tested_once_however_many_ask_and_a_test_is_of_the_present_weights(build, unchecked):
-    model = small_mlp(model_class=InputsKept)
-    trainer = build(config(num_epochs=1, early_stopping_patience=None), model)
-    services = [AsksForTheTest(trainer), AsksForTheTest(trainer)]
-    for service in services:
-        trainer.add_callback(service)
-    trainer.train()
-    first = trainer.final_test()
-    assert len(model.shown[False]) == 2  # validated and tested
-    assert first == services[0].told == services[1].told
-    trainer.model.classifier.weight.data.mul_(2)
-    assert trainer.test()["test_loss"] != first["test_loss"]
-    assert trainer.final_test() == first
-    trainer.train()
-    assert trainer.final_test()["test_loss"] != first["test_loss"]
 
 
 # What the model sees
