@@ -8,7 +8,6 @@ import sys
 import threading
 import traceback
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -279,8 +278,7 @@ def experiment(
             _train(result, tasks, paths, jobs, messages)
             result.runs = {key: result.runs[key] for key in keys if key in result.runs}
     if result.failures and not result.runs:
-        line, number = Counter(result.failures.values()).most_common(1)[0]
-        raise RuntimeError(f"all {len(result.failures)} runs failed, {number} of them with {line}")
+        raise RuntimeError(f"all {len(keys)} runs failed: {'; '.join(dict.fromkeys(result.failures.values()))}")
     return result
 
 

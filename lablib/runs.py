@@ -167,7 +167,7 @@ def _locked(path: Path):
     try:
         return lock.acquire(timeout=0)
     except Timeout:
-        print(f"another process is at the run {path.name}; waiting for it", flush=True)
+        print(f"another process is training {path.name}; waiting for it", flush=True)
         return lock.acquire()
 
 
@@ -185,7 +185,7 @@ def _train(path: Path, described, build_model, config, data, trainer_class, call
     arguments |= {"checkpoint_dir": str(path / "checkpoints"), "run_name": path.name}
     given = trainer_class.keywords if isinstance(trainer_class, partial) else {}
     if twice := sorted(given.keys() & arguments):
-        raise ValueError(f"trainer_class sets {twice}, which the run sets; pass callbacks as the argument `callbacks`")
+        raise ValueError(f"trainer_class must not set {', '.join(twice)}; pass callbacks as the argument `callbacks`")
     arguments |= {name: model.load() for name, model in given.items() if isinstance(model, TrainedModel)}
     path.mkdir(parents=True, exist_ok=True)
     trainer = (trainer_class or StreamlinedTrainer)(build_seeded(build_model, config.seed), **arguments)
@@ -215,10 +215,8 @@ def _result(trainer, rows: list[dict], test: dict[str, float]) -> dict[str, Any]
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
         "dataset": trainer.data.name,
         "seed": config.seed,
-        "val_accuracy": best["val_accuracy"],
-        "val_loss": best["val_loss"],
-        "test_accuracy": test["test_accuracy"],
-        "test_loss": test["test_loss"],
+        **{name: best[name] for name in ("val_accuracy", "val_loss")},
+        **{name: test[name] for name in ("test_accuracy", "test_loss")},
         "best_epoch": best["epoch"],
         "epochs": len(rows),
         "seconds": rows[-1]["seconds"],

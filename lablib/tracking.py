@@ -6,7 +6,6 @@ import os
 import platform
 import secrets
 import warnings
-import weakref
 from importlib.metadata import version
 from pathlib import Path
 
@@ -38,17 +37,6 @@ class Harmless:
     service = "the service"
     broken = False
 
-    def fail(self, error: BaseException) -> None:
-        """Say once what is wrong, and do nothing more."""
-        if self.broken:
-            return
-        self.broken = True
-        with contextlib.suppress(Exception):
-            self.give_up()
-        reason = redacted(str(error)) or type(error).__name__
-        # without a line of somebody else's source below the message
-        warnings.warn_explicit(f"{self.service}: {reason}; continuing without it", UserWarning, "lablib", 0)
-
     def give_up(self) -> None:
         """Let go of what the service holds."""
 
@@ -64,7 +52,12 @@ def harmless(method):
             try:
                 method(self, *args, **kwargs)
             except Exception as error:
-                self.fail(error)
+                self.broken = True
+                with contextlib.suppress(Exception):
+                    self.give_up()
+                reason = redacted(str(error)) or type(error).__name__
+                # without a line of somebody else's source below the message
+                warnings.warn_explicit(f"{self.service}: {reason}; continuing without it", UserWarning, "lablib", 0)
 
     return guarded
 
@@ -73,12 +66,8 @@ class ServiceCallback(Harmless, TrainerCallback):
     """A callback that knows its trainer, and that hears of a failed training too; only the first process has it."""
 
     def __init__(self, trainer):
-        self._trainer = weakref.ref(trainer)  # which has this callback
+        self.trainer = trainer
         self.broken = not trainer.is_world_process_zero()
-
-    @property
-    def trainer(self):
-        return self._trainer()
 
     def on_train_failed(self, error: BaseException) -> None:
         """The training ended with an exception, which may be a KeyboardInterrupt."""
