@@ -4,17 +4,17 @@ import argparse
 import dataclasses
 import inspect
 import json
+import os
 import re
 import sys
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
 import lablib  # its names import PyTorch when they are used, so that Ctrl-C ends those seconds too
-from lablib.config import Positive, Share, TrainingConfig, is_first_process
+from lablib.config import TrainingConfig
 
 MODELS = ("MLP", "ResidualMLP", "SimpleCNN", "ResidualCNN")
 _FROM_THE_DATA = ("image_shape", "num_classes")
@@ -28,13 +28,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     Exits with status 2 where an option is not allowed, and with 130 after Ctrl-C.
     """
-    path = None
+    is_first_process = os.environ.get("RANK", "0") == "0"  # of those that torchrun starts
     try:
         parser = _parser()
         options = vars(parser.parse_args(arguments))
         try:
             config = TrainingConfig(**{field.name: options.pop(field.name) for field in _FIELDS})
-            trainer_class = _trainer(**{name: options.pop(name) for name in ("teacher", "temperature", "alpha")})
             with config.to_training_arguments(config.output_dir).main_process_first():  # to download and decode once
                 scale = {name: options.pop(name) for name in ("image_size", "channels")}
                 data = lablib.load_data(options.pop("data"), options.pop("data_dir"), **scale)
@@ -42,29 +41,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
             build_model()
         except (ValueError, OSError) as error:
             parser.error(str(error))
-        from lablib.runs import run_identity, run_name
-
-        identity = run_identity(build_model, config, data, trainer_class)
-        path = Path(config.output_dir, run_name(identity))
-        run = lablib.train_or_load(build_model, config, data, trainer_class=trainer_class, identity=identity)
+        run = lablib.train_or_load(build_model, config, data)
     except KeyboardInterrupt:
-        where = f" at epoch {min(_epoch(path), config.num_epochs)} of {config.num_epochs}" if path else ""
-        if is_first_process():
-            print(f"interrupted{where}; run the same command again to resume", file=sys.stderr)
+        if is_first_process:
+            print("interrupted; run the same command again to resume", file=sys.stderr)
         sys.exit(130)
-    if is_first_process():
+    if is_first_process:
         print(json.dumps({"path": str(run.path), **run.result}))
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
-        """Exit with the reason in one line; argparse would list all options first."""
+        """Exit with the reason in one line; argparse would print the usage first."""
         self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
 
 
 def _parser() -> argparse.ArgumentParser:
-    about = "Train one run, or load it if it is finished."
-    parser = _Parser(prog="python -m lablib", usage="%(prog)s MODEL [--option VALUE ...]", description=about)
+    form, about = "%(prog)s MODEL [--option VALUE ...]", "Train one run, or load it if it is finished."
+    parser = _Parser(prog="python -m lablib", usage=form, description=about)
     parser.add_argument("model", choices=MODELS)
     _add(parser, "data", str, "digits", "a data set's name, or a folder")
     _add(parser, "data_dir", str, "data", "where data sets lie")
@@ -77,10 +71,6 @@ def _parser() -> argparse.ArgumentParser:
             default = "required" if parameter.default is parameter.empty else f"default: {parameter.default!r}"
             text = f"{', '.join(model for model in MODELS if name in models[model])} ({default})"
             _add(group, name, parameter.annotation, argparse.SUPPRESS, text)
-    group = parser.add_argument_group("distillation")
-    _add(group, "teacher", Path, None, "the folder of a finished run of one of these networks")
-    _add(group, "temperature", Positive, 4.0, "softens the outputs of teacher and student")
-    _add(group, "alpha", Share, 0.7, "the weight of the teacher's term")
     group = parser.add_argument_group("TrainingConfig")
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(TrainingConfig), re.MULTILINE))
     for field in _FIELDS:
@@ -98,10 +88,9 @@ def _add(group, name: str, kind: Any, default: Any, text: str) -> None:
             raise argparse.ArgumentTypeError(error.errors()[0]["msg"].removeprefix("Input ")) from None
 
     text = text if default is argparse.SUPPRESS else f"{text} (default: {default!r})".strip()
-    number = {"nargs": "+"} if name in _SEVERAL else {"nargs": "?", "const": True} if kind is bool else {}
-    group.add_argument(
-        _option(name), type=read, default=default, metavar="VALUE", help=text.replace("%", "%%"), **number
-    )
+    more = {"nargs": "+"} if name in _SEVERAL else {"nargs": "?", "const": True} if kind is bool else {}
+    more |= {"default": default, "metavar": "VALUE", "help": text.replace("%", "%%")}
+    group.add_argument(_option(name), type=read, **more)
 
 
 def _option(name: str) -> str:
@@ -117,28 +106,6 @@ def _model_builder(name: str, given: dict[str, Any], data: "lablib.ImageData") -
     if missing := [k for k, parameter in known.items() if parameter.default is parameter.empty and k not in arguments]:
         raise ValueError(f"{name} needs {_option(missing[0])}")
     return partial(getattr(lablib, name), **arguments)
-
-
-def _trainer(teacher: Path | None, **knobs: float) -> type | partial:
-    """StreamlinedTrainer, or the trainer that distils the network of a finished run."""
-    if teacher is None:
-        return lablib.StreamlinedTrainer
-    from lablib.runs import load_run
-
-    if not (run := load_run(teacher)):
-        raise ValueError(f"argument --teacher: there is no finished run in {teacher}")
-    model = json.loads((teacher / "identity.json").read_bytes())["model"]
-    name = model["class"].removeprefix("lablib.")
-    if name not in MODELS or "arguments" not in model:
-        raise ValueError(f"argument --teacher: {teacher} is a {name}, but it must be one of {', '.join(MODELS)}")
-    network = lablib.TrainedModel(run, partial(getattr(lablib, name), **model["arguments"]))
-    return partial(lablib.KnowledgeDistillationTrainer, teacher=network, **knobs)
-
-
-def _epoch(path: Path) -> int:
-    """The epoch that a run is in; its history has those that ended."""
-    history = path / "history.jsonl"
-    return 1 + (len(history.read_text().splitlines()) if history.exists() else 0)
 
 
 if __name__ == "__main__":

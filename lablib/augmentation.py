@@ -64,7 +64,8 @@ def augment(
     if rotation_degrees or translation_fraction:
         draws = torch.rand(4, batch, generator=generator, device=device)
         angles = (2 * draws[0] - 1) * rotation_degrees
-        shifts = (2 * draws[1:3].T - 1) * translation_fraction * torch.tensor([width, height], device=device)
+        right, down = (2 * draws[1:3] - 1) * translation_fraction
+        shifts = torch.stack([right * width, down * height], 1)  # Python's numbers: a tensor would be copied each step
         images = affine(images, angles, shifts, draws[3] < 0.5 if horizontal_flip else None)
     elif horizontal_flip:
         flips = torch.rand(batch, generator=generator, device=device) < 0.5

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 UNFINISHED = "unfinished"  # the folder in which a checkpoint is written before it gets its place
-_MANIFEST, _WEIGHTS, _BEST = "manifest.json", "model.safetensors", "best_model.safetensors"
+_MANIFEST, _LAB, _WEIGHTS, _BEST = "manifest.json", "lablib_0.json", "model.safetensors", "best_model.safetensors"
 
 
 def write_atomically(path: Path, content: bytes, sync: bool = True):
@@ -127,11 +127,6 @@ class Interruption:
             signal.signal(*self._before.popitem())
 
 
-def leave_with(parent: int):
-    """Let the trainings of this worker process end when its parent is gone; it has to be the parent's own child."""
-    Interruption.parent = parent if os.getpid() != parent and os.getppid() == parent else None
-
-
 def checkpoints_in(folder: Path) -> list[Path]:
     """The checkpoints in a folder, newest first, not verified."""
     numbers = [path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*")]
@@ -168,8 +163,8 @@ class ResumableTrainer:
     training depends on; the best weights are kept in memory, too. Nothing is unpickled.
 
     `notes` lists what differs from the training that is resumed. A subclass has `before_training()`,
-    `training_failed(error)`, `progress()`, which gives what else is needed to resume within an epoch as JSON, and
-    `restore_progress(list)`, which takes what each process gave.
+    `training_failed(error)`, `progress()`, which gives what else is needed to resume within an epoch as JSON, the same
+    in every process, and `restore_progress(progress)`.
     """
 
     checkpoint_seconds = 300.0
@@ -270,9 +265,10 @@ class ResumableTrainer:
             args.output_dir = str(written.parent)
             super()._save_checkpoint(model, trial)
             saved = {"environment": self.environment, "notes": self.notes, "progress": self.progress()}
-            (written / f"lablib_{args.process_index}.json").write_text(json.dumps(saved))
-            if first and self._best_weights and state.best_global_step < state.global_step:
-                safetensors.torch.save_file(self._best_weights, written / _BEST)
+            if first:
+                (written / _LAB).write_text(json.dumps(saved))
+                if self._best_weights and state.best_global_step < state.global_step:
+                    safetensors.torch.save_file(self._best_weights, written / _BEST)
             self.accelerator.wait_for_everyone()
             if first:
                 seal(written, target, keep=max(2, args.save_total_limit or 2))
@@ -289,26 +285,23 @@ class ResumableTrainer:
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, contiguous_weights(self.model) if state_dict is None else state_dict)
 
-    def _load(self, checkpoint: Path) -> tuple[dict, list[tuple], dict[str, torch.Tensor]]:
-        """The trainer's state, what each process had saved, and the best weights. Raises OSError if it is damaged."""
+    def _load(self, checkpoint: Path) -> tuple[dict, dict, dict[str, torch.Tensor]]:
+        """The trainer's state, what this class saved, and the best weights. Raises OSError if it is damaged."""
         try:
             manifest = json.loads((checkpoint / _MANIFEST).read_bytes())
             if changed := [name for name, written in manifest.items() if _fingerprint(checkpoint / name) != written]:
                 raise ValueError(f"{' and '.join(changed)} is not what was written")
-            state = json.loads((checkpoint / "trainer_state.json").read_bytes())
-            processes = range(len([*checkpoint.glob("lablib_*.json")]) or 1)
-            saved = [json.loads((checkpoint / f"lablib_{process}.json").read_bytes()) for process in processes]
+            state, saved = (json.loads((checkpoint / name).read_bytes()) for name in ("trainer_state.json", _LAB))
             best = safetensors.torch.load_file(checkpoint / (_BEST if _BEST in manifest else _WEIGHTS))
             shapes, expected = ({k: v.shape for k, v in w.items()} for w in (best, self.model.state_dict()))
             if shapes != expected:
                 raise ValueError("it holds the weights of another architecture")
-            return state, [(one["environment"], one["notes"], one["progress"]) for one in saved], best
+            return state, saved, best
         except Exception as error:
             raise OSError(f"{checkpoint} cannot be loaded: {type(error).__name__}: {error}") from error
 
-    def _restore(self, state: dict, saved: list[tuple], best: dict[str, torch.Tensor]):
-        environments, notes, progress = zip(*saved, strict=True)
-        self.notes, before, now = notes[0], environments[0], self.environment
+    def _restore(self, state: dict, saved: dict, best: dict[str, torch.Tensor]):
+        self.notes, before, now = saved["notes"], saved["environment"], self.environment
         if changed := [name for name in now if now[name] != before.get(name)]:
             was, is_ = (", ".join(f"{name} {values.get(name)}" for name in changed) for values in (before, now))
             self.notes = [*self.notes, f"resumed at step {state['global_step']} with {is_}, begun with {was}"]
@@ -317,4 +310,4 @@ class ResumableTrainer:
             self._best_weights = best
         if state["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"]:
             self.args.num_train_epochs, self.args.max_steps = int(state["epoch"]), -1  # or another step would be made
-        self.restore_progress([*progress])
+        self.restore_progress(saved["progress"])

@@ -66,6 +66,11 @@ def redacted(text: str) -> str:
     return _TOKEN.sub("…", text)
 
 
+def one_line(error: BaseException) -> str:
+    """An error's type and the first line of its message, without tokens; further lines may be a traceback."""
+    return ": ".join([type(error).__name__, *redacted(str(error)).splitlines()[:1]])[:500]
+
+
 def _with_plain_errors(cls: type) -> type:
     """Let a pydantic dataclass raise a ValueError with one line for each wrong argument."""
     validate = cls.__init__
@@ -161,7 +166,7 @@ class TrainingConfig:
     def to_training_arguments(self, output_dir: str, *, bf16: bool = False) -> "TrainingArguments":
         """The same settings as `transformers.TrainingArguments`; checkpoints go to `output_dir`.
 
-        Raises ValueError where several processes (`torchrun`) cannot share a batch out evenly.
+        The batch size counts the images of all processes. Raises ValueError if it is no multiple of their number.
         """
         import torch
         from transformers import TrainingArguments
@@ -171,15 +176,16 @@ class TrainingConfig:
             reason = f"should be a multiple of the number of processes, which is {processes}"
             raise ValueError(f"TrainingConfig: batch_size = {self.batch_size}, but batch_size {reason}")
         if processes > 1:
-            leave_group_at_exit()
+            atexit.register(_leave_group)
         accelerated = torch.cuda.is_available() or torch.backends.mps.is_available()
         warm_constant = self.lr_schedule == "constant" and self.warmup_fraction > 0
-        defaults = {"save_total_limit": 2, "disable_tqdm": True, "log_level": "error"}
+        quiet = {"disable_tqdm": True, "log_level": "error"}
+        defaults = quiet | {"save_total_limit": 2, "ddp_find_unused_parameters": False}
         return TrainingArguments(
             output_dir=output_dir,
             num_train_epochs=self.num_epochs,
-            per_device_train_batch_size=self.batch_size // processes,
-            per_device_eval_batch_size=-(-max(self.batch_size, 1000) // processes),
+            per_device_train_batch_size=self.batch_size,
+            accelerator_config={"split_batches": True},
             learning_rate=self.learning_rate,
             weight_decay=self.weight_decay,
             lr_scheduler_type="constant_with_warmup" if warm_constant else self.lr_schedule,
@@ -200,7 +206,7 @@ class TrainingConfig:
             logging_nan_inf_filter=False,  # the trainer stops on a loss that is not finite instead
             remove_unused_columns=False,
             dataloader_pin_memory=False,  # the images are on the device already
-            **{**defaults, "ddp_find_unused_parameters": False, **self.training_arguments},
+            **(defaults | self.training_arguments),
         )
 
 
@@ -232,24 +238,15 @@ def num_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def is_first_process() -> bool:
-    """Whether this one writes the files and speaks to people."""
-    return int(os.environ.get("RANK", 0)) == 0
-
-
-@functools.cache
-def leave_group_at_exit() -> None:
-    """Let this process leave `torch.distributed`'s group when it ends, unless by an error: the others might wait then.
+def _leave_group() -> None:
+    """Leave `torch.distributed`'s group when this process ends, unless by an error: the others might wait then.
 
     Gloo's threads would outlive Python otherwise, and one that lets go of a tensor so late aborts the process
     (https://github.com/pytorch/pytorch/pull/179291).
     """
-    atexit.register(_leave_group)
-
-
-def _leave_group():
     import torch
 
     if torch.distributed.is_initialized() and not hasattr(sys, "last_value"):
+        gc.unfreeze()
         gc.collect()  # trainers in cycles hold the group, and with it its threads
         torch.distributed.destroy_process_group()

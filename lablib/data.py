@@ -128,10 +128,10 @@ class ImageBatches(Dataset):
 
 
 class ShuffledBatches(Sampler):
-    """Batches of positions in the order of accelerate's `SeedableRandomSampler`, without a Python number an image."""
+    """Batches of positions in the order of accelerate's `SeedableRandomSampler`, as tensors on a device."""
 
-    def __init__(self, length: int, batch_size: int, seed: int):
-        self.length, self.batch_size, self.seed, self.epoch = length, batch_size, seed, 0
+    def __init__(self, length: int, batch_size: int, seed: int, device: torch.device):
+        self.length, self.batch_size, self.seed, self.device, self.epoch = length, batch_size, seed, device, 0
         self.drop_last, self.sampler = False, self  # what accelerate asks a batch sampler for
 
     def set_epoch(self, epoch: int):
@@ -142,7 +142,7 @@ class ShuffledBatches(Sampler):
 
     def __iter__(self):
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        yield from torch.randperm(self.length, generator=generator).split(self.batch_size)
+        yield from torch.randperm(self.length, generator=generator).to(self.device).split(self.batch_size)
         self.epoch += 1
 
 

@@ -45,9 +45,8 @@ def load_data(
 
     A folder is read as torchvision's ImageFolder reads it, without hidden files, in colour unless `channels` is 1; EXIF
     orientation is applied and transparency composited on white. `image_size` keeps the aspect ratio there: the shorter
-    side is scaled, the longer one cropped about its centre. The pixels are mapped from `.lablib-32x32-rgb-<key>.npy` in
-    the folder, with a key of the images' names, sizes and times; writing it deletes files with another key that were
-    not loaded for a day. If the folder is not writable, its images are decoded into memory.
+    side is scaled, the longer one cropped about its centre. The pixels are mapped from a file in the folder, or decoded
+    into memory if the folder is not writable.
 
     Raises ValueError for an argument, a folder or an image that does not fit, OSError for files that cannot be read.
     """

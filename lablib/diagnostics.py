@@ -106,23 +106,20 @@ def multiply_adds(model: nn.Module, image_shape: Sequence[int]) -> int:
 
 
 @torch.no_grad()
-def latency(
-    models: Mapping[str, nn.Module], image_shape: Sequence[int], batch_sizes: Sequence[int] = (1, 128), rounds: int = 15
-) -> pd.DataFrame:
-    """Median time of a forward pass in eval mode on one thread: model, batch, milliseconds, images_per_second, device.
+def latency(models: Mapping[str, nn.Module], image_shape: Sequence[int], rounds: int = 15) -> pd.Series:
+    """Milliseconds by model for one image of (channels, height, width): the median of `rounds` forward passes.
 
-    By `torch.utils.benchmark`, which runs each pass twice before it times one. The models take turns, so that a busy
-    machine slows all of them alike.
+    In eval mode on one thread, by `torch.utils.benchmark`, which runs each pass twice before it times one. The models
+    take turns, so that a busy machine slows all of them alike.
     """
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # on import it warns of a missing GPU
     from torch.utils.benchmark import Timer  # as slow to import
 
     rows = []
-    for _, batch, (name, model) in product(range(rounds), batch_sizes, models.items()):
-        images = torch.zeros(batch, *image_shape, device=next(model.parameters()).device)
+    for _, (name, model) in product(range(rounds), models.items()):
+        image = torch.zeros(1, *image_shape, device=next(model.parameters()).device)
         with eval_mode(model):
-            timer = Timer("model(images)", globals={"model": model, "images": images}, num_threads=1)
-            rows.append((name, batch, images.device.type, 1e3 * timer.timeit(1).mean))
-    table = pd.DataFrame(rows, columns=["model", "batch", "device", "milliseconds"])
-    table = table.groupby(["model", "batch", "device"], sort=False, as_index=False).median()
-    return table.assign(images_per_second=1e3 * table["batch"] / table["milliseconds"])
+            timer = Timer("model(image)", globals={"model": model, "image": image}, num_threads=1)
+            rows.append((name, 1e3 * timer.timeit(1).mean))
+    table = pd.DataFrame(rows, columns=["model", "milliseconds"])
+    return table.groupby("model", sort=False)["milliseconds"].median()

@@ -8,7 +8,6 @@ import sys
 import threading
 import traceback
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -18,18 +17,17 @@ from operator import index
 from pathlib import Path
 
 import joblib
-import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from torch import nn
 from tqdm import tqdm
 
 from lablib import figures
-from lablib.checkpoints import Interruption, leave_with
-from lablib.config import TrainingConfig, is_first_process, num_processes, redacted
+from lablib.checkpoints import Interruption
+from lablib.config import TrainingConfig, num_processes, one_line, redacted
 from lablib.data import ImageData
 from lablib.identity import build_seeded, run_identity, run_name
-from lablib.runs import Run, TrainedModel, find_run, separate_callbacks, train_or_load
+from lablib.runs import Run, TrainedModel, find_run, train_or_load
 from lablib.statistics import compare, compare_effects, readable_table, results_table, save_table, verdicts
 
 Key = tuple[str, int]  # a run's model and seed
@@ -72,12 +70,8 @@ class Experiment:
         """One figure of a model's results, by seed."""
         return {seed: run.result[key] for (name, seed), run in sorted(self.runs.items()) if name == model}
 
-    def measured(self, model: str, key: str) -> dict[int, np.ndarray]:
-        """What was measured with a model's weights, by seed; the keys are those of `Run.measured`."""
-        return {seed: run.measured()[key] for (name, seed), run in sorted(self.runs.items()) if name == model}
-
     def frame(self) -> pd.DataFrame:
-        """One row a run, failed ones included: model, seed, dataset, parameters, accuracies, epochs and so on."""
+        """One row per run, failed ones included: model, seed, dataset, parameters, accuracies, epochs and so on."""
         columns = ["model", "seed", "parameters", "val_accuracy", "test_accuracy", "best_epoch", "epochs", "seconds"]
         columns += ["precision", *(["error"] if self.failures else [])]
         found = {key: {"error": error} for key, error in self.failures.items()}
@@ -91,13 +85,12 @@ class Experiment:
         return self._of_each_run(lambda run: pd.DataFrame(run.history))
 
     def gradients(self) -> pd.DataFrame:
-        """Every run's gradient by layer: model, seed, layer, name, moment ("initial" or "trained"), rms."""
+        """Every run's gradient by layer: model, seed, layer, moment ("initial" or "trained"), rms."""
 
         def gradients(run: Run) -> pd.DataFrame:
-            measured, columns = run.measured(), {"name": "layers", "initial": "initial", "trained": "trained"}
-            table = pd.DataFrame({name: measured.get(f"gradient_{key}", []) for name, key in columns.items()})
-            table["layer"] = range(1, len(table) + 1)
-            return table.melt(["layer", "name"], var_name="moment", value_name="rms")
+            measured = run.measured()
+            table = pd.DataFrame({m: measured.get(f"gradient_{m}", []) for m in ("initial", "trained")})
+            return table.assign(layer=table.index + 1).melt("layer", var_name="moment", value_name="rms")
 
         return self._of_each_run(gradients)
 
@@ -121,7 +114,7 @@ class Experiment:
         return pd.concat(tables, names=["model", "seed"]).droplevel(-1).reset_index()
 
     def table(self, reference: Mapping[str, float] | None = None, save_to: str | Path | None = None) -> pd.DataFrame:
-        """One row a network, for people; `reference` has other figures (fractions), `save_to` a CSV."""
+        """One row per network, as text; `reference` has published accuracies (fractions), `save_to` is a CSV file."""
         table = results_table(self.frame(), reference)
         return readable_table(save_table(table, save_to) if save_to else table)
 
@@ -141,7 +134,7 @@ class Experiment:
                 for (label, (one, other)), depth in product(pairs.items(), by)
             }
         pairs = {label or f"{one} − {other}": (one, other) for label, (one, other) in pairs.items() if one != other}
-        return Comparison(compare(self.select(*chain(*pairs.values())).frame(), pairs), self.data.name, self.config)
+        return Comparison(compare(self.select(*chain(*pairs.values())).frame(), pairs), self.data.name)
 
     def distil(
         self,
@@ -157,26 +150,27 @@ class Experiment:
     ) -> "Experiment":
         """Train one of the networks as a student: each seed's run learns from the `teacher`'s run with that seed.
 
-        With several temperatures or alphas there is a student for each pair, named "T = 4, α = 0.7"; else it has the
+        With lists of temperatures and alphas there is a student for each pair, named "T = 4, α = 0.7"; else it has the
         `name`. Config and seeds are those of this experiment unless others are given. A student whose teacher failed
-        has failed too. Raises as `experiment` does, and KeyError if there is no teacher at all.
+        has failed too. Raises as `experiment` does, and KeyError for a seed without a teacher.
         """
         from lablib.distillation import KnowledgeDistillationTrainer  # with transformers, which takes seconds
 
-        grid = [x if isinstance(x, Sequence) else [x] for x in (temperature, alpha)]
-        named = grid == [[temperature], [alpha]]
-        knobs = {name if named else f"T = {t:g}, α = {a:g}": {"temperature": t, "alpha": a} for t, a in product(*grid)}
-        seeds = self.seeds if seeds is None else _checked(seeds)
+        students = {name: {"temperature": temperature, "alpha": alpha}}
+        if isinstance(temperature, Sequence):
+            pairs = product(temperature, alpha)
+            students = {f"T = {t:g}, α = {a:g}": {"temperature": t, "alpha": a} for t, a in pairs}
+        seeds = self.seeds if seeds is None else _seeds(seeds)
         failed = {seed: self.failures[teacher, seed] for seed in seeds if (teacher, seed) in self.failures}
         taught = [seed for seed in seeds if seed not in failed] or seeds
-        trainer, network = KnowledgeDistillationTrainer, self.models[teacher]
+        teachers = {seed: TrainedModel(self.runs[teacher, seed], self.models[teacher]) for seed in taught}
         trainers = {
-            (cell, seed): partial(trainer, teacher=TrainedModel(self.runs[teacher, seed], network), **knobs[cell])
-            for cell, seed in product(knobs, taught)
+            (cell, seed): partial(KnowledgeDistillationTrainer, teacher=teachers[seed], **knobs)
+            for (cell, knobs), seed in product(students.items(), taught)
         }
-        students = dict.fromkeys(knobs, self.models[student])
-        result = experiment(students, config or self.config, self.data, taught, jobs=jobs, trainer_class=trainers)
-        failures = {(cell, seed): f"its teacher failed: {failed[seed]}" for cell, seed in product(knobs, failed)}
+        models = dict.fromkeys(students, self.models[student])
+        result = experiment(models, config or self.config, self.data, taught, jobs=jobs, trainer_class=trainers)
+        failures = {(cell, seed): f"its teacher failed: {failed[seed]}" for cell, seed in product(students, failed)}
         return replace(result, seeds=seeds, failures=result.failures | failures)
 
     def trained_model(self, model: str, seed: int | None = None) -> nn.Module:
@@ -192,18 +186,17 @@ class Experiment:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Paired differences between networks, as `statistics.compare` gives them; their data set and their config."""
+    """Paired differences between networks, as `statistics.compare` gives them."""
 
     table: pd.DataFrame
     dataset: str
-    config: TrainingConfig
 
     def plot(self, title: str, *paths: str | Path) -> Figure:
         """A dot for each seed, the means, and intervals from three seeds on; written to the paths too."""
         return figures.save(figures.paired_differences(self.table, self.dataset, title), *paths)
 
     def verdicts(self) -> "Sentences":
-        """One sentence a comparison, which says no more than its interval does."""
+        """One sentence per comparison, which says no more than its interval does."""
         return Sentences(verdicts(self.table))
 
     def __or__(self, other: "Comparison") -> "Comparison":
@@ -211,11 +204,8 @@ class Comparison:
         return replace(self, table=pd.concat([self.table, other.table], ignore_index=True))
 
     def __sub__(self, other: "Comparison") -> "Comparison":
-        """How far the differences of the same labels differ, seed by seed; named by the settings that differ."""
-        mine, theirs = ({"data": c.dataset, **c.config.identity()} for c in (self, other))
-        knobs = [knob for knob in mine | theirs if mine.get(knob) != theirs.get(knob)]
-        names = [", ".join(f"{knob} = {c.get(knob, 'off')}" for knob in knobs) for c in (mine, theirs)]
-        return replace(self, table=compare_effects(self.table, other.table, names))
+        """How far the differences with the same labels differ, seed by seed, say between two recipes."""
+        return replace(self, table=compare_effects(self.table, other.table))
 
 
 class Sentences(str):
@@ -232,7 +222,7 @@ def experiment(
     seeds: int | Iterable[int],
     *,
     jobs: int = 1,
-    trainer_class: TrainerClass | Mapping[int, TrainerClass] | Mapping[Key, TrainerClass] = None,
+    trainer_class: TrainerClass | Mapping[Key, TrainerClass] = None,
     callbacks: Sequence = (),
     weights: bool = False,
 ) -> Experiment:
@@ -242,7 +232,7 @@ def experiment(
     `jobs` runs go side by side through joblib, each with its share of the threads (-1: one a core);
     `joblib.parallel_config("dask")` sends them to a cluster, whose workers need `output_dir` at the same path.
     `trainer_class` is another trainer than StreamlinedTrainer: its class, or a `functools.partial` with what else it
-    needs, such as a teacher; or one by seed, or by (model, seed). Each run gets its own copies of the `callbacks`.
+    needs, such as a teacher; or one by (model, seed). Each run gets its own copies of the `callbacks`.
     With `weights` a published run, which has none, is trained all the same.
 
     A run that fails is reported by a warning and in the experiment's `failures`; the others continue. Raises
@@ -251,59 +241,58 @@ def experiment(
     """
     if not isinstance(data, ImageData):
         raise TypeError(f"data = {data!r}, but it must be an ImageData, as load_data({str(data)!r}) gives")
-    result = Experiment(data, config, dict(models), _checked(seeds))
+    if num_processes() > 1:
+        raise ValueError("under torchrun, use train_or_load: an experiment trains each run in one process")
+    result = Experiment(data, config, dict(models), _seeds(seeds))
     keys = [*product(result.models, result.seeds)]
     if not keys:
         raise ValueError(f"{len(result.models)} models and {len(result.seeds)} seeds, but there must be one of each")
-    if jobs != 1 and num_processes() > 1:
-        raise ValueError(f"jobs = {jobs}, but {num_processes()} processes train each run together: write jobs=1")
-    trainers = dict.fromkeys(keys, trainer_class)
-    if isinstance(trainer_class, Mapping):
-        trainers = {key: trainer_class.get(key, trainer_class.get(key[1])) for key in keys}
-        if missing := [key for key, trainer in trainers.items() if trainer is None]:
-            raise ValueError(f"trainer_class has no trainer for {missing}; it has some for {list(trainer_class)}")
+    trainers = trainer_class if isinstance(trainer_class, Mapping) else dict.fromkeys(keys, trainer_class)
+    if missing := [key for key in keys if key not in trainers]:
+        raise ValueError(f"trainer_class has no trainer for {missing}; it has some for {list(trainers)}")
     telling = nullcontext()
-    if config.use_telegram_notifications and is_first_process():
+    if config.use_telegram_notifications:
         from lablib.telegram import ExperimentMessages  # with transformers
 
         telling = ExperimentMessages(result)
+    # the experiment speaks for its runs, and the token stays in this process
+    config = replace(config, use_telegram_notifications=False, telegram_bot_token=None)
+    more = {"callbacks": callbacks, "weights": weights, "parent": os.getpid()}
+    tasks, paths = {}, {}
     with telling as messages:
-        pending = {}
-        for (model, seed), trainer in trainers.items():
+        for key in keys:
+            build, knobs, trainer = result.models[key[0]], replace(config, seed=key[1]), trainers[key]
             try:
-                trainer, own = separate_callbacks(trainer, callbacks)
-                described = run_identity(result.models[model], replace(config, seed=seed), data, trainer, own)
-                run = find_run(run_name(described), config.output_dir, weights) if num_processes() == 1 else None
-                if run:
-                    result.runs[model, seed] = run
+                identity = run_identity(build, knobs, data, trainer, callbacks)
+                if run := find_run(run_name(identity), config.output_dir, weights):
+                    result.runs[key] = run
                 else:
-                    pending[model, seed] = (described, trainer, own)
+                    tasks[key] = joblib.delayed(_train_one)(key, build, knobs, data, trainer, identity, **more)
+                    paths[key] = Path(config.output_dir, run_name(identity))
             except Exception as error:
-                _note_failure(result, (model, seed), *_described(error))
-        if num_processes() == 1:  # several find and load a run together, in its turn
-            places = {str(run.path.parent).removeprefix(f"{Path.cwd()}{os.sep}") for run in result.runs.values()}
-            where = f" from {' and '.join(sorted(places))}" if places else ""
-            print(f"{len(result.runs)} of {len(keys)} runs loaded{where}, {len(pending)} to train", flush=True)
-        if pending:
-            _train(result, pending, jobs, weights, messages)
+                _note_failure(result, key, *_line_and_trace(error))
+        places = {str(run.path.parent).removeprefix(f"{Path.cwd()}{os.sep}") for run in result.runs.values()}
+        where = f" from {' and '.join(sorted(places))}" if places else ""
+        print(f"{len(result.runs)} of {len(keys)} runs loaded{where}, {len(tasks)} to train", flush=True)
+        if tasks:
+            _train(result, tasks, paths, jobs, messages)
             result.runs = {key: result.runs[key] for key in keys if key in result.runs}
     if result.failures and not result.runs:
-        line, number = Counter(result.failures.values()).most_common(1)[0]
-        raise RuntimeError(f"all {len(result.failures)} runs failed, {number} of them with {line}")
+        raise RuntimeError(f"all {len(keys)} runs failed: {'; '.join(dict.fromkeys(result.failures.values()))}")
     return result
 
 
-def _checked(seeds: int | Iterable[int]) -> tuple[int, ...]:
+def _seeds(seeds: int | Iterable[int]) -> tuple[int, ...]:
     try:
         return tuple(dict.fromkeys(map(index, seeds if isinstance(seeds, Iterable) else range(seeds))))
     except TypeError:
         raise TypeError(f"seeds = {seeds!r}, but it must be a number of seeds, or a list such as [0, 1, 2]") from None
 
 
-def _described(error: Exception) -> tuple[str, str]:
+def _line_and_trace(error: Exception) -> tuple[str, str]:
     """An error in one line, and the end of its traceback; both are printed and sent, so without tokens."""
     trace = redacted("".join(traceback.format_exception(error))).rstrip().splitlines()
-    return redacted(f"{type(error).__name__}: {error}").partition("\n")[0], "\n".join(trace[-10:])
+    return one_line(error), "\n".join(trace[-10:])
 
 
 def _note_failure(result: Experiment, key: Key, line: str, trace: str):
@@ -313,30 +302,19 @@ def _note_failure(result: Experiment, key: Key, line: str, trace: str):
     warnings.warn(f"the run of {key[0]!r} with seed {key[1]} failed{what}", stacklevel=3)
 
 
-def _train(result: Experiment, pending: dict, jobs: int, weights: bool, messages):
-    paths = {key: Path(result.config.output_dir) / run_name(described) for key, (described, *_) in pending.items()}
+def _train(result: Experiment, tasks: dict[Key, tuple], paths: dict[Key, Path], jobs: int, messages):
     if messages:
         messages.begin(paths)
-    # the experiment speaks for its runs, and the token stays in this process
-    config = replace(result.config, use_telegram_notifications=False, telegram_bot_token=None)
-    jobs = min(joblib.effective_n_jobs(jobs), jobs if jobs > 0 else len(pending), len(pending))
+    jobs = min(joblib.effective_n_jobs(jobs), jobs if jobs > 0 else len(tasks), len(tasks))
     backend, _ = joblib.parallel.get_active_backend()
     interruption = Interruption([signal.SIGINT] if jobs > 1 else [])  # workers get it too: wait for their checkpoints
     ended = set()
-    tasks = (
-        joblib.delayed(_train_one)(
-            key, result.models[key[0]], replace(config, seed=key[1]), result.data, *task, weights, os.getpid()
-        )
-        for key, task in pending.items()
-        if not interruption.asked
-    )
     return_as = "generator_unordered" if backend.supports_return_generator else "list"  # Ray's has no generator
     # mmap_mode "c": the workers share the images' memory, and may write to their own copy
     parallel = joblib.Parallel(n_jobs=jobs, return_as=return_as, mmap_mode="c", pre_dispatch=jobs)
-    progress = _progress(paths, result.config.num_epochs, ended) if is_first_process() else nullcontext()
-    with progress, interruption:
+    with _progress(paths, result.config.num_epochs, ended), interruption:
         try:
-            for key, run, error in parallel(tasks):
+            for key, run, error in parallel(task for task in tasks.values() if not interruption.asked):
                 if run:
                     result.runs[key] = run
                 elif error:
@@ -352,15 +330,15 @@ def _train(result: Experiment, pending: dict, jobs: int, weights: bool, messages
                 raise
 
 
-def _train_one(key, build_model, config, data, described, trainer_class, callbacks, weights, parent: int):
+def _train_one(key: Key, build_model, config, data, trainer_class, identity, callbacks, weights: bool, parent: int):
     """A run's key, the run, and its error; neither if it was interrupted in a worker process."""
-    leave_with(parent)
-    more = {"trainer_class": trainer_class, "callbacks": copy.deepcopy(callbacks), "weights": weights}
+    Interruption.parent = parent if os.getppid() == parent else None  # a worker's training ends with its parent
+    more = {"callbacks": copy.deepcopy(callbacks), "weights": weights, "identity": identity}
     try:
         with _one_training:
-            return key, train_or_load(build_model, config, data, **more, identity=described), None
+            return key, train_or_load(build_model, config, data, trainer_class=trainer_class, **more), None
     except Exception as error:
-        return key, None, _described(error)
+        return key, None, _line_and_trace(error)
     except KeyboardInterrupt:
         if os.getpid() == parent:
             raise
@@ -389,35 +367,20 @@ def _progress(paths: Mapping[Key, Path], num_epochs: int, ended: set[Key]):
         while not stop.wait(0.5):
             show()
 
-    def say_where():
-        print(f"\ninterrupted at epoch {bar.n} of {bar.total}; run again to resume", flush=True)
-
-    def terminate(number, frame):
-        signal.signal(number, signal.SIG_DFL)
-        try:
-            say_where()
-        finally:
-            signal.raise_signal(number)
-
     terminal = sys.stderr.isatty()
     look = {"file": sys.stderr, "mininterval": 0.1} if terminal else {"file": sys.stdout, "mininterval": 10}
     bar = tqdm(total=num_epochs * len(paths), desc="training", unit="epoch", miniters=0, dynamic_ncols=True, **look)
     stop, watcher = threading.Event(), threading.Thread(target=watch, daemon=True)
-    in_main = threading.current_thread() is threading.main_thread()
-    if own_signal := in_main and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, terminate)
     watcher.start()
     try:
         yield
     finally:
-        if own_signal:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
         stop.set()
         watcher.join()
         show()
         bar.close()
         if isinstance(sys.exception(), KeyboardInterrupt):
-            say_where()
+            print(f"\ninterrupted at epoch {bar.n} of {bar.total}; run again to resume", flush=True)
 
 
 def initial_model(experiment: Experiment, model: str, seed: int) -> nn.Module:

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 from scipy.stats import gmean
 
-from lablib.statistics import compare, gradient_ratios, labels, points, summarise, with_depth
+from lablib.statistics import compare, gradient_ratios, labels, points, seeds_text, summarise, with_depth
 
 LINES = "one line per seed, dot: best validation accuracy"
 DOTS = "one point per run, mean and 95 % interval (from three seeds on)"
@@ -75,11 +75,9 @@ def loss_terms(histories: pd.DataFrame, dataset: str, alpha: float) -> Figure:
 
 
 def _n(counts: pd.Series) -> str:
-    """Numbers of seeds in the tables' words: "1 seed", "n = 5"; "n = 3 to 5" where they differ."""
+    """Numbers of seeds in the tables' words; "n = 3 to 5" where they differ."""
     low, high = counts.min(), counts.max()
-    if low < high:
-        return f"n = {low} to {high}"
-    return "1 seed" if low == 1 else f"n = {low}"
+    return f"n = {low} to {high}" if low < high else seeds_text(low)
 
 
 def _row_of_axes(count: int) -> tuple[Figure, np.ndarray]:

@@ -111,7 +111,6 @@ def train_or_load(
     same run, this one waits and loads what it finds. `identity` is what `run_identity` gave for the same arguments,
     where that is known. Raises as `run_identity` and the trainer do.
     """
-    trainer_class, callbacks = separate_callbacks(trainer_class, callbacks)
     described = identity or run_identity(build_model, config, data, trainer_class, callbacks)
     path, together = Path(config.output_dir) / run_name(described), num_processes() > 1
     if not together and (run := find_run(path.name, config.output_dir, weights)):
@@ -168,17 +167,8 @@ def _locked(path: Path):
     try:
         return lock.acquire(timeout=0)
     except Timeout:
-        print(f"another process is at the run {path.name}; waiting for it", flush=True)
+        print(f"another process is training {path.name}; waiting for it", flush=True)
         return lock.acquire()
-
-
-def separate_callbacks(trainer_class, callbacks: Sequence) -> tuple[Any, list]:
-    """The trainer without the callbacks that a `partial` of it holds, and all callbacks."""
-    if not isinstance(trainer_class, partial):
-        return trainer_class, list(callbacks)
-    others = dict(trainer_class.keywords)
-    callbacks = [*others.pop("callbacks", ()), *callbacks]
-    return partial(trainer_class.func, *trainer_class.args, **others), callbacks
 
 
 def _train(path: Path, described, build_model, config, data, trainer_class, callbacks) -> None:
@@ -191,17 +181,14 @@ def _train(path: Path, described, build_model, config, data, trainer_class, call
             if state.is_world_process_zero:
                 write_atomically(path / "history.jsonl", _json_lines(history(state.log_history)), sync=False)
 
-    path.mkdir(parents=True, exist_ok=True)
+    arguments = {"config": config, "data": data, "callbacks": [*callbacks, HistoryWriter()]}
+    arguments |= {"checkpoint_dir": str(path / "checkpoints"), "run_name": path.name}
     given = trainer_class.keywords if isinstance(trainer_class, partial) else {}
-    trainer = (trainer_class or StreamlinedTrainer)(
-        build_seeded(build_model, config.seed),
-        config=config,
-        data=data,
-        callbacks=[*callbacks, HistoryWriter()],
-        checkpoint_dir=str(path / "checkpoints"),
-        run_name=path.name,
-        **{name: model.load() for name, model in given.items() if isinstance(model, TrainedModel)},
-    )
+    if twice := sorted(given.keys() & arguments):
+        raise ValueError(f"trainer_class must not set {', '.join(twice)}; pass callbacks as the argument `callbacks`")
+    arguments |= {name: model.load() for name, model in given.items() if isinstance(model, TrainedModel)}
+    path.mkdir(parents=True, exist_ok=True)
+    trainer = (trainer_class or StreamlinedTrainer)(build_seeded(build_model, config.seed), **arguments)
     first = trainer.is_world_process_zero()
     for leftover in path.glob("*.partial") if first else ():  # of a process that was killed
         leftover.unlink()
@@ -228,10 +215,8 @@ def _result(trainer, rows: list[dict], test: dict[str, float]) -> dict[str, Any]
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
         "dataset": trainer.data.name,
         "seed": config.seed,
-        "val_accuracy": best["val_accuracy"],
-        "val_loss": best["val_loss"],
-        "test_accuracy": test["test_accuracy"],
-        "test_loss": test["test_loss"],
+        **{name: best[name] for name in ("val_accuracy", "val_loss")},
+        **{name: test[name] for name in ("test_accuracy", "test_loss")},
         "best_epoch": best["epoch"],
         "epochs": len(rows),
         "seconds": rows[-1]["seconds"],

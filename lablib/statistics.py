@@ -31,14 +31,15 @@ class Summary:
 
     def percent(self) -> str:
         """A fraction as text: '98.35 ± 0.12 % (n = 5)', '98.35 % (1 seed)'."""
-        return f"{_hundredths(self.mean, self.ci95)} % ({_count(self.n)})"
+        return f"{_hundredths(self.mean, self.ci95)} % ({seeds_text(self.n)})"
 
 
 def _hundredths(mean: float, ci95: float = math.nan, sign: str = "") -> str:
     return f"{100 * mean:{sign}.2f}" + ("" if math.isnan(ci95) else f" ± {100 * ci95:.2f}")
 
 
-def _count(n: int) -> str:
+def seeds_text(n: int) -> str:
+    """How many seeds a figure rests on: "1 seed", "n = 5"."""
     return "1 seed" if n == 1 else f"n = {n}"
 
 
@@ -69,40 +70,30 @@ def compare(frame: pd.DataFrame, pairs: Mapping[str, tuple[str, str]], metric: s
     return _tested([(label, one, other, values[one] - values[other]) for label, one, other in known])
 
 
-def compare_effects(first: pd.DataFrame, second: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
-    """Does an effect differ, say between two recipes (`names`)? First's paired differences − second's, by seed.
+def compare_effects(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
+    """Does an effect differ, say between two recipes? First's paired differences − second's, by seed.
 
-    Both are tables of `compare` with the same labels, and so is the result.
+    Both are tables of `compare`; the result is one too, with the labels that both have.
     """
-    rows = []
+    comparisons = []
     for row in first.merge(second, on="label", validate="one_to_one").itertuples():
-        effects = f"{row.first_x} − {row.second_x} ({names[0]})", f"{row.first_y} − {row.second_y} ({names[1]})"
-        rows.append((row.label, *effects, pd.Series(row.by_seed_x) - pd.Series(row.by_seed_y)))
-    return _tested(rows)
+        effects = f"{row.first_x} − {row.second_x}", f"{row.first_y} − {row.second_y} in the other experiment"
+        comparisons.append((row.label, *effects, pd.Series(row.by_seed_x) - pd.Series(row.by_seed_y)))
+    return _tested(comparisons)
+
+
+_COLUMNS = ["label", "first", "second", "n", "mean", "std", "ci95", "p_value", "p_adjusted", "significant", "by_seed"]
 
 
 def _tested(comparisons: list[tuple[str, str, str, pd.Series]]) -> pd.DataFrame:
     """A table of comparisons, from label, first, second and the differences by seed."""
-    columns = [
-        "label",
-        "first",
-        "second",
-        "n",
-        "mean",
-        "std",
-        "ci95",
-        "p_value",
-        "p_adjusted",
-        "significant",
-        "by_seed",
-    ]
     rows = []
     for *names, differences in comparisons:
         if by_seed := differences.dropna().to_dict():
             summary = summarise([*by_seed.values()])
             p = math.nan if math.isnan(summary.ci95) else float(stats.ttest_1samp([*by_seed.values()], 0).pvalue)
-            rows.append(dict(zip(columns, names, strict=False)) | vars(summary) | {"p_value": p, "by_seed": by_seed})
-    table = pd.DataFrame(rows, columns=columns)
+            rows.append(dict(zip(_COLUMNS, names, strict=False)) | vars(summary) | {"p_value": p, "by_seed": by_seed})
+    table = pd.DataFrame(rows, columns=_COLUMNS)
     known = table["p_value"].dropna().astype(float)
     table["p_adjusted"] = pd.Series(stats.false_discovery_control(known), known.index, dtype=float)
     table["significant"] = table["p_adjusted"] < SIGNIFICANT
@@ -119,7 +110,7 @@ def points(row: Mapping) -> str:
     """A comparison as text, in percentage points: '+0.63 ± 0.20 points (n = 5, p = 0.003)'."""
     p, name = row["p_adjusted"], "p" if row["p_adjusted"] == row["p_value"] else "adjusted p"
     tested = "" if math.isnan(p) else f", {name} < 0.001" if p < 0.001 else f", {name} = {p:.2g}"
-    return f"{_hundredths(row['mean'], row['ci95'], '+')} points ({_count(row['n'])}{tested})"
+    return f"{_hundredths(row['mean'], row['ci95'], '+')} points ({seeds_text(row['n'])}{tested})"
 
 
 def verdict(row: Mapping, word: str = "better") -> str:
@@ -145,7 +136,7 @@ def effects_table(comparisons: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     columns = {}
     for name, table in comparisons.items():
         rows = table.itertuples()
-        cells = [f"{_hundredths(r.mean, r.ci95, '+')} ({_count(r.n)}){' *' * r.significant}" for r in rows]
+        cells = [f"{_hundredths(r.mean, r.ci95, '+')} ({seeds_text(r.n)}){' *' * r.significant}" for r in rows]
         columns[name] = pd.Series(cells, labels(table), dtype=object)
     return pd.concat(columns, axis=1).fillna("").rename_axis(columns="points, * significant")
 

@@ -16,7 +16,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from pydantic import SecretStr
 
-from lablib.config import redacted
+from lablib.config import one_line, redacted
 from lablib.metrics import best_row, history
 from lablib.tracking import Harmless, ServiceCallback, harmless
 
@@ -29,7 +29,7 @@ _RUN_LINES = {
 _WHERE = "in the environment or in Colab's secrets"
 
 for _name in ("httpx", "httpcore.connection", "httpcore.http11"):  # they log the URL, and the token is part of it
-    logging.getLogger(_name).addFilter(lambda record: record.getMessage() == redacted(record.getMessage()))
+    logging.getLogger(_name).addFilter(lambda record: "/bot" not in record.getMessage())
 
 
 class TelegramError(RuntimeError):
@@ -181,7 +181,9 @@ class TelegramCallback(_Messenger, ServiceCallback):
     @harmless
     def on_train_failed(self, error: BaseException):
         epochs = f"after {self.trainer.state.epoch or 0:.1f} of {self.config.num_epochs} epochs"
-        self.send(self._title, f"training {_outcome(error)}", [f"run: {self.trainer.run_name}", epochs, _line(error)])
+        self.send(
+            self._title, f"training {_outcome(error)}", [f"run: {self.trainer.run_name}", epochs, one_line(error)]
+        )
 
 
 class ExperimentMessages(_Messenger):
@@ -228,7 +230,7 @@ class ExperimentMessages(_Messenger):
             f"duration: {timedelta(seconds=round(time.monotonic() - self._began))}",
         ]
         if error:
-            lines += [_line(error), "Run it again to continue where it stopped."]
+            lines += [one_line(error), "Run it again to continue where it stopped."]
         for name in result.models:
             if values := result.values(name).values():
                 lines.append(f"{name}: test accuracy {sum(values) / len(values):.2%} (n = {len(values)})")
@@ -252,11 +254,6 @@ def learning_curves(table: pd.DataFrame, title: str) -> bytes:
 
 def _outcome(error: BaseException | None) -> str:
     return "finished" if error is None else "failed" if isinstance(error, Exception) else "interrupted"
-
-
-def _line(error: BaseException) -> str:
-    """An error's type and the first line of its text; further lines may be a traceback."""
-    return ": ".join([type(error).__name__, *redacted(str(error)).splitlines()[:1]])[:500]
 
 
 def _credential(name: str) -> str:

@@ -7,7 +7,6 @@ import platform
 import secrets
 import time
 import warnings
-import weakref
 from importlib.metadata import version
 from pathlib import Path
 
@@ -74,19 +73,15 @@ class ServiceCallback(Harmless, TrainerCallback):
     """A callback that knows its trainer, and that hears of a failed training too; only the first process has it."""
 
     def __init__(self, trainer):
-        self._trainer = weakref.ref(trainer)  # which has this callback
+        self.trainer = trainer
         self.broken = not trainer.is_world_process_zero()
-
-    @property
-    def trainer(self):
-        return self._trainer()
 
     def on_train_failed(self, error: BaseException) -> None:
         """The training ended with an exception, which may be a KeyboardInterrupt."""
 
     def test_result(self) -> dict[str, float]:
         """Loss and accuracy on the test set; empty under `torchrun`, where every process would have to take part."""
-        return self.trainer.final_test() if self.trainer.args.world_size == 1 else {}
+        return self.trainer.test() if self.trainer.args.world_size == 1 else {}
 
 
 class WandbCallback(ServiceCallback):
@@ -106,8 +101,8 @@ class WandbCallback(ServiceCallback):
         self._steps = -(-len(train_dataloader) // args.gradient_accumulation_steps)  # an epoch
         self._histograms = {}
         self._wandb, mode = _wandb_and_mode()
-        settings = [os.environ.get(name) for name in ("WANDB_API_KEY", "WANDB_BASE_URL")]
-        attempt = hash((self._wandb, mode, self.trainer.config.wandb_project, *settings))
+        login = os.environ.get("WANDB_API_KEY"), os.environ.get("WANDB_BASE_URL")
+        attempt = hash((self._wandb, mode, self.trainer.config.wandb_project, login))
         if attempt in _unavailable:
             self.broken = True
             return
@@ -153,14 +148,12 @@ class WandbCallback(ServiceCallback):
 
     @harmless
     def _watch(self):
-        for name, parameter in self.trainer.model.named_parameters():
-            self._histograms[f"parameters/{name}"] = self._histogram(parameter)
-            if parameter.grad is not None:
-                self._histograms[f"gradients/{name}"] = self._histogram(parameter.grad)
-
-    def _histogram(self, tensor: torch.Tensor):
-        values = tensor.detach().float().cpu().numpy().ravel()
-        return self._wandb.Histogram(values[np.isfinite(values)])
+        parameters = dict(self.trainer.model.named_parameters())
+        tensors = {f"parameters/{name}": parameter for name, parameter in parameters.items()}
+        tensors |= {f"gradients/{name}": p.grad for name, p in parameters.items() if p.grad is not None}
+        for name, tensor in tensors.items():
+            values = tensor.detach().float().cpu().numpy().ravel()
+            self._histograms[name] = self._wandb.Histogram(values[np.isfinite(values)])
 
     @harmless
     def on_evaluate(self, args, state, control, **kwargs):

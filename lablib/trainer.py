@@ -54,11 +54,8 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
     `checkpoint_dir`, or to a temporary folder that is deleted with the trainer. `run_name` is the name in Weights &
     Biases and Telegram.
 
-    Under `torchrun` accelerate splits each batch among the processes. Without augmentation and dropout, of which each
-    process draws its own, weights and metrics are those of one process to a relative 1e-5 if `batch_size` divides the
-    number of training images. If not, the epoch's last batch is filled up with images of its first. On GPUs batch norm
-    is over the whole batch; on CPUs each process normalises its share, and the first one's statistics are kept.
-    An evaluation counts each image once.
+    Under `torchrun` accelerate splits each batch among the processes, each of which draws its own augmentation and
+    dropout; docs/scaling.md says how the result compares with that of one process.
 
     Raises ValueError for a device that does not exist, and for what would silently change results. `train` raises
     SanityCheckError before its first step (see `sanity_check`), and NonFiniteLossError, naming epoch and step, for a
@@ -86,10 +83,8 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
             weakref.finalize(self, shutil.rmtree, checkpoint_dir, ignore_errors=True)
         args = config.to_training_arguments(checkpoint_dir, bf16=resolve_bf16(config, model))
         args._n_gpu = min(args.n_gpu, 1)  # or Trainer multiplies the batch by the GPUs it sees
-        args.accelerator_config.split_batches = True  # so that batch sizes count the images of all processes
         at_once = max(config.batch_size, min(1000, 2**22 // data.train_images[0].numel()))  # of 4 million values
         args.per_device_eval_batch_size = at_once // args.world_size * args.world_size
-        args.per_device_train_batch_size = config.batch_size
         on_gpu = args.device.type == "cuda"
         fits = not on_gpu or data.train_images.nbytes < torch.cuda.mem_get_info(args.device)[0] / 2
         images, labels = (t.to(args.device if fits else "cpu") for t in (data.train_images, data.train_labels))
@@ -124,7 +119,6 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
         self._scale, self._offset = 1 / (255 * std), -mean / std
         self._since_last_log = BatchMeter(args.world_size)
         self._clock = time.perf_counter()
-        self._final_test: dict[str, float] | None = None  # of the training that ended last
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """Train until the last epoch or the early stop, then load the best weights; see `ResumableTrainer.train`."""
@@ -137,7 +131,6 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
         if self.args.world_size > 1 and self.args.device.type == "cuda":
             nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         transformers.set_seed((self.args.seed + self.args.process_index * 2_654_435_761) % 2**32)  # not a seed nearby
-        self._final_test = None
         self._since_last_log = BatchMeter(self.args.world_size)
         self._clock = time.perf_counter()
 
@@ -151,20 +144,14 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
         """The measurements and seconds since the last epoch ended."""
         return {"measured": self._since_last_log.state(), "seconds": time.perf_counter() - self._clock}
 
-    def restore_progress(self, progress: list[dict[str, Any]]) -> None:
-        """Continue the measurements of the checkpoint, which each process has saved for all."""
-        self._since_last_log.restore(progress[0]["measured"])
-        self._clock = time.perf_counter() - progress[0]["seconds"]
+    def restore_progress(self, progress: dict[str, Any]) -> None:
+        """Continue the measurements of the checkpoint."""
+        self._since_last_log.restore(progress["measured"])
+        self._clock = time.perf_counter() - progress["seconds"]
 
     def test(self) -> dict[str, float]:
         """Loss and accuracy on the test set with the current weights: after `train()`, those of the best epoch."""
         return self.predict_test().metrics
-
-    def final_test(self) -> dict[str, float]:
-        """The test result of the last training, computed once for all who ask: the run, W&B, Telegram."""
-        if self._final_test is None:
-            self._final_test = self.test()
-        return dict(self._final_test)
 
     def predict_test(self) -> PredictionOutput:
         """Logits (images × classes), labels and metrics of the test set."""
@@ -174,8 +161,9 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
         """As upstream; a single process draws its batches as tensors of indices."""
         if self.args.world_size > 1 or self.args.dataloader_num_workers:
             return super().get_train_dataloader()
-        batches = ShuffledBatches(len(self.train_dataset), self._train_batch_size, self.args.data_seed)
-        return self.accelerator.prepare(DataLoader(self.train_dataset, batch_sampler=batches, collate_fn=_as_it_is))
+        data, seed = self.train_dataset, self.args.data_seed
+        batches = ShuffledBatches(len(data), self._train_batch_size, seed, data.indices.device)
+        return self.accelerator.prepare(DataLoader(data, batch_sampler=batches, collate_fn=_as_it_is))
 
     def prepare_images(self, images: torch.Tensor, training: bool) -> torch.Tensor:
         """uint8 images -> the model's input: augmented if training, normalised by the training set's statistics."""
@@ -210,7 +198,7 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
         return None, outputs, inputs["labels"]
 
     def evaluation_loop(self, *args, **kwargs):
-        """As upstream; all processes take the first one's buffers, such as a CPU's batch norm statistics."""
+        """As upstream; all processes take the first one's buffers, such as the batch norm statistics of a CPU."""
         broadcast([*self.model.buffers()])
         return super().evaluation_loop(*args, **kwargs)
 

@@ -47,7 +47,7 @@ def save_threads():  # Linux's; what is registered first is called last
 if Path("/proc/self/task").exists():
     atexit.register(save_threads)
 from lablib import runs as store
-from lablib import StreamlinedTrainer, TrainingConfig, experiment
+from lablib import StreamlinedTrainer, TrainingConfig, train_or_load
 from test_distributed import MODELS, tiny
 
 torch.set_num_threads(1)
@@ -68,7 +68,7 @@ plain = {"rotation_degrees": 0, "translation_fraction": 0, "num_epochs": 2, "bat
 runs = {}
 for name, images in (("mlp", 32), ("cnn", 33)):
     config = TrainingConfig(max_train_images=images, device="cpu", precision="fp32", output_dir=sys.argv[1], **plain)
-    runs[name] = experiment({name: MODELS[name]}, config, tiny(), seeds=(0,)).runs[name, 0]
+    runs[name] = train_or_load(MODELS[name], config, tiny())
 process = {"seen": seen, "written": sorted(set(written)), "random": torch.initial_seed()}
 processes = [process]
 if torch.distributed.is_initialized():
@@ -161,5 +161,5 @@ def test_what_several_processes_cannot_do_is_refused(monkeypatch, tmp_path, tiny
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(ValueError, match=r"batch_size = 256, but .* a multiple of the number of processes, which is 3"):
         TrainingConfig().to_training_arguments(str(tmp_path))
-    with pytest.raises(ValueError, match=r"jobs = 2, but 3 processes train each run together: write jobs=1"):
-        experiment({"mlp": MLP}, TrainingConfig(), tiny_data, seeds=(0,), jobs=2)
+    with pytest.raises(ValueError, match=r"under torchrun, use train_or_load"):
+        experiment({"mlp": MLP}, TrainingConfig(), tiny_data, seeds=(0,))

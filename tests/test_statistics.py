@@ -96,18 +96,18 @@ def test_pairs_whose_models_or_common_seeds_are_missing_are_left_out():
     empty = compare(frame, {"a": ("A", "nowhere")})
     assert list(empty.columns) == list(table.columns)
     assert statistics.verdicts(empty) == ""
-    assert compare_effects(empty, table, "ab").empty
+    assert compare_effects(empty, table).empty
 
 
 def test_effects_are_compared_by_seed_where_both_tables_have_the_label():
     first = compare(frame_of({"A": VALUES, "B": OTHERS}), {"2": ("A", "B"), "4": ("B", "A")})
     second = compare(frame_of({"A": OTHERS[:4], "C": VALUES[:4][::-1]}), {"2": ("A", "C")})
-    table = compare_effects(first, second, ("now", "then"))
+    table = compare_effects(first, second)
     row = only(table)
     expected = (np.subtract(VALUES, OTHERS)[:4]) - np.subtract(OTHERS[:4], VALUES[:4][::-1])
     assert list(row["by_seed"].values()) == pytest.approx(list(expected))
     assert row["p_value"] == pytest.approx(stats.ttest_1samp(expected, 0).pvalue)
-    assert (row["label"], row["first"], row["second"]) == ("2", "A − B (now)", "A − C (then)")
+    assert (row["label"], row["first"], row["second"]) == ("2", "A − B", "A − C in the other experiment")
     readable = statistics.effects_table({"first": first, "change": table})
     assert list(readable.index) == ["2", "4"]
     assert readable.loc["4", "change"] == ""

@@ -140,19 +140,6 @@ def test_the_first_best_epoch_is_restored_and_tested_and_the_test_set_not_looked
     assert result["test_accuracy"] == pytest.approx(expected_accuracy)
 
 
-def test_a_training_is_tested_once_however_many_ask_and_a_test_is_of_the_present_weights(build, unchecked):
-    model = small_mlp(model_class=InputsKept)
-    trainer = build(config(num_epochs=1), model)
-    trainer.train()
-    first = trainer.final_test()
-    trainer.model.classifier.weight.data.mul_(2)
-    assert trainer.final_test() == first
-    assert len(model.shown[False]) == 2  # validated and tested
-    assert trainer.test()["test_loss"] != first["test_loss"]
-    trainer.train()
-    assert trainer.final_test()["test_loss"] != first["test_loss"]
-
-
 # What the model sees
 
 
