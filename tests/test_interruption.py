@@ -110,7 +110,7 @@ def test_torchrun_ends_when_a_process_fails_and_resumes_exactly(tmp_path):
     stores[0].mkdir()
     (stores[0] / "fail").touch()
     assert start(stores[:1], *TOGETHER).wait(timeout=300) != 0
-    assert time.monotonic() - began < 200  # one that left the group in order would wait for the other half an hour
+    assert time.monotonic() - began < 200  # the group itself would wait for half an hour
     assert [*stores[0].glob("*/checkpoints/checkpoint-9")], stores[0].with_suffix(".log").read_text()
     (stores[0] / "fail").unlink()
     assert start(stores, *TOGETHER).wait(timeout=300) == 0, stores[0].with_suffix(".log").read_text()
