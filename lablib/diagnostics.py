@@ -3,8 +3,8 @@
 import contextlib
 import copy
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
-from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -110,16 +110,18 @@ def latency(models: Mapping[str, nn.Module], image_shape: Sequence[int], rounds:
     """Milliseconds by model for one image of (channels, height, width): the median of `rounds` forward passes.
 
     In eval mode on one thread, by `torch.utils.benchmark`, which runs each pass twice before it times one. The models
-    take turns, so that a busy machine slows all of them alike.
+    take turns, so that a busy machine slows all of them alike; after ten seconds no further round begins.
     """
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # on import it warns of a missing GPU
     from torch.utils.benchmark import Timer  # as slow to import
 
-    rows = []
-    for _, (name, model) in product(range(rounds), models.items()):
-        image = torch.zeros(1, *image_shape, device=next(model.parameters()).device)
-        with eval_mode(model):
-            timer = Timer("model(image)", globals={"model": model, "image": image}, num_threads=1)
-            rows.append((name, 1e3 * timer.timeit(1).mean))
-    table = pd.DataFrame(rows, columns=["model", "milliseconds"])
-    return table.groupby("model", sort=False)["milliseconds"].median()
+    times, begun = {name: [] for name in models}, time.monotonic()
+    for _ in range(rounds):
+        for name, model in models.items():
+            image = torch.zeros(1, *image_shape, device=next(model.parameters()).device)
+            with eval_mode(model):
+                timer = Timer("model(image)", globals={"model": model, "image": image}, num_threads=1)
+                times[name].append(1e3 * timer.timeit(1).mean)
+        if time.monotonic() - begun > 10:
+            break
+    return pd.DataFrame(times).median()
