@@ -17,6 +17,7 @@ from functools import cache, partial
 from itertools import product
 from pathlib import Path
 
+import pandas as pd
 import torch
 from torch import nn
 
@@ -123,11 +124,8 @@ class Lab:
         return _load(name, **({"image_size": 32, "channels": 3} if name == self.cifar else {}))
 
     def cnns(self, width: int) -> dict[str, Callable[[], nn.Module]]:
-        families = {
-            "SimpleCNN": SimpleCNN,
-            "NoShortcut": partial(ResidualCNN, shortcut=False),
-            "ResidualCNN": ResidualCNN,
-        }
+        plain = partial(ResidualCNN, shortcut=False)
+        families = {"SimpleCNN": SimpleCNN, "NoShortcut": plain, "ResidualCNN": ResidualCNN}
         shape = _shape(self.data(self.cifar))
         return {f"{f}-{d}": partial(families[f], d, width, **shape) for f, d in product(families, self.depths)}
 
@@ -168,19 +166,16 @@ class Lab:
         return {name: partial(teacher, temperature=T, alpha=a) for name, (T, a) in block.distillation.items()}
 
     def missing(self, block: Block) -> list[tuple[str, int]]:
-        names = self.names(block)
-        return [
-            key for key, name in names.items() if name is None or not (self.published / name / "result.json").exists()
-        ]
+        there = {path.parent.name for path in self.published.glob("*/result.json")}
+        return [key for key, name in self.names(block).items() if name not in there]
 
     def best_of_grid(self, block: Block) -> tuple[float, float] | None:
         """Temperature and alpha with the best mean validation accuracy; None before the grid is finished."""
         if self.missing(block):
             return None
-        accuracy: dict[str, float] = {}
-        for (name, _), run in self.names(block).items():
-            accuracy[name] = accuracy.get(name, 0) + runs.load_run(self.published / run).result["val_accuracy"]
-        return block.distillation[max(accuracy, key=accuracy.get)]
+        found = {key: runs.load_run(self.published / name) for key, name in self.names(block).items()}
+        accuracy = pd.Series({key: run.result["val_accuracy"] for key, run in found.items()})
+        return block.distillation[accuracy.groupby(level=0, sort=False).mean().idxmax()]
 
     def train(self, block: Block, networks: set[str], jobs: int) -> None:
         """Train and publish what a block misses, as many seeds at a time as there are jobs."""
@@ -188,9 +183,7 @@ class Lab:
             seeds = block.seeds[start : start + jobs]
             wanted = {name for name, seed in self.missing(block) if seed in seeds} & networks
             if wanted:
-                self._train(
-                    block, {name: block.networks[name] for name in block.networks if name in wanted}, seeds, jobs
-                )
+                self._train(block, {n: build for n, build in block.networks.items() if n in wanted}, seeds, jobs)
 
     def _train(self, block: Block, networks: dict, seeds: tuple[int, ...], jobs: int) -> None:
         config, trainers = replace(block.config, output_dir=self.output_dir), {}
