@@ -284,10 +284,11 @@ between and within the writes of a checkpoint; between and within the writes of 
 
 ## Each write fails, each file is damaged
 
-ENOSPC (no space left) and EIO (disk error) are raised by each operation in turn: opening, writing, syncing and renaming
-a file of the first, a middle and the last checkpoint, and of the result. *Torn* leaves half of the bytes and kills the process. Files are damaged in the newest checkpoint of an
-interrupted run, or in a finished run. *Detected* means that the run stopped with an error that names the path, or that
-a warning named the damaged file (a missing result leaves nothing to name).
+ENOSPC (no space left) and EIO (disk error) are raised by each operation in turn: opening, writing, syncing and
+renaming a file of the first, a middle and the last checkpoint, and of the result. *Torn* leaves half of the bytes and
+kills the process. Files are damaged in the newest checkpoint of an interrupted run, or in a finished run. *Detected*
+means that the run stopped with an error that names the path, or that a warning named the damaged file (a missing
+result leaves nothing to name).
 
 | fault | injected | detected | same outcome |
 |---|---|---|---|
