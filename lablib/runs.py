@@ -107,9 +107,9 @@ def train_or_load(
 
     `build_model` builds the network anew at each call. `trainer_class` is another trainer than StreamlinedTrainer: its
     class, or a `functools.partial` with what else it needs, such as a teacher. With `weights` a published run, which
-    has none, does not count. A damaged run is reported by a warning and trained again. Where another process trains the
-    same run, this one waits and loads what it finds. `identity` is what `run_identity` gave for the same arguments,
-    where that is known. Raises as `run_identity` and the trainer do.
+    has none, does not count. A damaged run is reported by a warning, set aside as `NAME.damaged`, and trained again.
+    Where another process trains the same run, this one waits and loads what it finds. `identity` is what `run_identity`
+    gave for the same arguments, where that is known. Raises as `run_identity` and the trainer do.
     """
     described = identity or run_identity(build_model, config, data, trainer_class, callbacks)
     path, together = Path(config.output_dir) / run_name(described), num_processes() > 1
@@ -119,6 +119,9 @@ def train_or_load(
     first = not together or config.to_training_arguments(str(path)).process_index == 0
     with _locked(path) if first else nullcontext():
         found = [first and find_run(path.name, config.output_dir, weights)]  # another process may have been faster
+        if first and not found[0] and (path / "result.json").exists():  # it is damaged
+            shutil.rmtree(aside := f"{path}.damaged", ignore_errors=True)
+            path.rename(aside)
         if together:
             torch.distributed.broadcast_object_list(found)
         if not found[0]:
@@ -139,7 +142,7 @@ def find_run(name: str, output_dir: str | Path, weights: bool = False) -> Run | 
                 shutil.rmtree(run.path / "checkpoints", ignore_errors=True)  # the process was ended before it could
                 return run
         except DamagedRunError as error:
-            warnings.warn(f"{error}. Another copy is loaded, or the run is trained again.", stacklevel=3)
+            warnings.warn(f"{error}. Another copy is loaded, or the run is set aside and trained again.", stacklevel=3)
     return None
 
 
@@ -293,7 +296,7 @@ def runs_table(output_dir: str | Path) -> pd.DataFrame:
     The state is "finished", "published" (finished, without weights), "unfinished" (a process trains it, or it resumes
     when it is asked for again) or "damaged" (`notes` says why).
     """
-    paths = sorted(Path(output_dir).glob(f"*-{'[0-9a-f]' * 12}/"))
+    paths = sorted(Path(output_dir).glob(f"*-{'[0-9a-f]' * 12}*/"))
     return pd.DataFrame([_row(path) for path in paths], columns=_COLUMNS)
 
 

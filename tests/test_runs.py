@@ -185,7 +185,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize(("name", "damage"), DAMAGES.values(), ids=DAMAGES)
-def test_a_damaged_run_is_reported_and_trained_again(name, damage, config, tiny_data, finished):
+def test_a_damaged_run_is_reported_set_aside_and_trained_again(name, damage, config, tiny_data, finished):
     path = Path(shutil.copytree(finished.path, Path(config.output_dir, finished.path.name)))
     content = (path / name).read_bytes()
     (path / name).unlink()
@@ -195,6 +195,9 @@ def test_a_damaged_run_is_reported_and_trained_again(name, damage, config, tiny_
         after = train_or_load(tiny_mlp, config, tiny_data)
     assert (after.path, timeless(after)) == (path, timeless(finished))
     assert load_run(after.path) == after
+    states = dict(runs_table(config.output_dir)[["run", "state"]].to_numpy())
+    assert states.pop(path.name) == "finished"
+    assert states == ({} if name == "result.json" and not damage else {f"{path.name}.damaged": "damaged"})
 
 
 def test_a_published_run_is_found_without_its_weights_unless_these_are_needed(config, tiny_data, finished, published):
@@ -220,7 +223,7 @@ def test_a_run_that_is_published_by_half_or_damaged_does_not_count_and_is_publis
             publish(finished)
     assert load_run(published / finished.path.name) is None
     os.truncate(publish(finished) / "measured.npz", 99)
-    with pytest.warns(UserWarning, match=r"measured.npz is damaged.* the run is trained again"):
+    with pytest.warns(UserWarning, match=r"measured.npz is damaged.* the run is set aside and trained again"):
         run = train_or_load(tiny_mlp, config, tiny_data)
     assert run.has_weights
     assert load_run(publish(run)).result == run.result

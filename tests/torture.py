@@ -182,7 +182,7 @@ class Case:
 
 def outcome(store: Path) -> dict[str, bytes]:
     """All that a run found out, byte by byte, without what a clock adds."""
-    (path,) = [path for path in store.glob("*/") if (path / "result.json").exists() and ".damaged-" not in path.name]
+    (path,) = [path for path in store.glob("*/") if (path / "result.json").exists() and path.suffix != ".damaged"]
     run = load_run(path)
     timeless = [{k: v for k, v in row.items() if k != "seconds"} for row in (*run.history, run.result)]
     return {
@@ -249,7 +249,7 @@ def damaged_files(case: Case, limit: int | None) -> list[dict]:
             damage_file(store / file, damage)
             said = case.finish(store)
             # a flipped bit in result.json may be one of another file's sum, which is then named
-            damaged = file.parent.name if moment else "the run is trained again"
+            damaged = file.parent.name if moment else "the run is set aside and trained again"
             noticed = any(damaged in text for text in said["warnings"])
             noticed |= not moment and file.name == "result.json" and damage == "missing"  # then it is not finished
             row = {"fault": f"{damage}, {at}", "noticed": noticed, "moment": str(file)}
