@@ -223,7 +223,7 @@ def broken_writes(case: Case, limit: int | None) -> list[dict]:
         if moment[0] == "result" or (moment[0] == "checkpoint" and moment[1] in steps):
             faults = ("torn",) if moment[3].startswith("half of") else ("ENOSPC", "EIO")
             plans += [(moment, fault) for fault in faults]
-    for moment, fault in random.Random(0).sample(plans, limit or len(plans)):
+    for moment, fault in random.Random(0).sample(plans, min(limit or len(plans), len(plans))):
         store = case.new_store()
         status, said = case.attempt(store, moment, fault)
         noticed = status == -signal.SIGKILL if fault == "torn" else status == 3 and str(store) in said["error"]
@@ -243,7 +243,7 @@ def damaged_files(case: Case, limit: int | None) -> list[dict]:
         folder = checkpoints_in(folder / "checkpoints")[0] if moment else folder
         files = sorted(path.relative_to(template) for path in folder.iterdir() if path.is_file())
         plans = [(file, damage) for file in files for damage in ("half", "flipped bit", "missing")]
-        for file, damage in random.Random(0).sample(plans, limit or len(plans)):
+        for file, damage in random.Random(0).sample(plans, min(limit or len(plans), len(plans))):
             store = case.new_store()
             shutil.copytree(template, store, dirs_exist_ok=True)
             damage_file(store / file, damage)
