@@ -132,7 +132,7 @@ class TrainingConfig:
     seed: _Seed = 0  # split, initial weights, order of the images, augmentation, dropout
     deterministic: bool = False  # the same bits each time on a GPU too, which takes longer; a CPU gives them anyway
     output_dir: _Folder = "runs"  # the run store
-    checkpoint_seconds: Positive = 300.0  # between two checkpoints within an epoch; between epochs 60 are enough
+    checkpoint_seconds: Positive = 300.0  # between checkpoints within an epoch; at the end of an epoch, 60 are enough
     use_wandb: bool = False
     wandb_project: _Text = "residual-and-distillation-lab"
     wandb_group: _Text | None = None  # None: the data set's name
