@@ -1,5 +1,6 @@
 """What would fail in a training fails before it, in words about what the user wrote, and the check leaves no trace."""
 
+import copy
 import random
 from functools import partial
 
@@ -117,6 +118,22 @@ def test_a_last_batch_that_fails_is_refused_with_a_batch_size_that_trains(batch_
 
 
 # No trace
+
+
+class Keeping(Linear):
+    """Keeps what it made of its images, with its history: PyTorch does not copy such a model."""
+
+    def forward(self, images):
+        self.kept = super().forward(images)
+        return self.kept
+
+
+def test_a_model_that_cannot_be_copied_is_checked_and_trained(tiny_data):
+    model = Keeping()
+    model(torch.zeros(2, 1, 6, 6))
+    with pytest.raises(RuntimeError, match="deepcopy"):
+        copy.deepcopy(model)
+    assert train(model, tiny_data).state.global_step == 6
 
 
 class Drawing(nn.Module):
