@@ -1,10 +1,7 @@
-"""A model -> gradients by layer, angles between features, calibration, cost."""
+"""A model -> gradients by layer, calibration, cost."""
 
 import contextlib
-import copy
-import logging
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
@@ -37,25 +34,6 @@ def gradient_norms(
     norms = [0.0 if gradient is None else gradient.cpu().double().norm().item() for gradient in gradients]
     table = pd.DataFrame({"layer": range(1, len(layers) + 1), "name": list(layers), "norm": norms})
     return table.assign(rms=table["norm"] / [weight.numel() ** 0.5 for weight in layers.values()])
-
-
-@torch.no_grad()
-def mean_angle(model: nn.Module, images: torch.Tensor) -> float:
-    """How well a model's last hidden layer separates images: the mean angle between two of them, in degrees.
-
-    `images` are the model's input, batch × channels × height × width, two or more. The features are the input of the
-    last linear layer, computed in float64 without dropout; the model is not changed. Raises ValueError for fewer than
-    two images or a model without a linear layer.
-    """
-    network, features = copy.deepcopy(model).cpu().double().eval(), []
-    linear = [module for module in network.modules() if isinstance(module, nn.Linear)]
-    if not linear or len(images) < 2:
-        raise ValueError(f"an angle needs a linear layer and two images; there are {len(linear)} and {len(images)}")
-    linear[-1].register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
-    network(images.cpu().double())
-    directions = F.normalize(features[0].flatten(1), dim=1)  # (batch, features)
-    # the angle by its half's sine, half a chord: an arc cosine loses small angles to rounding
-    return torch.rad2deg(2 * torch.asin((F.pdist(directions) / 2).clamp(max=1))).mean().item()
 
 
 @contextlib.contextmanager
@@ -103,25 +81,3 @@ def multiply_adds(model: nn.Module, image_shape: Sequence[int]) -> int:
     with eval_mode(model), FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, *image_shape, device=device))
     return counter.get_total_flops() // 2  # it counts two operations
-
-
-@torch.no_grad()
-def latency(models: Mapping[str, nn.Module], image_shape: Sequence[int], rounds: int = 15) -> pd.Series:
-    """Milliseconds by model for one image of (channels, height, width): the median of `rounds` forward passes.
-
-    In eval mode on one thread, by `torch.utils.benchmark`, which runs each pass twice before it times one. The models
-    take turns, so that a busy machine slows all of them alike; after ten seconds no further round begins.
-    """
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # on import it warns of a missing GPU
-    from torch.utils.benchmark import Timer  # as slow to import
-
-    times, begun = {name: [] for name in models}, time.monotonic()
-    for _ in range(rounds):
-        for name, model in models.items():
-            image = torch.zeros(1, *image_shape, device=next(model.parameters()).device)
-            with eval_mode(model):
-                timer = Timer("model(image)", globals={"model": model, "image": image}, num_threads=1)
-                times[name].append(1e3 * timer.timeit(1).mean)
-        if time.monotonic() - begun > 10:
-            break
-    return pd.DataFrame(times).median()

@@ -26,13 +26,14 @@ from lablib import figures
 from lablib.checkpoints import Interruption
 from lablib.config import TrainingConfig, num_processes, one_line, redacted
 from lablib.data import ImageData
-from lablib.identity import build_seeded, run_identity, run_name
+from lablib.identity import run_identity, run_name
 from lablib.runs import Run, TrainedModel, find_run, train_or_load
 from lablib.statistics import compare, compare_effects, readable_table, results_table, save_table, verdicts
 
 Key = tuple[str, int]  # a run's model and seed
 TrainerClass = type | partial | None  # a StreamlinedTrainer; None is that itself
 
+UNBALANCED = 5  # from this ratio of the largest to the smallest class on, accuracy alone misleads
 _one_training = threading.Lock()  # of a process: PyTorch's random numbers are the process's, not a thread's
 
 
@@ -71,14 +72,25 @@ class Experiment:
         return {seed: run.result[key] for (name, seed), run in sorted(self.runs.items()) if name == model}
 
     def frame(self) -> pd.DataFrame:
-        """One row per run, failed ones included: model, seed, dataset, parameters, accuracies, epochs and so on."""
+        """One row per run, failed ones included: model, seed, dataset, parameters, accuracies, epochs and so on.
+
+        Where class sizes differ more than `UNBALANCED`-fold, with `balanced_accuracy`: the mean of the test accuracies
+        of the classes.
+        """
         columns = ["model", "seed", "parameters", "val_accuracy", "test_accuracy", "best_epoch", "epochs", "seconds"]
         columns += ["precision", *(["error"] if self.failures else [])]
         found = {key: {"error": error} for key, error in self.failures.items()}
         found |= {key: run.result for key, run in self.runs.items()}
         keys = [key for key in product(self.models, self.seeds) if key in found]
         rows = [{**found[model, seed], "model": model, "seed": seed} for model, seed in keys]
-        return pd.DataFrame(rows, columns=columns).assign(dataset=self.data.name)
+        table = pd.DataFrame(rows, columns=columns).assign(dataset=self.data.name)
+        if _imbalance(self.data) <= UNBALANCED or not self.runs:
+            return table
+        answers = self.predictions()
+        answers["label"] = self.data.test_labels.numpy()[answers["image"]]
+        by_class = answers.groupby(["model", "seed", "label"])["correct"].mean()
+        balanced = by_class.groupby(["model", "seed"]).mean().rename("balanced_accuracy")
+        return table.join(balanced, ["model", "seed"])
 
     def histories(self) -> pd.DataFrame:
         """Every run's metrics by epoch: model, seed, epoch, train_loss, val_loss, ..."""
@@ -271,6 +283,9 @@ def experiment(
                     paths[key] = Path(config.output_dir, run_name(identity))
             except Exception as error:
                 _note_failure(result, key, *_line_and_trace(error))
+        if _imbalance(data) > UNBALANCED:
+            times = f"The largest class of {data.name} has {_imbalance(data):.0f} times the images of the smallest"
+            print(f"{times}; see the balanced accuracy, the mean over the classes, too.")
         places = {str(run.path.parent).removeprefix(f"{Path.cwd()}{os.sep}") for run in result.runs.values()}
         where = f" from {' and '.join(sorted(places))}" if places else ""
         print(f"{len(result.runs)} of {len(keys)} runs loaded{where}, {len(tasks)} to train", flush=True)
@@ -280,6 +295,12 @@ def experiment(
     if result.failures and not result.runs:
         raise RuntimeError(f"all {len(keys)} runs failed: {'; '.join(dict.fromkeys(result.failures.values()))}")
     return result
+
+
+def _imbalance(data: ImageData) -> float:
+    """The number of training images of the largest class over that of the smallest."""
+    counts = data.train_labels.bincount()
+    return (counts.max() / counts.min()).item()
 
 
 def _seeds(seeds: int | Iterable[int]) -> tuple[int, ...]:
@@ -352,15 +373,18 @@ def _progress(paths: Mapping[Key, Path], num_epochs: int, ended: set[Key]):
     It watches the history files of the store, so it works for runs in other processes and on other machines too.
     """
 
-    def show():
+    def rows() -> dict[Key, list[str]]:
         files = {key: path / "history.jsonl" for key, path in paths.items() if key not in ended}
-        rows = {key: file.read_text().splitlines() for key, file in files.items() if file.exists()}
-        model, seed = max(rows, key=lambda key: len(rows[key]), default=(None, None))
-        if latest := rows.get((model, seed)):
+        return {key: file.read_text().splitlines() for key, file in files.items() if file.exists()}
+
+    def show():
+        current = rows()
+        model, seed = max(current, key=lambda key: len(current[key]), default=(None, None))
+        if latest := current.get((model, seed)):
             last = json.loads(latest[-1])
             loss, accuracy = f"loss {last['train_loss']:.3f}", f"validation {100 * last['val_accuracy']:.1f} %"
             bar.set_postfix_str(f"{model}, seed {seed}: {loss}, {accuracy}", refresh=False)
-        epochs = num_epochs * len(ended) + sum(map(len, rows.values()))  # all of them for a run that stopped early
+        epochs = num_epochs * len(ended) + sum(map(len, current.values()))  # all of them for a run that stopped early
         bar.update(max(0, epochs - bar.n))
 
     def watch():
@@ -369,7 +393,9 @@ def _progress(paths: Mapping[Key, Path], num_epochs: int, ended: set[Key]):
 
     terminal = sys.stderr.isatty()
     look = {"file": sys.stderr, "mininterval": 0.1} if terminal else {"file": sys.stdout, "mininterval": 10}
-    bar = tqdm(total=num_epochs * len(paths), desc="training", unit="epoch", miniters=0, dynamic_ncols=True, **look)
+    look |= {"desc": "training", "unit": "epoch", "miniters": 0, "dynamic_ncols": True}
+    look |= {"smoothing": 0}  # the mean speed: a recent one leaves out the looks at which no epoch had ended
+    bar = tqdm(total=num_epochs * len(paths), initial=sum(map(len, rows().values())), **look)
     stop, watcher = threading.Event(), threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
@@ -381,8 +407,3 @@ def _progress(paths: Mapping[Key, Path], num_epochs: int, ended: set[Key]):
         bar.close()
         if isinstance(sys.exception(), KeyboardInterrupt):
             print(f"\ninterrupted at epoch {bar.n} of {bar.total}; run again to resume", flush=True)
-
-
-def initial_model(experiment: Experiment, model: str, seed: int) -> nn.Module:
-    """A model as its run began: with the initial weights of the seed, in eval mode."""
-    return build_seeded(experiment.models[model], seed).eval()

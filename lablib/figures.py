@@ -17,7 +17,7 @@ from scipy.stats import gmean
 from lablib.statistics import compare, gradient_ratios, labels, points, seeds_text, summarise, with_depth
 
 LINES = "one line per seed, dot: best validation accuracy"
-DOTS = "one point per run, mean and 95 % interval (from three seeds on)"
+DOTS = "one point per run, mean and 95 % interval (three or more seeds)"
 BELOW = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.17)}  # a legend that covers no data
 MIN_IMAGES = 30  # in a bin of a reliability diagram: the accuracy of fewer says little
 
@@ -335,20 +335,24 @@ def confusion_matrix(matrix: np.ndarray, class_names: Sequence[str], title: str)
     return figure
 
 
-def softened_answers(
-    images: torch.Tensor, labels: Sequence[str], answers: Mapping[float, torch.Tensor], names: Sequence[str], title: str
+def softened_predictions(
+    images: torch.Tensor,
+    labels: Sequence[str],
+    softened: Mapping[float, torch.Tensor],
+    names: Sequence[str],
+    title: str,
 ) -> Figure:
     """A teacher's probabilities of the ten likeliest classes of each image, a bar for each temperature.
 
-    `labels` are the true classes, `names` all classes; `answers` are probabilities (images × classes) by temperature.
+    `labels` are the true classes, `names` all classes; `softened` has probabilities (images × classes) by temperature.
     """
     options = {"squeeze": False, "width_ratios": [1, 5], "layout": "constrained"}
     figure, axes = plt.subplots(len(images), 2, figsize=(9, 0.6 + 1.6 * len(images)), **options)
     for index, (picture, bars) in enumerate(axes):
         _show(picture, images[index], labels[index])
-        table = pd.DataFrame({f"T = {T:g}": rows[index].tolist() for T, rows in answers.items()}, names)
+        table = pd.DataFrame({f"T = {T:g}": rows[index].tolist() for T, rows in softened.items()}, names)
         table.nlargest(10, table.columns[0]).plot.bar(ax=bars, rot=0, fontsize="x-small", width=0.8, legend=False)
         bars.set(ylim=(0, 1), ylabel="probability")
-    figure.legend(*bars.get_legend_handles_labels(), loc="outside lower center", ncols=len(answers))
+    figure.legend(*bars.get_legend_handles_labels(), loc="outside lower center", ncols=len(softened))
     figure.suptitle(title)
     return figure

@@ -35,7 +35,8 @@ class Summary:
 
 
 def _hundredths(mean: float, ci95: float = math.nan, sign: str = "") -> str:
-    return f"{100 * mean:{sign}.2f}" + ("" if math.isnan(ci95) else f" ± {100 * ci95:.2f}")
+    text = f"{100 * mean:{sign}.2f}" + ("" if math.isnan(ci95) else f" ± {100 * ci95:.2f}")
+    return text.replace("-", "−")
 
 
 def seeds_text(n: int) -> str:
@@ -159,6 +160,8 @@ def results_table(frame: pd.DataFrame, reference: Mapping[str, float] | None = N
         epochs_mean=("epochs", "mean"),
         seconds_mean=("seconds", "mean"),
     ).astype({"parameters": "Int64"})
+    if "balanced_accuracy" in frame:
+        table.insert(9, "balanced_accuracy_mean", by_model["balanced_accuracy"].mean())
     if reference:
         table["reference"] = table.index.map(reference).astype(float)
     if "error" in frame:
@@ -178,6 +181,7 @@ def readable_table(table: pd.DataFrame) -> pd.DataFrame:
             "parameters": f"{row['parameters']:,}",
             "validation accuracy": f"{_hundredths(row['val_accuracy_mean'])} %",
             "test accuracy": f"{_hundredths(row['test_accuracy_mean'], row['test_accuracy_ci95'])} %",
+            "balanced accuracy": f"{_hundredths(row.get('balanced_accuracy_mean', math.nan))} %".replace("nan %", ""),
             "reference": f"{_hundredths(row.get('reference', math.nan))} %".replace("nan %", ""),
             "n": str(row["n"]),
             "epochs": f"{row['epochs_mean']:.0f}",
@@ -185,9 +189,9 @@ def readable_table(table: pd.DataFrame) -> pd.DataFrame:
             "failed": error,
         }
         rows.append(texts)
-    columns = ["parameters", "validation accuracy", "test accuracy", "reference", "n", "epochs", "seconds per run"]
-    readable = pd.DataFrame(rows, pd.Index(table["model"]), [*columns, "failed"]).fillna("")
-    empty = [column for column in ("reference", "failed") if not readable[column].any()]
+    columns = ["parameters", "validation accuracy", "test accuracy", "balanced accuracy", "reference", "n", "epochs"]
+    readable = pd.DataFrame(rows, pd.Index(table["model"]), [*columns, "seconds per run", "failed"]).fillna("")
+    empty = [column for column in ("balanced accuracy", "reference", "failed") if not readable[column].any()]
     return readable.drop(columns=empty).rename_axis(columns=", ".join(table["dataset"].dropna().unique()))
 
 

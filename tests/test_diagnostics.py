@@ -1,23 +1,13 @@
-"""What is measured on a model, against plain PyTorch, scipy, torchmetrics, formulas and a clock."""
-
-import time
+"""What is measured on a model, against plain PyTorch, torchmetrics and formulas."""
 
 import numpy as np
 import pytest
 import torch
 import torchmetrics
-from scipy.spatial.distance import pdist
 from torch import nn
 
 from lablib import MLP, ResidualCNN, ResidualMLP
-from lablib.diagnostics import (
-    calibration,
-    expected_calibration_error,
-    gradient_norms,
-    latency,
-    mean_angle,
-    multiply_adds,
-)
+from lablib.diagnostics import calibration, expected_calibration_error, gradient_norms, multiply_adds
 
 
 @pytest.fixture
@@ -73,13 +63,8 @@ def test_convolutions_are_layers_too_but_a_projection_is_none(batch):
 
 @pytest.mark.parametrize(
     "look",
-    [
-        gradient_norms,
-        lambda model, batch: mean_angle(model, batch[0]),
-        lambda model, batch: multiply_adds(model, (1, 4, 4)),
-        lambda model, batch: latency({"it": model}, (1, 4, 4), rounds=1),
-    ],
-    ids=["gradients", "angle", "multiply-adds", "latency"],
+    [gradient_norms, lambda model, batch: multiply_adds(model, (1, 4, 4))],
+    ids=["gradients", "multiply-adds"],
 )
 def test_a_model_stays_as_it_was(batch, look):
     model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Dropout(), nn.Linear(12, 3)).train()
@@ -92,24 +77,6 @@ def test_a_model_stays_as_it_was(batch, look):
     assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(after, tensors, strict=True))
     assert [module.training for module in model.modules()] == modes
     assert not model[4]._forward_pre_hooks
-
-
-def test_the_mean_angle_is_scipys_between_the_features_before_the_last_linear_layer(batch):
-    model, features = build(ResidualMLP, hidden_sizes=(6, 5), dropout=0.5), []
-    hook = model.classifier.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0].detach()))
-    model.eval()(batch[0])
-    hook.remove()
-    expected = np.degrees(np.arccos(1 - pdist(features[0].double().numpy(), "cosine"))).mean()
-    assert mean_angle(model.train(), batch[0]) == pytest.approx(expected, rel=1e-4)
-
-
-def test_tiny_angles_are_not_lost_and_what_has_none_is_refused(batch):
-    model = nn.Sequential(nn.Flatten(), nn.Linear(2, 2))
-    images = torch.tensor([[1.0, 0.0], [1.0, 1e-6]]).view(2, 1, 1, 2)
-    assert mean_angle(model, images) == pytest.approx(np.degrees(1e-6), rel=1e-3)
-    assert mean_angle(model, images[:1].expand(3, -1, -1, -1)) == 0
-    with pytest.raises(ValueError, match="an angle needs a linear layer and two images; there are 0 and 9"):
-        mean_angle(nn.Flatten(), batch[0])
 
 
 def test_a_calibration_made_by_hand():
@@ -141,36 +108,3 @@ def test_multiply_adds_are_those_of_a_count_by_hooks():
     model(torch.zeros(1, 3, 32, 32))
     expected = sum(counted)
     assert multiply_adds(model, (3, 32, 32)) == expected
-
-
-class Sleeper(nn.Module):
-    """Takes so many seconds a pass, after a slow first one, and notes the passes of all."""
-
-    def __init__(self, seconds: float, passes: list):
-        super().__init__()
-        self.seconds, self.passes, self.fresh = seconds, passes, True
-        self.weight = nn.Parameter(torch.zeros(1))
-
-    def forward(self, images):
-        self.passes.append((self, len(images), self.training, torch.get_num_threads()))
-        time.sleep(0.05 if self.fresh else self.seconds)
-        self.fresh = False
-
-
-def test_latency_is_a_median_without_the_first_pass_of_models_that_take_turns():
-    passes, threads = [], torch.get_num_threads()
-    models = {"slow": Sleeper(0.004, passes), "fast": Sleeper(0.001, passes)}
-    torch.set_num_threads(2)
-    try:
-        table = latency(models, (1, 2, 2), rounds=3)
-        assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(threads)
-    names = {model: name for name, model in models.items()}
-    seen = [names[model] for model, *_ in passes]
-    assert [key for key, before in zip(seen, [None, *seen], strict=False) if key != before] == ["slow", "fast"] * 3
-    assert {size for _, size, *_ in passes} == {1}
-    assert {(training, threads) for *_, training, threads in passes} == {(False, 1)}
-    assert [*table.index] == ["slow", "fast"]
-    for milliseconds, least in zip(table, (4, 1), strict=True):
-        assert least <= milliseconds < 45

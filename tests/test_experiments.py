@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 from bot_api import BotApi
+from sklearn.metrics import balanced_accuracy_score
 from transformers import TrainerCallback
 
 from lablib import MLP, Experiment, KnowledgeDistillationTrainer, StreamlinedTrainer, TrainingConfig, experiment
 from lablib.data import ImageData
-from lablib.experiments import initial_model
 from lablib.runs import TrainedModel, load_run, publish, train_or_load
 from lablib.telegram import TelegramNotifier
 
@@ -95,11 +95,22 @@ def test_predictions_are_the_models_answers_to_the_test_images(finished):
         finished.trained_model("wide", 7)
 
 
-def test_an_initial_model_is_one_as_its_run_began(finished):
-    torch.manual_seed(1)
-    began, initial = MODELS["wide"](), initial_model(finished, "wide", 1)
-    assert not initial.training
-    torch.testing.assert_close(initial.state_dict(), began.state_dict(), rtol=0, atol=0)
+def test_unbalanced_classes_are_named_and_have_sklearns_balanced_accuracy_in_the_table(config, tiny_data, capsys):
+    assert "balanced_accuracy" not in experiment(NARROW, config, tiny_data, 1).frame()
+    assert "times the images" not in capsys.readouterr().out
+
+    def uneven_part(part: str, *sizes: int) -> dict:
+        images, labels = (getattr(tiny_data, f"{part}_{what}") for what in ("images", "labels"))
+        kept = torch.cat([torch.where(labels == label)[0][:size] for label, size in enumerate(sizes)])
+        return {f"{part}_images": images[kept], f"{part}_labels": labels[kept]}
+
+    uneven = replace(tiny_data, name="uneven", **uneven_part("train", 12, 2, 8), **uneven_part("test", 6, 1, 4))
+    result = experiment(NARROW, config, uneven, 2)
+    assert "The largest class of uneven has 6 times the images of the smallest" in capsys.readouterr().out
+    said = result.predictions().groupby("seed")["predicted"]
+    expected = [balanced_accuracy_score(uneven.test_labels, predicted) for _, predicted in said]
+    assert result.frame()["balanced_accuracy"].tolist() == pytest.approx(expected)
+    assert result.table()["balanced accuracy"].tolist() == [f"{50 * sum(expected):.2f} %"]
 
 
 def test_histories_and_gradients_are_tables_of_what_each_run_has(finished):
