@@ -52,10 +52,8 @@ class ImageData:
                     f"torch.int64, one for each of the {len(images)} images"
                 )
             if wrong := sorted({*range(self.num_classes)} ^ {*labels.unique().tolist()}):
-                raise ValueError(
-                    f"{self.name}: the {part} labels must be 0 to {self.num_classes - 1}, each at least once; missing "
-                    f"or out of range: {wrong}"
-                )
+                needed = f"{self.name}: the {part} labels must be 0 to {self.num_classes - 1}, each at least once"
+                raise ValueError(f"{needed}; missing or out of range: {wrong}")
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
