@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -18,7 +18,8 @@ from torch.utils.data import Dataset, Sampler
 class ImageData:
     """Training and test images of a classification task.
 
-    Images are uint8, images × channels × height × width; labels are int64 class numbers, one for each image.
+    Images are uint8, images × channels × height × width; labels are int64 class numbers, one for each image. NumPy
+    arrays become tensors; those that are mapped from a file stay mapped, in joblib's workers too.
     Raises ValueError if shapes, types or labels do not fit together, or a class has no image.
     """
 
@@ -30,11 +31,16 @@ class ImageData:
     class_names: tuple[str, ...]
 
     def __post_init__(self):
+        names = "train_images", "train_labels", "test_images", "test_labels"
+        arrays = [np.asanyarray(getattr(self, name)) for name in names]
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+            vars(self).update(zip(names, map(torch.from_numpy, arrays), strict=True), _arrays=arrays)
         if self.num_classes < 2:
             raise ValueError(f"{self.name} has {self.num_classes} class; a classifier needs at least two")
         for part in ("train", "test"):
             images, labels = getattr(self, f"{part}_images"), getattr(self, f"{part}_labels")
-            fits = images.ndim == 4 and 0 not in images.shape[1:] and images.shape[1:] == self.train_images.shape[1:]
+            fits = images.ndim == 4 and images.shape[1:] == self.train_images.shape[1:]
             if images.dtype != torch.uint8 or not fits:
                 raise ValueError(
                     f"{self.name}: the {part} images are {images.dtype} of shape {tuple(images.shape)}; they must be "
@@ -46,10 +52,8 @@ class ImageData:
                     f"torch.int64, one for each of the {len(images)} images"
                 )
             if wrong := sorted({*range(self.num_classes)} ^ {*labels.unique().tolist()}):
-                raise ValueError(
-                    f"{self.name}: the {part} labels must be 0 to {self.num_classes - 1}, each at least once; missing "
-                    f"or out of range: {wrong}"
-                )
+                needed = f"{self.name}: the {part} labels must be 0 to {self.num_classes - 1}, each at least once"
+                raise ValueError(f"{needed}; missing or out of range: {wrong}")
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -88,24 +92,10 @@ class ImageData:
     def __identity__(self) -> list[str]:
         return [self.name, self.fingerprint]
 
-    @classmethod
-    def from_arrays(cls, name: str, *arrays: np.ndarray, class_names: tuple[str, ...]) -> "ImageData":
-        """From NumPy arrays in the order of the fields; arrays that are mapped from a file stay mapped."""
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-            data = cls(name, *map(torch.from_numpy, arrays), class_names)
-        data.__dict__["_arrays"] = arrays
-        return data
-
-    @cached_property
-    def _arrays(self) -> tuple[np.ndarray, ...]:
-        tensors = self.train_images, self.train_labels, self.test_images, self.test_labels
-        return tuple(tensor.numpy() for tensor in tensors)
-
     def __reduce__(self):
         # joblib shares an array with its workers instead of copying it, and recognises by its identity one it has seen
         known = {"fingerprint": self.fingerprint, "channel_statistics": self.channel_statistics}
-        return partial(ImageData.from_arrays, class_names=self.class_names), (self.name, *self._arrays), known
+        return ImageData, (self.name, *self._arrays, self.class_names), known
 
 
 class ImageBatches(Dataset):

@@ -1,13 +1,13 @@
-"""A name or a folder -> ImageData; `python -m lablib.datasets split` makes train and test parts of a folder."""
+"""A name or a folder -> ImageData; `python -m lablib.datasets` splits a folder of images, or deletes its caches."""
 
 import argparse
 import hashlib
+import math
 import os
 import shutil
-import time
 import uuid
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -45,10 +45,11 @@ def load_data(
 
     A folder is read as torchvision's ImageFolder reads it, without hidden files, in colour unless `channels` is 1; EXIF
     orientation is applied and transparency composited on white. `image_size` keeps the aspect ratio there: the shorter
-    side is scaled, the longer one cropped about its centre. The pixels are mapped from a file in the folder, or decoded
-    into memory if the folder is not writable.
+    side is scaled, the longer one cropped about its centre. The pixels are mapped from a file that is written to the
+    folder and that `clean` deletes.
 
-    Raises ValueError for an argument, a folder or an image that does not fit, OSError for files that cannot be read.
+    Raises ValueError for an argument, a folder or an image that does not fit, OSError for files that cannot be read or
+    written.
     """
     if channels not in (None, 1, 3):
         raise ValueError(f"channels = {channels!r}, but it must be None, 1 or 3")
@@ -60,13 +61,11 @@ def load_data(
         return _digits(size or (28, 28), channels or 1)
     if key in _TORCHVISION:
         return _from_torchvision(_TORCHVISION[key], data_dir, size, channels)
-    for folder in (Path(name), Path(data_dir) / name):
+    for folder in (Path(name).expanduser(), Path(data_dir, name)):
         if folder.is_dir():
-            return _from_folder(folder.absolute(), size, channels or 3)
-    raise ValueError(
-        f"dataset = {str(name)!r} is neither a known name ({', '.join(DATASET_NAMES)}) nor a folder, with "
-        "train/<class>/ and test/<class>/ in it"
-    )
+            return _from_folder(folder, size, channels or 3)
+    known = ", ".join(DATASET_NAMES)
+    raise ValueError(f"dataset = {str(name)!r} is neither a known name ({known}) nor a folder with train/ and test/")
 
 
 def _digits(size: tuple[int, int], channels: int) -> ImageData:
@@ -82,11 +81,10 @@ def _digits(size: tuple[int, int], channels: int) -> ImageData:
 def _from_torchvision(name: str, data_dir: str | os.PathLike, size, channels) -> ImageData:
     tensors = []
     for part in ("train", "test"):
-        arguments = {"split": part} if name in ("SVHN", "STL10") else {"train": part == "train"}
-        if name == "EMNIST":
-            arguments["split"] = "balanced"
+        options = {"split": part} if name in ("SVHN", "STL10") else {"train": part == "train"}
+        options |= {"split": "balanced"} if name == "EMNIST" else {}
         try:
-            dataset = getattr(datasets, name)(str(data_dir), download=True, **arguments)
+            dataset = getattr(datasets, name)(str(data_dir), download=True, **options)
         except Exception as error:
             raise OSError(
                 f"{name} can be neither read from {data_dir} nor downloaded ({type(error).__name__}: {error}); replace "
@@ -114,12 +112,9 @@ def _listed(folder: Path) -> tuple[list[str], list[tuple[str, int]]]:
     classes = sorted(place.name for place in folder.glob("[!.]*/"))
     if len(classes) < 2:
         raise ValueError(f"{folder} needs a folder of images for each class, at least two; it has {classes}")
-
-    def is_visible(path: str) -> bool:
-        return os.sep + "." not in path.removeprefix(str(folder))
-
     labels = {name: label for label, name in enumerate(classes)}
-    files = make_dataset(folder, labels, is_valid_file=is_visible, allow_empty=True)
+    files = make_dataset(folder, labels, is_valid_file=lambda path: True, allow_empty=True)
+    files = [file for file in files if os.sep + "." not in file[0].removeprefix(str(folder))]  # hidden
     images = [file for file in files if has_file_allowed_extension(file[0], (*IMG_EXTENSIONS, ".jfif", ".gif"))]
     if empty := labels.keys() - {classes[label] for _, label in images}:
         raise ValueError(f"no image in {folder / min(empty)}; add some or delete the folder")
@@ -133,53 +128,37 @@ def _from_folder(folder: Path, size, channels: int) -> ImageData:
     if classes != test_classes:
         wrong = sorted({*classes} ^ {*test_classes})
         raise ValueError(f"{folder}: train/ and test/ need the same classes; these are in only one of them: {wrong}")
-    paths, split = [path for path, _ in train + test], len(train)
+    paths, first = [path for path, _ in train + test], len(train)  # of the test images
     labels = np.array([label for _, label in train + test], dtype=np.int64)
     status = [(path.removeprefix(str(folder)), (s := os.stat(path)).st_size, s.st_mtime_ns) for path in paths]
     key = hashlib.sha256(repr((_PIXELS, status)).encode()).hexdigest()[:16]
     kind = f"{'x'.join(map(str, size)) if size else 'anysize'}-{'grey' if channels == 1 else 'rgb'}"
     images = _pixels(paths, size, channels, folder / f".lablib-{kind}-{key}.npy")
-    arrays = images[:split], labels[:split], images[split:], labels[split:]
-    return ImageData.from_arrays(folder.name, *arrays, class_names=tuple(classes))
+    arrays = images[:first], labels[:first], images[first:], labels[first:]
+    return ImageData(folder.absolute().name, *arrays, tuple(classes))
 
 
 def _pixels(paths: list[str], size, channels: int, cache: Path) -> np.ndarray:
     """Images × channels × height × width, mapped from the cache."""
     with suppress(OSError, ValueError, EOFError):  # absent or damaged
-        images = np.load(cache, mmap_mode="r")
-        with suppress(OSError):
-            os.utime(cache)  # in use, see _write
-        return images
-    shape = _decode(paths[0], size, channels).shape
-
-    def decoded() -> Iterator[np.ndarray]:
-        with ThreadPoolExecutor() as pool:
+        return np.load(cache, mmap_mode="r")
+    image_shape = _decode(paths[0], size, channels).shape
+    shape = (len(paths), *image_shape)
+    print(f"decoding {len(paths):,} images into {cache} ({math.prod(shape) / 1e6:.1f} MB)", flush=True)
+    unfinished = cache.with_name(f"{cache.name}.{uuid.uuid4().hex}")
+    try:
+        with open(unfinished, "wb") as file, ThreadPoolExecutor() as pool:
+            # not through a map, since a full disk would kill the process
+            np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
             for start in range(0, len(paths), 128):  # a pool that is given all paths would outrun the disk
                 some = paths[start : start + 128]
-                yield from pool.map(lambda path: _decode(path, size, channels, shape), some)
-
-    try:
-        _write(cache, (len(paths), *shape), decoded())
-        return np.load(cache, mmap_mode="r")
-    except OSError:  # the folder is not writable, or the disk is full
-        return np.fromiter(decoded(), np.dtype((np.uint8, shape)), len(paths))
-
-
-def _write(cache: Path, shape: tuple[int, ...], images: Iterator[np.ndarray]):
-    partial_file = cache.with_name(f"{cache.name}.{uuid.uuid4().hex}.partial")
-    try:
-        with open(partial_file, "wb") as file:  # not through a map: a full disk would kill the process
-            np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-            file.writelines(images)
+                file.writelines(pool.map(lambda path: _decode(path, size, channels, image_shape), some))
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial_file, cache)
+        os.replace(unfinished, cache)
     finally:
-        partial_file.unlink(missing_ok=True)
-    for old in cache.parent.glob(f"{cache.name.rpartition('-')[0]}-*"):
-        with suppress(OSError):
-            if old.stat().st_mtime < time.time() - 24 * 60 * 60:  # joblib's workers open caches by name at any time
-                old.unlink()
+        unfinished.unlink(missing_ok=True)
+    return np.load(cache, mmap_mode="r")
 
 
 def _decode(path: str, size, channels: int, shape: tuple[int, int, int] | None = None) -> np.ndarray:
@@ -199,14 +178,12 @@ def _decode(path: str, size, channels: int, shape: tuple[int, int, int] | None =
         image = ImageOps.fit(image, size[::-1], Image.Resampling.BILINEAR)
     pixels = np.atleast_3d(np.asarray(image)).transpose(2, 0, 1)
     if shape not in (None, pixels.shape):
-        raise ValueError(
-            f"{path} is {image.width} × {image.height} pixels, unlike the others; set image_size, for example 32"
-        )
+        raise ValueError(f"{path} is {image.width} × {image.height} pixels, unlike the others; set image_size")
     return np.ascontiguousarray(pixels)
 
 
-def split_folder(folder: str | os.PathLike, test: float = 0.2, seed: int = 0) -> tuple[Path, Path]:
-    """Copy the images of a folder of class folders to `train/` and `test/` beside it, and return these two.
+def split(folder: str | os.PathLike, test: float = 0.2, seed: int = 0) -> None:
+    """Copy the images of a folder of class folders to `train/` and `test/` beside it.
 
     `test` is the share that goes to `test/`, of each class in proportion. Raises ValueError for a folder or a share
     that does not fit, and FileExistsError if there is a `train/` or `test/` already.
@@ -221,27 +198,43 @@ def split_folder(folder: str | os.PathLike, test: float = 0.2, seed: int = 0) ->
     parts = stratified_split(torch.tensor([label for _, label in images]), test, seed)
     with TemporaryDirectory(prefix=".split-", dir=folder.parent) as scratch:  # so that none is ever half full
         for target, indices in zip(targets, parts, strict=True):
-            for path in (images[index][0] for index in indices):
-                place = Path(scratch, target.name, os.path.relpath(path, folder))
+            for index in indices:
+                place = Path(scratch, target.name, os.path.relpath(images[index][0], folder))
                 place.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(path, place)
+                shutil.copy2(images[index][0], place)
         for target in targets:
             os.rename(Path(scratch, target.name), target)
-    return targets
+            print(f"wrote {target}")
+
+
+def clean(folder: str | os.PathLike) -> None:
+    """Delete the images that `load_data` has decoded into a folder, and what it left there when it was interrupted.
+
+    A running experiment on these images would fail in its next runs. Raises OSError if there is no such folder.
+    """
+    caches = sorted(path for path in Path(folder).iterdir() if path.match(".lablib-*.npy*"))
+    megabytes = sum(cache.stat().st_size for cache in caches) / 1e6
+    for cache in caches:
+        cache.unlink()
+        print(f"deleted {cache}")
+    print(f"deleted {len(caches)} files, {megabytes:.1f} MB")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m lablib.datasets")
-    parser.add_argument("command", choices=["split"], help="copy images to train/ and test/ beside their folder")
-    parser.add_argument("folder", help="with a folder of images for each class in it")
-    parser.add_argument("--test", type=float, default=0.2, help="the share that goes to test/ (default: 0.2)")
-    parser.add_argument("--seed", type=int, default=0, help="of the draw (default: 0)")
+    about = "split: copy a folder's images to train/ and test/ beside it; clean: delete load_data's caches in a folder"
+    parser.add_argument("command", choices=["split", "clean"], help=about)
+    parser.add_argument("folder", help="split: with a folder of images for each class; clean: with train/ and test/")
+    parser.add_argument("--test", type=float, default=0.2, help="split: the share that goes to test/ (default: 0.2)")
+    parser.add_argument("--seed", type=int, default=0, help="split: of the draw (default: 0)")
     options = parser.parse_args(arguments)
     try:
-        train, test = split_folder(options.folder, options.test, options.seed)
+        if options.command == "clean":
+            clean(options.folder)
+        else:
+            split(options.folder, options.test, options.seed)
     except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
-    print(f"wrote {train} and {test}")
 
 
 if __name__ == "__main__":

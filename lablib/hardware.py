@@ -13,10 +13,9 @@ from lablib.config import TrainingConfig
 
 def check_device(device: str) -> None:
     """Raise ValueError for a device that this machine lacks."""
-    accelerators = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    present = ["auto", "cpu", *(name for name, there in accelerators.items() if there)]
-    if device not in present:
-        there = ", ".join(map(repr, present))
+    present = {"auto": True, "cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not present[device]:
+        there = ", ".join(repr(name) for name in present if present[name])
         raise ValueError(f"device = {device!r}, but this machine has none that PyTorch can use; write one of {there}")
 
 
@@ -66,17 +65,16 @@ def untouched(owner: object) -> Iterator[None]:
     """
     models = [held for held in (owner, *vars(owner).values()) if isinstance(held, nn.Module)]
     modules = {module for model in models for module in model.modules()}
-    places = [p for module in modules for p in (vars(module), module._parameters, module._buffers, module._modules)]
-    contents = [(place, dict(place)) for place in (*places, vars(owner))]
-    tensors = {id(t): t for _, content in contents for t in content.values() if isinstance(t, torch.Tensor)}.values()
-    values = [(tensor, tensor.detach().clone()) for tensor in tensors]
+    places = [vars(owner), *(p for module in modules for p in (vars(module), module._parameters, module._buffers))]
+    before = [(place, dict(place)) for place in places]
+    values = {t: t.detach().clone() for _, content in before for t in content.values() if isinstance(t, torch.Tensor)}
     try:
         yield
     finally:
-        for place, content in contents:
+        for place, content in before:
             place.clear()
             place.update(content)
-        for tensor, value in values:
+        for tensor, value in values.items():
             if not torch.equal(tensor, value):  # an expanded tensor cannot be written to
                 tensor.data.copy_(value)
         for model in models:

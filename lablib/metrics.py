@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import torch
 
 
@@ -52,10 +53,9 @@ class BatchMeter:
     def means(self) -> dict[str, float]:
         """Each loss and the accuracy as means over images."""
         state = self.state()
-        sizes, images = torch.tensor(state["sizes"]), sum(state["sizes"])
-        losses = {name: torch.tensor(values, dtype=torch.float64) for name, values in state["losses"].items()}
-        means = {name: ((values * sizes).sum() / images).item() for name, values in losses.items()}
-        return means | {"accuracy": sum(state["correct"]) / images}
+        sizes = state["sizes"]
+        means = {name: np.average(losses, weights=sizes).item() for name, losses in state["losses"].items()}
+        return means | {"accuracy": sum(state["correct"]) / sum(sizes)}
 
 
 def history(log: list[dict]) -> list[dict]:
@@ -69,17 +69,17 @@ def history(log: list[dict]) -> list[dict]:
     for entry in log:
         row = rows.setdefault(math.ceil(entry.get("epoch", 0) - 1e-9), {})
         if "eval_loss" in entry and "val_loss" not in row:  # a later evaluation is not the epoch's
-            row |= {f"val_{name}": entry[f"eval_{name}"] for name in _measured(entry, "eval_")}
+            row |= _measured(entry, "eval_", "val_")
         elif "accuracy" in entry:
-            row |= {f"train_{name}": entry[name] for name in _measured(entry, "")}
+            row |= _measured(entry, "", "train_")
             row |= {key: entry.get(key) for key in ("learning_rate", "grad_norm", "seconds")}
     return [{"epoch": epoch, **row} for epoch, row in sorted(rows.items()) if "train_loss" in row and "val_loss" in row]
 
 
-def _measured(entry: dict, prefix: str) -> list[str]:
-    names = [name.removeprefix(prefix) for name in entry if name.startswith(prefix)]
-    measured = [name for name in names if name == "accuracy" or name.endswith("loss")]
-    return sorted(measured, key=lambda name: (name != "loss", name == "accuracy", name))  # one order, resumed or not
+def _measured(entry: dict, prefix: str, part: str) -> dict[str, float]:
+    """The loss, its terms and the accuracy, in one order, resumed or not."""
+    terms = {name.removeprefix(prefix) for name in entry if name.startswith(prefix) and name.endswith("loss")}
+    return {part + name: entry[prefix + name] for name in ("loss", *sorted(terms - {"loss"}), "accuracy")}
 
 
 def best_row(rows: list[dict], metric: str) -> dict:

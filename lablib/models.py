@@ -108,7 +108,9 @@ class _CNN(nn.Module):
     def __init__(self, stage: Callable, depth: int, width: int, image_shape: Sequence[int], num_classes: int):
         super().__init__()
         _check(depth=depth, width=width)
-        _check_size(image_shape[-2:], depth)
+        if min(image_shape[1:]) < 2**depth:
+            size, least = "{1} × {2}".format(*image_shape), 2**depth
+            raise ValueError(f"{size} pixels are too small for depth {depth}; the smallest are {least} × {least}")
         channels = [width * 2**number for number in range(depth + 1)]
         stages = [stage(i, o) for i, o in pairwise(channels)]  # before the stem: a seed's weights depend on the order
         self.stem = Conv2dNormActivation(image_shape[0], width)  # 3 × 3 convolution without bias, batch norm, ReLU
@@ -116,16 +118,8 @@ class _CNN(nn.Module):
         self.classifier = nn.Linear(channels[-1], num_classes)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        _check_size(images.shape[-2:], len(self.stages))
         features = self.stages(self.stem(images))  # (batch, width · 2^depth, height / 2^depth, width / 2^depth)
         return self.classifier(features.mean((2, 3)))  # (batch, classes)
-
-
-def _check_size(size: Sequence[int], depth: int):
-    least = 2**depth
-    if min(size) < least:
-        what = f"images of {size[0]} × {size[1]} pixels are too small for depth {depth}"
-        raise ValueError(f"{what}; the smallest are {least} × {least}")
 
 
 class SimpleCNN(_CNN, PyTorchModelHubMixin):

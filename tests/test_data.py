@@ -15,15 +15,17 @@ from lablib.data import ImageBatches, stratified_subset
 UNEQUAL = torch.arange(4).repeat_interleave(torch.tensor([83, 41, 29, 11]))
 
 
-def random_states() -> list:
-    return [*torch.get_rng_state().tolist(), *np.random.get_state()[1].tolist()]  # noqa: NPY002
+@pytest.fixture(autouse=True)
+def _no_random_numbers_but_from_the_seed():
+    before = torch.get_rng_state(), np.random.get_state()[1]  # noqa: NPY002
+    yield
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert (np.random.get_state()[1] == before[1]).all()  # noqa: NPY002
 
 
 @pytest.mark.parametrize("validation_split", [0.1, 0.25])
 def test_a_split_is_scikit_learns_and_has_each_class_in_proportion(validation_split):
-    before = random_states()
     train, validation = stratified_split(UNEQUAL, validation_split, seed=3)
-    assert random_states() == before
     oracle = StratifiedShuffleSplit(n_splits=1, test_size=round(validation_split * len(UNEQUAL)), random_state=3)
     expected_train, expected_validation = next(oracle.split(np.zeros(len(UNEQUAL)), UNEQUAL.numpy()))
     assert train.tolist() == sorted(expected_train)
@@ -48,25 +50,22 @@ def test_too_few_images_for_a_split_are_refused(labels, validation_split):
 @pytest.mark.parametrize("size", [40, 100, 121])
 def test_a_subset_has_the_size_that_is_asked_for_and_each_class_its_share_to_within_one_image(size):
     train, _ = stratified_split(UNEQUAL, 0.25, seed=0)
-    before = random_states()
     subset = stratified_subset(train, UNEQUAL, size, seed=0)
-    assert random_states() == before
     assert torch.equal(subset, stratified_subset(train, UNEQUAL, size, seed=0))
     assert not torch.equal(subset, stratified_subset(train, UNEQUAL, size, seed=1))
     assert len(subset) == size
     assert torch.isin(subset, train).all()
-    assert torch.equal(subset, subset.unique(sorted=True))
+    assert torch.equal(subset, subset.unique())
     exact = torch.bincount(UNEQUAL[train]) * size / len(train)
     assert ((torch.bincount(UNEQUAL[subset], minlength=4) - exact).abs() <= 1).all()
 
 
 def test_a_subset_may_be_all_and_no_class_may_have_no_image_in_it():
     train, _ = stratified_split(UNEQUAL, 0.25, seed=0)
-    for size in (None, len(train), 10**6):
+    for size in (None, 10**6):
         assert torch.equal(stratified_subset(train, UNEQUAL, size, seed=0), train)
-    for size in (1, 5):
-        with pytest.raises(ValueError, match=f"max_train_images = {size} of 123 training images in 4 classes"):
-            stratified_subset(train, UNEQUAL, size, seed=0)
+    with pytest.raises(ValueError, match="max_train_images = 5 of 123 training images in 4 classes"):
+        stratified_subset(train, UNEQUAL, 5, seed=0)
 
 
 @pytest.mark.parametrize("part", ["train", "test"])
@@ -74,13 +73,10 @@ def test_a_subset_may_be_all_and_no_class_may_have_no_image_in_it():
     ("field", "change", "words"),
     [
         ("images", lambda x: x.float(), "images are torch.float32 of shape"),
-        ("images", lambda x: x.numpy(), "images are uint8 of shape"),
-        ("images", lambda x: x[..., :0], r"images are torch.uint8 of shape \(\d+, 1, 6, 0\)"),
-        ("images", lambda x: x.squeeze(1), r"images are torch.uint8 of shape \(\d+, 6, 6\); they must be"),
+        ("images", lambda x: x.squeeze(1).numpy(), r"images are torch.uint8 of shape \(\d+, 6, 6\); they must be"),
         ("labels", lambda x: x.int(), "labels are torch.int32 .*; they must be torch.int64, one for each of the "),
         ("labels", lambda x: x[:-1], r"labels are torch.int64 of shape \(\d+,\)"),
         ("labels", lambda x: x + 1, "labels must be 0 to 2, each at least once; missing or out of range: .0, 3."),
-        ("labels", lambda x: x - 1, "labels must be 0 to 2, .*: .-1, 2."),
         ("labels", lambda x: x.clamp(max=1), "labels must be 0 to 2, .*: .2."),
     ],
 )
@@ -104,13 +100,12 @@ def test_channel_statistics_are_those_of_numpy_in_float64():
     labels = torch.arange(50) % 2
     data = ImageData("noise", images, labels, 255 - images, labels, ("a", "b"))
     mean, std = data.channel_statistics
-    pixels = images.numpy().astype(np.float64) / 255  # of the training images only
-    np.testing.assert_allclose(mean, pixels.mean((0, 2, 3)), rtol=1e-6)
-    np.testing.assert_allclose(std, [*pixels.std((0, 2, 3))[:2], 1], rtol=1e-6)
+    pixels = images.numpy().transpose(0, 2, 3, 1) / 255  # of the training images only; channels last
+    np.testing.assert_allclose(mean, pixels.mean((0, 1, 2)), rtol=1e-6)
+    np.testing.assert_allclose(std, [*pixels.std((0, 1, 2))[:2], 1], rtol=1e-6)
     normal = data.normalise(images)
-    assert normal.dtype == mean.dtype == std.dtype == torch.float32
-    np.testing.assert_allclose(normal.double().mean((0, 2, 3)), 0, atol=1e-5)
-    np.testing.assert_allclose(normal.double().std((0, 2, 3), correction=0), [1, 1, 0], atol=1e-5)
+    assert normal.dtype == torch.float32
+    np.testing.assert_allclose(normal.movedim(1, -1), (pixels - mean.numpy()) / std.numpy(), atol=1e-5)
 
 
 @pytest.mark.parametrize("part", ["train", "test"])
@@ -134,8 +129,6 @@ def test_a_pickled_data_set_comes_back_as_it_was_and_knows_its_fingerprint(tiny_
     assert "fingerprint" in vars(copy)
     assert copy.name == tiny_data.name
     assert copy.fingerprint == replace(copy).fingerprint == tiny_data.fingerprint
-    assert copy.train_labels.dtype == torch.int64
-    assert torch.equal(copy.channel_statistics[0], tiny_data.channel_statistics[0])
 
 
 def test_batches_hold_the_chosen_images_in_order_and_a_data_loader_visits_each_once(digits):
@@ -143,7 +136,8 @@ def test_batches_hold_the_chosen_images_in_order_and_a_data_loader_visits_each_o
     batch = dataset.__getitems__([4, 0])
     assert torch.equal(batch["images"], digits.train_images[[8, 0]])
     assert torch.equal(batch["labels"], digits.train_labels[[8, 0]])
-    batches = list(DataLoader(dataset, 32, shuffle=True, collate_fn=lambda batch: batch))
+    generator = torch.Generator().manual_seed(0)
+    batches = list(DataLoader(dataset, 32, shuffle=True, collate_fn=lambda batch: batch, generator=generator))
     assert [len(batch["labels"]) for batch in batches] == [32, 32, 32, 4]
     seen = torch.cat([batch["images"] for batch in batches]).flatten(1)
     assert sorted(seen.tolist()) == sorted(digits.train_images[:200:2].flatten(1).tolist())

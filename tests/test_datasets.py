@@ -4,11 +4,11 @@ import io
 import os
 import re
 import shutil
-import time
 import tracemalloc
 import urllib.error
 import urllib.request
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -24,23 +24,14 @@ GENERATOR = np.random.default_rng(0)
 PHOTO = GENERATOR.integers(0, 256, (7, 5, 3), dtype=np.uint8)  # height × width × channels
 
 
-@pytest.fixture(autouse=True)
-def _no_network(monkeypatch):
-    def refuse(*args, **kwargs):
-        raise urllib.error.URLError("no network in a test")
-
-    monkeypatch.setattr(urllib.request, "urlopen", refuse)
-
-
 @pytest.fixture
 def folder(tmp_path) -> Path:
     """Three training and two test PNGs of 5 × 7 pixels for each of two classes."""
-    for part, count in (("train", 3), ("test", 2)):
-        for name in ("cat", "dog"):
-            (tmp_path / "pets" / part / name).mkdir(parents=True)
-            for index in range(count):
-                pixels = GENERATOR.integers(0, 256, PHOTO.shape, dtype=np.uint8)
-                Image.fromarray(pixels).save(tmp_path / "pets" / part / name / f"{index}.png")
+    for place, count in (("train/cat", 3), ("train/dog", 3), ("test/cat", 2), ("test/dog", 2)):
+        (tmp_path / "pets" / place).mkdir(parents=True)
+        for index in range(count):
+            pixels = GENERATOR.integers(0, 256, PHOTO.shape, dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "pets" / place / f"{index}.png")
     return tmp_path / "pets"
 
 
@@ -80,12 +71,13 @@ def test_images_come_upright_and_channels_first_and_are_scaled_and_coloured_as_t
     assert data.class_names == tuple("0123456789")
     other = load_data(name, image_size=16, channels=3 if is_grey else 1).train_images
     oracle = transforms.grayscale_to_rgb(images) if is_grey else transforms.rgb_to_grayscale(images)
-    oracle = transforms.resize(oracle, [16, 16], antialias=True)
+    oracle = transforms.resize(oracle, [16, 16])
     assert (other.int() - oracle.int()).abs().max() <= 1  # torchvision's versions round differently
 
 
 @pytest.mark.parametrize("name", DATASET_NAMES[1:])
-def test_a_data_set_without_files_and_network_is_an_error_that_says_so(tmp_path, name):
+def test_a_data_set_without_files_and_network_is_an_error_that_says_so(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(urllib.request, "urlopen", Mock(side_effect=urllib.error.URLError("no network in a test")))
     with pytest.raises(OSError, match=rf"(?is)^{name} can be neither read from {tmp_path} nor downloaded .*no network"):
         load_data(name, tmp_path)
 
@@ -110,13 +102,10 @@ def test_a_folder_is_read_as_torchvisions_image_folder_reads_it(folder, tmp_path
     (folder / "train" / "cat" / "linked").symlink_to(folder / "test" / "dog")
     data = load_data("pets", tmp_path)
     for part in ("train", "test"):
-        oracle = torchvision.datasets.ImageFolder(folder / part)
-        images = torch.stack([transforms.pil_to_tensor(image) for image, _ in oracle])
-        assert torch.equal(getattr(data, f"{part}_images"), images)
+        oracle = torchvision.datasets.ImageFolder(folder / part, transforms.pil_to_tensor)
+        assert torch.equal(getattr(data, f"{part}_images"), torch.stack([image for image, _ in oracle]))
         assert getattr(data, f"{part}_labels").tolist() == oracle.targets
-        assert data.class_names == tuple(oracle.classes)
-    assert data.name == "pets"
-    assert len(data.train_labels) == 10
+    assert (data.name, data.class_names, len(data.train_labels)) == ("pets", ("cat", "dog"), 10)
 
 
 @pytest.mark.parametrize(
@@ -128,8 +117,7 @@ def test_a_folder_is_scaled_by_the_shorter_side_and_cropped_as_torchvision_does_
 ):
     for path in folder.rglob("*.png"):
         Image.fromarray(GENERATOR.integers(0, 256, (*shape, 3), dtype=np.uint8)).save(path)
-    with Image.open(folder / "train" / "cat" / "0.png") as image:
-        image = image.convert("L" if channels == 1 else "RGB")
+    image = Image.open(folder / "train" / "cat" / "0.png").convert("L" if channels == 1 else "RGB")
     oracle = transforms.center_crop(transforms.resize(image, scaled), size)
     assert np.array_equal(first_image(folder, image_size=size, channels=channels), oracle)
 
@@ -149,14 +137,13 @@ def test_transparency_is_composited_on_white(folder, mode):
         assert np.abs(first_image(folder, channels=1) - exact[:, :, 0]).max() <= 1
 
 
-@pytest.mark.parametrize(("orientation", "turns"), [(1, 0), (3, 2), (6, -1), (8, 1)])
+@pytest.mark.parametrize(("orientation", "turns"), [(3, 2), (6, -1)])
 def test_a_photo_is_turned_upright_as_its_exif_orientation_says(folder, orientation, turns):
-    stored = np.add.outer(np.arange(0, 160, 20), np.arange(0, 96, 6)).astype(np.uint8)
     exif = Image.Exif()
     exif[0x0112] = orientation
     for path in folder.rglob("*.png"):
-        Image.fromarray(stored).save(path, exif=exif)
-    assert np.array_equal(first_image(folder, channels=1), np.rot90(stored, turns))
+        Image.fromarray(PHOTO).save(path, exif=exif)
+    assert np.array_equal(first_image(folder), np.rot90(PHOTO, turns))
 
 
 def test_other_files_are_named_in_a_warning_and_hidden_ones_are_passed_over(folder):
@@ -171,38 +158,50 @@ def test_other_files_are_named_in_a_warning_and_hidden_ones_are_passed_over(fold
     assert len(data.train_labels) == 10
 
 
-def test_each_size_has_its_own_cache_which_is_mapped_and_found_again(folder, monkeypatch):
-    first = [load_data(folder, image_size=size, channels=channels) for size, channels in ((8, 1), (6, None))]
-    kinds = [name.rpartition("-")[0] for name in caches(folder)]
-    assert kinds == [".lablib-6x6-rgb", ".lablib-8x8-grey"]
+def test_each_size_has_its_own_cache_which_is_announced_and_mapped_and_found_again(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder.parent)
+    sizes = {"image_size": 8, "channels": 1}, {"image_size": 6}
+    first = [load_data("pets", **size) for size in sizes]
+    announced = r"decoding 10 images into pets/.lablib-{}-\w+.npy \(0.0 MB\)\n"
+    assert re.fullmatch(announced.format("8x8-grey") + announced.format("6x6-rgb"), capsys.readouterr().out)
+    assert all(isinstance(data._arrays[0], np.memmap) for data in first)
     monkeypatch.delattr(datasets, "_decode")
-    again = [load_data(folder, image_size=size, channels=channels) for size, channels in ((8, 1), (6, None))]
+    again = [load_data("pets", **size) for size in sizes]
+    assert capsys.readouterr().out == ""
     assert [data.fingerprint for data in again] == [data.fingerprint for data in first]
-    assert all(isinstance(data._arrays[0], np.memmap) for data in first + again)
 
 
-@pytest.mark.parametrize("change", ["content", "new", "gone", "renamed"])
-def test_a_folder_that_changes_is_decoded_again(folder, change):
-    before, image = load_data(folder).fingerprint, folder / "train" / "cat" / "0.png"
-    if change in ("content", "new"):
-        Image.fromarray(PHOTO).save(image if change == "content" else image.with_name("9.png"))
-    elif change == "gone":
-        image.unlink()
-    else:
-        image.rename(image.with_name("9.png"))
-    assert load_data(folder).fingerprint != before
+def test_a_folder_that_changes_is_decoded_again(folder):
+    image = folder / "train" / "cat" / "0.png"
+    changes = [
+        lambda: Image.fromarray(PHOTO).save(image),
+        lambda: Image.fromarray(PHOTO).save(folder / "test" / "dog" / "new.png"),
+        lambda: image.rename(image.with_name("9.png")),
+        lambda: (folder / "train" / "dog" / "1.png").unlink(),
+    ]
+    fingerprints = {load_data(folder).fingerprint}
+    for number, change in enumerate(changes):
+        change()
+        fingerprints.add(load_data(folder).fingerprint)
+        assert len(fingerprints) == number + 2
 
 
-def test_an_old_cache_stays_for_a_day_after_its_last_use(folder):
-    load_data(folder)
-    (folder / (leftover := ".lablib-anysize-rgb-1234.npy.5678.partial")).touch()  # of a process that was killed
-    old = caches(folder)
-    for name in old:
-        os.utime(folder / name, (time.time() - 90_000,) * 2)
-    load_data(folder)  # a sign of use
-    Image.fromarray(PHOTO).save(folder / "test" / "cat" / "new.png")
-    load_data(folder)
-    assert {*old} - {*caches(folder)} == {leftover}
+def test_clean_deletes_caches_and_unfinished_ones_and_says_how_large_they_were(folder, capsys):
+    files = sorted(folder.rglob("*"))
+    data = load_data(folder, image_size=200)
+    copy, kept = data.train_images.clone(), caches(folder)
+    (folder / f"{kept[0]}.1234").write_bytes(bytes(500_000))  # of a process that was killed
+    capsys.readouterr()
+    for deleted in ([*kept, f"{kept[0]}.1234"], []):
+        datasets.main(["clean", str(folder)])
+        *lines, total = capsys.readouterr().out.splitlines()
+        assert lines == [f"deleted {folder / name}" for name in deleted]
+        assert total == ("deleted 2 files, 1.7 MB" if deleted else "deleted 0 files, 0.0 MB")
+    assert sorted(folder.rglob("*")) == files
+    assert torch.equal(data.train_images, copy)  # still mapped
+    with pytest.raises(SystemExit, match="2"):
+        datasets.main(["clean", str(folder / "no such folder")])
+    assert "no such folder" in capsys.readouterr().err
 
 
 def test_a_damaged_cache_is_written_again(folder):
@@ -215,12 +214,10 @@ def test_a_damaged_cache_is_written_again(folder):
         assert cache.read_bytes() == content
 
 
-@pytest.mark.parametrize("name", ["replace", "fsync"])
-def test_a_folder_that_cannot_be_written_to_is_decoded_into_memory(folder, monkeypatch, name):
-    expected = load_data(folder).fingerprint
-    (folder / caches(folder)[0]).unlink()
-    monkeypatch.setattr(os, name, lambda *arguments: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    assert load_data(folder).fingerprint == expected
+def test_a_folder_that_cannot_be_written_to_is_an_error_and_nothing_is_left(folder, monkeypatch):
+    monkeypatch.setattr(os, "fsync", Mock(side_effect=OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space left"):
+        load_data(folder)
     assert caches(folder) == []
 
 
@@ -241,12 +238,10 @@ def encoded(pixels: np.ndarray, kind: str) -> bytes:
 
 NOISE = GENERATOR.integers(0, 256, (64, 64, 3), dtype=np.uint8)  # large, so that a cut leaves the header whole
 UNFIT = {
-    "empty.png": (b"", "is damaged or not an image"),
     "page.jpg": (b"<html>not found</html>", "is damaged or not an image"),
     "cut.jpg": (encoded(NOISE, "jpeg")[:-1500], "is damaged or not an image"),
     "0.bmp": (encoded(NOISE, "bmp")[:-1500], "is damaged or not an image"),  # the first one
     "deep.png": (encoded(np.full((7, 5), np.uint16(300)), "png"), "has pixels of 16 or 32 bits"),
-    "deep.tiff": (encoded(np.full((7, 5), np.float32(0.5)), "tiff"), "has pixels of 16 or 32 bits"),
     "narrow.png": (encoded(PHOTO[:, :3], "png"), "is 3 × 7 pixels, .*set image_size"),
 }
 
@@ -291,7 +286,7 @@ def test_a_split_copies_each_image_to_one_part_and_each_class_in_proportion(unsp
     drawn = []
     for seed in ("0", "0", "1"):
         datasets.main(["split", str(unsplit), "--test", "0.3", "--seed", seed])
-        assert f"{parts[0]} and {parts[1]}" in capsys.readouterr().out
+        assert f"wrote {parts[0]}\nwrote {parts[1]}\n" in capsys.readouterr().out
         data = load_data(unsplit.parent)
         assert data.test_labels.bincount().tolist() == [6, 3]
         colours = torch.cat([data.test_images, data.train_images])[:, 0, 0, 0]

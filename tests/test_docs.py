@@ -64,54 +64,37 @@ def test_a_page_is_short_and_linked_from_the_readme(page):
 
 def test_every_make_target_that_a_page_names_is_there():
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
-    named = {name for page in PAGES for name in re.findall(r"\bmake ([a-z-]+)\b", _code_of(page))}
+    text = "\n".join(page.read_text("utf-8") for page in PAGES)
+    code = "\n".join(re.findall(r"```sh\n.*?```|`[^`\n]+`", text, re.DOTALL))
+    named = set(re.findall(r"\bmake ([a-z-]+)\b", code))
     assert len(named) > 8
     assert named <= targets
-
-
-def _code_of(page: Path) -> str:
-    return "\n".join(re.findall(r"```sh\n.*?```|`[^`\n]+`", page.read_text("utf-8"), re.DOTALL))
 
 
 MODULES = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
 
 
-def imported(tree: ast.AST) -> set[str]:
-    """The modules of lablib that some code imports, at any time; not those for annotations alone."""
-    found = set()
-    for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            continue
-        names = []
+def imported(module: str) -> set[str]:
+    """The other modules of lablib that a module imports, at any time."""
+    names = []
+    for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text("utf-8"))):
         if isinstance(node, ast.Import):
-            names = [alias.name.split(".") for alias in node.names]
+            names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            base = (["lablib"] if node.level else []) + (node.module or "").split(".")
-            names = [[*filter(None, base), alias.name] for alias in node.names]
-        found |= {lablib._MODULES.get(name[1], name[1]) for name in names if name[0] == "lablib" and name[1:]}
-        found |= imported(node)
-    return found
-
-
-def graph() -> dict[str, set[str]]:
-    """For each module the others that it imports."""
-    trees = {name: ast.parse((PACKAGE / f"{name}.py").read_text("utf-8")) for name in MODULES}
-    return {name: (imported(tree) & MODULES) - {name} for name, tree in trees.items()}
-
-
-def layout() -> list[str]:
-    """The modules of the README's table, in its order."""
-    text = (ROOT / "README.md").read_text("utf-8")
-    return re.findall(r"^\| `(\w+)(?:\.py|/)` \|", text[text.index("## The code") :], re.MULTILINE)
+            base = ["lablib"] * node.level + [node.module or ""]
+            names += [".".join([*filter(None, base), alias.name]) for alias in node.names]
+    parts = [name.split(".")[1] for name in names if name.startswith("lablib.")]
+    return {lablib._MODULES.get(part, part) for part in parts} & MODULES - {module}
 
 
 def test_the_readme_lists_every_module_once_and_each_imports_only_from_rows_above():
     """So no imports go in a circle either."""
-    place = {name: number for number, name in enumerate(layout())}
-    assert sorted(layout()) == sorted(MODULES)
-    pairs = {(name, other) for name, others in graph().items() for other in others}
-    assert len(pairs) > 40
-    assert sorted((name, other) for name, other in pairs if place[name] <= place[other]) == []
+    text = (ROOT / "README.md").read_text("utf-8")
+    rows = re.findall(r"^\| `(\w+)\.py` \|", text[text.index("## The code") :], re.MULTILINE)
+    assert sorted(rows) == sorted(MODULES)
+    pairs = [(name, other) for name in rows for other in imported(name)]
+    assert len(pairs) > 25
+    assert [(name, other) for name, other in pairs if rows.index(name) <= rows.index(other)] == []
 
 
 def test_the_speed_in_the_readme_is_that_of_the_benchmark():

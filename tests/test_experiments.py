@@ -350,7 +350,7 @@ def test_workers_share_one_file_of_images_a_folders_own_or_one_of_joblibs_making
     images, labels = np.zeros((400, 3, 32, 32), np.uint8), np.arange(400) % 2  # 1.2 MB; joblib shares from 1 MB on
     np.save(tmp_path / "images.npy", images)
     images = np.load(tmp_path / "images.npy", mmap_mode="r") if mapped else images
-    data = ImageData.from_arrays("black", images, labels, images, labels, class_names=("a", "b"))
+    data = ImageData("black", images, labels, images, labels, ("a", "b"))
     (file,) = {*workers(joblib.delayed(lambda data: str(data._arrays[0].filename))(data) for _ in range(4))}
     assert (file == str(tmp_path / "images.npy")) == mapped
 
