@@ -7,7 +7,7 @@ import os
 import shutil
 import uuid
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -46,10 +46,9 @@ def load_data(
     A folder is read as torchvision's ImageFolder reads it, without hidden files, in colour unless `channels` is 1; EXIF
     orientation is applied and transparency composited on white. `image_size` keeps the aspect ratio there: the shorter
     side is scaled, the longer one cropped about its centre. The pixels are mapped from a file that is written to the
-    folder and that `clean` deletes.
+    folder and that `clean` deletes, or decoded into memory if the folder is not writable.
 
-    Raises ValueError for an argument, a folder or an image that does not fit, OSError for files that cannot be read or
-    written.
+    Raises ValueError for an argument, a folder or an image that does not fit, OSError for files that cannot be read.
     """
     if channels not in (None, 1, 3):
         raise ValueError(f"channels = {channels!r}, but it must be None, 1 or 3")
@@ -146,19 +145,26 @@ def _pixels(paths: list[str], size, channels: int, cache: Path) -> np.ndarray:
     shape = (len(paths), *image_shape)
     print(f"decoding {len(paths):,} images into {cache} ({math.prod(shape) / 1e6:.1f} MB)", flush=True)
     unfinished = cache.with_name(f"{cache.name}.{uuid.uuid4().hex}")
-    try:
-        with open(unfinished, "wb") as file, ThreadPoolExecutor() as pool:
-            # not through a map, since a full disk would kill the process
-            np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+
+    def decoded() -> Iterator[np.ndarray]:
+        with ThreadPoolExecutor() as pool:
             for start in range(0, len(paths), 128):  # a pool that is given all paths would outrun the disk
                 some = paths[start : start + 128]
-                file.writelines(pool.map(lambda path: _decode(path, size, channels, image_shape), some))
+                yield from pool.map(lambda path: _decode(path, size, channels, image_shape), some)
+
+    try:
+        with open(unfinished, "wb") as file:  # not through a map, since a full disk would kill the process
+            np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+            file.writelines(decoded())
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, cache)
+        return np.load(cache, mmap_mode="r")
+    except OSError as error:
+        print(f"{cache.parent} cannot be written to ({error.strerror}); decoding into memory instead", flush=True)
+        return np.fromiter(decoded(), np.dtype((np.uint8, image_shape)), len(paths))
     finally:
         unfinished.unlink(missing_ok=True)
-    return np.load(cache, mmap_mode="r")
 
 
 def _decode(path: str, size, channels: int, shape: tuple[int, int, int] | None = None) -> np.ndarray:
