@@ -1,7 +1,5 @@
 """A Bot API on loopback: it keeps what it is sent, and answers as a script says."""
 
-import email
-import email.policy
 import json
 import os
 import socket
@@ -14,27 +12,12 @@ from urllib.parse import parse_qsl
 
 
 class Request:
-    """One request as it arrived: the path's token and method, form fields as text, files as bytes."""
+    """One request as it arrived: the path's token and method, the form's chat and text."""
 
-    def __init__(self, path: str, content_type: str, body: bytes):
-        self.at, self.body, self.fields, self.files = time.monotonic(), body, {}, {}
+    def __init__(self, path: str, body: bytes):
+        self.at, self.body, fields = time.monotonic(), body, dict(parse_qsl(body.decode()))
         _, bot, self.method = path.split("/")
-        self.token = bot.removeprefix("bot")
-        if not content_type.startswith("multipart/form-data"):
-            self.fields = dict(parse_qsl(body.decode(), keep_blank_values=True))
-            return
-        header = f"Content-Type: {content_type}\r\n\r\n".encode()
-        for part in email.message_from_bytes(header + body, policy=email.policy.HTTP).iter_parts():
-            name, content = part.get_param("name", header="content-disposition"), part.get_payload(decode=True)
-            if part.get_filename():
-                self.files[name] = content
-            else:
-                self.fields[name] = content.decode()
-
-    @property
-    def text(self) -> str:
-        """What a person reads."""
-        return self.fields.get("text") or self.fields.get("caption", "")
+        self.token, self.chat, self.text = bot.removeprefix("bot"), fields["chat_id"], fields.get("text", "")
 
 
 Answer = Callable[["_Handler"], None]
@@ -95,9 +78,6 @@ class BotApi:
         self._server.shutdown()
         self._server.server_close()
 
-    def methods(self) -> list[str]:
-        return [request.method for request in self.requests]
-
     def messages(self) -> list[Request]:
         """The requests that send something, and do not only ask whose the token is."""
         return [request for request in self.requests if request.method != "getMe"]
@@ -107,7 +87,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         api = self.server.api
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        api.requests.append(Request(self.path, self.headers.get("Content-Type") or "", body))
+        api.requests.append(Request(self.path, body))
         (api.script.pop(0) if api.script else taken)(self)
 
     def log_message(self, *args):

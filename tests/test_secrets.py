@@ -105,11 +105,11 @@ FAULTS = {
     "all well": None,
     "429 for long": error(429, f"Too Many Requests for bot{TOKEN}", parameters={"retry_after": 30}),
     "429": error(429, "Too Many Requests", parameters={"retry_after": 0.01}),
-    "400": error(400, f"Bad Request: /bot{TOKEN}/sendPhoto"),
+    "400": error(400, f"Bad Request: /bot{TOKEN}/sendMessage"),
     "401": error(401, f"Unauthorized: {TOKEN}"),
-    "500": error(500, f"Internal, at /bot{TOKEN}/sendPhoto"),
-    "no JSON": reply(200, f"<html>/bot{TOKEN}/sendPhoto</html>".encode()),
-    "redirect": reply(302, b"", Location=f"/bot{TOKEN}/sendPhoto", X_Echo=f"/bot{TOKEN}/sendPhoto"),
+    "500": error(500, f"Internal, at /bot{TOKEN}/sendMessage"),
+    "no JSON": reply(200, f"<html>/bot{TOKEN}/sendMessage</html>".encode()),
+    "redirect": reply(302, b"", Location=f"/bot{TOKEN}/sendMessage", X_Echo=f"/bot{TOKEN}/sendMessage"),
     "bad redirect": reply(302, b"", Location=f"http://[/bot{TOKEN}"),
     "bad encoding": reply(200, f"/bot{TOKEN}".encode(), Content_Encoding="gzip"),
     "reset": reset,
@@ -123,7 +123,7 @@ FAULTS = {
     [*((fault, "well") for fault in ("all well", "400", "hang", "refused")), ("401", "badly"), ("all well", "badly")],
 )
 def test_a_training_leaves_no_trace_of_the_token_whatever_telegram_answers(
-    fault, ends, tiny_data, tmp_path, trace, monkeypatch, one_picture
+    fault, ends, tiny_data, tmp_path, trace, monkeypatch
 ):
     problem = None if ends == "well" else ArithmeticError(f"no GET https://api.telegram.org/bot{TOKEN}/getMe")
     with BotApi() as api:
@@ -160,7 +160,7 @@ def test_an_error_of_the_notifier_has_the_token_neither_in_its_text_nor_in_its_c
         api.script = [FAULTS[fault]] * 99 if callable(FAULTS[fault]) else []
         notifier = TelegramNotifier(TOKEN, 42, closed_port() if fault == "refused" else api.url)
         with pytest.raises(TelegramError) as caught:
-            notifier.send_report("text", b"picture")
+            notifier.send_message("text")
     assert not leaks(shown(caught.value))
     assert isinstance(caught.value.__context__, TelegramError | None)  # and no error of httpx, which holds the URL
     assert trace() == []
@@ -210,10 +210,9 @@ def test_an_experiment_leaves_no_trace_of_the_token(tiny_data, tmp_path, trace, 
         monkeypatch.setattr(TelegramNotifier.__init__, "__defaults__", (None, None, api.url, 10))
         monkeypatch.setenv("TELEGRAM_BOT_TOKEN", TOKEN)
         monkeypatch.setenv("TELEGRAM_CHAT_ID", "42")
-        config = TrainingConfig(**KNOBS, output_dir=tmp_path / "runs", telegram_every_run=True)
+        config = TrainingConfig(**KNOBS, output_dir=tmp_path / "runs")
         print(experiment({"tiny": tiny_mlp, "broken": broken}, config, tiny_data, [0]))
-        assert {request.method for request in api.messages()} == {"sendPhoto"}
-        assert "failed: broken, seed 0: ValueError: no model from" in api.requests[-1].fields["caption"]
+        assert "failed: broken, seed 0: ValueError: no model from" in api.requests[-1].text
         assert not any(leaks(request.body) for request in api.requests)
     (failed,) = trace.warned
     assert "the run of 'broken' with seed 0 failed" in str(failed.message)
