@@ -39,12 +39,6 @@ def _alone(monkeypatch):
 
 
 @pytest.fixture
-def impatient(monkeypatch):
-    """A deadline that a test can wait for."""
-    monkeypatch.setattr(TelegramNotifier, "deadline", 0.4)
-
-
-@pytest.fixture
 def api():
     with BotApi() as api:
         yield api
@@ -139,31 +133,6 @@ def test_what_is_temporary_is_tried_again_with_longer_and_longer_pauses(api, not
     assert [pause >= least for pause, least in zip(pauses, (0.05, 0.1, 0.2, 0.5), strict=True)] == [True] * 4
 
 
-@pytest.mark.usefixtures("impatient")
-@pytest.mark.parametrize(
-    ("answer", "problem", "again"),
-    [
-        (error(400, "Bad Request: chat not found"), "^400 Bad Request: chat not found$", False),
-        (error(401, "Unauthorized"), "^401 Unauthorized; is TELEGRAM_BOT_TOKEN right.$", False),
-        (error(403, f"no {TOKEN} nor 9:{'B' * 35}, {'etc. ' * 99}"), "^403 no … nor …, [etc. ]{180,200}$", False),
-        (reply(200, b"<html>Log in to the hotel's network</html>"), "^200 not a Bot API response ", False),
-        (error(429, "Too Many Requests", parameters={"retry_after": 61}), "^429 Too Many Requests$", False),
-        (reply(200, b"[1]"), "^200 not a Bot API response ", False),
-        (reply(200, {"ok": False, "description": "no"}), "^200 no$", False),
-        (reply(307, b"", Location="http://127.0.0.1:9"), "^307 not a Bot API response ", False),
-        (hang, "^no connection", False),
-        (reset, "no connection|not a Bot API", True),
-        (error(503, "Unavailable"), "^503 Unavailable$", True),
-    ],
-)
-def test_an_error_says_what_is_wrong_at_once_or_at_the_deadline_if_it_may_pass(answer, problem, again, api, notifier):
-    api.script, began = [answer] * 100, time.monotonic()
-    with pytest.raises(TelegramError, match=problem):
-        notifier.send_message("text")
-    assert time.monotonic() - began < 5
-    assert (len(api.requests) > 1) == again
-
-
 @pytest.mark.usefixtures("in_environment")
 def test_a_finished_training_sends_the_figures_of_its_best_epoch(api, config, tiny_data):
     run = train_or_load(MODELS["narrow"], replace(config, telegram_additional_info="on the <old> laptop"), tiny_data)
@@ -199,7 +168,7 @@ def test_a_training_that_fails_or_is_interrupted_sends_where_and_why(error, outc
     assert sent(api).split("\n") == [f"MLP on tiny: training {outcome}", "run: it", "after 1.5 of 2 epochs", line]
 
 
-@pytest.mark.usefixtures("in_environment", "impatient")
+@pytest.mark.usefixtures("in_environment")
 @pytest.mark.parametrize(
     ("fault", "problem"),
     [
@@ -208,7 +177,7 @@ def test_a_training_that_fails_or_is_interrupted_sends_where_and_why(error, outc
     ],
 )
 def test_a_telegram_that_refuses_or_hangs_is_one_warning_and_the_training_gives_the_same_bits(
-    fault, problem, api, config, tiny_data
+    fault, problem, api, config, tiny_data, monkeypatch
 ):
     def train(config: TrainingConfig):
         torch.manual_seed(0)
@@ -216,6 +185,7 @@ def test_a_telegram_that_refuses_or_hangs_is_one_warning_and_the_training_gives_
         trainer.train()
         return [*trainer.model.state_dict().values(), torch.get_rng_state()]
 
+    monkeypatch.setattr(TelegramNotifier, "deadline", 0.4)
     expected = train(replace(config, use_telegram_notifications=False))
     api.script = [fault] * 20
     with pytest.warns(UserWarning, match="Telegram") as warned:
