@@ -20,6 +20,7 @@ LOGGED = [
     "max_grad_norm", "validation_split", "max_train_images", "early_stopping_patience", "early_stopping_metric",
     "rotation_degrees", "translation_fraction", "horizontal_flip", "crop_padding", "seed", "deterministic",
 ]  # fmt: skip
+_ENVIRONMENT = ("torch", "transformers", "python", "precision", "device", "processes")
 _SETTINGS = {
     "console": "off",  # what is printed stays here
     "disable_code": True,  # and the notebook
@@ -182,7 +183,7 @@ def described(trainer) -> dict:
         # of the further arguments numbers and switches only: a text may be a token
         **{k: v for k, v in config.training_arguments.items() if isinstance(v, (bool, int, float))},
         **{name: getattr(trainer, name) for name in ("temperature", "alpha") if hasattr(trainer, name)},
-        **trainer.environment,
+        **{name: trainer.environment[name] for name in _ENVIRONMENT},
         "trainer": type(trainer).__name__,
         "model": type(model).__name__,
         "arguments": getattr(model, "_hub_mixin_config", None) or {},
