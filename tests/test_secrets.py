@@ -36,7 +36,7 @@ def _quick_and_alone(monkeypatch, tmp_path):
     """No credentials of whoever runs the tests, short waits, and every file below tmp_path."""
     for name in ("TELEGRAM_BOT_TOKEN", "TELEGRAM_CHAT_ID"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(TelegramNotifier, "deadline", 0.2)
+    monkeypatch.setattr(TelegramNotifier, "deadline", 0.5)
     monkeypatch.setattr(TelegramNotifier, "pause", 0.01)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.chdir(tmp_path)
