@@ -8,17 +8,8 @@ import threading
 import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 from urllib.parse import parse_qsl
-
-
-class Request:
-    """One request as it arrived: the path's token and method, the form's chat and text."""
-
-    def __init__(self, path: str, body: bytes):
-        self.at, self.body, fields = time.monotonic(), body, dict(parse_qsl(body.decode()))
-        _, bot, self.method = path.split("/")
-        self.token, self.chat, self.text = bot.removeprefix("bot"), fields["chat_id"], fields.get("text", "")
-
 
 Answer = Callable[["_Handler"], None]
 
@@ -61,7 +52,7 @@ class BotApi:
     """A server at `url`, as a context manager, with the `requests` that came; `script` answers the next ones."""
 
     def __init__(self, *script: Answer):
-        self.requests: list[Request] = []
+        self.requests: list[SimpleNamespace] = []
         self.script = list(script)
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
         self._server.daemon_threads = True
@@ -78,16 +69,18 @@ class BotApi:
         self._server.shutdown()
         self._server.server_close()
 
-    def messages(self) -> list[Request]:
+    def messages(self) -> list[SimpleNamespace]:
         """The requests that send something, and do not only ask whose the token is."""
         return [request for request in self.requests if request.method != "getMe"]
 
 
 class _Handler(BaseHTTPRequestHandler):
     def do_POST(self):
-        api = self.server.api
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        api.requests.append(Request(self.path, body))
+        api, body = self.server.api, self.rfile.read(int(self.headers["Content-Length"]))
+        (_, bot, method), fields = self.path.split("/"), dict(parse_qsl(body.decode()))
+        request = {"at": time.monotonic(), "body": body, "token": bot.removeprefix("bot"), "method": method}
+        request |= {"chat": fields["chat_id"], "text": fields.get("text", "")}
+        api.requests.append(SimpleNamespace(**request))
         (api.script.pop(0) if api.script else taken)(self)
 
     def log_message(self, *args):
