@@ -1,7 +1,6 @@
 """`python -m lablib`: one run from the command line, as `torchrun -m lablib` on several processes."""
 
 import argparse
-import dataclasses
 import inspect
 import json
 import os
@@ -17,10 +16,10 @@ import lablib  # its names import PyTorch when they are used, so that Ctrl-C end
 from lablib.config import TrainingConfig
 
 MODELS = ("MLP", "ResidualMLP", "SimpleCNN", "ResidualCNN")
-_FROM_THE_DATA = ("image_shape", "num_classes")
 _NOT_OPTIONS = ("telegram_bot_token", "training_arguments")  # others would see the one, and the other is a dict
-_FIELDS = [field for field in dataclasses.fields(TrainingConfig) if field.name not in _NOT_OPTIONS]
-_SEVERAL = {"hidden_sizes": int, "wandb_tags": str}  # the type of each value of an option that takes several
+_NOT_OPTIONS += ("image_shape", "num_classes")  # which the data have
+_SETTINGS = inspect.signature(TrainingConfig).parameters
+_SEVERAL = {"hidden_sizes": int}  # the type of each value of an option that takes several
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -33,11 +32,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser = _parser()
         options = vars(parser.parse_args(arguments))
         try:
-            config = TrainingConfig(**{field.name: options.pop(field.name) for field in _FIELDS})
+            config = TrainingConfig(**{name: options.pop(name) for name in _SETTINGS if name not in _NOT_OPTIONS})
             with config.to_training_arguments(config.output_dir).main_process_first():  # to download and decode once
                 scale = {name: options.pop(name) for name in ("image_size", "channels")}
                 data = lablib.load_data(options.pop("data"), options.pop("data_dir"), **scale)
-            build_model = _model_builder(options.pop("model"), options, data)
+            fitting = {"image_shape": data.image_shape, "num_classes": data.num_classes}
+            build_model = partial(getattr(lablib, options.pop("model")), **options, **fitting)
             build_model()
         except (ValueError, OSError) as error:
             parser.error(str(error))
@@ -57,55 +57,36 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    form, about = "%(prog)s MODEL [--option VALUE ...]", "Train one run, or load it if it is finished."
-    parser = _Parser(prog="python -m lablib", usage=form, description=about)
-    parser.add_argument("model", choices=MODELS)
-    _add(parser, "data", str, "digits", "a data set's name, or a folder")
-    _add(parser, "data_dir", str, "data", "where data sets lie")
-    _add(parser, "image_size", int, None, "pixels to which images are scaled")
-    _add(parser, "channels", int, None, "1: grey, 3: coloured")
-    group = parser.add_argument_group("the networks' arguments")
-    models = {model: inspect.signature(getattr(lablib, model)).parameters for model in MODELS}
-    for name, parameter in {name: p for known in models.values() for name, p in known.items()}.items():
-        if name not in _FROM_THE_DATA:
-            default = "required" if parameter.default is parameter.empty else f"default: {parameter.default!r}"
-            text = f"{', '.join(model for model in MODELS if name in models[model])} ({default})"
-            _add(group, name, parameter.annotation, argparse.SUPPRESS, text)
-    group = parser.add_argument_group("TrainingConfig")
+    parser = _Parser(prog="python -m lablib", description="Train one run, or load it if it is finished.")
+    models = parser.add_subparsers(dest="model", metavar="MODEL", required=True, help=", ".join(MODELS))
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(TrainingConfig), re.MULTILINE))
-    for field in _FIELDS:
-        _add(group, field.name, field.type, field.default, comments.get(field.name, ""))
+    for name in MODELS:
+        options = models.add_parser(name, usage="%(prog)s [--option VALUE ...]")
+        _add(options, "data", str, "digits", "a data set's name, or a folder")
+        _add(options, "data_dir", str, "data", "where data sets lie")
+        _add(options, "image_size", int, None, "pixels to which images are scaled")
+        _add(options, "channels", int, None, "1: grey, 3: coloured")
+        for parameter in (*inspect.signature(getattr(lablib, name)).parameters.values(), *_SETTINGS.values()):
+            if parameter.name not in _NOT_OPTIONS:
+                text = comments.get(parameter.name, "")
+                _add(options, parameter.name, parameter.annotation, parameter.default, text)
     return parser
 
 
-def _add(group, name: str, kind: Any, default: Any, text: str) -> None:
+def _add(parser: argparse.ArgumentParser, name: str, kind: Any, default: Any, text: str) -> None:
     """Add an option that pydantic reads as a type; argparse names it in the error."""
 
     def read(value: str):
         try:
             return TypeAdapter(_SEVERAL.get(name, kind)).validate_python(None if value == "None" else value)
         except ValidationError as error:
-            raise argparse.ArgumentTypeError(error.errors()[0]["msg"].removeprefix("Input ")) from None
+            raise argparse.ArgumentTypeError(error.errors()[-1]["msg"].removeprefix("Input ")) from None
 
-    text = text if default is argparse.SUPPRESS else f"{text} (default: {default!r})".strip()
+    needed = default is inspect.Parameter.empty
+    text = f"{text} ({'required' if needed else f'default: {default!r}'})".strip().replace("%", "%%")
     more = {"nargs": "+"} if name in _SEVERAL else {"nargs": "?", "const": True} if kind is bool else {}
-    more |= {"default": default, "metavar": "VALUE", "help": text.replace("%", "%%")}
-    group.add_argument(_option(name), type=read, **more)
-
-
-def _option(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def _model_builder(name: str, given: dict[str, Any], data: "lablib.ImageData") -> partial:
-    """What builds a network for the images and classes of a data set. Raises ValueError for arguments it lacks."""
-    known = inspect.signature(getattr(lablib, name)).parameters
-    if unknown := sorted(given.keys() - known):
-        raise ValueError(f"argument {_option(unknown[0])}: {name} has none")
-    arguments = given | {"image_shape": data.image_shape, "num_classes": data.num_classes}
-    if missing := [k for k, parameter in known.items() if parameter.default is parameter.empty and k not in arguments]:
-        raise ValueError(f"{name} needs {_option(missing[0])}")
-    return partial(getattr(lablib, name), **arguments)
+    more |= {"required": True} if needed else {"default": default}
+    parser.add_argument("--" + name.replace("_", "-"), type=read, metavar="VALUE", help=text, **more)
 
 
 if __name__ == "__main__":

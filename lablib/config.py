@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, field_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
 from pydantic.dataclasses import dataclass
 
 if TYPE_CHECKING:  # transformers takes seconds to import; only a training needs it
@@ -32,25 +32,21 @@ _Seed = Annotated[int, Field(ge=0, lt=2**32)]
 _Patience = Annotated[Natural | None, AfterValidator(lambda epochs: epochs or None)]
 _Text = Annotated[str, Field(min_length=1)]
 _Folder = Annotated[_Text, BeforeValidator(lambda p: os.path.expanduser(p) if isinstance(p, (str, os.PathLike)) else p)]
-_Tags = Annotated[tuple[str, ...], BeforeValidator(lambda tags: tuple(tags) if isinstance(tags, list) else tags)]
 _Chat = Annotated[str, Field(pattern=r"^(-?\d+|@\w+)$")]  # a number or a name, and no token, which would be shown
 _CHECKED = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
 _TOKEN = re.compile(r"\d+(?::|%3[Aa])[\w-]{30,}")
 
-# Further fields of transformers.TrainingArguments that are known to work here.
+# Further fields of transformers.TrainingArguments, which no other setting sets and which are known to work here.
 TRAINING_ARGUMENTS = (
-    "adam_beta1", "adam_beta2", "adam_epsilon", "dataloader_num_workers",
-    "dataloader_persistent_workers", "dataloader_prefetch_factor", "ddp_backend", "ddp_broadcast_buffers",
-    "ddp_bucket_cap_mb", "ddp_find_unused_parameters", "ddp_static_graph", "ddp_timeout", "disable_tqdm",
-    "eval_accumulation_steps", "gradient_accumulation_steps", "log_level", "lr_scheduler_kwargs", "max_steps",
-    "save_total_limit", "torch_compile", "torch_compile_backend", "torch_compile_mode",
+    "adam_beta1", "adam_beta2", "adam_epsilon", "dataloader_num_workers", "ddp_backend", "ddp_find_unused_parameters",
+    "ddp_timeout", "disable_tqdm", "gradient_accumulation_steps", "lr_scheduler_kwargs", "max_steps", "torch_compile",
+    "torch_compile_backend", "torch_compile_mode",
 )  # fmt: skip
 
 # What has no influence on a run's outcome: where it runs, where its files lie, and who is told of it.
 NOT_IDENTITY = (
-    "output_dir", "checkpoint_seconds", "device", "use_wandb", "wandb_project", "wandb_group", "wandb_tags",
-    "wandb_watch", "use_telegram_notifications", "telegram_additional_info", "telegram_every_run",
-    "telegram_bot_token", "telegram_chat_id",
+    "output_dir", "checkpoint_seconds", "device", "use_wandb", "wandb_project", "wandb_group", "wandb_watch",
+    "use_telegram_notifications", "telegram_additional_info", "telegram_bot_token", "telegram_chat_id",
 )  # fmt: skip
 
 _PRIVATE = ("telegram_bot_token", "telegram_chat_id", "training_arguments")  # no error shows what they hold
@@ -81,8 +77,8 @@ def _with_plain_errors(cls: type) -> type:
             validate(self, *args, **values)
         except ValidationError as error:
             known = [field.name for field in dataclasses.fields(cls)]
-            faults = {fault["loc"][0]: fault for fault in reversed(error.errors(include_input=False))}
-            lines = [f"{cls.__name__}: {_line(fault, values, known)}" for fault in reversed(faults.values())]
+            faults = {fault["loc"][0]: fault for fault in error.errors(include_input=False)}  # the last one of each
+            lines = [f"{cls.__name__}: {_line(fault, values, known)}" for fault in faults.values()]
             raise ValueError("\n".join(lines)) from None
 
     cls.__init__ = __init__
@@ -97,8 +93,8 @@ def _line(fault: dict, values: dict[str, Any], known: list[str]) -> str:
         hint = f"Did you mean {close[0]!r}?" if close else f"There are: {', '.join(known)}"
         return f"there is no parameter {name!r}. {hint}"
     shown = "" if name in _PRIVATE else f"{name} = {values[name]!r}: "
-    item = "".join(f"[{part}]" for part in place if isinstance(part, int))
-    message = _PLAINER.get(fault["type"]) or fault["msg"].removeprefix("Input ").removeprefix("Value error, ")
+    item = f"[{place[0]!r}]" if place and (isinstance(place[0], int) or place[-1] == "[key]") else ""
+    message = _PLAINER.get(fault["type"]) or fault["msg"].removeprefix("Input ")
     return f"{shown}{name}{item} {message[0].lower()}{message[1:]}"
 
 
@@ -136,22 +132,12 @@ class TrainingConfig:
     use_wandb: bool = False
     wandb_project: _Text = "residual-and-distillation-lab"
     wandb_group: _Text | None = None  # None: the data set's name
-    wandb_tags: _Tags = ()
     wandb_watch: bool = False  # also log histograms of gradients and parameters, which takes time
     use_telegram_notifications: bool = False
     telegram_additional_info: str = ""
-    telegram_every_run: bool = False  # a message for each run of an experiment too, not only one at its end
     telegram_bot_token: Annotated[SecretStr, Field(min_length=1)] | None = None  # None: TELEGRAM_BOT_TOKEN is read
-    telegram_chat_id: _Chat | int | None = None  # None: TELEGRAM_CHAT_ID is read from the environment
-    training_arguments: dict[str, Any] = dataclasses.field(default_factory=dict)  # those of TRAINING_ARGUMENTS
-
-    @field_validator("training_arguments")
-    @classmethod
-    def _known_to_work(cls, arguments: dict[str, Any]) -> dict[str, Any]:
-        if others := arguments.keys() - {*TRAINING_ARGUMENTS}:
-            reason = "which another field of TrainingConfig sets, or which does not work here"
-            raise ValueError(f"has {', '.join(sorted(others))}, {reason}; it takes {', '.join(TRAINING_ARGUMENTS)}")
-        return arguments
+    telegram_chat_id: int | _Chat | None = None  # None: TELEGRAM_CHAT_ID is read from the environment
+    training_arguments: dict[Literal[TRAINING_ARGUMENTS], Any] = dataclasses.field(default_factory=dict)
 
     def identity(self) -> dict[str, Any]:
         """The settings that change a run's outcome, without those that are off (None, False, 0 or empty).
@@ -171,16 +157,12 @@ class TrainingConfig:
         import torch
         from transformers import TrainingArguments
 
-        processes = num_processes()
-        if self.batch_size % processes:
-            reason = f"should be a multiple of the number of processes, which is {processes}"
-            raise ValueError(f"TrainingConfig: batch_size = {self.batch_size}, but batch_size {reason}")
-        if processes > 1:
+        if self.batch_size % num_processes():
+            reason = f"it should be a multiple of the number of processes, which is {num_processes()}"
+            raise ValueError(f"TrainingConfig: batch_size = {self.batch_size}, but {reason}")
+        if num_processes() > 1:
             atexit.register(_leave_group)
-        accelerated = torch.cuda.is_available() or torch.backends.mps.is_available()
         warm_constant = self.lr_schedule == "constant" and self.warmup_fraction > 0
-        quiet = {"disable_tqdm": True, "log_level": "error"}
-        defaults = quiet | {"save_total_limit": 2, "ddp_find_unused_parameters": False}
         return TrainingArguments(
             output_dir=output_dir,
             num_train_epochs=self.num_epochs,
@@ -194,19 +176,21 @@ class TrainingConfig:
             seed=self.seed,
             data_seed=self.seed,
             bf16=bf16,
-            use_cpu=self.device == "cpu" or (self.device == "auto" and not accelerated),
+            use_cpu=self.device == "cpu" or not (torch.cuda.is_available() or torch.backends.mps.is_available()),
             eval_strategy="epoch",
             save_strategy="epoch",
+            save_total_limit=2,
             logging_strategy="epoch",
             load_best_model_at_end=True,
             metric_for_best_model=f"eval_{self.early_stopping_metric}",
             greater_is_better=self.early_stopping_metric == "accuracy",
             restore_callback_states_from_checkpoint=True,  # or the patience would start again on resume
             report_to="none",
+            log_level="error",
             logging_nan_inf_filter=False,  # the trainer stops on a loss that is not finite instead
             remove_unused_columns=False,
             dataloader_pin_memory=False,  # the images are on the device already
-            **(defaults | self.training_arguments),
+            **({"disable_tqdm": True, "ddp_find_unused_parameters": False} | self.training_arguments),
         )
 
 
@@ -239,10 +223,9 @@ def num_processes() -> int:
 
 
 def _leave_group() -> None:
-    """Leave `torch.distributed`'s group when this process ends, unless by an error: the others might wait then.
+    """Leave `torch.distributed`'s group, or Gloo's threads may outlive Python and abort the process at its end.
 
-    Gloo's threads would outlive Python otherwise, and one that lets go of a tensor so late aborts the process
-    (https://github.com/pytorch/pytorch/pull/179291).
+    Not after an error, as the others might wait then. See https://github.com/pytorch/pytorch/pull/179291.
     """
     import torch
 

@@ -249,7 +249,7 @@ def experiment(
 
     A run that fails is reported by a warning and in the experiment's `failures`; the others continue. Raises
     RuntimeError if all fail, and TypeError or ValueError for arguments that cannot be used. Telegram gets one message
-    at the end, with the config's `telegram_every_run` one for each run too; none if all runs are loaded.
+    at the end; none if all runs are loaded.
     """
     if not isinstance(data, ImageData):
         raise TypeError(f"data = {data!r}, but it must be an ImageData, as load_data({str(data)!r}) gives")
@@ -344,8 +344,6 @@ def _train(result: Experiment, tasks: dict[Key, tuple], paths: dict[Key, Path], 
                     interruption.ask()
                     continue
                 ended.add(key)
-                if messages:
-                    messages.run_ended(key)
         except Exception:  # a worker died
             if not interruption.asked:
                 raise

@@ -1,7 +1,6 @@
 """Messages to a Telegram chat when a training or an experiment ends or fails."""
 
 import contextlib
-import io
 import logging
 import os
 import re
@@ -12,20 +11,12 @@ from datetime import timedelta
 from functools import cached_property
 
 import httpx
-import pandas as pd
-from matplotlib.figure import Figure
 from pydantic import SecretStr
+from transformers import TrainerCallback
 
 from lablib.config import one_line, redacted
-from lablib.metrics import best_row, history
-from lablib.tracking import Harmless, ServiceCallback, harmless
+from lablib.tracking import Harmless, final_result, harmless
 
-_RUN_LINES = {
-    "best_epoch": "best epoch: {best_epoch} of {epochs}",
-    "val_accuracy": "validation accuracy: {val_accuracy:.2%}",
-    "test_accuracy": "test accuracy: {test_accuracy:.2%}",
-    "seconds": "duration: {seconds:.0f} s",
-}
 _WHERE = "in the environment or in Colab's secrets"
 
 for _name in ("httpx", "httpcore.connection", "httpcore.http11"):  # they log the URL, and the token is part of it
@@ -67,9 +58,6 @@ class TelegramNotifier:
             raise TelegramError(f"set TELEGRAM_CHAT_ID to a chat's number or @name {_WHERE}")
         self._token, self.base_url, self.timeout = SecretStr(token), base_url, timeout
 
-    def __repr__(self) -> str:
-        return f"TelegramNotifier(bot_token={self._token!r}, chat_id={self.chat_id!r})"
-
     def check(self) -> str:
         """Ask Telegram whose token this is; the answer names the bot."""
         bot = self._call("getMe")
@@ -79,26 +67,13 @@ class TelegramNotifier:
         """Send plain text; what exceeds Telegram's 4096 characters (emoji count twice) is cut off."""
         self._call("sendMessage", text=text if len(text) <= 4000 else text[:4000] + "…")
 
-    def send_report(self, text: str, png: bytes | None = None) -> None:
-        """Send text with a picture, as one message if it fits; a chat that refuses pictures gets the text."""
-        if png is None or len(text) > 1000:  # a caption has up to 1024 characters
-            self.send_message(text)
-            text = ""
-        try:
-            if png is not None:
-                self._call("sendPhoto", png, caption=text)
-        except TelegramError as error:
-            if error.status != 400 or not text:
-                raise
-            self.send_message(text)
-
-    def _call(self, method: str, png: bytes | None = None, **fields: str) -> dict:
+    def _call(self, method: str, **fields: str) -> dict:
         """The result of one of the Bot API's methods; what is temporary is tried again."""
         until, pause = time.monotonic() + self.deadline, self.pause
-        while not (reply := self._attempt(method, png, fields, until - time.monotonic())).get("ok"):
+        while not (reply := self._attempt(method, fields, until - time.monotonic())).get("ok"):
             status, parameters = reply.get("error_code"), reply.get("parameters") or {}
             if (new := str(parameters.get("migrate_to_chat_id", ""))) and self.chat_id != new:
-                warnings.warn(f"Telegram: the group has a new chat ID; set TELEGRAM_CHAT_ID to {new}", stacklevel=4)
+                warnings.warn(f"Telegram: the group has a new chat ID; set TELEGRAM_CHAT_ID to {new}", stacklevel=3)
                 self.chat_id = new
                 continue
             wait = max(pause, parameters.get("retry_after", 0))
@@ -111,16 +86,13 @@ class TelegramNotifier:
             pause *= 2
         return reply["result"]
 
-    def _attempt(self, method: str, png: bytes | None, fields: dict[str, str], seconds: float) -> dict:
+    def _attempt(self, method: str, fields: dict[str, str], seconds: float) -> dict:
         """The Bot API's reply to one request; other problems take the same form, as httpx's errors hold the URL."""
         url = f"{self.base_url}/bot{self._token.get_secret_value()}/{method}"
-        content = {
-            "data": {"chat_id": self.chat_id, **fields},
-            "files": {"photo": ("picture.png", png)} if png else None,
-        }
+        content, timeout = {"chat_id": self.chat_id, **fields}, min(self.timeout, max(seconds, 0.01))
         reply = {"description": "no connection"}
         try:
-            response = httpx.post(url, **content, timeout=min(self.timeout, max(seconds, 0.01)), trust_env=False)
+            response = httpx.post(url, data=content, timeout=timeout, trust_env=False)
             reply = {"description": "not a Bot API response", "error_code": response.status_code}
             return reply | response.json()
         except Exception as error:
@@ -147,25 +119,20 @@ class _Messenger(Harmless):
             if error.status in (401, 404):  # after any other problem, the messages may still get through
                 self.fail(error)
 
-    def send(self, title: str, outcome: str, lines: list[str], table: pd.DataFrame | None = None) -> None:
-        """Send a text, and the learning curves in a table."""
-        info = self.config.telegram_additional_info
-        text = "\n".join([f"{title}: {outcome}", *([info] if info else []), *lines])
-        png = None if table is None or table.empty else learning_curves(table, title)
-        self.notifier.send_report(redacted(text), png)
-
-    def send_run(self, title: str, name: str, result: dict, rows: list[dict]) -> None:
-        """Send the result of a training."""
-        lines = [line.format(**result) for key, line in _RUN_LINES.items() if key in result]
-        self.send(title, "training finished", [f"run: {name}", *lines], pd.DataFrame(rows))
+    def send(self, what: str, error: BaseException | None, lines: list[str]) -> None:
+        """Send how something ended, and more about it."""
+        outcome = "finished" if error is None else "failed" if isinstance(error, Exception) else "interrupted"
+        lines = [f"{what} {outcome}", self.config.telegram_additional_info, *lines]
+        self.notifier.send_message(redacted("\n".join(filter(None, lines))))
 
 
-class TelegramCallback(_Messenger, ServiceCallback):
-    """Sends a training's result and learning curves when it ends; if it fails, where and why."""
+class TelegramCallback(_Messenger, TrainerCallback):
+    """Sends a training's result when it ends; if it fails, where and why."""
 
     def __init__(self, trainer):
-        super().__init__(trainer)
-        self.config, self._title = trainer.config, f"{type(trainer.model).__name__} on {trainer.data.name}"
+        self.trainer, self.config, self.broken = trainer, trainer.config, not trainer.is_world_process_zero()
+        self._what = f"{type(trainer.model).__name__} on {trainer.data.name}: training"
+        self._run = f"run: {trainer.run_name}"
 
     @harmless
     def on_train_begin(self, args, state, control, **kwargs):
@@ -173,21 +140,18 @@ class TelegramCallback(_Messenger, ServiceCallback):
 
     @harmless
     def on_train_end(self, args, state, control, **kwargs):
-        rows = history(state.log_history)
-        best = best_row(rows, self.config.early_stopping_metric)  # whose weights are loaded by now
-        result = {**best, **self.test_result(), "best_epoch": best["epoch"], "epochs": len(rows)}
-        self.send_run(self._title, self.trainer.run_name, result | {"seconds": rows[-1]["seconds"]}, rows)
+        result = final_result(self.trainer).items()
+        lines = [f"{k.replace('_', ' ')}: {v:{'.2%' if 'accuracy' in k else '.6g'}}" for k, v in result]
+        self.send(self._what, None, [self._run, *lines])
 
     @harmless
     def on_train_failed(self, error: BaseException):
         epochs = f"after {self.trainer.state.epoch or 0:.1f} of {self.config.num_epochs} epochs"
-        self.send(
-            self._title, f"training {_outcome(error)}", [f"run: {self.trainer.run_name}", epochs, one_line(error)]
-        )
+        self.send(self._what, error, [self._run, epochs, one_line(error)])
 
 
-class ExperimentMessages(_Messenger):
-    """Sends the outcome of an experiment and, with `telegram_every_run`, of each run; a context manager around it.
+class ExperimentMessages(_Messenger, contextlib.AbstractContextManager):
+    """Sends the outcome of an experiment, as a context manager around it.
 
     The runs themselves send nothing, so worker processes need no credentials. If nothing was trained and nothing
     failed, nothing is sent.
@@ -196,9 +160,6 @@ class ExperimentMessages(_Messenger):
     def __init__(self, experiment):
         self.experiment, self.config = experiment, experiment.config
         self._pending, self._began = set(), time.monotonic()
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, kind, error, trace):
         if error or self._pending or self.experiment.failures:
@@ -209,17 +170,6 @@ class ExperimentMessages(_Messenger):
         """Remember the runs, as (model, seed), that are about to be trained."""
         self._pending = set(pending)
         self.check_credentials()
-
-    @harmless
-    def run_ended(self, key: tuple[str, int]):
-        """Send the outcome of a run that finished or failed, if the config asks for it."""
-        if not self.config.telegram_every_run:
-            return
-        title = f"{key[0]} on {self.experiment.data.name}, seed {key[1]}"
-        if run := self.experiment.runs.get(key):
-            self.send_run(title, run.path.name, run.result, run.history)
-        else:
-            self.send(title, "training failed", [self.experiment.failures[key]])
 
     @harmless
     def _ended(self, error: BaseException | None):
@@ -235,25 +185,7 @@ class ExperimentMessages(_Messenger):
             if values := result.values(name).values():
                 lines.append(f"{name}: test accuracy {sum(values) / len(values):.2%} (n = {len(values)})")
         lines += [f"failed: {name}, seed {seed}: {line}" for (name, seed), line in result.failures.items()]
-        self.send(f"Experiment on {result.data.name}", _outcome(error), lines, result.histories())
-
-
-def learning_curves(table: pd.DataFrame, title: str) -> bytes:
-    """Loss and accuracy by epoch as a PNG; of several models (a column "model"), validation, averaged over seeds."""
-    png, figure = io.BytesIO(), Figure(figsize=(9, 3.6), layout="constrained")  # no pyplot, so no notebook shows it
-    for axis, metric in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
-        if "model" in table:
-            curves = table.pivot_table(f"val_{metric}", "epoch", "model", sort=False).add_prefix("validation, ")
-        else:
-            curves = table.set_index("epoch")[[f"train_{metric}", f"val_{metric}"]]
-        curves.plot(ax=axis, style=".-", colormap="cividis", logy=metric == "loss", ylabel=metric)
-    figure.suptitle(title)
-    figure.savefig(png, format="png", dpi=110)
-    return png.getvalue()
-
-
-def _outcome(error: BaseException | None) -> str:
-    return "finished" if error is None else "failed" if isinstance(error, Exception) else "interrupted"
+        self.send(f"Experiment on {result.data.name}:", error, lines)
 
 
 def _credential(name: str) -> str:

@@ -3,14 +3,11 @@
 import contextlib
 import functools
 import os
-import platform
 import secrets
 import time
 import warnings
-from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
 import torch
 from transformers import TrainerCallback
 
@@ -23,12 +20,16 @@ LOGGED = [
     "max_grad_norm", "validation_split", "max_train_images", "early_stopping_patience", "early_stopping_metric",
     "rotation_degrees", "translation_fraction", "horizontal_flip", "crop_padding", "seed", "deterministic",
 ]  # fmt: skip
-_PRIVATE = {
-    "console": "off",  # not what is printed
-    "disable_code": True,  # nor the notebook
-    "disable_git": True,  # nor uncommitted changes
-    "x_disable_meta": True,  # nor the command line
+_ENVIRONMENT = ("torch", "transformers", "python", "precision", "device", "processes")
+_SETTINGS = {
+    "console": "off",  # what is printed stays here
+    "disable_code": True,  # and the notebook
+    "disable_git": True,  # and uncommitted changes
+    "x_disable_meta": True,  # and the command line
+    "finish_timeout": 60,  # seconds
+    "quiet": True,
 }
+_OFFLINE = "; WANDB_MODE=offline keeps the run on this machine, without an account"
 _unavailable = set()  # what failed in this process, so that the runs of an experiment wait and warn only once
 
 
@@ -40,17 +41,11 @@ class Harmless:
 
     def fail(self, error: BaseException) -> None:
         """Say once what is wrong, and do nothing more."""
-        if self.broken:
-            return
-        self.broken = True
-        with contextlib.suppress(Exception):
-            self.give_up()
-        reason = redacted(str(error)) or type(error).__name__
-        # without a line of somebody else's source below the message
-        warnings.warn_explicit(f"{self.service}: {reason}; continuing without it", UserWarning, "lablib", 0)
-
-    def give_up(self) -> None:
-        """Let go of what the service holds."""
+        if not self.broken:
+            self.broken = True
+            reason = redacted(str(error)) or type(error).__name__
+            # without a line of somebody else's source below the message
+            warnings.warn_explicit(f"{self.service}: {reason}; continuing without it", UserWarning, "lablib", 0)
 
 
 def harmless(method):
@@ -58,33 +53,33 @@ def harmless(method):
 
     @functools.wraps(method)
     def guarded(self, *args, **kwargs):
-        if self.broken:
-            return
-        with torch.random.fork_rng(devices=[]):
-            try:
-                method(self, *args, **kwargs)
-            except Exception as error:
-                self.fail(error)
+        if not self.broken:
+            with torch.random.fork_rng(devices=[]):
+                try:
+                    method(self, *args, **kwargs)
+                except Exception as error:
+                    self.fail(error)
 
     return guarded
 
 
-class ServiceCallback(Harmless, TrainerCallback):
-    """A callback that knows its trainer, and that hears of a failed training too; only the first process has it."""
+def final_result(trainer) -> dict[str, float]:
+    """Of a training that has ended: epochs, the best one, its validation metrics, the test metrics, seconds.
 
-    def __init__(self, trainer):
-        self.trainer = trainer
-        self.broken = not trainer.is_world_process_zero()
+    Under `torchrun` there are no test metrics, as every process would have to take part.
+    """
+    rows = history(trainer.state.log_history)
+    best = best_row(rows, trainer.config.early_stopping_metric)  # whose weights are loaded by now
+    test = trainer.test() if trainer.args.world_size == 1 else {}
+    return {
+        "epochs": len(rows),
+        **{f"best_{name}": best[name] for name in ("epoch", "val_loss", "val_accuracy")},
+        **{name: test[name] for name in ("test_loss", "test_accuracy") if name in test},
+        "seconds": rows[-1]["seconds"],
+    }
 
-    def on_train_failed(self, error: BaseException) -> None:
-        """The training ended with an exception, which may be a KeyboardInterrupt."""
 
-    def test_result(self) -> dict[str, float]:
-        """Loss and accuracy on the test set; empty under `torchrun`, where every process would have to take part."""
-        return self.trainer.test() if self.trainer.args.world_size == 1 else {}
-
-
-class WandbCallback(ServiceCallback):
+class WandbCallback(Harmless, TrainerCallback):
     """Makes a W&B run of each training, named after the trainer's `run_name`.
 
     It has the config (an allow-list), the metrics of `lablib.metrics.history` by epoch, W&B's system metrics, and a
@@ -95,39 +90,37 @@ class WandbCallback(ServiceCallback):
     service = "Weights & Biases"
     run = None
 
+    def __init__(self, trainer):
+        self.trainer, self.broken = trainer, not trainer.is_world_process_zero()
+
     @harmless
     def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
-        start = time.perf_counter()
+        began, mode, keys = time.perf_counter(), _mode(), ("WANDB_API_KEY", "WANDB_BASE_URL")
+        attempt = hash((mode, self.trainer.config.wandb_project, *map(os.environ.get, keys)))
         self._steps = -(-len(train_dataloader) // args.gradient_accumulation_steps)  # an epoch
         self._histograms = {}
-        self._wandb, mode = _wandb_and_mode()
-        login = os.environ.get("WANDB_API_KEY"), os.environ.get("WANDB_BASE_URL")
-        attempt = hash((self._wandb, mode, self.trainer.config.wandb_project, login))
         if attempt in _unavailable:
             self.broken = True
             return
         try:
-            self._begin(Path(args.output_dir) / "wandb_run_id", mode, resumed=state.global_step > 0)
+            self._begin(mode, Path(args.output_dir) / "wandb_run_id", resumed=state.global_step > 0)
         except Exception as error:
             _unavailable.add(attempt)
-            hint = "; WANDB_MODE=offline keeps the run on this machine, without an account"
-            raise RuntimeError(f"{error}{hint if self._wandb and mode != 'offline' else ''}") from error
+            raise RuntimeError(f"{error}{_OFFLINE if mode == 'online' else ''}") from error
         finally:
-            self.trainer._clock += time.perf_counter() - start  # a run's seconds are those of its training
+            self.trainer._clock += time.perf_counter() - began  # a run's seconds are those of its training
 
-    def _begin(self, id_file: Path, mode: str | None, resumed: bool):
-        if not self._wandb:
-            raise RuntimeError("not installed; `pip install wandb` installs it")
-        if not mode:
-            raise RuntimeError("not logged in; run `wandb login` in a terminal or set WANDB_API_KEY")
+    def _begin(self, mode: str, id_file: Path, resumed: bool):
+        if mode.startswith("not "):
+            raise RuntimeError(mode)
+        import wandb
+
         trainer, config = self.trainer, self.trainer.config
         if not resumed or not id_file.exists():
             id_file.write_text(secrets.token_hex(4))
-        patience = {"init_timeout": float(os.environ.get("WANDB_INIT_TIMEOUT", 7)), "finish_timeout": 60}  # seconds
-        self.run = self._wandb.init(
+        self.run = wandb.init(
             project=config.wandb_project,
             group=config.wandb_group or trainer.data.name,
-            tags=config.wandb_tags,
             name=trainer.run_name,
             id=id_file.read_text(),
             resume="allow",
@@ -135,12 +128,10 @@ class WandbCallback(ServiceCallback):
             config=described(trainer),
             dir=os.environ.get("WANDB_DIR") or str(Path(config.output_dir).resolve()),
             mode=mode,
-            settings=_PRIVATE | patience | {"quiet": True},
+            settings=_SETTINGS | {"init_timeout": float(os.environ.get("WANDB_INIT_TIMEOUT", 7))},
         )
         self.run.define_metric("epoch")
         self.run.define_metric("*", step_metric="epoch")
-        if resumed:
-            self.run.summary["error"] = None
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         if self.run and self.trainer.config.wandb_watch and (state.global_step + 1) % self._steps == 0:
@@ -148,12 +139,13 @@ class WandbCallback(ServiceCallback):
 
     @harmless
     def _watch(self):
-        parameters = dict(self.trainer.model.named_parameters())
-        tensors = {f"parameters/{name}": parameter for name, parameter in parameters.items()}
-        tensors |= {f"gradients/{name}": p.grad for name, p in parameters.items() if p.grad is not None}
-        for name, tensor in tensors.items():
-            values = tensor.detach().float().cpu().numpy().ravel()
-            self._histograms[name] = self._wandb.Histogram(values[np.isfinite(values)])
+        from wandb import Histogram
+
+        for name, parameter in self.trainer.model.named_parameters():
+            for kind, tensor in {"parameters": parameter, "gradients": parameter.grad}.items():
+                if tensor is not None:
+                    values = tensor.detach().float().cpu().flatten()
+                    self._histograms[f"{kind}/{name}"] = Histogram(values[values.isfinite()])
 
     @harmless
     def on_evaluate(self, args, state, control, **kwargs):
@@ -163,19 +155,18 @@ class WandbCallback(ServiceCallback):
 
     @harmless
     def on_train_end(self, args, state, control, **kwargs):
-        if self.run:
-            rows, test = history(state.log_history), self.test_result()  # the best weights are loaded by now
-            best = best_row(rows, self.trainer.config.early_stopping_metric)
-            result = {f"best_{name}": best[name] for name in ("epoch", "val_loss", "val_accuracy")}
-            result |= {name: test[name] for name in ("test_loss", "test_accuracy") if name in test}
-            self._finish(0, epochs=len(rows), **result)
+        self._finish(0, **final_result(self.trainer), error=None)  # where a resumed run was interrupted before
 
     @harmless
     def on_train_failed(self, error: BaseException) -> None:
-        self._finish(1, error=type(error).__name__)  # its text may say more than is meant to leave
+        """Mark the run with the type of the error; its text may say more than is meant to leave."""
+        self._finish(1, error=type(error).__name__)
 
-    def give_up(self) -> None:
-        self._finish(1)
+    def fail(self, error: BaseException) -> None:
+        """As in `Harmless`, and let go of the run."""
+        super().fail(error)
+        with contextlib.suppress(Exception):
+            self._finish(1)
 
     def _finish(self, exit_code: int, **summary):
         if self.run:
@@ -192,35 +183,30 @@ def described(trainer) -> dict:
         # of the further arguments numbers and switches only: a text may be a token
         **{k: v for k, v in config.training_arguments.items() if isinstance(v, (bool, int, float))},
         **{name: getattr(trainer, name) for name in ("temperature", "alpha") if hasattr(trainer, name)},
+        **{name: trainer.environment[name] for name in _ENVIRONMENT},
         "trainer": type(trainer).__name__,
-        "precision": trainer.environment["precision"],
-        "device": torch.cuda.get_device_name() if trainer.args.device.type == "cuda" else trainer.args.device.type,
         "model": type(model).__name__,
         "arguments": getattr(model, "_hub_mixin_config", None) or {},
         "parameters": sum(p.numel() for p in model.parameters()),
         "data": {"name": data.name, "fingerprint": data.fingerprint, "classes": list(data.class_names)},
-        "versions": {"python": platform.python_version()} | {k: version(k) for k in ("torch", "transformers", "wandb")},
     }
 
 
-def _wandb_and_mode() -> tuple:
-    """The package, or None, and its mode as the environment has it now; None if that is online without a login.
-
-    It asks for nothing.
-    """
+def _mode() -> str:
+    """W&B's mode as the environment has it now; else why there is none, beginning with "not". It asks for nothing."""
     try:
         import wandb
-        from wandb import init  # noqa: F401  # a folder of runs, named wandb, can be imported too
     except ImportError:
-        return None, None
+        return "not installed; `pip install wandb` installs it"
     settings = wandb.setup().settings
     mode = os.environ.get("WANDB_MODE") or settings.mode
     if wandb.run:  # the user's; `wandb.login` would refuse
-        return wandb, "offline" if wandb.run.offline else mode
+        return "offline" if wandb.run.offline else mode
     if mode in ("offline", "dryrun", "disabled"):
-        return wandb, mode
+        return mode
     silent, settings.silent = settings.silent, True  # or it waits for the server to say who this is
     try:
-        return wandb, mode if wandb.login(prompt=False, verify=False) else None
+        logged_in = wandb.login(prompt=False, verify=False)
     finally:
         settings.silent = silent
+    return mode if logged_in else f"not logged in; run `wandb login` in a terminal or set WANDB_API_KEY{_OFFLINE}"

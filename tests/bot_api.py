@@ -1,7 +1,5 @@
 """A Bot API on loopback: it keeps what it is sent, and answers as a script says."""
 
-import email
-import email.policy
 import json
 import os
 import socket
@@ -10,32 +8,8 @@ import threading
 import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 from urllib.parse import parse_qsl
-
-
-class Request:
-    """One request as it arrived: the path's token and method, form fields as text, files as bytes."""
-
-    def __init__(self, path: str, content_type: str, body: bytes):
-        self.at, self.body, self.fields, self.files = time.monotonic(), body, {}, {}
-        _, bot, self.method = path.split("/")
-        self.token = bot.removeprefix("bot")
-        if not content_type.startswith("multipart/form-data"):
-            self.fields = dict(parse_qsl(body.decode(), keep_blank_values=True))
-            return
-        header = f"Content-Type: {content_type}\r\n\r\n".encode()
-        for part in email.message_from_bytes(header + body, policy=email.policy.HTTP).iter_parts():
-            name, content = part.get_param("name", header="content-disposition"), part.get_payload(decode=True)
-            if part.get_filename():
-                self.files[name] = content
-            else:
-                self.fields[name] = content.decode()
-
-    @property
-    def text(self) -> str:
-        """What a person reads."""
-        return self.fields.get("text") or self.fields.get("caption", "")
-
 
 Answer = Callable[["_Handler"], None]
 
@@ -78,7 +52,7 @@ class BotApi:
     """A server at `url`, as a context manager, with the `requests` that came; `script` answers the next ones."""
 
     def __init__(self, *script: Answer):
-        self.requests: list[Request] = []
+        self.requests: list[SimpleNamespace] = []
         self.script = list(script)
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
         self._server.daemon_threads = True
@@ -95,19 +69,18 @@ class BotApi:
         self._server.shutdown()
         self._server.server_close()
 
-    def methods(self) -> list[str]:
-        return [request.method for request in self.requests]
-
-    def messages(self) -> list[Request]:
+    def messages(self) -> list[SimpleNamespace]:
         """The requests that send something, and do not only ask whose the token is."""
         return [request for request in self.requests if request.method != "getMe"]
 
 
 class _Handler(BaseHTTPRequestHandler):
     def do_POST(self):
-        api = self.server.api
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        api.requests.append(Request(self.path, self.headers.get("Content-Type") or "", body))
+        api, body = self.server.api, self.rfile.read(int(self.headers["Content-Length"]))
+        (_, bot, method), fields = self.path.split("/"), dict(parse_qsl(body.decode()))
+        request = {"at": time.monotonic(), "body": body, "token": bot.removeprefix("bot"), "method": method}
+        request |= {"chat": fields["chat_id"], "text": fields.get("text", "")}
+        api.requests.append(SimpleNamespace(**request))
         (api.script.pop(0) if api.script else taken)(self)
 
     def log_message(self, *args):

@@ -63,12 +63,6 @@ def tiny_data() -> ImageData:
     return ImageData("tiny", *part(12), *part(6), ("top", "middle", "bottom"))
 
 
-@pytest.fixture
-def one_picture(monkeypatch):
-    """No time goes into drawing the pictures of messages; what they look like is another test's matter."""
-    monkeypatch.setattr("lablib.telegram.learning_curves", lambda table, title: b"png")
-
-
 @pytest.fixture(scope="module", autouse=True)
 def _quick_collections():
     """Each training begins with a collection of garbage, which would look through all of PyTorch every time."""

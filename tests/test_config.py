@@ -29,7 +29,6 @@ REFUSED = {
     "crop_padding": [-1, 4.5, True, "4", None],
     "seed": [-1, 2**32, 0.5, True, "0", None],
     "wandb_group": ["", 3],
-    "wandb_tags": ["tag", (1,), None],
     "telegram_additional_info": [None, 3],
     "telegram_bot_token": ["", 0, False, b""],
     "telegram_chat_id": ["", True, 4.2, ["42"], f"123:{35 * 'A'}"],
@@ -52,10 +51,8 @@ def test_a_misspelt_field_is_refused_with_the_right_spelling_and_all_faults_are_
         TrainingConfig(seed=-1, batch_size=0)
 
 
-def test_a_path_becomes_text_and_a_list_of_tags_a_tuple(tmp_path):
-    config = TrainingConfig(output_dir=tmp_path, wandb_tags=["a", "b"])
-    assert config.output_dir == str(tmp_path)
-    assert config.wandb_tags == ("a", "b")
+def test_a_path_becomes_text_and_a_tilde_the_home_folder(tmp_path):
+    assert TrainingConfig(output_dir=tmp_path).output_dir == str(tmp_path)
     assert TrainingConfig(output_dir="~/runs").output_dir == os.path.expanduser("~/runs")
 
 
@@ -72,29 +69,20 @@ def test_a_config_becomes_training_arguments_with_the_same_settings(tmp_path):
     config = TrainingConfig(num_epochs=7, batch_size=32, seed=3, early_stopping_metric="loss", device="cpu")
     arguments = config.to_training_arguments(str(tmp_path))
     expected = {
-        "output_dir": str(tmp_path),
-        "num_train_epochs": 7,
-        "per_device_train_batch_size": 32,
-        "max_grad_norm": 0,
-        "seed": 3,
-        "data_seed": 3,
-        "use_cpu": True,
-        "bf16": False,
-        "load_best_model_at_end": True,
-        "metric_for_best_model": "eval_loss",
-        "greater_is_better": False,
+        **{"output_dir": str(tmp_path), "num_train_epochs": 7, "per_device_train_batch_size": 32, "max_grad_norm": 0},
+        **{"seed": 3, "data_seed": 3, "use_cpu": True, "bf16": False, "load_best_model_at_end": True, "report_to": []},
+        **{"metric_for_best_model": "eval_loss", "greater_is_better": False},
         "restore_callback_states_from_checkpoint": True,
-        "report_to": [],
     }
     assert {name: getattr(arguments, name) for name in expected} == expected
 
 
 def test_further_training_arguments_win_over_the_labs_defaults_and_the_others_are_refused(tmp_path):
-    config = TrainingConfig(training_arguments={"adam_beta1": 0.8, "save_total_limit": 5})
+    config = TrainingConfig(training_arguments={"adam_beta1": 0.8, "disable_tqdm": False})
     arguments = config.to_training_arguments(str(tmp_path))
-    assert (arguments.adam_beta1, arguments.save_total_limit) == (0.8, 5)
+    assert (arguments.adam_beta1, arguments.disable_tqdm) == (0.8, False)
     for name in ("adam_beta_1", "fsdp", "num_train_epochs", "eval_delay", "label_smoothing_factor"):
-        with pytest.raises(ValueError, match=f"training_arguments has {name}, .* adam_beta1, "):
+        with pytest.raises(ValueError, match=rf"training_arguments\['{name}'\] should be 'adam_beta1', .* or 'torch"):
             TrainingConfig(training_arguments={"adam_beta1": 0.8, name: 1})
     assert {field.name for field in dataclasses.fields(TrainingArguments) if field.init} >= {*TRAINING_ARGUMENTS}
 
@@ -151,14 +139,12 @@ def test_the_defaults_and_what_papermill_sets_right_are_taken():
         ("alphas", [0.5, 1.5], "alphas[1] should be less than or equal to 1"),
         ("flip", "false", "flip should be True or False"),
         ("dataset", "minst", "dataset should be 'digits' or 'mnist'"),
-        ("depths", [], "depths list should have at least 1 item"),
+        ("depths", [], "depths list should have at least 1 item after validation, not 0"),
         ("depths", "[2, 4]", "depths should be a list; with papermill: -y 'depths: [2, 4]'"),
     ],
 )
 def test_a_wrong_parameter_is_refused_with_what_is_allowed(name, value, words):
-    (message,) = faults(**{name: value})
-    assert f"{name} = {value!r}: " in message
-    assert words in message
+    assert faults(**{name: value}) == [f"parameters: {name} = {value!r}: {words}"]
 
 
 def test_an_unknown_name_that_papermill_injected_is_refused_and_all_faults_are_listed_at_once():

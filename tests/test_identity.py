@@ -238,8 +238,8 @@ CHANGED = {
 }
 INDIFFERENT = {
     **{"output_dir": "elsewhere", "checkpoint_seconds": 1.0, "device": "auto", "use_wandb": True},
-    **{"wandb_project": "other", "wandb_group": "other", "wandb_tags": ("other",), "wandb_watch": True},
-    **{"use_telegram_notifications": True, "telegram_additional_info": "other", "telegram_every_run": True},
+    **{"wandb_project": "other", "wandb_group": "other", "wandb_watch": True},
+    **{"use_telegram_notifications": True, "telegram_additional_info": "other"},
     **{"telegram_bot_token": "1:other", "telegram_chat_id": "@other"},
 }
 

@@ -59,11 +59,11 @@ def test_the_command_trains_the_run_that_the_same_config_loads(run, tmp_path):
         (["MLP", "--batch-size", "many"], "argument --batch-size: should be a valid integer"),
         (["MLP", "--horizontal-flip", "maybe"], "argument --horizontal-flip: should be a valid boolean"),
         (["MLP", "--telegram-chat-id", TOKEN], "argument --telegram-chat-id: "),
-        (["MLP", "--depth", "2"], "argument --depth: MLP has none"),
-        (["SimpleCNN"], "SimpleCNN needs --depth"),
+        (["MLP", "--depth", "2"], "unrecognized arguments: --depth 2"),
+        (["SimpleCNN"], "are required: --depth"),
         (["SimpleCNN", "--depth", "9"], "too small for depth 9"),
         (["MLP", "--data", "mnits"], "'mnits' is neither a known name"),
-        (["VGG"], "argument model: invalid choice: 'VGG'"),
+        (["VGG"], "argument MODEL: invalid choice: 'VGG'"),
     ],
 )
 def test_what_is_not_allowed_is_refused_in_one_line_with_its_reason_and_no_token(refusal, options, words):
@@ -74,13 +74,13 @@ def test_what_is_not_allowed_is_refused_in_one_line_with_its_reason_and_no_token
 
 def test_every_knob_is_an_option_with_its_comment_and_no_token_is(capsys):
     with pytest.raises(SystemExit):
-        main(["--help"])
+        main(["SimpleCNN", "--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert "--early-stopping-patience VALUE epochs without improvement; None or 0: never (default: 10)" in text
-    assert "--depth VALUE SimpleCNN, ResidualCNN (required)" in text
-    names = {field.name for field in dataclasses.fields(TrainingConfig)}
-    missing = {name for name in names if f" --{name.replace('_', '-')} " not in text}
-    assert missing == {"telegram_bot_token", "training_arguments"}
+    assert "--depth VALUE (required) --width VALUE (default: 16)" in text
+    names = [field.name for field in dataclasses.fields(TrainingConfig)]
+    missing = [name for name in names if f" --{name.replace('_', '-')} " not in text]
+    assert missing == ["telegram_bot_token", "training_arguments"]
 
 
 def test_ctrl_c_leaves_a_checkpoint_and_one_line_that_says_how_to_resume(tmp_path, capsys, monkeypatch):

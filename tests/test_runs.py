@@ -102,7 +102,7 @@ def test_a_finished_run_keeps_its_files_and_is_loaded_instead_of_trained_again(c
     assert sorted(file.name for file in first.path.iterdir()) == FILES
     stamps = {file: file.stat().st_mtime_ns for file in first.path.iterdir()}
     monkeypatch.delattr(StreamlinedTrainer, "__init__")
-    assert train_or_load(tiny_mlp, replace(config, wandb_tags=("again",)), tiny_data) == first
+    assert train_or_load(tiny_mlp, replace(config, wandb_group="again"), tiny_data) == first
     assert {file: file.stat().st_mtime_ns for file in first.path.iterdir()} == stamps
     with pytest.raises(TypeError):  # there is no training without __init__
         train_or_load(tiny_mlp, replace(config, seed=1), tiny_data)

@@ -227,8 +227,8 @@ def test_a_model_whose_attribute_transformers_would_write_to_is_refused(build):
     "arguments",
     [
         {"torch_compile": True, "torch_compile_backend": "eager", "torch_compile_mode": "default"},
-        {"dataloader_num_workers": 1, "dataloader_prefetch_factor": 2},
-        {"lr_scheduler_kwargs": {"num_cycles": 0.5}, "eval_accumulation_steps": 1, "disable_tqdm": False},
+        {"dataloader_num_workers": 1},
+        {"lr_scheduler_kwargs": {"num_cycles": 0.5}, "disable_tqdm": False},
     ],
     ids=["compiled", "workers", "others"],
 )
