@@ -146,12 +146,13 @@ def test_a_report_fills_in_what_is_published_and_says_what_is_not(tiny_data, tmp
     interval = runs.table().loc["MLP-2", "test accuracy"]
     assert f"-->{100 * np.mean([*runs.values('MLP-2').values()]):.2f}" in text
     assert f"| MLP-2 | {interval} | 3 |" in text
-    change = 100 * np.mean([runs.values("MLP-4")[seed] - runs.values("MLP-2")[seed] for seed in range(3)])
-    assert f"-->{change:+.2f}" in text
+    change = np.mean([runs.values("MLP-4")[seed] - runs.values("MLP-2")[seed] for seed in range(3)])
+    change = f"{100 * change:+.2f}".replace("-", "−")
+    assert f"-->{change}" in text
     assert "![Accuracy](images/accuracy_by_depth.png)" in text
     assert text.count("*not published yet*") == 1
     assert f"{interval} | 50.00 % | 3 |" in page
-    assert f"| MLP-4 − MLP-2 | {change:+.2f}" in page
+    assert f"| MLP-4 − MLP-2 | {change}" in page
     assert "](../images/accuracy_by_depth.png)" in page
     (root / "README.md").write_text("<!-- mlps_mnist: MLP-3 --><!-- end -->")
     with pytest.raises(KeyError, match="MLP-3"):
