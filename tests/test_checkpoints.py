@@ -88,21 +88,19 @@ def trained(build, name: str, *callbacks, **more):
 
 
 class Repeated(nn.Module):
-    """One block three times, a transposed weight, an expanded buffer, and channels-last convolutions."""
+    """One block three times, a transposed weight, and channels-last convolutions."""
 
     def __init__(self):
         super().__init__()
         self.convolution = nn.Conv2d(1, 4, 3).to(memory_format=torch.channels_last)
         self.blocks = nn.ModuleList([nn.Linear(64, 64)] * 3)
         self.classifier = nn.Parameter(torch.randn(3, 64).T)
-        self.spread = nn.Parameter(torch.randn(1, 64).expand(2, 64))
-        self.register_buffer("scale", torch.ones(1).expand(64))
 
     def forward(self, images):
         x = self.convolution(images).relu().flatten(1)
         for block in self.blocks:
-            x = x + block(x).relu() * self.scale
-        return (x + self.spread.sum(0)) @ self.classifier
+            x = x + block(x).relu()
+        return x @ self.classifier
 
 
 class Scripted(StreamlinedTrainer):
@@ -162,17 +160,16 @@ def test_a_short_training_writes_no_checkpoint_and_ends_with_its_best_weights(bu
     assert trainer.evaluate()["eval_loss"] == findings(trainer)[0][1]["val_loss"]
 
 
-@pytest.mark.parametrize(("batches", "cut"), [(65, 64), (200, 100)])
-def test_the_measurements_of_half_an_epoch_come_back_as_they_were(batches, cut):
+def test_the_measurements_of_half_an_epoch_come_back_as_they_were():
     whole, half, other = BatchMeter(), BatchMeter(), BatchMeter()
-    for number in range(batches):
-        if number == cut:
+    for number in range(200):
+        if number == 100:
             other.restore(json.loads(json.dumps(half.state())))
         losses = {"loss": torch.tensor(1 / (number + 1)), "soft_loss": torch.tensor(3 / (number + 1))}
-        for meter in (whole, half if number < cut else other):
+        for meter in (whole, half if number < 100 else other):
             meter.add(losses, torch.eye(3), torch.tensor([0, 1, number % 3]))
     assert other.means() == whole.means()
-    assert len(other) == batches
+    assert len(other) == 200
 
 
 def test_sigterm_ends_the_step_with_a_checkpoint_and_then_does_what_it_does(build, tmp_path):
@@ -229,14 +226,14 @@ def flip(path):
         ("manifest.json", cut, "JSONDecodeError: "),
     ],
 )
-def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_used(name, damage, words, build, tmp_path):
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_used(name, damage, words, build):
     newest, before = stopped(build, STEPS + 1)
     damage(newest / name)
     with pytest.raises(OSError, match=rf"checkpoint-5 cannot be loaded: {words}"):
         build("interrupted").train(resume_from_checkpoint=str(newest))
-    with pytest.warns(UserWarning, match=rf"checkpoint-5 cannot be used: .*{words}.* set aside as .*checkpoint-5-1"):
+    with pytest.warns(UserWarning, match=rf"checkpoint-5 cannot be used: .*{words}.* aside as .*damaged-checkpoint-5"):
         assert build("interrupted").newest_checkpoint() == before
-    assert (tmp_path / "set-aside" / "checkpoint-5-1").is_dir()
+    assert newest.with_name("damaged-checkpoint-5").is_dir()
     assert findings(trained(build, "interrupted")) == findings(trained(build, "undisturbed"))
 
 
@@ -296,21 +293,13 @@ def failing(number: int):
     return fail
 
 
-def sealed(folder: Path, step: int):
-    (written := folder / UNFINISHED / f"checkpoint-{step}").mkdir(parents=True)
-    (written / "näme mit Leerzeichen").write_bytes(b"content")
-    seal(written, folder / written.name, keep=2)
-
-
-def test_the_newest_stay_by_number_and_half_a_deletion_leaves_no_half_checkpoint(tmp_path, monkeypatch):
+def test_the_newest_checkpoints_stay_by_number(tmp_path):
     (tmp_path / "checkpoint-of-mine").mkdir()
     for step in (8, 9, 10, 100, 100):
-        sealed(tmp_path, step)
+        (written := tmp_path / UNFINISHED / f"checkpoint-{step}").mkdir(parents=True)
+        (written / "näme mit Leerzeichen").write_bytes(b"content")
+        seal(written, tmp_path / written.name, keep=2)
     assert [path.name for path in checkpoints_in(tmp_path)] == ["checkpoint-100", "checkpoint-10"]
-    monkeypatch.setattr(shutil, "rmtree", failing(errno.EIO))
-    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
-        sealed(tmp_path, 101)
-    assert [path.name for path in checkpoints_in(tmp_path)] == ["checkpoint-100"]
     assert (tmp_path / "checkpoint-of-mine").is_dir()
 
 
