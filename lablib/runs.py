@@ -19,7 +19,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch import nn
 
-from lablib.checkpoints import check_room, contiguous_weights, write_atomically
+from lablib.checkpoints import check_writable, contiguous_weights, write_atomically
 from lablib.config import TrainingConfig, num_processes
 from lablib.data import ImageData
 from lablib.diagnostics import gradient_norms
@@ -161,7 +161,7 @@ def load_run(path: Path) -> Run | None:
 
 def _locked(path: Path):
     """A context manager that holds a run's lock; the system releases it when the process ends, however it ends."""
-    check_room(path.parent, 0)
+    check_writable(path.parent)
     lock = FileLock(f"{path}.lock")
     try:
         return lock.acquire(timeout=0)
