@@ -267,7 +267,7 @@ def sanity_check(trainer: StreamlinedTrainer) -> None:
     """Try what a training does on a few real images, so that it fails in the first seconds or not at all.
 
     An evaluation, the number of classes, a full batch and the last batch of an epoch (forward and backward), and the
-    weights as safetensors. It leaves no trace (see `untouched`) and needs no other process.
+    weights, saved and loaded. It leaves no trace (see `untouched`) and needs no other process.
     Raises SanityCheckError: which of these fails, what the network was given, and the original error.
     """
     args, model, images = trainer.args, trainer.model, len(trainer.train_dataset)
@@ -287,8 +287,8 @@ def sanity_check(trainer: StreamlinedTrainer) -> None:
         try:
             model.load_state_dict(safetensors.torch.load(safetensors.torch.save(contiguous_weights(model))))
         except Exception as error:
-            reason = f"(its state_dict() must hold tensors alone): {type(error).__name__}: {error}"
-            raise SanityCheckError(f"no checkpoint of {type(model).__name__} can be used {reason}") from error
+            reason = f"its state_dict() must hold ordinary tensors alone ({type(error).__name__}: {error})"
+            raise SanityCheckError(f"no checkpoint of {type(model).__name__} can be loaded: {reason}") from error
 
 
 def _try(trainer: StreamlinedTrainer, what: str, dataset: ImageBatches, size: int, advice: str = "") -> None:
