@@ -13,7 +13,6 @@ import time
 import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
-from itertools import count
 from pathlib import Path
 
 import safetensors.torch
@@ -26,7 +25,7 @@ _MANIFEST, _LAB, _WEIGHTS, _BEST = "manifest.json", "lablib_0.json", "model.safe
 
 def write_atomically(path: Path, content: bytes, sync: bool = True):
     """Write a file that appears whole or not at all; `sync` waits until it is on the disk."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f"{path.name}.partial")  # always the same, so that a killed process leaves one at most
     try:
         with open(partial, "wb") as file:
             file.write(content)
@@ -48,34 +47,21 @@ def _sync(path: Path):
             os.close(descriptor)
 
 
-def check_room(folder: Path, num_bytes: int):
-    """Make a folder and check that it is writable and has room. Raises OSError with the reason and what to do."""
+def check_writable(folder: Path):
+    """Make a folder and check that it can be written to. Raises OSError with the reason and what to do."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"lablib")
-        if (free := shutil.disk_usage(folder).free) < num_bytes:
-            room = f"{free / 2**20:.3g} MiB are free, but this training writes up to {num_bytes / 2**20:.3g} MiB"
-            raise OSError(errno.ENOSPC, room)
     except OSError as error:
         reason = f"the folder {folder} cannot be written to ({error.strerror or error})"
         raise OSError(error.errno, f"{reason}: make room, make it writable or choose another output_dir") from error
 
 
 def contiguous_weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """A model's state_dict as clones, since safetensors refuses shared memory. Raises TypeError for other entries."""
-    weights = model.state_dict()
-    for name, value in weights.items():
-        if not isinstance(value, torch.Tensor):
-            raise TypeError(f"{name!r} in its state_dict() is a {type(value).__name__} and not a tensor")
-    return {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in weights.items()}
-
-
-def own_memory(model: nn.Module):
-    """Give expanded weights and buffers memory of their own; PyTorch can neither update nor load them otherwise."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
-            tensor.data = tensor.detach().clone(memory_format=torch.contiguous_format)
+    """A model's state_dict as contiguous clones, since safetensors refuses shared memory."""
+    weights = model.state_dict().items()
+    return {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in weights}
 
 
 class Interruption:
@@ -135,19 +121,16 @@ def checkpoints_in(folder: Path) -> list[Path]:
 
 def seal(written: Path, target: Path, keep: int):
     """Make a checkpoint of a folder: with a manifest of checksums, in its place, one of the newest `keep` there."""
-    manifest = {}
-    for path in sorted(written.iterdir()):
+    files = sorted(written.iterdir())
+    for path in files:
         _sync(path)
-        manifest[path.name] = _fingerprint(path)
-    write_atomically(written / _MANIFEST, json.dumps(manifest, indent=1).encode())
-    others = [path for path in checkpoints_in(target.parent) if path != target]
-    for old in (target, *others[keep - 1 :]):
-        if old.exists():
-            leftover = written.with_name(f"old-{old.name}")  # never half a checkpoint under its name
-            os.replace(old, leftover)
-            shutil.rmtree(leftover)
+    write_atomically(written / _MANIFEST, json.dumps({f.name: _fingerprint(f) for f in files}, indent=1).encode())
+    if target.exists():
+        shutil.rmtree(target)
     os.replace(written, target)
     _sync(target.parent)
+    for old in checkpoints_in(target.parent)[keep:]:
+        shutil.rmtree(old)
 
 
 def _fingerprint(path: Path) -> dict[str, int | str]:
@@ -172,7 +155,6 @@ class ResumableTrainer:
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        own_memory(self.model)
         self.notes: list[str] = []
         self._interruption = Interruption(()) if self.args.world_size > 1 else Interruption()
 
@@ -182,7 +164,7 @@ class ResumableTrainer:
         Raises OSError if the path cannot be loaded or the folder not be written to, and ValueError if True finds none.
         """
         folder, path = Path(self.args.output_dir), resume_from_checkpoint
-        check_room(folder, 12 * sum(p.nbytes for p in self.model.parameters()) + 2**20)  # three, with Adam's moments
+        check_writable(folder)
         if (folder / UNFINISHED).exists() and self.is_world_process_zero():  # a process was killed
             shutil.rmtree(folder / UNFINISHED)
         if path is True and not (path := self.newest_checkpoint()):
@@ -210,9 +192,8 @@ class ResumableTrainer:
                 self._load(path)
                 break
             except OSError as error:
-                (others := folder.parent / "set-aside").mkdir(exist_ok=True)
-                places = (others / f"{path.name}-{number}" for number in count(1))
-                aside = path.rename(next(place for place in places if not place.exists()))
+                shutil.rmtree(aside := path.with_name(f"damaged-{path.name}"), ignore_errors=True)
+                path.rename(aside)
                 warnings.warn(f"{path.name} cannot be used: {error}. It is set aside as {aside}.", stacklevel=3)
         self.accelerator.wait_for_everyone()
         return next(iter(checkpoints_in(folder)), None)

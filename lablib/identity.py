@@ -15,7 +15,7 @@ from contextlib import suppress
 from enum import Enum
 from functools import cache, lru_cache, partial
 from pathlib import Path, PurePath
-from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType, ModuleType
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -44,14 +44,13 @@ def run_identity(
     calls of `build_model` do not give two equal networks.
     """
     model, network = _network(build_model, config.seed)
-    precision = {"precision": "bf16" if resolve_bf16(config, model) else "fp32"}
     acting = [content for content in describe(list(callbacks), "callbacks") if content is not None]
     return {
         "scheme": _SCHEME,
         "model": network,
         "data": describe(data, "data"),
-        "config": describe(config, "config") | precision,
-        "trainer": "lablib.StreamlinedTrainer" if trainer_class is None else describe(trainer_class, "trainer_class"),
+        "config": describe(config, "config") | {"precision": "bf16" if resolve_bf16(config, model) else "fp32"},
+        "trainer": describe(trainer_class or "lablib.StreamlinedTrainer", "trainer_class"),
     } | ({"callbacks": acting} if acting else {})
 
 
@@ -167,10 +166,10 @@ def describe(value: Any, where: str, _above: tuple[int, ...] = (), _code: dict |
     if copied[:2] == (copyreg.__newobj__, (kind,)) and (copied[2] or {}) == attributes and not any(copied[3:]):
         held = {name: inside(item, f".{name}") for name, item in sorted(attributes.items())}
         return {"class": inside(kind), "attributes": held}
-    advice = "Make it in the function that uses it, or give the object that holds it a method __identity__"
-    if isinstance(value, ModuleType):
-        advice = f"Import what is needed by name: from {value.__name__} import ..."
-    raise TypeError(f"{where} is a {_installed(kind) or kind.__name__}, and its content cannot be described. {advice}")
+    raise TypeError(
+        f"{where} is a {_installed(kind) or kind.__name__}, and its content cannot be described. Make it in the "
+        "function that uses it, or give its owner a method __identity__; of a module, import what you need by name"
+    )
 
 
 def _layers(model: nn.Module, inside: Callable) -> dict[str, Any]:
@@ -205,8 +204,7 @@ def _is_written(member: Any) -> bool:
 def _function(function: FunctionType, inside: Callable) -> Any:
     """Of an installed function the name; of the user's own the source; of both, the values that it refers to."""
     code = function.__code__
-    cells = zip(code.co_freevars, function.__closure__ or (), strict=True)
-    held = {name: cell.cell_contents for name, cell in cells if cell != CellType()}  # it may not be filled yet
+    held = dict(zip(code.co_freevars, (cell.cell_contents for cell in function.__closure__ or ()), strict=True))
     if name := _installed(function):
         return {"function": name, "uses": inside(held)} if held else name
     node = _definition(code)

@@ -19,7 +19,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch import nn
 
-from lablib.checkpoints import check_room, contiguous_weights, own_memory, write_atomically
+from lablib.checkpoints import check_writable, contiguous_weights, write_atomically
 from lablib.config import TrainingConfig, num_processes
 from lablib.data import ImageData
 from lablib.diagnostics import gradient_norms
@@ -44,9 +44,6 @@ class Run:
     result: dict[str, Any]
     history: list[dict[str, float]]
 
-    def __identity__(self) -> str:
-        return self.path.name
-
     @property
     def has_weights(self) -> bool:
         return (self.path / _WEIGHTS).exists()
@@ -62,7 +59,6 @@ class Run:
                 f"the run {self.path.name} ({which}) was published without its weights. Train it to have them: call "
                 "experiment or train_or_load with weights=True for this network and seed"
             )
-        own_memory(model)
         model.load_state_dict(safetensors.torch.load_file(self.path / _WEIGHTS))
         return model.eval()
 
@@ -71,8 +67,8 @@ class Run:
 
         `test_class` (int16) and `test_confidence` (float16): the predicted class of each test image and its
         probability. `answers` (float16, images × classes): the logits of the first validation images.
-        `gradient_initial`, `gradient_trained` (float32) and `gradient_layers`: see `diagnostics.gradient_norms`, the
-        root mean square by layer over the first training images, before and after the training.
+        `gradient_initial` and `gradient_trained` (float32): root mean square of the gradient by layer over the first
+        training images, see `diagnostics.gradient_norms`; missing if the model has no such layers.
         """
         with np.load(self.path / "measured.npz") as arrays:
             return dict(arrays)
@@ -165,7 +161,7 @@ def load_run(path: Path) -> Run | None:
 
 def _locked(path: Path):
     """A context manager that holds a run's lock; the system releases it when the process ends, however it ends."""
-    check_room(path.parent, 0)
+    check_writable(path.parent)
     lock = FileLock(f"{path}.lock")
     try:
         return lock.acquire(timeout=0)
@@ -190,23 +186,17 @@ def _train(path: Path, described, build_model, config, data, trainer_class, call
     if twice := sorted(given.keys() & arguments):
         raise ValueError(f"trainer_class must not set {', '.join(twice)}; pass callbacks as the argument `callbacks`")
     arguments |= {name: model.load() for name, model in given.items() if isinstance(model, TrainedModel)}
-    path.mkdir(parents=True, exist_ok=True)
     trainer = (trainer_class or StreamlinedTrainer)(build_seeded(build_model, config.seed), **arguments)
-    first = trainer.is_world_process_zero()
-    for leftover in path.glob("*.partial") if first else ():  # of a process that was killed
-        leftover.unlink()
-    initial = _gradients(trainer, "initial")
     trainer.train(resume_from_checkpoint=trainer.newest_checkpoint())
     rows, prediction = history(trainer.state.log_history), trainer.predict_test()
-    result = _result(trainer, rows, prediction.metrics)
-    if first:
+    if trainer.is_world_process_zero():
         files = {
             _WEIGHTS: safetensors.torch.save(contiguous_weights(trainer.model)),
             "history.jsonl": _json_lines(rows),
             "identity.json": json.dumps(described, indent=1).encode(),
-            "measured.npz": _measured(trainer, prediction.predictions, initial | _gradients(trainer, "trained")),
+            "measured.npz": _measured(trainer, prediction.predictions, build_seeded(build_model, config.seed)),
         }
-        _write(path, result, files)
+        _write(path, _result(trainer, rows, prediction.metrics), files)
         shutil.rmtree(path / "checkpoints", ignore_errors=True)
 
 
@@ -231,30 +221,25 @@ def _result(trainer, rows: list[dict], test: dict[str, float]) -> dict[str, Any]
     } | ({"notes": trainer.notes} if trainer.notes else {})
 
 
-def _gradients(trainer, moment: str) -> dict[str, np.ndarray]:
-    """`gradient_norms` of a trainer's model in its present state; nothing for a model without such layers."""
-    batch = trainer.train_dataset.__getitems__(range(min(_GRADIENT_IMAGES, len(trainer.train_dataset))))
-    images = trainer.prepare_images(batch["images"].to(trainer.args.device), training=False)
-    with torch.random.fork_rng(devices=[]), suppress(Exception):  # whatever else is wrong, the sanity check says
-        table = gradient_norms(trainer.model, (images, batch["labels"].to(images.device)), trainer.outputs)
-        return {f"gradient_{moment}": table["rms"].to_numpy(np.float32), "gradient_layers": table["name"].to_numpy(str)}
-    return {}
-
-
-def _measured(trainer, logits, gradients: dict[str, np.ndarray]) -> bytes:
+def _measured(trainer, logits, initial_model: nn.Module) -> bytes:
+    device, train, validation = trainer.args.device, trainer.train_dataset, trainer.eval_dataset
     logits = torch.from_numpy(logits[0] if isinstance(logits, tuple) else logits)
     confidence, predicted = logits.double().softmax(1).max(1)
-    number = min(len(trainer.eval_dataset), max(8, 1000 // logits.shape[1]))
-    _, answers, _ = trainer.prediction_step(trainer.model, trainer.eval_dataset.__getitems__(range(number)), False)
+    number = min(len(validation), max(8, 1000 // logits.shape[1]))
+    _, answers, _ = trainer.prediction_step(trainer.model, validation.__getitems__(range(number)), False)
     answers = answers[0] if isinstance(answers, tuple) else answers
-    content = io.BytesIO()
-    np.savez_compressed(
-        content,
-        test_class=predicted.numpy().astype(np.int16),
-        test_confidence=confidence.numpy().astype(np.float16),
-        answers=answers.float().cpu().numpy().astype(np.float16),
-        **gradients,
-    )
+    arrays = {
+        "test_class": predicted.numpy().astype(np.int16),
+        "test_confidence": confidence.numpy().astype(np.float16),
+        "answers": answers.float().cpu().numpy().astype(np.float16),
+    }
+    batch = train.__getitems__(range(min(_GRADIENT_IMAGES, len(train))))
+    batch = trainer.prepare_images(batch["images"].to(device), training=False), batch["labels"].to(device)
+    moments = {"gradient_initial": initial_model.to(device), "gradient_trained": trainer.model}
+    with suppress(Exception):  # a model without such layers
+        tables = {moment: gradient_norms(model, batch, trainer.outputs) for moment, model in moments.items()}
+        arrays |= {moment: table["rms"].to_numpy(np.float32) for moment, table in tables.items()}
+    np.savez_compressed(content := io.BytesIO(), **arrays)
     return content.getvalue()
 
 

@@ -1,7 +1,6 @@
 """StreamlinedTrainer: one training of one model on one data set, on top of transformers.Trainer."""
 
 import atexit
-import functools
 import gc
 import math
 import shutil
@@ -35,6 +34,11 @@ Outputs = torch.Tensor | tuple[torch.Tensor, ...]  # logits (batch × classes), 
 _OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
 # what PyTorch, oneDNN and the GPUs' libraries say in a RuntimeError
 _OUT_OF_MEMORY = ("out of memory", "DefaultCPUAllocator", "bad_alloc", "ALLOC_FAILED", "could not create a memory")
+
+# accelerate starts each training with a garbage collection; without all that was imported it takes 0.3 s less
+gc.collect()
+gc.freeze()
+atexit.register(gc.unfreeze)  # or extension modules report leaks when the process ends
 
 
 class NonFiniteLossError(ArithmeticError):
@@ -71,7 +75,6 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
         checkpoint_dir: str | None = None,
         run_name: str | None = None,
     ):
-        _freeze_imports()  # before there is a trainer, which would never be collected
         check_device(config.device)
         keep_freed_memory()
         if hasattr(model, "config") and not isinstance(model, transformers.PreTrainedModel):
@@ -208,9 +211,8 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
             config, args, parameters = self.config, self.args, [*(model or self.model).parameters()]
             knobs = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
             knobs = {"momentum": 0.9} if config.optimizer == "sgd" else knobs
-            knobs["fused"] = all(parameter.is_floating_point() for parameter in parameters) or None  # not of complex
-            optimizer = _OPTIMIZERS[config.optimizer]
-            self.optimizer = optimizer(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, **knobs)
+            knobs |= {"lr": config.learning_rate, "weight_decay": config.weight_decay, "fused": True}
+            self.optimizer = _OPTIMIZERS[config.optimizer](parameters, **knobs)
         return self.optimizer
 
     def _load_optimizer_and_scheduler(self, checkpoint):
@@ -265,37 +267,32 @@ def sanity_check(trainer: StreamlinedTrainer) -> None:
     """Try what a training does on a few real images, so that it fails in the first seconds or not at all.
 
     An evaluation, the number of classes, a full batch and the last batch of an epoch (forward and backward), and the
-    weights as safetensors. It leaves no trace (see `untouched`) and needs no other process.
+    weights, saved and loaded. It leaves no trace (see `untouched`) and needs no other process.
     Raises SanityCheckError: which of these fails, what the network was given, and the original error.
     """
     args, model, images = trainer.args, trainer.model, len(trainer.train_dataset)
-    batch, last = args.train_batch_size, (images - 1) % args.train_batch_size + 1
-    most = min(images, batch // args.world_size)
+    batch, evaluated = args.train_batch_size, (len(trainer.eval_dataset) - 1) % args.eval_batch_size + 1
+    full, last = min(images, batch // args.world_size), (images - 1) % batch + 1
     with untouched(trainer):
         trainer._since_last_log = BatchMeter()
         if args.bf16:  # accelerate does this when the training begins
             model.forward = convert_outputs_to_fp32(trainer.accelerator.autocast()(model.forward))
-        evaluated = (len(trainer.eval_dataset) - 1) % args.eval_batch_size + 1
-        failure = _failure(trainer, "an evaluation", trainer.eval_dataset, min(evaluated, 16))
-        failure = failure or _failure(trainer, "a full batch", trainer.train_dataset, most)
-        if not failure and last < most and args.world_size == 1:  # several processes fill it up
-            failure = _failure(trainer, "the last batch of an epoch", trainer.train_dataset, last)
-            if failure:
-                nearby = sorted(range(1, batch + 9), key=lambda size: abs(size - batch))[1:17]
-                lasts = ((size, min(most, (images - 1) % size + 1)) for size in nearby)
-                works = (size for size, last in lasts if not _failure(trainer, "", trainer.train_dataset, last))
-                failure.args = (f"{failure}. Use batch_size = {next(works, images)}, which leaves no such batch",)
-        if failure:
-            raise failure
+        _try(trainer, "an evaluation", trainer.eval_dataset, min(evaluated, 16))
+        _try(trainer, "a full batch", trainer.train_dataset, full)
+        if last < full and args.world_size == 1:  # several processes fill it up
+            nearby = range(max(last + 1, batch - 8), batch + 9)
+            fuller = max(nearby, key=lambda size: ((images - 1) % size + 1) / size)
+            advice = f". Use batch_size = {fuller}, whose last batch has {(images - 1) % fuller + 1} images"
+            _try(trainer, "the last batch of an epoch", trainer.train_dataset, last, advice)
         try:
-            safetensors.torch.save(contiguous_weights(model))
+            model.load_state_dict(safetensors.torch.load(safetensors.torch.save(contiguous_weights(model))))
         except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise SanityCheckError(f"no checkpoint of {type(model).__name__} can be written: {reason}") from error
+            reason = f"its state_dict() must hold ordinary tensors alone ({type(error).__name__}: {error})"
+            raise SanityCheckError(f"no checkpoint of {type(model).__name__} can be loaded: {reason}") from error
 
 
-def _failure(trainer: StreamlinedTrainer, what: str, dataset: ImageBatches, size: int) -> SanityCheckError | None:
-    """Why a batch of the first images of a data set fails, or None."""
+def _try(trainer: StreamlinedTrainer, what: str, dataset: ImageBatches, size: int, advice: str = "") -> None:
+    """Evaluate the first images of a data set, or make the gradients of a training step."""
     model, data = trainer.model, trainer.data
     try:
         batch = trainer._prepare_inputs(dataset.__getitems__(range(size)))
@@ -303,28 +300,22 @@ def _failure(trainer: StreamlinedTrainer, what: str, dataset: ImageBatches, size
             with trainer.compute_loss_context_manager():
                 loss = trainer.compute_loss(model.train(), batch)
             loss.backward()
-            return None
+            return
         _, outputs, labels = trainer.prediction_step(model.eval(), batch, prediction_loss_only=False)
         logits = _logits(outputs)
         if not isinstance(logits, torch.Tensor) or logits.ndim != 2 or len(logits) != size:
-            raise TypeError(
-                "a network must return logits of shape (images, classes), or a tuple whose first element is the logits"
-            )
-        if logits.shape[1] != data.num_classes:
-            outputs = f"the network has {logits.shape[1]} outputs"
-            return SanityCheckError(f"{outputs}, but {data.name} has {data.num_classes} classes")
+            raise TypeError("a network must return logits (images × classes), or a tuple that begins with them")
+        if (number := logits.shape[1]) != data.num_classes:
+            raise ValueError(f"the network has {number} outputs, but {data.name} has {data.num_classes} classes")
         trainer._evaluated(EvalPrediction(*nested_numpify((outputs, labels))))
-        return None
     except NonFiniteLossError:  # statistics of batch norm that are not trained may give any loss
-        return None
+        pass
     except Exception as error:
         network = f"{type(model).__name__} was given float32 {(size, *data.image_shape)}"
         words = f"{what} ({size} of {len(dataset)} images) fails with {type(error).__name__}: {error}. {network}"
         if isinstance(error, MemoryError) or any(sign in str(error) for sign in _OUT_OF_MEMORY):
             words = f"{what} ({size} images) does not fit into memory: use a smaller batch_size or image_size"
-        failure = SanityCheckError(words)
-        failure.__cause__ = error
-        return failure
+        raise SanityCheckError(words + advice) from error
 
 
 def _logits(outputs: Outputs) -> torch.Tensor:
@@ -333,11 +324,3 @@ def _logits(outputs: Outputs) -> torch.Tensor:
 
 def _as_it_is(batch):
     return batch
-
-
-@functools.cache
-def _freeze_imports() -> None:
-    """Spare the garbage collection with which accelerate starts each training all imported modules: 0.3 s per run."""
-    gc.collect()
-    gc.freeze()
-    atexit.register(gc.unfreeze)  # or extension modules report leaks when the process ends

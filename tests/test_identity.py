@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torchvision.models import resnet18
 
 from lablib import MLP, ResidualMLP, StreamlinedTrainer, TrainingConfig
 from lablib.identity import describe, run_identity, run_name
@@ -21,7 +22,7 @@ from lablib.identity import describe, run_identity, run_name
 numbers = count()
 tiny_mlp = partial(MLP, (8,), image_shape=(1, 6, 6), num_classes=3)
 PRELUDE = """
-import argparse, collections, dataclasses, enum, functools, itertools, logging, random, sys, threading, types
+import argparse, collections, dataclasses, enum, functools, threading, types
 from dataclasses import dataclass, field
 from functools import partial
 import numpy as np
@@ -61,12 +62,10 @@ def described(code: str, **more):
 ANOTHER = {  # what stands for … in the code makes another run
     "tensor": ("it = partial(StreamlinedTrainer, weights=torch.tensor([…]))", "1.0", "2.0"),
     "array": ("it = argparse.Namespace(weights=np.array([…]))", "1.0", "2.0"),
-    "NumPy scalar": ("it = np.float32(…)", "1", "2"),
     "key that is no text": ("it = {…: 'a', None: 'b'}", "1", "2"),
     "class attribute": ("class it(StreamlinedTrainer):\n loss = nn.CrossEntropyLoss(torch.tensor([…]))", "1.0", "2.0"),
     "method": ("class it(nn.Module):\n def forward(self, x): return x * …", "2", "3"),
     "decorated __init__": ("class it:\n @torch.no_grad()\n def __init__(self): self.x = …", "2", "3"),
-    "static method": ("class it:\n half = staticmethod(lambda x: x / …)", "2", "3"),
     "property": ("class it:\n @property\n def size(self): return …", "1", "2"),
     "bound method": ("class A:\n def f(self): return self.x\na = A()\na.x = …\nit = a.f", "1", "2"),
     "argument of a decorator": ("def f(x): return x\nit = torch.autocast('cpu', enabled=…)(f)", "True", "False"),
@@ -90,10 +89,6 @@ ANOTHER = {  # what stands for … in the code makes another run
     "forward of an object": ("it = nn.ReLU()\nit.forward = lambda x: x * …", "1", "2"),
     "frozen": ("it = ones(nn.Linear(1, 1)).requires_grad_(…)", "True", "False"),
     "parametrization": ("it = ones(parametrizations.weight_norm(nn.Linear(1, 1, bias=False), dim=…))", "0", "1"),
-    "one's own parametrization": (
-        "class P(nn.Module):\n def forward(self, w): return w * …\nit = parametrized(nn.Linear(1, 1), P())",
-        *("1", "1 + 0"),
-    ),
     "parametrized network": (
         "class A(nn.Linear):\n def forward(self, x): return x * …\nit = parametrized(A(1, 1), nn.Identity())",
         *("1", "2"),
@@ -128,13 +123,8 @@ def test_what_changes_no_result_makes_no_other_run(case):
 
 
 REFUSED = {
-    "(x for x in [1])": "it.held is a builtins.generator",
-    "itertools.count()": "it.held is a itertools.count",
     "threading.Condition()": "it.held.*is a _thread.RLock",
-    "sys.__stdout__": "it.held is a _io.TextIOWrapper",
-    "logging.getLogger('a')": "it.held is a logging.Logger",
     "np.random.default_rng(0)": "it.held is a numpy.Generator",
-    "random.Random(0)": "it.held is a random.Random",
     "torch.Generator()": "it.held is a torch",
     "collections.deque([1])": "it.held is a collections.deque",
     "type('Mine', (dict,), {})(a=1)": "it.held is a Mine",
@@ -143,7 +133,7 @@ REFUSED = {
     "functools.cache(lambda: 1)": "it.held is a functools._lru_cache_wrapper",
     "enum.Enum('Mine', 'A').A": "it.held is a Mine",
     "type('Mine', (), {'__slots__': ('a',)})()": "it.held.*a is a builtins.member_descriptor",
-    "types.ModuleType('mine')": "it.held is a builtins.module.* by name: from mine import",
+    "types.ModuleType('mine')": "it.held is a builtins.module.* import what you need by name",
     "{'a': [1, {'b': threading.Lock()}]}": r"it.held\['a'\]\[1\]\['b'\] is a _thread.lock",
     "eval('lambda x: x')": "the source of the function <lambda> is not found in <string>",
 }
@@ -251,7 +241,7 @@ def test_each_knob_either_makes_another_run_or_does_not(name):
     assert name(config=replace(CONFIG, precision="fp32")) == name()  # which is what "auto" comes to
 
 
-def test_a_changed_weight_of_one_of_lablibs_networks_makes_another_run(name):
+def test_a_network_of_lablib_is_known_by_its_arguments_however_it_is_built_and_by_its_weights_if_changed(name, digits):
     def changed(bias):
         nn.init.constant_((model := tiny_mlp()).classifier.bias, bias)
         return model
@@ -259,17 +249,13 @@ def test_a_changed_weight_of_one_of_lablibs_networks_makes_another_run(name):
     builders = [tiny_mlp, partial(changed, 0.0), partial(changed, 0.1)]
     builders += [partial(tiny_mlp, dropout=0.2), partial(ResidualMLP, **tiny_mlp.keywords)]
     assert len({name(build) for build in builders}) == 5
-
-
-def test_a_network_of_lablib_is_known_by_its_arguments_however_it_is_built(name, digits):
-    builders = [MLP, lambda: MLP((128, 64), 0.1, (1, 28, 28), 10), partial(MLP, image_shape=[1, 28, 28])]
-    assert len({name(build, data=digits) for build in builders}) == 1
+    same = [MLP, lambda: MLP((128, 64), 0.1, (1, 28, 28), 10), partial(MLP, image_shape=[1, 28, 28])]
+    assert len({name(build, data=digits) for build in same}) == 1
 
 
 def test_a_network_of_torchvision_is_described(name):
-    resnet = pytest.importorskip("torchvision").models.resnet18
-    assert name(partial(resnet, num_classes=3)) == name(partial(resnet, num_classes=3))
-    assert name(partial(resnet, num_classes=3)) != name(partial(resnet, num_classes=4))
+    names = [name(partial(resnet18, num_classes=classes)) for classes in (3, 3, 4)]
+    assert names[0] == names[1] != names[2]
 
 
 def test_a_callback_makes_another_run_unless_it_only_watches(name):

@@ -36,7 +36,7 @@ class Disturbed(StreamlinedTrainer):
         store, step = Path(self.config.output_dir), self.state.global_step
         if (store / "slow").exists() and step > STEPS:
             (store / f"at-{self.config.seed}").write_text(str(step))
-            time.sleep(0.2)
+            time.sleep(0.5)  # so that one worker does not end before the other has begun
         if (store / "fail").exists() and step == STEPS + 3 and self.args.process_index == 1:
             raise RuntimeError("one of two")
         return super().training_step(*args, **kwargs)

@@ -62,8 +62,11 @@ class Unwritable(Linear):
     def get_extra_state(self):
         return {"version": 1}
 
-    def set_extra_state(self, state):
-        pass
+
+class Expanded(Linear):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("scale", torch.ones(1).expand(3))
 
 
 def out_of_memory(error: Exception):
@@ -80,31 +83,32 @@ def batch_normed() -> nn.Module:
 # What is refused
 
 
-NO_LOGITS = "a network must return logits of shape (images, classes), or a tuple whose first element is the logits"
+NO_LOGITS = "a network must return logits (images × classes), or a tuple that begins with them"
 NO_MEMORY = "(9 images) does not fit into memory: use a smaller batch_size or image_size"
 
 
 @pytest.mark.parametrize(
-    ("model", "trainer_class", "words"),
+    ("model", "words"),
     [
-        (MLP((4,), 0.0, (1, 6, 6), 10), StreamlinedTrainer, "the network has 10 outputs, but tiny has 3 classes"),
-        (
-            MLP((4,), 0.0, (1, 8, 8), 3),
-            StreamlinedTrainer,
-            "shapes cannot be multiplied (9x36 and 64x4). MLP was given float32 (9, 1, 6, 6)",
-        ),
-        (Linear(lambda logits: {"logits": logits}), StreamlinedTrainer, NO_LOGITS),
-        (Linear(lambda logits: logits.argmax(1)), StreamlinedTrainer, NO_LOGITS),
-        (Linear(torch.detach), StreamlinedTrainer, "a full batch (9 of 27 images) fails with RuntimeError: element 0"),
-        (Linear(), WrongWhenEvaluated, "an evaluation (9 of 9 images) fails with RuntimeError: weight tensor"),
-        (Unwritable(), StreamlinedTrainer, "TypeError: '_extra_state' in its state_dict() is a dict and not a tensor"),
-        (out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate")), StreamlinedTrainer, NO_MEMORY),
-        (out_of_memory(torch.OutOfMemoryError("CUDA out of memory.")), StreamlinedTrainer, NO_MEMORY),
-        (out_of_memory(MemoryError()), StreamlinedTrainer, NO_MEMORY),
+        (MLP((4,), 0.0, (1, 6, 6), 10), "the network has 10 outputs, but tiny has 3 classes"),
+        (MLP((4,), 0.0, (1, 8, 8), 3), "cannot be multiplied (9x36 and 64x4). MLP was given float32 (9, 1, 6, 6)"),
+        (Linear(lambda logits: {"logits": logits}), NO_LOGITS),
+        (Linear(lambda logits: logits.argmax(1)), NO_LOGITS),
+        (Linear(torch.detach), "a full batch (9 of 27 images) fails with RuntimeError: element 0"),
+        (Unwritable(), "no checkpoint of Unwritable can be loaded: its state_dict() must hold ordinary tensors"),
+        (Expanded(), "no checkpoint of Expanded can be loaded: "),
+        (out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate")), NO_MEMORY),
+        (out_of_memory(torch.OutOfMemoryError("CUDA out of memory.")), NO_MEMORY),
+        (out_of_memory(MemoryError()), NO_MEMORY),
     ],
 )
-def test_what_would_fail_in_a_training_is_refused_before_it(model, trainer_class, words, tiny_data):
-    assert words in refused(model, tiny_data, trainer_class)
+def test_what_would_fail_in_a_training_is_refused_before_it(model, words, tiny_data):
+    assert words in refused(model, tiny_data)
+
+
+def test_a_loss_that_fails_in_an_evaluation_alone_is_refused(tiny_data):
+    words = "an evaluation (9 of 9 images) fails with RuntimeError: weight tensor"
+    assert words in refused(Linear(), tiny_data, WrongWhenEvaluated)
 
 
 @pytest.mark.parametrize("batch_size", [13, 26])  # of 27 images

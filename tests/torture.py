@@ -7,7 +7,6 @@ what came of it. Each attempt is a process of its own, forked from this one, whi
 import argparse
 import builtins
 import errno
-import itertools
 import json
 import os
 import random
@@ -31,6 +30,11 @@ from lablib.datasets import load_data
 from lablib.identity import build_seeded
 from lablib.runs import load_run, train_or_load
 
+DAMAGES = {
+    "half": lambda content: content[: len(content) // 2],
+    "flipped bit": lambda content: content[:-9] + bytes([content[-9] ^ 1]) + content[-8:],
+    "missing": None,
+}
 KINDS = ("step", "validation", "checkpoint", "result")
 STEPS_BETWEEN_CHECKPOINTS = 4  # and one after each epoch; by the clock, no two attempts would write the same ones
 
@@ -134,15 +138,9 @@ class Case:
         self.name, self.data, self.training = name, load_data("digits"), trainings()[name]
         knobs = {"num_epochs": epochs, "max_train_images": images, "batch_size": 32}
         self.config = TrainingConfig(**knobs, device="cpu", precision="fp32")
-        self._stores = (folder / f"{name}-{number}" for number in itertools.count())
-        store = self.new_store()
+        self.folder, store = folder, Path(tempfile.mkdtemp(dir=folder))
         self.moments = [tuple(moment) for moment in self.finish(store)["seen"]]
         self.expected = outcome(store)
-
-    def new_store(self) -> Path:
-        store = next(self._stores)
-        store.mkdir(parents=True)
-        return store
 
     def attempt(self, store: Path, moment: tuple | None = None, fault: str | None = None) -> tuple[int, dict]:
         """Train in a process of its own; its exit status (negative: a signal) and what it had to say."""
@@ -202,7 +200,7 @@ def killed_often(case: Case, kills: int) -> dict:
     share["step"] += kills - sum(share.values())
     drawn = random.Random(0)
     chosen = [moment for kind in KINDS for moment in drawn.sample(of_kind[kind], share[kind])]
-    store, died = case.new_store(), Counter()
+    store, died = Path(tempfile.mkdtemp(dir=case.folder)), Counter()
     for moment in sorted(chosen, key=case.moments.index):
         status, said = case.attempt(store, moment)
         assert status in (0, -signal.SIGKILL), said
@@ -224,7 +222,7 @@ def broken_writes(case: Case, limit: int | None) -> list[dict]:
             faults = ("torn",) if moment[3].startswith("half of") else ("ENOSPC", "EIO")
             plans += [(moment, fault) for fault in faults]
     for moment, fault in random.Random(0).sample(plans, min(limit or len(plans), len(plans))):
-        store = case.new_store()
+        store = Path(tempfile.mkdtemp(dir=case.folder))
         status, said = case.attempt(store, moment, fault)
         noticed = status == -signal.SIGKILL if fault == "torn" else status == 3 and str(store) in said["error"]
         case.finish(store)
@@ -237,16 +235,18 @@ def damaged_files(case: Case, limit: int | None) -> list[dict]:
     """A run for each file of a checkpoint and of a result, and each damage to it after it was written."""
     last, rows = max(moment[1] for moment in case.moments), []
     for at, moment in {"checkpoint": ("step", last - 2, 0, ""), "result": None}.items():
-        template = case.new_store()
+        template = Path(tempfile.mkdtemp(dir=case.folder))
         case.attempt(template, moment)
         (folder,) = template.glob("*/")
         folder = checkpoints_in(folder / "checkpoints")[0] if moment else folder
         files = sorted(path.relative_to(template) for path in folder.iterdir() if path.is_file())
-        plans = [(file, damage) for file in files for damage in ("half", "flipped bit", "missing")]
+        plans = [(file, damage) for file in files for damage in DAMAGES]
         for file, damage in random.Random(0).sample(plans, min(limit or len(plans), len(plans))):
-            store = case.new_store()
-            shutil.copytree(template, store, dirs_exist_ok=True)
-            damage_file(store / file, damage)
+            store = shutil.copytree(template, Path(tempfile.mkdtemp(dir=case.folder)), dirs_exist_ok=True)
+            content = (store / file).read_bytes()
+            (store / file).unlink()
+            if damage != "missing":
+                (store / file).write_bytes(DAMAGES[damage](content))
             said = case.finish(store)
             # a flipped bit in result.json may be one of another file's sum, which is then named
             damaged = file.parent.name if moment else "the run is set aside and trained again"
@@ -256,16 +256,6 @@ def damaged_files(case: Case, limit: int | None) -> list[dict]:
             rows.append(row | {"differences": case.differences(store)})
             shutil.rmtree(store)
     return rows
-
-
-def damage_file(path: Path, damage: str):
-    """Delete it, cut it in half, or flip a bit of it."""
-    content = bytearray(path.read_bytes())
-    content[len(content) // 3] ^= 1
-    if damage == "missing":
-        path.unlink()
-    else:
-        path.write_bytes(content if damage == "flipped bit" else content[: len(content) // 2])
 
 
 PAGE = """# Do runs survive interruptions, failed writes and damaged files?
@@ -280,7 +270,7 @@ between and within the writes of a checkpoint; between and within the writes of 
 
 | run | in a step | in validation | writing a checkpoint | writing the result | differences |
 |---|---|---|---|---|---|
-{kills}
+{}
 
 ## Each write fails, each file is damaged
 
@@ -292,14 +282,10 @@ result leaves nothing to name).
 
 | fault | injected | detected | same outcome |
 |---|---|---|---|
-{faults}
+{}
 
 The test took {seconds:.0f} seconds with one thread; torch {version}.
 """
-
-
-def table(rows: list[list]) -> str:
-    return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in rows)
 
 
 def report(kills: list[dict], faults: list[dict], seconds: float) -> str:
@@ -309,8 +295,8 @@ def report(kills: list[dict], faults: list[dict], seconds: float) -> str:
     for fault in dict.fromkeys(row["fault"] for row in faults):
         rows = [row for row in faults if row["fault"] == fault]
         broken.append([fault, len(rows), sum(r["noticed"] for r in rows), sum(not r["differences"] for r in rows)])
-    version = torch.__version__.partition("+")[0]
-    return PAGE.format(kills=table(killed), faults=table(broken), seconds=seconds, version=version)
+    tables = ("\n".join(f"| {' | '.join(map(str, cells))} |" for cells in rows) for rows in (killed, broken))
+    return PAGE.format(*tables, seconds=seconds, version=torch.__version__.partition("+")[0])
 
 
 def main(arguments: list[str]) -> int:
