@@ -39,7 +39,7 @@ _TOKEN = re.compile(r"\d+(?::|%3[Aa])[\w-]{30,}")
 # Further fields of transformers.TrainingArguments, which no other setting sets and which are known to work here.
 TRAINING_ARGUMENTS = (
     "adam_beta1", "adam_beta2", "adam_epsilon", "dataloader_num_workers", "ddp_backend", "ddp_find_unused_parameters",
-    "ddp_timeout", "disable_tqdm", "gradient_accumulation_steps", "lr_scheduler_kwargs", "max_steps", "torch_compile",
+    "ddp_timeout", "disable_tqdm", "gradient_accumulation_steps", "lr_scheduler_kwargs", "max_steps",
     "torch_compile_backend", "torch_compile_mode",
 )  # fmt: skip
 
@@ -123,7 +123,8 @@ class TrainingConfig:
     translation_fraction: Share = 0.1  # a shift of up to this part of the height and of the width
     horizontal_flip: bool = False
     crop_padding: Natural = 0  # zero padding in pixels, followed by a random crop to the original size
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast for convolutions if that is faster here
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: half for convolutions if that is faster here
+    torch_compile: bool = False  # faster for large networks on a GPU, after seconds or minutes of compilation
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda, else mps, else cpu
     seed: _Seed = 0  # split, initial weights, order of the images, augmentation, dropout
     deterministic: bool = False  # the same bits each time on a GPU too, which takes longer; a CPU gives them anyway
@@ -149,7 +150,7 @@ class TrainingConfig:
 
     __identity__ = identity
 
-    def to_training_arguments(self, output_dir: str, *, bf16: bool = False) -> "TrainingArguments":
+    def to_training_arguments(self, output_dir: str, *, precision: str = "fp32") -> "TrainingArguments":
         """The same settings as `transformers.TrainingArguments`; checkpoints go to `output_dir`.
 
         The batch size counts the images of all processes. Raises ValueError if it is no multiple of their number.
@@ -175,7 +176,9 @@ class TrainingConfig:
             max_grad_norm=self.max_grad_norm or 0.0,
             seed=self.seed,
             data_seed=self.seed,
-            bf16=bf16,
+            bf16=precision == "bf16",
+            fp16=precision == "fp16",
+            torch_compile=self.torch_compile,
             use_cpu=self.device == "cpu" or not (torch.cuda.is_available() or torch.backends.mps.is_available()),
             eval_strategy="epoch",
             save_strategy="epoch",

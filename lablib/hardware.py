@@ -19,19 +19,23 @@ def check_device(device: str) -> None:
         raise ValueError(f"device = {device!r}, but this machine has none that PyTorch can use; write one of {there}")
 
 
-def resolve_bf16(config: TrainingConfig, model: nn.Module) -> bool:
-    """Whether a run computes in bfloat16: as the config says, or where it is faster.
+def resolve_precision(config: TrainingConfig, model: nn.Module) -> str:
+    """ "fp32", "bf16" or "fp16": what a run computes in, as the config says or as is fastest here.
 
-    It is for convolutions on a processor or GPU with bfloat16 units (AMX or AVX-512 BF16 on x86), which take half to
-    two thirds of the time. Small linear layers gain nothing.
+    Half precision is for convolutions: on a GPU, and on a processor with bfloat16 units (AMX or AVX-512 BF16 on x86),
+    where they take half to two thirds of the time. Small linear layers gain nothing. fp16 needs loss scaling, so it is
+    for GPUs without bfloat16. Raises ValueError for fp16 without a CUDA GPU.
     """
+    on_gpu = config.device in ("auto", "cuda") and torch.cuda.is_available()
+    if config.precision == "fp16" and not on_gpu:
+        raise ValueError("precision = 'fp16' needs a CUDA GPU; write 'bf16', 'fp32' or 'auto'")
     if config.precision != "auto":
-        return config.precision == "bf16"
+        return config.precision
     if not any(isinstance(module, nn.Conv2d) for module in model.modules()):
-        return False
-    if config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available()):
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+        return "fp32"
+    if on_gpu:
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return "bf16" if torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported() else "fp32"
 
 
 def memory_format(model: nn.Module, device: torch.device, image_shape: Sequence[int]) -> torch.memory_format:

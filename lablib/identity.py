@@ -24,7 +24,7 @@ from torch import nn
 
 from lablib.config import TrainingConfig
 from lablib.data import ImageData
-from lablib.hardware import resolve_bf16
+from lablib.hardware import resolve_precision
 
 _SCHEME = 2  # raise it when a change to lablib makes the runs in a store answer another question
 _OF_EVERY_MODULE = {*vars(nn.Module()), "_hub_mixin_config"}
@@ -49,7 +49,7 @@ def run_identity(
         "scheme": _SCHEME,
         "model": network,
         "data": describe(data, "data"),
-        "config": describe(config, "config") | {"precision": "bf16" if resolve_bf16(config, model) else "fp32"},
+        "config": describe(config, "config") | {"precision": resolve_precision(config, model)},
         "trainer": describe(trainer_class or "lablib.StreamlinedTrainer", "trainer_class"),
     } | ({"callbacks": acting} if acting else {})
 

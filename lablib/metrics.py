@@ -51,11 +51,12 @@ class BatchMeter:
         }
 
     def means(self) -> dict[str, float]:
-        """Each loss and the accuracy as means over images."""
+        """Each loss and the accuracy as means over images; the losses only over batches with a finite one."""
         state = self.state()
-        sizes = state["sizes"]
-        means = {name: np.average(losses, weights=sizes).item() for name, losses in state["losses"].items()}
-        return means | {"accuracy": sum(state["correct"]) / sum(sizes)}
+        sizes, finite = np.array(state["sizes"]), np.isfinite(state["losses"]["loss"])
+        losses = {name: np.array(values)[finite] for name, values in state["losses"].items()}
+        means = {name: np.average(values, weights=sizes[finite]).item() for name, values in losses.items()}
+        return means | {"accuracy": sum(state["correct"]) / sizes.sum().item()}
 
 
 def history(log: list[dict]) -> list[dict]:

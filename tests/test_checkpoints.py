@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import signal
 import threading
@@ -109,6 +110,30 @@ class Scripted(StreamlinedTrainer):
         return super()._evaluated(prediction) | {"accuracy": 0.9 if round(self.state.epoch) == 2 else 0.5}
 
 
+class Scaled(StreamlinedTrainer):
+    """Scales its loss as fp16 on a GPU does; the scale grows until gradients overflow, and such a step is skipped."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.args.fp16 = True
+        self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120, growth_factor=16, growth_interval=2)
+
+
+class OnceInfinite(Scaled):
+    def losses(self, outputs, labels):
+        is_second_step = self.model.training and self.state.global_step == 1
+        return {"loss": super().losses(outputs, labels)["loss"] * (math.inf if is_second_step else 1)}
+
+
+def test_a_step_that_loss_scaling_skips_changes_no_weights_and_is_no_non_finite_loss(build):
+    weights = []
+    noting = At(None, lambda: weights.append(trainer.model.classifier.weight.tolist()))
+    trainer = build("undisturbed", noting, trainer_class=OnceInfinite)
+    trainer.train()
+    assert weights[0] == weights[1] != weights[2]
+    assert all(math.isfinite(row["train_loss"]) for row in history(trainer.state.log_history))
+
+
 PATIENT = {"num_epochs": 6, "early_stopping_patience": 2, "trainer_class": Scripted}
 
 
@@ -121,6 +146,7 @@ PATIENT = {"num_epochs": 6, "early_stopping_patience": 2, "trainer_class": Scrip
         ((STEPS + 1,), {"model": Repeated}),
         ((STEPS + 1,), {"model": tiny_cnn, "optimizer": "sgd"}),
         ((STEPS + 1,), {"model": partial(ResidualCNN, 1, 4, (1, 6, 6), 3), "precision": "bf16"}),
+        ((STEPS + 2,), {"trainer_class": Scaled}),
         ((STEPS + 1, 3 * STEPS + 2), PATIENT),
         ((4 * STEPS,), PATIENT),
         *[((step,), {"training_arguments": {"max_steps": 10}}) for step in (7, 10)],

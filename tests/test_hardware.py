@@ -11,7 +11,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from lablib import MLP, KnowledgeDistillationTrainer, StreamlinedTrainer, TrainingConfig
-from lablib.hardware import memory_format, resolve_bf16
+from lablib.hardware import memory_format, resolve_precision
 from lablib.models import ResidualCNN, SimpleCNN
 
 CPU = torch.device("cpu")
@@ -32,14 +32,28 @@ def test_a_device_that_is_not_there_is_refused_with_those_that_are(has_cuda, dev
         StreamlinedTrainer(small_mlp(), TrainingConfig(device=device), tiny_data)
 
 
-@pytest.mark.parametrize(("amx", "avx512"), [(True, False), (False, True), (False, False)])
-def test_auto_takes_bf16_for_convolutions_where_the_processor_has_units_for_it(amx, avx512, monkeypatch):
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
-    assert resolve_bf16(config(), small_cnn()) == (amx or avx512)
-    assert not resolve_bf16(config(), small_mlp())
-    assert resolve_bf16(config(precision="bf16"), small_mlp())
-    assert not resolve_bf16(config(precision="fp32"), small_cnn())
+@pytest.mark.parametrize(
+    ("units", "expected"),
+    [
+        ({"amx"}, "bf16"),
+        ({"avx512"}, "bf16"),
+        (set(), "fp32"),
+        ({"cuda", "bf16"}, "bf16"),
+        ({"cuda", "avx512"}, "fp16"),
+    ],
+)
+def test_auto_takes_half_precision_for_convolutions_where_there_are_units_for_it(units, expected, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: "amx" in units)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: "avx512" in units)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: "cuda" in units)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: "bf16" in units)
+    anywhere = TrainingConfig()
+    assert resolve_precision(anywhere, small_cnn()) == expected
+    assert resolve_precision(anywhere, small_mlp()) == "fp32"
+    assert resolve_precision(config(precision="bf16"), small_mlp()) == "bf16"
+    assert resolve_precision(config(precision="fp32"), small_cnn()) == "fp32"
+    with pytest.raises(ValueError, match="precision = 'fp16' needs a CUDA GPU; write 'bf16', 'fp32' or 'auto'"):
+        resolve_precision(config(precision="fp16"), small_cnn())
 
 
 @pytest.mark.parametrize("deterministic", [True, False])

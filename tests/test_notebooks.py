@@ -124,7 +124,7 @@ def test_a_student_may_be_its_own_teacher_at_a_single_depth(store, tmp_path):
 WRONG = {
     "a word for a number": (MLPS, given(epochs="two"), "epochs = 'two': epochs should be a valid integer"),
     "no epochs": (MLPS, given(epochs=0), "epochs = 0: epochs should be greater than or equal to 1"),
-    "a precision that is none": (MLPS, given(precision="fp8"), "precision should be 'auto', 'fp32' or 'bf16'"),
+    "a precision that is none": (MLPS, given(precision="fp8"), "precision should be 'auto', 'fp32', 'bf16' or 'fp16'"),
     "a misspelt data set": (MLPS, given(dataset="mnits"), "'mnits' is neither a known name (digits, mnist,"),
     "a misspelt parameter": (MLPS, given(epoch=3), "there is no parameter 'epoch'. Did you mean 'epochs'?"),
     "an alpha above 1": (CNNS, given(alpha=1.5), "alpha = 1.5: alpha should be less than or equal to 1"),
