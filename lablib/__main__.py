@@ -7,7 +7,9 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -41,13 +43,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
             build_model()
         except (ValueError, OSError) as error:
             parser.error(str(error))
-        run = lablib.train_or_load(build_model, config, data)
+        run = _train(build_model, config, data, is_first_process)
     except KeyboardInterrupt:
         if is_first_process:
-            print("interrupted; run the same command again to resume", file=sys.stderr)
+            print("interrupted before the training began", file=sys.stderr)
         sys.exit(130)
     if is_first_process:
         print(json.dumps({"path": str(run.path), **run.result}))
+
+
+def _train(build_model: partial, config: TrainingConfig, data: "lablib.ImageData", shown: bool) -> "lablib.Run":
+    """The run, trained with a progress bar or loaded."""
+    from lablib import identity, runs  # with PyTorch
+
+    described = identity.run_identity(build_model, config, data)
+    name, ended = identity.run_name(described), set()
+    key = build_model.func.__name__, config.seed
+    watched = shown and not runs.find_run(name, config.output_dir)
+    paths = {key: Path(config.output_dir, name)}
+    try:
+        with runs.progress(paths, config.num_epochs, ended, sys.stderr) if watched else nullcontext():
+            run = runs.train_or_load(build_model, config, data, identity=described)
+            ended.add(key)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    return run
 
 
 class _Parser(argparse.ArgumentParser):

@@ -40,7 +40,6 @@ _TOKEN = re.compile(r"\d+(?::|%3[Aa])[\w-]{30,}")
 TRAINING_ARGUMENTS = (
     "adam_beta1", "adam_beta2", "adam_epsilon", "dataloader_num_workers", "ddp_backend", "ddp_find_unused_parameters",
     "ddp_timeout", "disable_tqdm", "gradient_accumulation_steps", "lr_scheduler_kwargs", "max_steps",
-    "torch_compile_backend", "torch_compile_mode",
 )  # fmt: skip
 
 # What has no influence on a run's outcome: where it runs, where its files lie, and who is told of it.
@@ -178,7 +177,6 @@ class TrainingConfig:
             data_seed=self.seed,
             bf16=precision == "bf16",
             fp16=precision == "fp16",
-            torch_compile=self.torch_compile,
             use_cpu=self.device == "cpu" or not (torch.cuda.is_available() or torch.backends.mps.is_available()),
             eval_strategy="epoch",
             save_strategy="epoch",

@@ -1,15 +1,13 @@
 """An experiment: some models × some seeds -> their runs, trained side by side where there are cores for it."""
 
 import copy
-import json
 import os
 import signal
-import sys
 import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, product
@@ -20,17 +18,15 @@ import joblib
 import pandas as pd
 from matplotlib.figure import Figure
 from torch import nn
-from tqdm import tqdm
 
 from lablib import figures
 from lablib.checkpoints import Interruption
 from lablib.config import TrainingConfig, num_processes, one_line, redacted
 from lablib.data import ImageData
 from lablib.identity import run_identity, run_name
-from lablib.runs import Run, TrainedModel, find_run, train_or_load
+from lablib.runs import Key, Run, TrainedModel, find_run, progress, train_or_load
 from lablib.statistics import compare, compare_effects, readable_table, results_table, save_table, verdicts
 
-Key = tuple[str, int]  # a run's model and seed
 TrainerClass = type | partial | None  # a StreamlinedTrainer; None is that itself
 
 UNBALANCED = 5  # from this ratio of the largest to the smallest class on, accuracy alone misleads
@@ -333,7 +329,7 @@ def _train(result: Experiment, tasks: dict[Key, tuple], paths: dict[Key, Path], 
     return_as = "generator_unordered" if backend.supports_return_generator else "list"  # Ray's has no generator
     # mmap_mode "c": the workers share the images' memory, and may write to their own copy
     parallel = joblib.Parallel(n_jobs=jobs, return_as=return_as, mmap_mode="c", pre_dispatch=jobs)
-    with _progress(paths, result.config.num_epochs, ended), interruption:
+    with progress(paths, result.config.num_epochs, ended), interruption:
         try:
             for key, run, error in parallel(task for task in tasks.values() if not interruption.asked):
                 if run:
@@ -362,46 +358,3 @@ def _train_one(key: Key, build_model, config, data, trainer_class, identity, cal
         if os.getpid() == parent:
             raise
         return key, None, None
-
-
-@contextmanager
-def _progress(paths: Mapping[Key, Path], num_epochs: int, ended: set[Key]):
-    """One bar over all epochs of all runs, with the time left and the latest figures; after it, where Ctrl-C came.
-
-    It watches the history files of the store, so it works for runs in other processes and on other machines too.
-    """
-
-    def rows() -> dict[Key, list[str]]:
-        files = {key: path / "history.jsonl" for key, path in paths.items() if key not in ended}
-        return {key: file.read_text().splitlines() for key, file in files.items() if file.exists()}
-
-    def show():
-        current = rows()
-        model, seed = max(current, key=lambda key: len(current[key]), default=(None, None))
-        if latest := current.get((model, seed)):
-            last = json.loads(latest[-1])
-            loss, accuracy = f"loss {last['train_loss']:.3f}", f"validation {100 * last['val_accuracy']:.1f} %"
-            bar.set_postfix_str(f"{model}, seed {seed}: {loss}, {accuracy}", refresh=False)
-        epochs = num_epochs * len(ended) + sum(map(len, current.values()))  # all of them for a run that stopped early
-        bar.update(max(0, epochs - bar.n))
-
-    def watch():
-        while not stop.wait(0.5):
-            show()
-
-    terminal = sys.stderr.isatty()
-    look = {"file": sys.stderr, "mininterval": 0.1} if terminal else {"file": sys.stdout, "mininterval": 10}
-    look |= {"desc": "training", "unit": "epoch", "miniters": 0, "dynamic_ncols": True}
-    look |= {"smoothing": 0}  # the mean speed: a recent one leaves out the looks at which no epoch had ended
-    bar = tqdm(total=num_epochs * len(paths), initial=sum(map(len, rows().values())), **look)
-    stop, watcher = threading.Event(), threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        watcher.join()
-        show()
-        bar.close()
-        if isinstance(sys.exception(), KeyboardInterrupt):
-            print(f"\ninterrupted at epoch {bar.n} of {bar.total}; run again to resume", flush=True)

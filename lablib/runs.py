@@ -4,13 +4,15 @@ import argparse
 import io
 import json
 import shutil
+import sys
+import threading
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import pandas as pd
@@ -18,6 +20,7 @@ import safetensors.torch
 import torch
 from filelock import FileLock, Timeout
 from torch import nn
+from tqdm import tqdm
 
 from lablib.checkpoints import check_writable, contiguous_weights, write_atomically
 from lablib.config import TrainingConfig, num_processes
@@ -25,6 +28,8 @@ from lablib.data import ImageData
 from lablib.diagnostics import gradient_norms
 from lablib.identity import build_seeded, run_identity, run_name, sha256
 from lablib.metrics import best_row, history
+
+Key = tuple[str, int]  # a run's model and seed
 
 PUBLISHED = Path(__file__).resolve().parents[1] / "results" / "runs"  # runs that every checkout has, without weights
 _WEIGHTS = "model.safetensors"
@@ -258,6 +263,51 @@ def _json(result: dict[str, Any]) -> bytes:
 
 def _json_lines(rows: list[dict]) -> bytes:
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+@contextmanager
+def progress(paths: Mapping[Key, Path], num_epochs: int, ended: set[Key], file: TextIO | None = None):
+    """One bar over all epochs of all runs, with the time left and the latest figures; after it, where Ctrl-C came.
+
+    `paths` are those of the runs, and `ended` will be those that are over. It watches the history files of the store,
+    so it works for runs in other processes and on other machines too.
+    """
+
+    def rows() -> dict[Key, list[str]]:
+        files = {key: path / "history.jsonl" for key, path in paths.items() if key not in ended}
+        return {key: file.read_text().splitlines() for key, file in files.items() if file.exists()}
+
+    def show():
+        current = rows()
+        model, seed = max(current, key=lambda key: len(current[key]), default=(None, None))
+        if latest := current.get((model, seed)):
+            last = json.loads(latest[-1])
+            loss, accuracy = f"loss {last['train_loss']:.3f}", f"validation {100 * last['val_accuracy']:.1f} %"
+            bar.set_postfix_str(f"{model}, seed {seed}: {loss}, {accuracy}", refresh=False)
+        epochs = num_epochs * len(ended) + sum(map(len, current.values()))  # all of them for a run that stopped early
+        bar.update(max(0, epochs - bar.n))
+
+    def watch():
+        while not stop.wait(0.5):
+            show()
+
+    terminal = sys.stderr.isatty()
+    file = file or (sys.stderr if terminal else sys.stdout)
+    look = {"file": file, "mininterval": 0.1 if terminal else 10}
+    look |= {"desc": "training", "unit": "epoch", "miniters": 0, "dynamic_ncols": True}
+    look |= {"smoothing": 0}  # the mean speed: a recent one leaves out the looks at which no epoch had ended
+    bar = tqdm(total=num_epochs * len(paths), initial=sum(map(len, rows().values())), **look)
+    stop, watcher = threading.Event(), threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        watcher.join()
+        show()
+        bar.close()
+        if isinstance(sys.exception(), KeyboardInterrupt):
+            print(f"\ninterrupted at epoch {bar.n} of {bar.total}; run again to resume", file=file, flush=True)
 
 
 def publish(run: Run, folder: Path | None = None) -> Path:

@@ -130,6 +130,8 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
         sanity_check(self)
         if self.args.world_size > 1 and self.args.device.type == "cuda":
             nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
+        if self.config.torch_compile:  # in place; by transformers all later trainings of the process would be compiled
+            self.model.compile()
         transformers.set_seed((self.args.seed + self.args.process_index * 2_654_435_761) % 2**32)  # not a seed nearby
         self._since_last_log = BatchMeter(self.args.world_size)
         self._clock = time.perf_counter()

@@ -83,7 +83,9 @@ def test_every_knob_is_an_option_with_its_comment_and_no_token_is(capsys):
     assert missing == ["telegram_bot_token", "training_arguments"]
 
 
-def test_ctrl_c_leaves_a_checkpoint_and_one_line_that_says_how_to_resume(tmp_path, capsys, monkeypatch):
+def test_a_bar_shows_the_epochs_and_ctrl_c_leaves_a_checkpoint_and_says_how_to_resume(
+    tmp_path, capsys, monkeypatch
+):
     training_step = StreamlinedTrainer.training_step
 
     def interrupted(self, *args, **kwargs):
@@ -96,7 +98,9 @@ def test_ctrl_c_leaves_a_checkpoint_and_one_line_that_says_how_to_resume(tmp_pat
     with pytest.raises(SystemExit, match="130"):
         main(["MLP", *options])
     out, said = capsys.readouterr()
-    assert (out, said) == ("", "interrupted; run the same command again to resume\n")
+    assert out == ""
+    assert said.splitlines()[-1] == "interrupted at epoch 1 of 4; run again to resume"
+    assert "training: " in said
     assert list(tmp_path.glob("*/checkpoints/checkpoint-3"))
 
 
