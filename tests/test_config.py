@@ -82,7 +82,7 @@ def test_further_training_arguments_win_over_the_labs_defaults_and_the_others_ar
     arguments = config.to_training_arguments(str(tmp_path))
     assert (arguments.adam_beta1, arguments.disable_tqdm) == (0.8, False)
     for name in ("adam_beta_1", "fsdp", "num_train_epochs", "eval_delay", "label_smoothing_factor"):
-        with pytest.raises(ValueError, match=rf"training_arguments\['{name}'\] should be 'adam_beta1', .* or 'max_steps"):
+        with pytest.raises(ValueError, match=rf"training_arguments\['{name}'\] should be 'adam_beta1', .* 'max_steps"):
             TrainingConfig(training_arguments={"adam_beta1": 0.8, name: 1})
     assert {field.name for field in dataclasses.fields(TrainingArguments) if field.init} >= {*TRAINING_ARGUMENTS}
 

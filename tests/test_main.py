@@ -83,9 +83,7 @@ def test_every_knob_is_an_option_with_its_comment_and_no_token_is(capsys):
     assert missing == ["telegram_bot_token", "training_arguments"]
 
 
-def test_a_bar_shows_the_epochs_and_ctrl_c_leaves_a_checkpoint_and_says_how_to_resume(
-    tmp_path, capsys, monkeypatch
-):
+def test_a_bar_shows_the_epochs_and_ctrl_c_leaves_a_checkpoint_and_says_how_to_resume(tmp_path, capsys, monkeypatch):
     training_step = StreamlinedTrainer.training_step
 
     def interrupted(self, *args, **kwargs):
