@@ -271,7 +271,7 @@ class ResumableTrainer:
         try:
             manifest = json.loads((checkpoint / _MANIFEST).read_bytes())
             if changed := [name for name, written in manifest.items() if _fingerprint(checkpoint / name) != written]:
-                raise ValueError(f"{' and '.join(changed)} is not what was written")
+                raise ValueError(f"{' and '.join(changed)} does not match its checksum")
             state, saved = (json.loads((checkpoint / name).read_bytes()) for name in ("trainer_state.json", _LAB))
             best = safetensors.torch.load_file(checkpoint / (_BEST if _BEST in manifest else _WEIGHTS))
             shapes, expected = ({k: v.shape for k, v in w.items()} for w in (best, self.model.state_dict()))
@@ -285,7 +285,7 @@ class ResumableTrainer:
         self.notes, before, now = saved["notes"], saved["environment"], self.environment
         if changed := [name for name in now if now[name] != before.get(name)]:
             was, is_ = (", ".join(f"{name} {values.get(name)}" for name in changed) for values in (before, now))
-            self.notes = [*self.notes, f"resumed at step {state['global_step']} with {is_}, begun with {was}"]
+            self.notes = [*self.notes, f"started with {was}, resumed at step {state['global_step']} with {is_}"]
             warnings.warn(f"{self.args.output_dir}: {self.notes[-1]}; the result will carry this note", stacklevel=3)
         if state["best_global_step"]:
             self._best_weights = best

@@ -16,7 +16,7 @@ def check_device(device: str) -> None:
     present = {"auto": True, "cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not present[device]:
         there = ", ".join(repr(name) for name in present if present[name])
-        raise ValueError(f"device = {device!r}, but this machine has none that PyTorch can use; write one of {there}")
+        raise ValueError(f"device = {device!r}, but PyTorch finds no such device here; write one of {there}")
 
 
 def resolve_precision(config: TrainingConfig, model: nn.Module) -> str:

@@ -86,7 +86,7 @@ def _network(build_model: Callable[[], nn.Module], seed: int) -> tuple[nn.Module
     """A network with its initial weights, and its description."""
     model, second = build_seeded(build_model, seed), build_seeded(build_model, seed)
     if not isinstance(model, nn.Module):
-        raise TypeError(f"the function that builds the model returned {model!r}, which is no torch.nn.Module")
+        raise TypeError(f"the function that builds the model returned {model!r}, which is not a torch.nn.Module")
     name = type(model).__name__
     described = describe(model, name)
     if _trained_parts(model) & _trained_parts(second) or described != describe(second, name):

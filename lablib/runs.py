@@ -38,7 +38,7 @@ _COLUMNS = ["run", "state", "dataset", "seed", "epochs", "val_accuracy", "test_a
 
 
 class DamagedRunError(OSError):
-    """A file of a finished run is missing or is not what was written."""
+    """A file of a finished run is missing or does not match its checksum."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ def load_run(path: Path) -> Run | None:
         for name, digest in result.pop("sha256").items():
             file = path / ("result.json" if name == "result" else name)
             if digest != sha256(_json(result) if name == "result" else file.read_bytes()):
-                raise ValueError("it is not what was written")
+                raise ValueError("it does not match its checksum")
         rows = (path / "history.jsonl").read_text().splitlines()
         return Run(path, result, [json.loads(row) for row in rows])
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
@@ -171,7 +171,7 @@ def _locked(path: Path):
     try:
         return lock.acquire(timeout=0)
     except Timeout:
-        print(f"another process is training {path.name}; waiting for it", flush=True)
+        print(f"another process is training run {path.name}; waiting for it to finish", flush=True)
         return lock.acquire()
 
 
