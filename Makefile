@@ -9,12 +9,15 @@ help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "make %-10s %s\n", $$1, $$2}'
 
 .venv/lab: pyproject.toml constraints.txt
+	@test -d .venv || echo "setting up .venv: a few minutes, 6.6 GB with the CUDA builds of PyTorch"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[lab]'
+	@mkdir -p .venv/etc/ipython  # or each kernel prints a warning about TCP
+	@echo "c.IPKernelApp.log_level = 40" > .venv/etc/ipython/ipython_kernel_config.py
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[lab]'
 	@touch $@
 
 .venv/test: .venv/lab
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[lab,test]'
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[lab,test]'
 	@touch $@
 
 lab: .venv/lab ## run both notebooks on the built-in digits, no network needed; writes out/
@@ -32,7 +35,7 @@ lint: .venv/test
 	@$(BIN)/ruff format --check .
 
 .venv/bench: .venv/lab
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[lab,bench]'
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[lab,bench]'
 	@touch $@
 
 bench: .venv/bench ## compare the speed with other methods of training; writes results/benchmark-* (about 12 minutes)

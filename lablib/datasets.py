@@ -189,28 +189,28 @@ def _decode(path: str, size, channels: int, shape: tuple[int, int, int] | None =
 
 
 def split(folder: str | os.PathLike, test: float = 0.2, seed: int = 0) -> None:
-    """Copy the images of a folder of class folders to `train/` and `test/` beside it.
+    """Copy the images of a folder of class folders to `train/` and `test/` in a new folder, named FOLDER-split.
 
     `test` is the share that goes to `test/`, of each class in proportion. Raises ValueError for a folder or a share
-    that does not fit, and FileExistsError if there is a `train/` or `test/` already.
+    that does not fit, and FileExistsError if the new folder exists.
     """
     folder = Path(os.path.abspath(folder))
-    targets = folder.with_name("train"), folder.with_name("test")
-    for target in filter(os.path.lexists, targets):
+    target = folder.with_name(f"{folder.name}-split")
+    if os.path.lexists(target):
         raise FileExistsError(f"{target} exists; rename or delete it first")
     classes, images = _listed(folder)
-    if classes == ["test", "train"]:
-        raise ValueError(f"{folder} has train/ and test/ in it already")
+    if {"train", "test"} <= {*classes}:
+        raise ValueError(f"{folder} is split already: it has train/ and test/ in it")
     parts = stratified_split(torch.tensor([label for _, label in images]), test, seed)
-    with TemporaryDirectory(prefix=".split-", dir=folder.parent) as scratch:  # so that none is ever half full
-        for target, indices in zip(targets, parts, strict=True):
+    with TemporaryDirectory(prefix=".split-", dir=folder.parent) as scratch:  # so that it is never half full
+        for part, indices in zip(("train", "test"), parts, strict=True):
             for index in indices:
-                place = Path(scratch, target.name, os.path.relpath(images[index][0], folder))
+                place = Path(scratch, target.name, part, os.path.relpath(images[index][0], folder))
                 place.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(images[index][0], place)
-        for target in targets:
-            os.rename(Path(scratch, target.name), target)
-            print(f"wrote {target}")
+        os.rename(Path(scratch, target.name), target)
+    counts = " and ".join(f"{len(indices):,} {name}" for indices, name in zip(parts, ("training", "test"), strict=True))
+    print(f"wrote {target}: {counts} images of {len(classes)} classes")
 
 
 def clean(folder: str | os.PathLike) -> None:
@@ -223,12 +223,12 @@ def clean(folder: str | os.PathLike) -> None:
     for cache in caches:
         cache.unlink()
         print(f"deleted {cache}")
-    print(f"deleted {len(caches)} files, {megabytes:.1f} MB")
+    print(f"{len(caches)} caches deleted, {megabytes:.1f} MB")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m lablib.datasets")
-    about = "split: copy a folder's images to train/ and test/ beside it; clean: delete load_data's caches in a folder"
+    about = "split: copy a folder's images to train/ and test/ in FOLDER-split; clean: delete load_data's caches"
     parser.add_argument("command", choices=["split", "clean"], help=about)
     parser.add_argument("folder", help="split: with a folder of images for each class; clean: with train/ and test/")
     parser.add_argument("--test", type=float, default=0.2, help="split: the share that goes to test/ (default: 0.2)")

@@ -46,6 +46,8 @@ class Experiment:
 
     def select(self, *models: str) -> "Experiment":
         """The same experiment with some of its models only. Raises KeyError for a model that it does not have."""
+        if unknown := [name for name in models if name not in self.models]:
+            raise KeyError(f"no model {unknown[0]!r}; there are {', '.join(self.models)}")
         runs, failures = ({k: v for k, v in of.items() if k[0] in models} for of in (self.runs, self.failures))
         return replace(self, models={name: self.models[name] for name in models}, runs=runs, failures=failures)
 
@@ -251,6 +253,8 @@ def experiment(
         raise TypeError(f"data = {data!r}, but it must be an ImageData, as load_data({str(data)!r}) gives")
     if num_processes() > 1:
         raise ValueError("under torchrun, use train_or_load: an experiment trains each run in one process")
+    if built := [name for name, build in models.items() if isinstance(build, nn.Module)]:
+        raise TypeError(f"models: {built[0]!r} is a network; give a function that builds one, such as lambda: Net()")
     result = Experiment(data, config, dict(models), _seeds(seeds))
     keys = [*product(result.models, result.seeds)]
     if not keys:
@@ -281,15 +285,20 @@ def experiment(
                 _note_failure(result, key, *_line_and_trace(error))
         if _imbalance(data) > UNBALANCED:
             times = f"The largest class of {data.name} has {_imbalance(data):.0f} times the images of the smallest"
-            print(f"{times}; see the balanced accuracy, the mean over the classes, too.")
+            warnings.warn(f"{times}; see the balanced accuracy, the mean over the classes, too.", stacklevel=1)  # once
         places = {str(run.path.parent).removeprefix(f"{Path.cwd()}{os.sep}") for run in result.runs.values()}
         where = f" from {' and '.join(sorted(places))}" if places else ""
-        print(f"{len(result.runs)} of {len(keys)} runs loaded{where}, {len(tasks)} to train", flush=True)
+        begun = sum(any(path.glob("checkpoints/checkpoint-*")) for path in paths.values())
+        resumed = f", {begun} of them resumed" if begun else ""
+        print(f"{len(result.runs)} of {len(keys)} runs loaded{where}, {len(tasks)} to train{resumed}", flush=True)
         if tasks:
             _train(result, tasks, paths, jobs, messages)
             result.runs = {key: result.runs[key] for key in keys if key in result.runs}
-    if result.failures and not result.runs:
-        raise RuntimeError(f"all {len(keys)} runs failed: {'; '.join(dict.fromkeys(result.failures.values()))}")
+    if result.failures:
+        failed, why = f"{len(result.failures)} of {len(keys)} runs failed", dict.fromkeys(result.failures.values())
+        if not result.runs:
+            raise RuntimeError(f"{failed}: {'; '.join(why)}")
+        print(f"{failed}: {', '.join(dict.fromkeys(name for name, _ in result.failures))}", flush=True)
     return result
 
 

@@ -178,7 +178,7 @@ def _locked(path: Path):
 def _train(path: Path, described, build_model, config, data, trainer_class, callbacks) -> None:
     from transformers import TrainerCallback  # seconds, which loading a run does without
 
-    from lablib.trainer import StreamlinedTrainer
+    from lablib.trainer import SanityCheckError, StreamlinedTrainer
 
     class HistoryWriter(TrainerCallback):  # for whoever watches the run
         def on_evaluate(self, args, state, control, **kwargs):
@@ -192,7 +192,13 @@ def _train(path: Path, described, build_model, config, data, trainer_class, call
         raise ValueError(f"trainer_class must not set {', '.join(twice)}; pass callbacks as the argument `callbacks`")
     arguments |= {name: model.load() for name, model in given.items() if isinstance(model, TrainedModel)}
     trainer = (trainer_class or StreamlinedTrainer)(build_seeded(build_model, config.seed), **arguments)
-    trainer.train(resume_from_checkpoint=trainer.newest_checkpoint())
+    try:
+        trainer.train(resume_from_checkpoint=trainer.newest_checkpoint())
+    except SanityCheckError:
+        for empty in (path / "checkpoints", path):  # unless it had been trained before
+            with suppress(OSError):
+                empty.rmdir()
+        raise
     rows, prediction = history(trainer.state.log_history), trainer.predict_test()
     if trainer.is_world_process_zero():
         files = {
@@ -342,6 +348,9 @@ def _row(path: Path) -> dict[str, Any]:
     except DamagedRunError as error:
         return row | {"state": "damaged", "notes": str(error)}
     if run is None:
+        with suppress(OSError, ValueError, IndexError):  # in its first epoch
+            last = json.loads((path / "history.jsonl").read_text().splitlines()[-1])
+            row |= {"epochs": last["epoch"], "val_accuracy": last["val_accuracy"]}
         return row | {"state": "unfinished"}
     return row | run.result | {"state": "finished" if run.has_weights else "published"}
 
@@ -354,14 +363,14 @@ def clean(output_dir: str | Path, finished: bool = False, ask: Callable[[str], s
     """
     unwanted = ["unfinished", "damaged", "finished"] if finished else ["unfinished", "damaged"]
     table, gone = runs_table(output_dir).query("state in @unwanted"), []
-    print(table[["run", "state", "mib"]].to_string(index=False))
+    print(table[["run", "state", "mib"]].to_string(index=False) if len(table) else "nothing to delete")
     if len(table) and ask(f"Delete these {len(table)}? [y/N] ").strip().lower() in ("y", "yes"):
         for path in map(Path(output_dir).joinpath, table["run"]):
             with suppress(Timeout), FileLock(f"{path}.lock", blocking=False):
                 if _row(path)["state"] in unwanted:  # still
                     shutil.rmtree(path)
                     gone.append(path.name)
-    print(f"{len(gone)} of {len(table)} deleted")
+        print(f"{len(gone)} of {len(table)} deleted")
     return gone
 
 
@@ -372,13 +381,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("output_dir", nargs="?", default="runs", help="the run store (runs)")
     parser.add_argument("--finished", action="store_true", help="clean: delete finished runs too")
     options = parser.parse_args(arguments)
+    if not Path(options.output_dir).is_dir():
+        parser.exit(2, f"{parser.prog}: there is no folder {options.output_dir}\n")
     if options.command == "clean":
         clean(options.output_dir, options.finished)
         return
     table = runs_table(options.output_dir)
-    for name in table.query("state == 'finished'")["run"] if options.command == "publish" else ():
-        publish(load_run(Path(options.output_dir, name)))
-    print(pd.concat([table, runs_table(PUBLISHED)]).to_string(index=False))
+    if options.command == "publish":
+        for name in table.query("state == 'finished'")["run"]:
+            publish(load_run(Path(options.output_dir, name)))
+        table = runs_table(PUBLISHED)
+    print(table.convert_dtypes().to_string(index=False, na_rep="") if len(table) else "no runs")
 
 
 if __name__ == "__main__":

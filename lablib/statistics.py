@@ -109,8 +109,8 @@ def labels(comparison: pd.DataFrame) -> list[str]:
 
 def points(row: Mapping) -> str:
     """A comparison as text, in percentage points: '+0.63 ± 0.20 points (n = 5, p = 0.003)'."""
-    p, name = row["p_adjusted"], "p" if row["p_adjusted"] == row["p_value"] else "adjusted p"
-    tested = "" if math.isnan(p) else f", {name} < 0.001" if p < 0.001 else f", {name} = {p:.2g}"
+    p = row["p_adjusted"]
+    tested = "" if math.isnan(p) else ", adjusted p < 0.001" if p < 0.001 else f", adjusted p = {p:.2g}"
     return f"{_hundredths(row['mean'], row['ci95'], '+')} points ({seeds_text(row['n'])}{tested})"
 
 
@@ -128,8 +128,11 @@ def verdict(row: Mapping, word: str = "better") -> str:
 
 def verdicts(comparison: pd.DataFrame, word: str = "better") -> str:
     """All comparisons as a Markdown list of sentences."""
-    rows = zip(labels(comparison), comparison.to_dict("records"), strict=True)
-    return "\n".join(f"- {label}: {verdict(row, word)}" for label, row in rows)
+    sentences = []
+    for label, row in zip(labels(comparison), comparison.to_dict("records"), strict=True):
+        says_more = label != f"{row['first']} − {row['second']}"
+        sentences.append(f"- {label}: {verdict(row, word)}" if says_more else f"- {verdict(row, word)}")
+    return "\n".join(sentences)
 
 
 def effects_table(comparisons: Mapping[str, pd.DataFrame]) -> pd.DataFrame:

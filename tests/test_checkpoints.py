@@ -367,9 +367,7 @@ def test_another_version_is_said_once_and_noted_in_the_result(config, tiny_data,
 
     interrupted_at(2)
     monkeypatch.setattr(checkpoints, "version", lambda name: "9.9")
-    with pytest.warns(
-        UserWarning, match=r"started with .*, resumed at step 2 with torch 9.9, .* result will carry"
-    ):
+    with pytest.warns(UserWarning, match=r"started with .*, resumed at step 2 with torch 9.9, .* result will carry"):
         interrupted_at(STEPS + 1)
     (note,) = train_or_load(tiny_mlp, config(), tiny_data).result["notes"]
     assert note.startswith("started with torch ")

@@ -196,7 +196,7 @@ def test_clean_deletes_caches_and_unfinished_ones_and_says_how_large_they_were(f
         datasets.main(["clean", str(folder)])
         *lines, total = capsys.readouterr().out.splitlines()
         assert lines == [f"deleted {folder / name}" for name in deleted]
-        assert total == ("deleted 2 files, 1.7 MB" if deleted else "deleted 0 files, 0.0 MB")
+        assert total == ("2 caches deleted, 1.7 MB" if deleted else "0 caches deleted, 0.0 MB")
     assert sorted(folder.rglob("*")) == files
     assert torch.equal(data.train_images, copy)  # still mapped
     with pytest.raises(SystemExit, match="2"):
@@ -284,19 +284,17 @@ def unsplit(tmp_path) -> Path:
 
 
 def test_a_split_copies_each_image_to_one_part_and_each_class_in_proportion(unsplit, capsys):
-    parts = unsplit.parent / "train", unsplit.parent / "test"
-    drawn = []
+    target, drawn = unsplit.with_name(f"{unsplit.name}-split"), []
     for seed in ("0", "0", "1"):
         datasets.main(["split", str(unsplit), "--test", "0.3", "--seed", seed])
-        assert f"wrote {parts[0]}\nwrote {parts[1]}\n" in capsys.readouterr().out
-        data = load_data(unsplit.parent)
+        assert f"wrote {target}: 21 training and 9 test images of 2 classes\n" in capsys.readouterr().out
+        data = load_data(target)
         assert data.test_labels.bincount().tolist() == [6, 3]
         colours = torch.cat([data.test_images, data.train_images])[:, 0, 0, 0]
         assert sorted(colours.tolist()) == [8 * index for index in range(30)]
         assert len([*unsplit.rglob("*.png")]) == 30
         drawn.append(colours[:9].tolist())
-        for part in parts:
-            shutil.rmtree(part)
+        shutil.rmtree(target)
     assert drawn[0] == drawn[1] != drawn[2]
 
 
@@ -306,7 +304,7 @@ RENAMED = [("cat", "train"), ("dog", "test")]
 @pytest.mark.parametrize(
     ("change", "share", "words"),
     [
-        (lambda folder: folder.with_name("test").mkdir(), "0.2", "test exists; rename or delete it first"),
+        (lambda folder: folder.with_name(f"{folder.name}-split").mkdir(), "0.2", "exists; rename or delete it first"),
         (lambda folder: shutil.rmtree(folder / "dog"), "0.2", r"at least two; it has \['cat'\]"),
         (lambda folder: [(folder / a).rename(folder / b) for a, b in RENAMED], "0.2", "already"),
         (lambda folder: None, "0.03", "cannot be split with a share of 0.03"),

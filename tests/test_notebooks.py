@@ -198,6 +198,16 @@ def test_a_committed_notebook_is_free_of_absolute_paths_and_of_errors(path):
     assert not MACHINE_PATH.search(text)
 
 
+@pytest.mark.parametrize("path", sorted(ROOT.glob("results/*.ipynb")), ids=lambda path: path.name)
+def test_an_executed_notebook_has_the_code_that_its_source_has_today(path):
+    source = ROOT / f"{path.stem.partition('_width')[0]}.ipynb"
+    code = []
+    for notebook in (source, path):
+        cells = [cell for cell in json.loads(notebook.read_text())["cells"] if cell["cell_type"] == "code"]
+        code.append(["".join(c["source"]) for c in cells if "injected-parameters" not in c["metadata"].get("tags", [])])
+    assert code[0] == code[1]
+
+
 @pytest.mark.parametrize("pattern", ["results/*.csv", "images/*.svg", "*.md", "lablib/*.py", "Makefile"])
 def test_no_committed_text_has_a_path_of_one_machine(pattern):
     assert [

@@ -6,6 +6,7 @@ import re
 import shutil
 from dataclasses import replace
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -240,7 +241,12 @@ def test_runs_are_listed_with_their_states_published_and_cleaned(config, tiny_da
     assert "history.jsonl is damaged" in table["notes"][names["damaged"]]
 
     runs.main(["publish", str(store)])
-    assert len(capsys.readouterr().out.splitlines()) == 1 + 4 + 1
+    assert names["finished"] in capsys.readouterr().out
+    runs.main(["list", str(store)])
+    lines = capsys.readouterr().out.splitlines()
+    expected = [[name, state] for state, name in sorted(names.items(), key=itemgetter(1))]
+    assert [line.split()[:2] for line in lines[1:]] == expected
+    assert "NaN" not in "".join(lines)
     assert load_run(runs.PUBLISHED / names["finished"]).result == finished.result
     assert clean(store, ask=lambda question: "n") == []
     with FileLock(store / f"{names['unfinished']}.lock"):

@@ -117,9 +117,17 @@ def test_effects_are_compared_by_seed_where_both_tables_have_the_label():
 @pytest.mark.parametrize(
     ("first", "second", "text"),
     [
-        ([0.91, 0.92, 0.93], [0.90, 0.911, 0.919], "**A is better than B**: +1.00 ± 0.25 points (n = 3, p = 0.0033)."),
-        ([0.90, 0.911, 0.919], [0.91, 0.92, 0.93], "**B is better than A**: +1.00 ± 0.25 points (n = 3, p = 0.0033)."),
-        ([0.91, 0.92, 0.93], [0.92, 0.90, 0.92], f"{NONE}: +0.67 ± 3.79 points (n = 3, p = 0.53)."),
+        (
+            [0.91, 0.92, 0.93],
+            [0.90, 0.911, 0.919],
+            "**A is better than B**: +1.00 ± 0.25 points (n = 3, adjusted p = 0.0033).",
+        ),
+        (
+            [0.90, 0.911, 0.919],
+            [0.91, 0.92, 0.93],
+            "**B is better than A**: +1.00 ± 0.25 points (n = 3, adjusted p = 0.0033).",
+        ),
+        ([0.91, 0.92, 0.93], [0.92, 0.90, 0.92], f"{NONE}: +0.67 ± 3.79 points (n = 3, adjusted p = 0.53)."),
         ([0.91, 0.92], [0.90, 0.91], "A − B: +1.00 points (n = 2), too few seeds to tell."),
         ([0.95, 0.96, 0.9], [0.94, 0.95, 0.89], f"A − B: +1.00 points (n = 3), {SAME}."),
     ],

@@ -21,7 +21,11 @@ def main(arguments: list[str]) -> int:
     command = [sys.executable, "-m", "papermill", *arguments]
     if not any(argument in ("-k", "--kernel") for argument in arguments):
         command += ["--kernel", "python3"]
-    status = subprocess.run(command).returncode
+    try:
+        status = subprocess.run(command).returncode
+    except KeyboardInterrupt:
+        print("\ninterrupted; run it again: finished runs are loaded, and interrupted ones resume", file=sys.stderr)
+        return 130
     if status == 0:
         clean(output)
     return status
@@ -37,10 +41,8 @@ def clean(path: Path):
             cell.metadata.pop(key, None)
         merged = []
         for output in cell.get("outputs", []):
-            same = (
-                merged and output.output_type == "stream" == merged[-1].output_type and output.name == merged[-1].name
-            )
-            if same:
+            same = merged and output.output_type == "stream" == merged[-1].output_type
+            if same and output.name == merged[-1].name:
                 merged[-1].text += output.text
             else:
                 merged.append(output)
