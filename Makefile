@@ -20,7 +20,7 @@ help: ## list the targets
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[lab,test]'
 	@touch $@
 
-lab: .venv/lab ## run both notebooks on the built-in digits, no network needed; writes out/
+lab: .venv/lab ## run both notebooks on the built-in digits, no data to download; writes out/
 	@$(PAPERMILL) Lab1_MLPs.ipynb out/Lab1_MLPs.ipynb
 	@$(PAPERMILL) Lab1_CNNs.ipynb out/Lab1_CNNs.ipynb
 	@echo "executed notebooks: $$(ls out/*.ipynb | tr '\n' ' ')"

@@ -19,7 +19,7 @@ from lablib.config import TrainingConfig
 
 MODELS = ("MLP", "ResidualMLP", "SimpleCNN", "ResidualCNN")
 _NOT_OPTIONS = ("telegram_bot_token", "training_arguments")  # others would see the one, and the other is a dict
-_NOT_OPTIONS += ("image_shape", "num_classes")  # which the data have
+_NOT_OPTIONS += ("image_shape", "num_classes")  # given by the data
 _SETTINGS = inspect.signature(TrainingConfig).parameters
 _SEVERAL = {"hidden_sizes": int}  # the type of each value of an option that takes several
 
@@ -46,14 +46,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         run = _train(build_model, config, data, is_first_process)
     except KeyboardInterrupt:
         if is_first_process:
-            print("interrupted before the training began", file=sys.stderr)
+            print("interrupted before training began", file=sys.stderr)
         sys.exit(130)
     if is_first_process:
         print(json.dumps({"path": str(run.path), **run.result}))
 
 
 def _train(build_model: partial, config: TrainingConfig, data: "lablib.ImageData", shown: bool) -> "lablib.Run":
-    """The run, trained with a progress bar or loaded."""
+    """Train a run with a progress bar, or load it."""
     from lablib import identity, runs  # with PyTorch
 
     described = identity.run_identity(build_model, config, data)
@@ -83,9 +83,9 @@ def _parser() -> argparse.ArgumentParser:
     for name in MODELS:
         options = models.add_parser(name, usage="%(prog)s [--option VALUE ...]")
         _add(options, "data", str, "digits", "a data set's name, or a folder")
-        _add(options, "data_dir", str, "data", "where data sets lie")
-        _add(options, "image_size", int, None, "pixels to which images are scaled")
-        _add(options, "channels", int, None, "1: grey, 3: coloured")
+        _add(options, "data_dir", str, "data", "where data sets are read from, or downloaded to")
+        _add(options, "image_size", int, None, "size in pixels to scale the images to")
+        _add(options, "channels", int, None, "1: grey, 3: colour")
         for parameter in (*inspect.signature(getattr(lablib, name)).parameters.values(), *_SETTINGS.values()):
             if parameter.name not in _NOT_OPTIONS:
                 text = comments.get(parameter.name, "")

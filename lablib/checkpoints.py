@@ -271,7 +271,7 @@ class ResumableTrainer:
         try:
             manifest = json.loads((checkpoint / _MANIFEST).read_bytes())
             if changed := [name for name, written in manifest.items() if _fingerprint(checkpoint / name) != written]:
-                raise ValueError(f"{' and '.join(changed)} does not match its checksum")
+                raise ValueError(f"checksum mismatch in {' and '.join(changed)}")
             state, saved = (json.loads((checkpoint / name).read_bytes()) for name in ("trainer_state.json", _LAB))
             best = safetensors.torch.load_file(checkpoint / (_BEST if _BEST in manifest else _WEIGHTS))
             shapes, expected = ({k: v.shape for k, v in w.items()} for w in (best, self.model.state_dict()))

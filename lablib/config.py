@@ -36,7 +36,7 @@ _Chat = Annotated[str, Field(pattern=r"^(-?\d+|@\w+)$")]  # a number or a name, 
 _CHECKED = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
 _TOKEN = re.compile(r"\d+(?::|%3[Aa])[\w-]{30,}")
 
-# Further fields of transformers.TrainingArguments, which no other setting sets and which are known to work here.
+# Further fields of transformers.TrainingArguments, that no other setting covers and that are known to work here.
 TRAINING_ARGUMENTS = (
     "adam_beta1", "adam_beta2", "adam_epsilon", "dataloader_num_workers", "ddp_backend", "ddp_find_unused_parameters",
     "ddp_timeout", "disable_tqdm", "gradient_accumulation_steps", "lr_scheduler_kwargs", "max_steps",
@@ -122,7 +122,7 @@ class TrainingConfig:
     translation_fraction: Share = 0.1  # a shift of up to this part of the height and of the width
     horizontal_flip: bool = False
     crop_padding: Natural = 0  # zero padding in pixels, followed by a random crop to the original size
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: half for convolutions if that is faster here
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 or fp16 for convolutions if faster here
     torch_compile: bool = False  # faster for large networks on a GPU, after seconds or minutes of compilation
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda, else mps, else cpu
     seed: _Seed = 0  # split, initial weights, order of the images, augmentation, dropout

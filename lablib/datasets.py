@@ -191,7 +191,7 @@ def _decode(path: str, size, channels: int, shape: tuple[int, int, int] | None =
 def split(folder: str | os.PathLike, test: float = 0.2, seed: int = 0) -> None:
     """Copy the images of a folder of class folders to `train/` and `test/` in a new folder, named FOLDER-split.
 
-    `test` is the share that goes to `test/`, of each class in proportion. Raises ValueError for a folder or a share
+    `test` is the share of each class that goes to `test/`. Raises ValueError for a folder or a share
     that does not fit, and FileExistsError if the new folder exists.
     """
     folder = Path(os.path.abspath(folder))
@@ -200,7 +200,7 @@ def split(folder: str | os.PathLike, test: float = 0.2, seed: int = 0) -> None:
         raise FileExistsError(f"{target} exists; rename or delete it first")
     classes, images = _listed(folder)
     if {"train", "test"} <= {*classes}:
-        raise ValueError(f"{folder} is split already: it has train/ and test/ in it")
+        raise ValueError(f"{folder} is already split: it contains train/ and test/")
     parts = stratified_split(torch.tensor([label for _, label in images]), test, seed)
     with TemporaryDirectory(prefix=".split-", dir=folder.parent) as scratch:  # so that it is never half full
         for part, indices in zip(("train", "test"), parts, strict=True):
@@ -214,9 +214,9 @@ def split(folder: str | os.PathLike, test: float = 0.2, seed: int = 0) -> None:
 
 
 def clean(folder: str | os.PathLike) -> None:
-    """Delete the images that `load_data` has decoded into a folder, and what it left there when it was interrupted.
+    """Delete the caches that `load_data` wrote to a folder, including those of interrupted calls.
 
-    A running experiment on these images would fail in its next runs. Raises OSError if there is no such folder.
+    An experiment that is using them would fail in its next run. Raises OSError if there is no such folder.
     """
     caches = sorted(path for path in Path(folder).iterdir() if path.match(".lablib-*.npy*"))
     megabytes = sum(cache.stat().st_size for cache in caches) / 1e6
@@ -230,9 +230,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m lablib.datasets")
     about = "split: copy a folder's images to train/ and test/ in FOLDER-split; clean: delete load_data's caches"
     parser.add_argument("command", choices=["split", "clean"], help=about)
-    parser.add_argument("folder", help="split: with a folder of images for each class; clean: with train/ and test/")
+    parser.add_argument("folder", help="split: one with a folder per class; clean: one with train/ and test/")
     parser.add_argument("--test", type=float, default=0.2, help="split: the share that goes to test/ (default: 0.2)")
-    parser.add_argument("--seed", type=int, default=0, help="split: of the draw (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="split: seed of the random draw (default: 0)")
     options = parser.parse_args(arguments)
     try:
         if options.command == "clean":

@@ -29,7 +29,7 @@ from lablib.statistics import compare, compare_effects, readable_table, results_
 
 TrainerClass = type | partial | None  # a StreamlinedTrainer; None is that itself
 
-UNBALANCED = 5  # from this ratio of the largest to the smallest class on, accuracy alone misleads
+UNBALANCED = 5  # above this ratio of the largest to the smallest class, accuracy alone is misleading
 _one_training = threading.Lock()  # of a process: PyTorch's random numbers are the process's, not a thread's
 
 
@@ -72,8 +72,8 @@ class Experiment:
     def frame(self) -> pd.DataFrame:
         """One row per run, failed ones included: model, seed, dataset, parameters, accuracies, epochs and so on.
 
-        Where class sizes differ more than `UNBALANCED`-fold, with `balanced_accuracy`: the mean of the test accuracies
-        of the classes.
+        If class sizes differ by more than a factor of `UNBALANCED`, a column `balanced_accuracy` gives the mean test
+        accuracy over classes.
         """
         columns = ["model", "seed", "parameters", "val_accuracy", "test_accuracy", "best_epoch", "epochs", "seconds"]
         columns += ["precision", *(["error"] if self.failures else [])]
@@ -285,11 +285,11 @@ def experiment(
                 _note_failure(result, key, *_line_and_trace(error))
         if _imbalance(data) > UNBALANCED:
             times = f"The largest class of {data.name} has {_imbalance(data):.0f} times the images of the smallest"
-            warnings.warn(f"{times}; see the balanced accuracy, the mean over the classes, too.", stacklevel=1)  # once
+            warnings.warn(f"{times}; see also the balanced accuracy, the mean over classes.", stacklevel=1)  # once
         places = {str(run.path.parent).removeprefix(f"{Path.cwd()}{os.sep}") for run in result.runs.values()}
         where = f" from {' and '.join(sorted(places))}" if places else ""
         begun = sum(any(path.glob("checkpoints/checkpoint-*")) for path in paths.values())
-        resumed = f", {begun} of them resumed" if begun else ""
+        resumed = f", {begun} of them to resume" if begun else ""
         print(f"{len(result.runs)} of {len(keys)} runs loaded{where}, {len(tasks)} to train{resumed}", flush=True)
         if tasks:
             _train(result, tasks, paths, jobs, messages)

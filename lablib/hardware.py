@@ -20,11 +20,11 @@ def check_device(device: str) -> None:
 
 
 def resolve_precision(config: TrainingConfig, model: nn.Module) -> str:
-    """ "fp32", "bf16" or "fp16": what a run computes in, as the config says or as is fastest here.
+    """The precision of a run, "fp32", "bf16" or "fp16": as configured, or the fastest here if that is "auto".
 
-    Half precision is for convolutions: on a GPU, and on a processor with bfloat16 units (AMX or AVX-512 BF16 on x86),
-    where they take half to two thirds of the time. Small linear layers gain nothing. fp16 needs loss scaling, so it is
-    for GPUs without bfloat16. Raises ValueError for fp16 without a CUDA GPU.
+    "auto" uses half precision only for convolutions: on a GPU, and on a processor with bfloat16 units (AMX or AVX-512
+    BF16 on x86), where they take half to two thirds of the time. Small linear layers gain nothing. fp16 needs loss
+    scaling, so "auto" uses it only on GPUs without bfloat16. Raises ValueError for fp16 without a CUDA GPU.
     """
     on_gpu = config.device in ("auto", "cuda") and torch.cuda.is_available()
     if config.precision == "fp16" and not on_gpu:

@@ -167,8 +167,8 @@ def describe(value: Any, where: str, _above: tuple[int, ...] = (), _code: dict |
         held = {name: inside(item, f".{name}") for name, item in sorted(attributes.items())}
         return {"class": inside(kind), "attributes": held}
     raise TypeError(
-        f"{where} is a {_installed(kind) or kind.__name__}, and its content cannot be described. Make it in the "
-        "function that uses it, or give its owner a method __identity__; of a module, import what you need by name"
+        f"{where} is a {_installed(kind) or kind.__name__}, and its content cannot be described. Create it in "
+        "the function that uses it, or give its owner an __identity__ method; instead of a module, import names from it"
     )
 
 

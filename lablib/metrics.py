@@ -51,7 +51,7 @@ class BatchMeter:
         }
 
     def means(self) -> dict[str, float]:
-        """Each loss and the accuracy as means over images; the losses only over batches with a finite one."""
+        """Each loss and the accuracy, averaged over images; the losses leave out batches whose loss is not finite."""
         state = self.state()
         sizes, finite = np.array(state["sizes"]), np.isfinite(state["losses"]["loss"])
         losses = {name: np.array(values)[finite] for name, values in state["losses"].items()}
@@ -78,7 +78,7 @@ def history(log: list[dict]) -> list[dict]:
 
 
 def _measured(entry: dict, prefix: str, part: str) -> dict[str, float]:
-    """The loss, its terms and the accuracy, in one order, resumed or not."""
+    """The loss, its terms and the accuracy, always in the same order, also after a resume."""
     terms = {name.removeprefix(prefix) for name in entry if name.startswith(prefix) and name.endswith("loss")}
     return {part + name: entry[prefix + name] for name in ("loss", *sorted(terms - {"loss"}), "accuracy")}
 

@@ -109,8 +109,8 @@ class _CNN(nn.Module):
         super().__init__()
         _check(depth=depth, width=width)
         if min(image_shape[1:]) < 2**depth:
-            size, least = "{1} × {2}".format(*image_shape), 2**depth
-            raise ValueError(f"{size} pixels are too small for depth {depth}; the smallest are {least} × {least}")
+            size, least = "images of {1} × {2} pixels".format(*image_shape), 2**depth
+            raise ValueError(f"{size} are too small for depth {depth}; the smallest are {least} × {least}")
         channels = [width * 2**number for number in range(depth + 1)]
         stages = [stage(i, o) for i, o in pairwise(channels)]  # before the stem: a seed's weights depend on the order
         self.stem = Conv2dNormActivation(image_shape[0], width)  # 3 × 3 convolution without bias, batch norm, ReLU

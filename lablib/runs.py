@@ -73,7 +73,7 @@ class Run:
         `test_class` (int16) and `test_confidence` (float16): the predicted class of each test image and its
         probability. `answers` (float16, images × classes): the logits of the first validation images.
         `gradient_initial` and `gradient_trained` (float32): root mean square of the gradient by layer over the first
-        training images, see `diagnostics.gradient_norms`; missing if the model has no such layers.
+        training images, see `diagnostics.gradient_norms`; missing if the model has no linear or convolutional layers.
         """
         with np.load(self.path / "measured.npz") as arrays:
             return dict(arrays)
@@ -247,7 +247,7 @@ def _measured(trainer, logits, initial_model: nn.Module) -> bytes:
     batch = train.__getitems__(range(min(_GRADIENT_IMAGES, len(train))))
     batch = trainer.prepare_images(batch["images"].to(device), training=False), batch["labels"].to(device)
     moments = {"gradient_initial": initial_model.to(device), "gradient_trained": trainer.model}
-    with suppress(Exception):  # a model without such layers
+    with suppress(Exception):  # a model without layers to measure
         tables = {moment: gradient_norms(model, batch, trainer.outputs) for moment, model in moments.items()}
         arrays |= {moment: table["rms"].to_numpy(np.float32) for moment, table in tables.items()}
     np.savez_compressed(content := io.BytesIO(), **arrays)
@@ -273,10 +273,10 @@ def _json_lines(rows: list[dict]) -> bytes:
 
 @contextmanager
 def progress(paths: Mapping[Key, Path], num_epochs: int, ended: set[Key], file: TextIO | None = None):
-    """One bar over all epochs of all runs, with the time left and the latest figures; after it, where Ctrl-C came.
+    """One bar over all epochs of all runs, with time left and latest metrics; after Ctrl-C, where it stopped.
 
-    `paths` are those of the runs, and `ended` will be those that are over. It watches the history files of the store,
-    so it works for runs in other processes and on other machines too.
+    `paths` maps each run to its folder; the caller adds a run to `ended` when it is over. The bar watches the history
+    files of the store, so it works for runs in other processes and on other machines too.
     """
 
     def rows() -> dict[Key, list[str]]:
@@ -301,7 +301,7 @@ def progress(paths: Mapping[Key, Path], num_epochs: int, ended: set[Key], file: 
     file = file or (sys.stderr if terminal else sys.stdout)
     look = {"file": file, "mininterval": 0.1 if terminal else 10}
     look |= {"desc": "training", "unit": "epoch", "miniters": 0, "dynamic_ncols": True}
-    look |= {"smoothing": 0}  # the mean speed: a recent one leaves out the looks at which no epoch had ended
+    look |= {"smoothing": 0}  # mean speed so far: a recent mean would skip the checks at which no epoch had ended
     bar = tqdm(total=num_epochs * len(paths), initial=sum(map(len, rows().values())), **look)
     stop, watcher = threading.Event(), threading.Thread(target=watch, daemon=True)
     watcher.start()

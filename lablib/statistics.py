@@ -108,7 +108,7 @@ def labels(comparison: pd.DataFrame) -> list[str]:
 
 
 def points(row: Mapping) -> str:
-    """A comparison as text, in percentage points: '+0.63 ± 0.20 points (n = 5, p = 0.003)'."""
+    """A comparison as text, in percentage points: '+0.63 ± 0.20 points (n = 5, adjusted p = 0.003)'."""
     p = row["p_adjusted"]
     tested = "" if math.isnan(p) else ", adjusted p < 0.001" if p < 0.001 else f", adjusted p = {p:.2g}"
     return f"{_hundredths(row['mean'], row['ci95'], '+')} points ({seeds_text(row['n'])}{tested})"

@@ -120,14 +120,14 @@ class _Messenger(Harmless):
                 self.fail(error)
 
     def send(self, what: str, error: BaseException | None, lines: list[str]) -> None:
-        """Send how something ended, and more about it."""
+        """Send the outcome of a run or an experiment, followed by details."""
         outcome = "finished" if error is None else "failed" if isinstance(error, Exception) else "interrupted"
         lines = [f"{what} {outcome}", self.config.telegram_additional_info, *lines]
         self.notifier.send_message(redacted("\n".join(filter(None, lines))))
 
 
 class TelegramCallback(_Messenger, TrainerCallback):
-    """Sends a training's result when it ends; if it fails, where and why."""
+    """Sends a run's result when it ends; if it fails, where and why."""
 
     def __init__(self, trainer):
         self.trainer, self.config, self.broken = trainer, trainer.config, not trainer.is_world_process_zero()

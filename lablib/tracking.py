@@ -29,7 +29,7 @@ _SETTINGS = {
     "finish_timeout": 60,  # seconds
     "quiet": True,
 }
-_OFFLINE = "; WANDB_MODE=offline keeps the run on this machine, without an account"
+_OFFLINE = "; WANDB_MODE=offline keeps the run on this machine and needs no account"
 _unavailable = set()  # what failed in this process, so that the runs of an experiment wait and warn only once
 
 
@@ -64,7 +64,7 @@ def harmless(method):
 
 
 def final_result(trainer) -> dict[str, float]:
-    """Of a training that has ended: epochs, the best one, its validation metrics, the test metrics, seconds.
+    """Summary of a finished run: epochs, best epoch and its validation metrics, test metrics, seconds.
 
     Under `torchrun` there are no test metrics, as every process would have to take part.
     """
@@ -159,7 +159,7 @@ class WandbCallback(Harmless, TrainerCallback):
 
     @harmless
     def on_train_failed(self, error: BaseException) -> None:
-        """Mark the run with the type of the error; its text may say more than is meant to leave."""
+        """Mark the run with the type of the error only: its message may contain private information."""
         self._finish(1, error=type(error).__name__)
 
     def fail(self, error: BaseException) -> None:
@@ -193,7 +193,7 @@ def described(trainer) -> dict:
 
 
 def _mode() -> str:
-    """W&B's mode as the environment has it now; else why there is none, beginning with "not". It asks for nothing."""
+    """W&B's mode in the current environment, or why there is none, in a text that begins with "not". Never prompts."""
     try:
         import wandb
     except ImportError:

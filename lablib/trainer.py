@@ -130,7 +130,7 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
         sanity_check(self)
         if self.args.world_size > 1 and self.args.device.type == "cuda":
             nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
-        if self.config.torch_compile:  # in place; by transformers all later trainings of the process would be compiled
+        if self.config.torch_compile:  # in place: transformers would also compile all later runs of this process
             self.model.compile()
         transformers.set_seed((self.args.seed + self.args.process_index * 2_654_435_761) % 2**32)  # not a seed nearby
         self._since_last_log = BatchMeter(self.args.world_size)
@@ -287,12 +287,12 @@ def sanity_check(trainer: StreamlinedTrainer) -> None:
         try:
             model.load_state_dict(safetensors.torch.load(safetensors.torch.save(contiguous_weights(model))))
         except Exception as error:
-            reason = f"its state_dict() must hold ordinary tensors alone ({type(error).__name__}: {error})"
+            reason = f"its state_dict() must hold ordinary tensors only ({type(error).__name__}: {error})"
             raise SanityCheckError(f"no checkpoint of {type(model).__name__} can be loaded: {reason}") from error
 
 
 def _try(trainer: StreamlinedTrainer, what: str, dataset: ImageBatches, size: int, advice: str = "") -> None:
-    """Evaluate the first images of a data set, or make the gradients of a training step."""
+    """Evaluate the first images of a data set, or compute the gradients of a training step."""
     model, data = trainer.model, trainer.data
     try:
         batch = trainer._prepare_inputs(dataset.__getitems__(range(size)))

@@ -246,7 +246,7 @@ def flip(path):
 @pytest.mark.parametrize(
     ("name", "damage", "words"),
     [
-        ("model.safetensors", flip, "ValueError: model.safetensors does not match its checksum"),
+        ("model.safetensors", flip, "ValueError: checksum mismatch in model.safetensors"),
         ("trainer_state.json", Path.unlink, "FileNotFoundError: .*trainer_state.json"),
         ("manifest.json", cut, "JSONDecodeError: "),
     ],

@@ -24,7 +24,7 @@ def main(arguments: list[str]) -> int:
     try:
         status = subprocess.run(command).returncode
     except KeyboardInterrupt:
-        print("\ninterrupted; run it again: finished runs are loaded, and interrupted ones resume", file=sys.stderr)
+        print("\ninterrupted; run it again: finished runs are loaded and interrupted ones resume", file=sys.stderr)
         return 130
     if status == 0:
         clean(output)
