@@ -63,8 +63,7 @@ def blocks(lab: "Lab") -> Iterator[Block]:
     five = tuple(range(lab.seeds))
     three, pairs = five[:3], [five[start : start + 2] for start in range(0, lab.seeds, 2)]
     narrow, shallow = lab.cnns(lab.width), f"ResidualCNN-{lab.depths[0]}"
-    student, teacher = narrow[shallow], f"ResidualCNN-{lab.depths[-1]}"
-    distilled = f"Distilled-{lab.depths[0]}"
+    student, teacher, distilled = narrow[shallow], f"ResidualCNN-{lab.depths[-1]}", f"Distilled-{lab.depths[0]}"
 
     def cnns(group: str, recipe: str, names: list[str], seeds: tuple[int, ...], width: int = lab.width) -> Block:
         networks = {name: network for name, network in lab.cnns(width).items() if name in names}
@@ -74,9 +73,10 @@ def blocks(lab: "Lab") -> Iterator[Block]:
         config = replace(lab.cifar_recipes[recipe], max_train_images=images)
         return Block(f"{group}/{recipe}", lab.cifar, config, dict.fromkeys(knobs, student), seeds, teacher, knobs)
 
-    for recipe, pair in product(("cosine", "reference"), pairs):  # a student soon after its teacher
-        yield cnns("A", recipe, [teacher, shallow], pair)
+    for recipe, pair in product(("cosine", "reference"), pairs):  # a student right after its teacher, whose weights go
+        yield cnns("A", recipe, [teacher], pair)
         yield students("A", recipe, {distilled: (4, 0.7)}, pair)
+        yield cnns("A", recipe, [shallow], pair)
     others = [name for name in narrow if name.startswith("SimpleCNN") or name in _at_ends("NoShortcut", lab.depths)]
     yield cnns("B", "cosine", others, five)
     yield cnns("B", "reference", others, three)
