@@ -299,8 +299,8 @@ def progress(paths: Mapping[Key, Path], num_epochs: int, ended: set[Key], file: 
 
     terminal = sys.stderr.isatty()
     file = file or (sys.stderr if terminal else sys.stdout)
-    look = {"file": file, "mininterval": 0.1 if terminal else 10}
-    look |= {"desc": "training", "unit": "epoch", "miniters": 0, "dynamic_ncols": True}
+    look = {"file": file, "desc": "training", "unit": "epoch", "miniters": 0, "mininterval": 0.1 if terminal else 10}
+    look |= {"ncols": shutil.get_terminal_size().columns} if terminal else {}  # 80 where the terminal does not say
     look |= {"smoothing": 0}  # mean speed so far: a recent mean would skip the checks at which no epoch had ended
     bar = tqdm(total=num_epochs * len(paths), initial=sum(map(len, rows().values())), **look)
     stop, watcher = threading.Event(), threading.Thread(target=watch, daemon=True)
