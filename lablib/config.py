@@ -123,7 +123,7 @@ class TrainingConfig:
     horizontal_flip: bool = False
     crop_padding: Natural = 0  # zero padding in pixels, followed by a random crop to the original size
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 or fp16 for convolutions if faster here
-    torch_compile: bool = False  # faster for large networks on a GPU, after seconds or minutes of compilation
+    torch_compile: bool = False  # compile the network first, for seconds or minutes; it may pay off on a GPU
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda, else mps, else cpu
     seed: _Seed = 0  # split, initial weights, order of the images, augmentation, dropout
     deterministic: bool = False  # the same bits each time on a GPU too, which takes longer; a CPU gives them anyway

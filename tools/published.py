@@ -73,7 +73,7 @@ def blocks(lab: "Lab") -> Iterator[Block]:
         config = replace(lab.cifar_recipes[recipe], max_train_images=images)
         return Block(f"{group}/{recipe}", lab.cifar, config, dict.fromkeys(knobs, student), seeds, teacher, knobs)
 
-    for recipe, pair in product(("cosine", "reference"), pairs):  # a student right after its teacher, whose weights go
+    for recipe, pair in product(("cosine", "reference"), pairs):  # a student right after its teacher
         yield cnns("A", recipe, [teacher], pair)
         yield students("A", recipe, {distilled: (4, 0.7)}, pair)
         yield cnns("A", recipe, [shallow], pair)
