@@ -161,19 +161,13 @@ def stratified_subset(indices: torch.Tensor, labels: torch.Tensor, size: int | N
     """
     if size is None or size >= len(indices):
         return indices
-    classes, counts = labels[indices].unique(return_counts=True)
-    shares = counts.double() * size / len(indices)
-    sizes = shares.floor().long()
-    largest_rests = (shares - sizes).argsort(descending=True, stable=True)[: size - int(sizes.sum())]
-    sizes[largest_rests] += 1
-    if sizes.min() < 1:
+    counts = labels[indices].bincount().tolist()
+    mixed = indices[torch.randperm(len(indices), generator=torch.Generator().manual_seed(seed))]
+    ranks = torch.cat([(torch.arange(count) + 0.5) / count for count in counts])  # of each image within its class
+    chosen = mixed[labels[mixed].argsort(stable=True)][ranks.argsort(stable=True)[:size]].sort().values
+    if len(labels[chosen].unique()) < len(counts):
         raise ValueError(
-            f"max_train_images = {size} of {len(indices)} training images in {len(classes)} classes leaves a class "
+            f"max_train_images = {size} of {len(indices)} training images in {len(counts)} classes leaves a class "
             "without an image; write a larger number, or None for all"
         )
-    generator = torch.Generator().manual_seed(seed)
-    chosen = []
-    for label, count in zip(classes, sizes.tolist(), strict=True):
-        of_class = indices[labels[indices] == label]
-        chosen.append(of_class[torch.randperm(len(of_class), generator=generator)[:count]])
-    return torch.cat(chosen).sort().values
+    return chosen

@@ -3,6 +3,7 @@
 import copy
 import math
 from functools import cached_property
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -65,6 +66,9 @@ class KnowledgeDistillationTrainer(StreamlinedTrainer):
         if classes != data.num_classes:
             raise ValueError(f"the teacher has {classes} outputs, but {data.name} has {data.num_classes} classes")
 
+        self._answers = WeakKeyDictionary()  # data set -> the teacher's logits for each batch of an evaluation
+        self._known, self._heard = iter(()), []
+
     @cached_property
     def environment(self) -> dict[str, str]:
         """As `ResumableTrainer.environment`, with the teacher's weights, which should not change on resume."""
@@ -72,9 +76,23 @@ class KnowledgeDistillationTrainer(StreamlinedTrainer):
 
     def outputs(self, model: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Student's and teacher's logits (batch × classes each) for the same images, in the same precision."""
-        with torch.no_grad(), self.accelerator.autocast():
-            teacher_logits = self.teacher(images)
-        return model(images), teacher_logits.float()
+        teacher_logits = None if model.training else next(self._known, None)
+        if teacher_logits is None:
+            with torch.no_grad(), self.accelerator.autocast():
+                teacher_logits = self.teacher(images).float()
+        if not model.training:
+            self._heard.append(teacher_logits)
+        return model(images), teacher_logits
+
+    def evaluation_loop(self, dataloader, *args, **kwargs):
+        """As upstream; the teacher sees the validation images only once, as they are the same in every epoch."""
+        self._known, self._heard = iter(self._answers.get(dataloader.dataset, ())), []
+        try:
+            output = super().evaluation_loop(dataloader, *args, **kwargs)
+            self._answers[dataloader.dataset] = self._heard
+            return output
+        finally:
+            self._known = iter(())
 
     def losses(self, outputs: tuple[torch.Tensor, torch.Tensor], labels: torch.Tensor) -> dict[str, torch.Tensor]:
         """The total loss and its two unweighted terms."""

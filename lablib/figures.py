@@ -36,6 +36,7 @@ def save(figure: Figure, *paths: str | Path) -> Figure:
     for path in map(Path, paths):
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+        figure.set_layout_engine("none")  # it keeps the layout that it has, which takes long to find again
     return figure
 
 

@@ -84,21 +84,24 @@ def _tensor(tensor: torch.Tensor) -> list:
 
 def _network(build_model: Callable[[], nn.Module], seed: int) -> tuple[nn.Module, dict[str, Any]]:
     """A network with its initial weights, and its description."""
-    model, second = build_seeded(build_model, seed), build_seeded(build_model, seed)
+    model = build_seeded(build_model, seed)
     if not isinstance(model, nn.Module):
         raise TypeError(f"the function that builds the model returned {model!r}, which is not a torch.nn.Module")
-    name = type(model).__name__
-    described = describe(model, name)
+    name, known = type(model).__name__, None
+    if type(model).__module__ == "lablib.models" and hasattr(model, "_hub_mixin_config"):
+        arguments = {name: value for name, value in model._hub_mixin_config.items() if value is not None}
+        known = {"class": _installed(type(model)), "arguments": describe(arguments, "arguments")}
+        if getattr(build_model, "func", build_model) is type(model):  # the class itself: nothing can have been changed
+            return model, known
+    described, second = describe(model, name), build_seeded(build_model, seed)
     if _trained_parts(model) & _trained_parts(second) or described != describe(second, name):
         raise ValueError(
             f"two calls of the function that builds the {name} must give two equal networks that share no weights. "
             "Build the network in the function, or return copy.deepcopy(network); and draw what is random with torch, "
             "which has the run's seed, not with NumPy or random"
         )
-    if type(model).__module__ == "lablib.models" and hasattr(model, "_hub_mixin_config"):
-        arguments = {name: value for name, value in model._hub_mixin_config.items() if value is not None}
-        if described == describe(build_seeded(partial(type(model), **arguments), seed), name):  # nothing was changed
-            return model, {"class": _installed(type(model)), "arguments": describe(arguments, "arguments")}
+    if known and described == describe(build_seeded(partial(type(model), **arguments), seed), name):
+        return model, known
     builder = describe(build_model, "the function that builds the model")
     return model, {"class": name, "built_by": builder, "content": described}
 

@@ -95,10 +95,24 @@ def test_teacher_and_student_see_the_same_augmented_images_in_the_same_precision
             lambda hidden, inputs, output, noted=noted: noted.append((inputs[0].clone(), output.dtype))
         )
     trainer.train()
-    assert seen[0]
-    for (images, dtype), (teachers_images, teachers_dtype) in zip(*seen, strict=True):
-        assert torch.equal(images, teachers_images)
-        assert dtype == teachers_dtype == torch.bfloat16
+    students, teachers = ({tuple(images.flatten().tolist()) for images, _ in noted} for noted in seen)
+    assert students == teachers
+    assert {dtype for noted in seen for _, dtype in noted} == {torch.bfloat16}
+    assert len(seen[0]) - len(seen[1]) == 1  # the second epoch's validation
+
+
+def test_the_teachers_remembered_answers_are_those_of_the_images_that_are_evaluated(tiny_data):
+    student, teacher = network(1, dropout=0.0), network(2, dropout=0.0)
+    trainer = KnowledgeDistillationTrainer(student, teacher, config(), tiny_data)
+    _, validation = stratified_split(tiny_data.train_labels, 0.25, 0)
+    images = tiny_data.train_images[validation], tiny_data.test_images, tiny_data.train_images[validation]
+    labels = tiny_data.train_labels[validation], tiny_data.test_labels, tiny_data.train_labels[validation]
+    measured = [trainer.evaluate()["eval_soft_loss"], trainer.test()["test_soft_loss"]]
+    trainer.teacher.forward = None  # it cannot be asked again
+    measured += [trainer.evaluate()["eval_soft_loss"]]
+    for loss, shown, true in zip(measured, images, labels, strict=True):
+        logits = [model(tiny_data.normalise(shown)) for model in (student, teacher)]
+        assert loss == pytest.approx(distillation_loss(*logits, true, 4.0, 0.7)[1].item(), rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ def _alone(monkeypatch):
     monkeypatch.delenv("TELEGRAM_CHAT_ID", raising=False)
     monkeypatch.setenv("HTTP_PROXY", closed_port())  # which no message with a token may pass
     monkeypatch.setattr(TelegramNotifier, "pause", 0.01)
+    monkeypatch.setattr(TelegramNotifier, "deadline", 5.0)
     yield
     for thread in threading.enumerate():
         if thread.name == "telegram check":
