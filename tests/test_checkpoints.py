@@ -179,12 +179,6 @@ def test_checkpoints_are_written_by_the_clock_and_at_an_epochs_end_after_a_minut
     assert [path.name for path in kept] == [f"checkpoint-{step}" for step in written[:-3:-1]]
 
 
-def test_a_short_training_writes_no_checkpoint_and_ends_with_its_best_weights(build):
-    trainer = trained(build, "undisturbed", **PATIENT)
-    assert [*Path(trainer.args.output_dir).iterdir()] == []
-    assert trainer.evaluate()["eval_loss"] == findings(trainer)[0][1]["val_loss"]
-
-
 def test_the_measurements_of_half_an_epoch_come_back_as_they_were():
     whole, half, other = BatchMeter(), BatchMeter(), BatchMeter()
     for number in range(200):
@@ -234,26 +228,21 @@ def test_an_ignored_signal_stays_ignored_and_another_thread_handles_none(monkeyp
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def cut(path):
-    path.write_bytes(path.read_bytes()[:-1])
-
-
-def flip(path):
-    path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
-
-
 @after_each_epoch
 @pytest.mark.parametrize(
     ("name", "damage", "words"),
     [
-        ("model.safetensors", flip, "ValueError: checksum mismatch in model.safetensors"),
-        ("trainer_state.json", Path.unlink, "FileNotFoundError: .*trainer_state.json"),
-        ("manifest.json", cut, "JSONDecodeError: "),
+        ("model.safetensors", lambda c: bytes([c[0] ^ 1]) + c[1:], "ValueError: checksum mismatch in model"),
+        ("trainer_state.json", None, "FileNotFoundError: .*trainer_state.json"),
+        ("manifest.json", lambda c: c[:-1], "JSONDecodeError: "),
     ],
 )
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_used(name, damage, words, build):
     newest, before = stopped(build, STEPS + 1)
-    damage(newest / name)
+    content = (newest / name).read_bytes()
+    (newest / name).unlink()
+    if damage:
+        (newest / name).write_bytes(damage(content))
     with pytest.raises(OSError, match=rf"checkpoint-5 cannot be loaded: {words}"):
         build("interrupted").train(resume_from_checkpoint=str(newest))
     with pytest.warns(UserWarning, match=rf"checkpoint-5 cannot be used: .*{words}.* aside as .*damaged-checkpoint-5"):

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import joblib
 import pytest
+from outcomes import timeless
 
 from lablib import MLP, Experiment, StreamlinedTrainer, TrainingConfig, experiment
 from lablib.experiments import _train_one
@@ -35,12 +36,6 @@ class Telling(StreamlinedTrainer):
 
 def told(store: Path, what: str) -> list[list[int]]:
     return sorted([int(part) for part in path.name.split("-")[1:]] for path in store.glob(f"{what}-*"))
-
-
-def findings(run) -> list:
-    rows = [{k: v for k, v in row.items() if k != "seconds"} for row in run.history]
-    result = {k: v for k, v in run.result.items() if k != "seconds"}
-    return [rows, result, (run.path / "model.safetensors").read_bytes()]
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +74,7 @@ def test_runs_on_a_cluster_are_bitwise_those_of_this_machine(trained):
     assert trained.remote.failures == {}
     assert len(trained.remote.runs) == 3
     for key, run in trained.local.runs.items():
-        assert findings(trained.remote.runs[key]) == findings(run)
+        assert timeless(trained.remote.runs[key]) == timeless(run)
     assert os.getpid() not in {process for _, process, _ in trained.began}
 
 

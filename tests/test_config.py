@@ -65,22 +65,11 @@ def test_a_config_cannot_be_changed_and_its_replacement_is_checked_and_keeps_the
     assert dataclasses.replace(config, seed=1).telegram_bot_token.get_secret_value() == "1:token"
 
 
-def test_a_config_becomes_training_arguments_with_the_same_settings(tmp_path):
-    config = TrainingConfig(num_epochs=7, batch_size=32, seed=3, early_stopping_metric="loss", device="cpu")
-    arguments = config.to_training_arguments(str(tmp_path))
-    expected = {
-        **{"output_dir": str(tmp_path), "num_train_epochs": 7, "per_device_train_batch_size": 32, "max_grad_norm": 0},
-        **{"seed": 3, "data_seed": 3, "use_cpu": True, "bf16": False, "load_best_model_at_end": True, "report_to": []},
-        **{"metric_for_best_model": "eval_loss", "greater_is_better": False},
-        "restore_callback_states_from_checkpoint": True,
-    }
-    assert {name: getattr(arguments, name) for name in expected} == expected
-
-
 def test_further_training_arguments_win_over_the_labs_defaults_and_the_others_are_refused(tmp_path):
-    config = TrainingConfig(training_arguments={"adam_beta1": 0.8, "disable_tqdm": False})
+    config = TrainingConfig(seed=3, device="cpu", training_arguments={"adam_beta1": 0.8, "disable_tqdm": False})
     arguments = config.to_training_arguments(str(tmp_path))
     assert (arguments.adam_beta1, arguments.disable_tqdm) == (0.8, False)
+    assert (arguments.seed, arguments.data_seed, arguments.use_cpu, arguments.report_to) == (3, 3, True, [])
     for name in ("adam_beta_1", "fsdp", "num_train_epochs", "eval_delay", "label_smoothing_factor"):
         with pytest.raises(ValueError, match=rf"training_arguments\['{name}'\] should be 'adam_beta1', .* 'max_steps"):
             TrainingConfig(training_arguments={"adam_beta1": 0.8, name: 1})
@@ -122,7 +111,9 @@ def faults(*injected: str, **values) -> list[str]:
     return str(caught.value).splitlines()
 
 
-def test_the_defaults_and_what_papermill_sets_right_are_taken():
+def test_the_defaults_and_what_papermill_sets_right_are_taken_but_no_cell_without_annotations():
+    with pytest.raises(ValueError, match="run its cell tagged 'parameters' first"):
+        check_parameters({"epochs": 3})
     check_parameters(notebook())
     check_parameters(notebook("# Parameters\nepochs = 3\ndataset = 'mnist'\n"))
     check_parameters(notebook(epochs=100, depths=[64, 1], flip=True, rate=1, alpha=0, alphas=[1]))
@@ -152,8 +143,3 @@ def test_an_unknown_name_that_papermill_injected_is_refused_and_all_faults_are_l
     lines = faults("# Parameters\nepoch = 3\n", flip="false", epochs="two")
     assert sorted(lines)[2] == "parameters: there is no parameter 'epoch'. Did you mean 'epochs'?"
     assert [line.split()[1] for line in sorted(lines)] == ["epochs", "flip", "there"]
-
-
-def test_a_namespace_without_annotated_parameters_says_which_cell_to_run():
-    with pytest.raises(ValueError, match="run its cell tagged 'parameters' first"):
-        check_parameters({"epochs": 3})

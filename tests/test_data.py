@@ -1,4 +1,4 @@
-"""ImageData, its batches, and the split into training and validation."""
+"""ImageData, and the split into training and validation."""
 
 import pickle
 from dataclasses import replace
@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 import torch
 from sklearn.model_selection import StratifiedShuffleSplit
-from torch.utils.data import DataLoader
 
 from lablib import ImageData, stratified_split
-from lablib.data import ImageBatches, stratified_subset
+from lablib.data import stratified_subset
 
 UNEQUAL = torch.arange(4).repeat_interleave(torch.tensor([83, 41, 29, 11]))
 
@@ -129,15 +128,3 @@ def test_a_pickled_data_set_comes_back_as_it_was_and_knows_its_fingerprint(tiny_
     assert "fingerprint" in vars(copy)
     assert copy.name == tiny_data.name
     assert copy.fingerprint == replace(copy).fingerprint == tiny_data.fingerprint
-
-
-def test_batches_hold_the_chosen_images_in_order_and_a_data_loader_visits_each_once(digits):
-    dataset = ImageBatches(digits.train_images, digits.train_labels, torch.arange(0, 200, 2))
-    batch = dataset.__getitems__([4, 0])
-    assert torch.equal(batch["images"], digits.train_images[[8, 0]])
-    assert torch.equal(batch["labels"], digits.train_labels[[8, 0]])
-    generator = torch.Generator().manual_seed(0)
-    batches = list(DataLoader(dataset, 32, shuffle=True, collate_fn=lambda batch: batch, generator=generator))
-    assert [len(batch["labels"]) for batch in batches] == [32, 32, 32, 4]
-    seen = torch.cat([batch["images"] for batch in batches]).flatten(1)
-    assert sorted(seen.tolist()) == sorted(digits.train_images[:200:2].flatten(1).tolist())

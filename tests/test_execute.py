@@ -1,27 +1,13 @@
 import nbformat
-import pytest
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
-from tools.execute import as_shown, clean, main
-
-
-@pytest.mark.parametrize(
-    ("text", "shown"),
-    [
-        ("plain\n", "plain\n"),
-        ("runs: 0/2\rruns: 1/2\rruns: 2/2\n", "runs: 2/2\n"),
-        ("one\n\rruns: 1/1\ndone", "one\nruns: 1/1\ndone"),
-        ("ends with it\r\n", "ends with it\n"),
-    ],
-)
-def test_text_is_kept_as_a_terminal_shows_it(text, shown):
-    assert as_shown(text) == shown
+from tools.execute import clean
 
 
 def test_timings_widgets_and_redrawn_progress_go_and_the_results_stay(tmp_path):
     outputs = [
-        new_output("stream", name="stdout", text="runs: 0/2"),
-        new_output("stream", name="stdout", text="\rruns: 2/2\n"),
+        new_output("stream", name="stdout", text="one\n\rruns: 0/2\rruns: 1/2"),
+        new_output("stream", name="stdout", text="\rruns: 2/2\r\ndone"),
         new_output("stream", name="stderr", text="a warning\n"),
         new_output("display_data", data={"text/plain": "98.5 %"}),
     ]
@@ -32,10 +18,5 @@ def test_timings_widgets_and_redrawn_progress_go_and_the_results_stay(tmp_path):
     cleaned = nbformat.read(tmp_path / "out.ipynb", as_version=4)
     assert not {"papermill", "widgets"} & set(cleaned.metadata)
     assert dict(cleaned.cells[0].metadata) == {"tags": ["kept"]}
-    assert [output.get("text") for output in cleaned.cells[0].outputs] == ["runs: 2/2\n", "a warning\n", None]
+    assert [output.get("text") for output in cleaned.cells[0].outputs] == ["one\nruns: 2/2\ndone", "a warning\n", None]
     assert cleaned.cells[0].outputs[2].data["text/plain"] == "98.5 %"
-
-
-def test_without_two_notebooks_it_says_how_it_is_called(capsys):
-    assert main(["Lab1_MLPs.ipynb"]) == 2
-    assert "python tools/execute.py" in capsys.readouterr().err

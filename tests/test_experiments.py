@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from bot_api import BotApi
+from outcomes import timeless
 from sklearn.metrics import balanced_accuracy_score
 from transformers import TrainerCallback
 
@@ -41,6 +42,15 @@ def finished(tiny_data, tmp_path_factory) -> Experiment:
 
 
 @pytest.fixture
+def telling(config, monkeypatch):
+    """A config with a bot, and the API that gets its messages."""
+    token = {"telegram_bot_token": "123456789:AAq7Zk-Wm3xVt9Rb_Ls5Yc2Hd8Fg4Jn6PqE", "telegram_chat_id": 42}
+    with BotApi() as api:
+        monkeypatch.setattr(TelegramNotifier.__init__, "__defaults__", (None, None, api.url, 10))
+        yield replace(config, use_telegram_notifications=True, **token), api
+
+
+@pytest.fixture
 def no_training(monkeypatch):
     def forbidden(*args, **kwargs):
         raise AssertionError("trained again")
@@ -59,17 +69,6 @@ class Notes(SimpleNamespace):
 class FailsInTraining(MLP):
     def forward(self, images):
         raise ArithmeticError("no forward today")
-
-
-def fails_to_build():
-    raise ValueError("no such layer")
-
-
-def timeless(run):
-    """All that a run found out, its weights as bytes, without what a clock adds."""
-    rows = [{k: v for k, v in row.items() if k != "seconds"} for row in run.history]
-    result = {k: v for k, v in run.result.items() if k != "seconds"}
-    return result, rows, (run.path / "model.safetensors").read_bytes()
 
 
 def test_every_model_is_trained_with_every_seed_as_it_would_be_alone(finished, tiny_data, tmp_path):
@@ -130,20 +129,15 @@ def test_histories_and_gradients_are_tables_of_what_each_run_has(finished):
 def test_models_and_families_are_compared_but_no_model_with_itself(finished):
     pairs = {"families": ("narrow", "wide"), "itself": ("wide", "wide")}
     assert finished.compare(pairs).table["label"].tolist() == ["families"]
-    assert finished.compare("narrow", "wide").table["label"].tolist() == ["narrow − wide"]
+    comparison = finished.compare("narrow", "wide")
+    assert comparison.table["label"].tolist() == ["narrow − wide"]
+    assert (comparison - comparison).table["by_seed"].tolist() == [{0: 0, 1: 0}]
     deep = replace(finished, models=dict.fromkeys(["a-2", "b-2"]), runs={})
     deep.runs.update({(name, 0): finished.runs["wide", 0] for name in deep.models})
     assert deep.compare({"it": ("a", "b")}, by=[2]).table["label"].tolist() == ["it, depth 2"]
     assert deep.compare("a", "b", by=[2]).table["label"].tolist() == ["depth 2"]
     with pytest.raises(KeyError, match="no model 'a-4'; there are a-2, b-2"):
         deep.compare("a", "b", by=[2, 4])
-
-
-def test_the_difference_of_two_comparisons_is_taken_by_seed(finished):
-    ours = finished.compare("narrow", "wide")
-    (row,) = (ours - ours).table.to_dict("records")
-    assert (row["first"], row["second"]) == ("narrow − wide", "narrow − wide in the other experiment")
-    assert row["by_seed"] == {0: 0, 1: 0}
 
 
 def test_experiments_can_be_divided_and_joined_if_they_agree_on_the_data_and_what_both_have(finished, tiny_data):
@@ -221,7 +215,7 @@ def test_a_student_of_a_grid_is_trained_as_it_would_be_alone_with_the_teacher_of
 ):
     cells = ["T = 1, α = 0.5", "T = 1, α = 1", "T = 4, α = 0.5", "T = 4, α = 1"]
     assert list(distilled.runs) == [(name, seed) for name in cells for seed in SEEDS]
-    assert len({timeless(run)[2] for run in distilled.runs.values()}) == 8
+    assert len({timeless(run)[1] for run in distilled.runs.values()}) == 8
     teacher = TrainedModel(finished.runs["wide", 1], MODELS["wide"])
     trainer = partial(KnowledgeDistillationTrainer, teacher=teacher, temperature=4, alpha=0.5)
     alone = train_or_load(MODELS["narrow"], replace(config_in(tmp_path), seed=1), tiny_data, trainer_class=trainer)
@@ -253,7 +247,7 @@ def test_a_student_is_known_by_its_teachers_run_whether_the_weights_are_there_or
 @pytest.mark.parametrize(
     ("broken", "error"),
     [
-        (fails_to_build, "ValueError: no such layer"),
+        (partial(tiny_mlp, (0,)), "ValueError: hidden_sizes = "),
         (lambda: FailsInTraining((4,), image_shape=(1, 6, 6)), "fails with ArithmeticError: no forward today"),
     ],
     ids=["in the building", "in the forward"],
@@ -299,7 +293,7 @@ def test_arguments_that_cannot_be_used_are_refused(arguments, error, words, conf
         experiment(**({"models": MODELS, "config": config, "data": tiny_data, "seeds": [0]} | arguments))
 
 
-def test_an_interruption_says_where_and_keeps_what_is_finished(config, tiny_data, capsys):
+def test_an_interruption_says_where_and_keeps_what_is_finished(telling, config, tiny_data, capsys):
     class Interrupted(StreamlinedTrainer):
         def train(self, *args, **kwargs):
             if self.config.seed == 1 and not state.resumed:
@@ -309,7 +303,10 @@ def test_an_interruption_says_where_and_keeps_what_is_finished(config, tiny_data
 
     state = Notes(trained=[], resumed=False)
     with pytest.raises(KeyboardInterrupt):
-        experiment(NARROW, config, tiny_data, [0, 1, 2], trainer_class=Interrupted)
+        experiment(NARROW, telling[0], tiny_data, [0, 1, 2], trainer_class=Interrupted)
+    (message,) = telling[1].messages()
+    assert message.text.startswith("Experiment on tiny: interrupted\nruns: 1 of 3 finished (0 loaded), 0 failed\n")
+    assert "\nKeyboardInterrupt\n" in message.text
     assert capsys.readouterr().out.count("\ninterrupted at epoch 2 of 6; run again to resume\n") == 1
     assert state.trained == [0]
     state.resumed = True
@@ -379,21 +376,17 @@ def test_two_processes_that_want_the_same_run_train_it_once(config, tiny_data, t
     assert one == other == load_run(one.path)
 
 
-def test_workers_that_do_not_know_the_token_leave_the_messages_to_the_experiment(config, tiny_data, monkeypatch):
+def test_workers_that_do_not_know_the_token_leave_the_messages_to_the_experiment(telling, tiny_data):
     class Silent(StreamlinedTrainer):
         def __init__(self, *args, config, **kwargs):
             if config.use_telegram_notifications or config.telegram_bot_token is not None:
                 raise AssertionError("a worker would send messages, or knows the token")
             super().__init__(*args, config=config, **kwargs)
 
-    token = {"telegram_bot_token": "123456789:AAq7Zk-Wm3xVt9Rb_Ls5Yc2Hd8Fg4Jn6PqE", "telegram_chat_id": 42}
-    knobs = replace(config, use_telegram_notifications=True, **token)
     models = {**NARROW, "broken": lambda: FailsInTraining((4,), image_shape=(1, 6, 6), num_classes=3)}
-    with BotApi() as api:
-        monkeypatch.setattr(TelegramNotifier.__init__, "__defaults__", (None, None, api.url, 10))
-        with pytest.warns(UserWarning, match="no forward today"):
-            experiment(models, knobs, tiny_data, [3], jobs=2, trainer_class=Silent)
-    (message,) = api.messages()
+    with pytest.warns(UserWarning, match="no forward today"):
+        experiment(models, telling[0], tiny_data, [3], jobs=2, trainer_class=Silent)
+    (message,) = telling[1].messages()
     assert message.text.startswith("Experiment on tiny: finished\nruns: 1 of 2 finished (0 loaded), 1 failed")
 
 

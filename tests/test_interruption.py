@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from outcomes import timeless
 
 from lablib import MLP, ImageData, StreamlinedTrainer, TrainingConfig, experiment, train_or_load
 from lablib.checkpoints import checkpoints_in
@@ -54,11 +55,7 @@ def train(store: str, seeds: int, jobs: int = 1) -> list:
         runs = [train_or_load(mlp, config, data, trainer_class=Disturbed)]
     else:
         runs = experiment({"mlp": mlp}, config, data, seeds=seeds, jobs=jobs, trainer_class=Disturbed).runs.values()
-    found = []
-    for run in runs:
-        timeless = [{k: v for k, v in row.items() if k != "seconds"} for row in (*run.history, run.result)]
-        found.append((timeless, (run.path / "model.safetensors").read_bytes()))
-    return found
+    return [timeless(run) for run in runs]
 
 
 def start(stores: list[Path], *launcher: str, jobs: int = 1) -> subprocess.Popen:

@@ -27,21 +27,6 @@ def run(tmp_path, capsys):
     return run
 
 
-@pytest.fixture
-def refusal(tmp_path, capsys):
-    """Runs the command with options that are not allowed, and gives the line that it prints."""
-
-    def refusal(*options: str) -> str:
-        with pytest.raises(SystemExit) as exit:
-            main([*options, "--output-dir", str(tmp_path / "runs")])
-        assert exit.value.code == 2
-        assert not (tmp_path / "runs").exists()
-        (line,) = capsys.readouterr().err.splitlines()
-        return line
-
-    return refusal
-
-
 def test_the_command_trains_the_run_that_the_same_config_loads(run, tmp_path):
     said = run("ResidualCNN", "--depth", "1", "--width", "4", "--shortcut", "False", "--horizontal-flip")
     knobs = TrainingConfig(
@@ -63,11 +48,13 @@ def test_the_command_trains_the_run_that_the_same_config_loads(run, tmp_path):
         (["SimpleCNN"], "are required: --depth"),
         (["SimpleCNN", "--depth", "9"], "too small for depth 9"),
         (["MLP", "--data", "mnits"], "'mnits' is neither a known name"),
-        (["VGG"], "argument MODEL: invalid choice: 'VGG'"),
     ],
 )
-def test_what_is_not_allowed_is_refused_in_one_line_with_its_reason_and_no_token(refusal, options, words):
-    line = refusal(*options)
+def test_what_is_not_allowed_is_refused_in_one_line_with_its_reason_and_no_token(options, words, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main([*options, "--output-dir", str(tmp_path / "runs")])
+    assert not (tmp_path / "runs").exists()
+    (line,) = capsys.readouterr().err.splitlines()
     assert words in line
     assert TOKEN not in line
 

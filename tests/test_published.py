@@ -6,8 +6,6 @@ from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
-import pytest
-
 from lablib import KnowledgeDistillationTrainer, TrainingConfig, models
 from lablib.config import NOT_IDENTITY
 from lablib.identity import run_identity, run_name
@@ -54,16 +52,12 @@ def test_published_runs_are_small():
     assert sum(sizes.values()) <= 20_000_000
 
 
-@pytest.fixture
-def lab(tmp_path) -> Lab:
-    """The whole list on digits, with one seed and one epoch."""
+def test_what_is_missing_is_trained_published_and_found_without_its_weights(capsys, tmp_path):
+    # the whole list on digits, with one seed and one epoch
     recipes = {"mnist_recipes": MNIST_RECIPES, "cifar_recipes": CIFAR_RECIPES}
     short = {name: {k: replace(v, **SHORT) for k, v in knobs.items()} for name, knobs in recipes.items()}
     sizes = {"seeds": 1, "width": 2, "wide": 3, "grid_images": 100}
-    return Lab("digits", "digits", str(tmp_path / "runs"), tmp_path / "published", **sizes, **short)
-
-
-def test_what_is_missing_is_trained_published_and_found_without_its_weights(lab, capsys, tmp_path):
+    lab = Lab("digits", "digits", str(tmp_path / "runs"), tmp_path / "published", **sizes, **short)
     asked = ["--only", "A/cosine", "SimpleCNN-2"]
     assert main(["--list", *asked], lab) == 1
     assert "7 missing" in capsys.readouterr().out

@@ -14,6 +14,7 @@ import pytest
 import safetensors.torch
 import torch
 from filelock import FileLock
+from outcomes import timeless
 from torch.nn import functional as F
 from transformers import TrainerCallback
 
@@ -49,13 +50,6 @@ def finished(tiny_data, tmp_path_factory):
 
 def path_of(config, data) -> Path:
     return Path(config.output_dir, run_name(run_identity(tiny_mlp, config, data)))
-
-
-def timeless(run):
-    """All that a run found out, its weights as bytes, without what a clock adds."""
-    rows = [{k: v for k, v in row.items() if k != "seconds"} for row in run.history]
-    result = {k: v for k, v in run.result.items() if k != "seconds"}
-    return result, rows, *((run.path / name).read_bytes() for name in ("model.safetensors", "measured.npz"))
 
 
 class Scripted(StreamlinedTrainer):

@@ -58,11 +58,6 @@ class WrongWhenEvaluated(StreamlinedTrainer):
         return {"loss": F.cross_entropy(outputs, labels, weight)}
 
 
-class Unwritable(Linear):
-    def get_extra_state(self):
-        return {"version": 1}
-
-
 class Expanded(Linear):
     def __init__(self):
         super().__init__()
@@ -80,9 +75,6 @@ def batch_normed() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(36, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
 
 
-# What is refused
-
-
 NO_LOGITS = "a network must return logits (images × classes), or a tuple that begins with them"
 NO_MEMORY = "(9 images) does not fit into memory: use a smaller batch_size or image_size"
 
@@ -95,8 +87,7 @@ NO_MEMORY = "(9 images) does not fit into memory: use a smaller batch_size or im
         (Linear(lambda logits: {"logits": logits}), NO_LOGITS),
         (Linear(lambda logits: logits.argmax(1)), NO_LOGITS),
         (Linear(torch.detach), "a full batch (9 of 27 images) fails with RuntimeError: element 0"),
-        (Unwritable(), "no checkpoint of Unwritable can be loaded: its state_dict() must hold ordinary tensors"),
-        (Expanded(), "no checkpoint of Expanded can be loaded: "),
+        (Expanded(), "no checkpoint of Expanded can be loaded: its state_dict() must hold ordinary tensors"),
         (out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate")), NO_MEMORY),
         (out_of_memory(torch.OutOfMemoryError("CUDA out of memory.")), NO_MEMORY),
         (out_of_memory(MemoryError()), NO_MEMORY),
@@ -119,9 +110,6 @@ def test_a_last_batch_that_fails_is_refused_with_a_batch_size_that_trains(batch_
     )
     assert "Sequential was given float32 (1, 1, 6, 6)" in words
     train(batch_normed(), tiny_data, batch_size=int(words.partition("Use batch_size = ")[2].partition(",")[0]))
-
-
-# No trace
 
 
 class Keeping(Linear):
@@ -158,8 +146,7 @@ class Drawing(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("build", "precision"),
-    [(Drawing, "fp32"), (partial(ResidualCNN, 1, 4, (1, 6, 6), 3), "bf16")],
+    ("build", "precision"), [(Drawing, "fp32"), (partial(ResidualCNN, 1, 4, (1, 6, 6), 3), "bf16")]
 )
 def test_a_training_is_bitwise_the_same_with_and_without_the_check(build, precision, tiny_data, monkeypatch):
     ends = []

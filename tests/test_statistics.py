@@ -118,16 +118,8 @@ def test_effects_are_compared_by_seed_where_both_tables_have_the_label():
 @pytest.mark.parametrize(
     ("first", "second", "text"),
     [
-        (
-            [0.91, 0.92, 0.93],
-            [0.90, 0.911, 0.919],
-            f"**A is better than B**: {GAIN}.",
-        ),
-        (
-            [0.90, 0.911, 0.919],
-            [0.91, 0.92, 0.93],
-            f"**B is better than A**: {GAIN}.",
-        ),
+        ([0.91, 0.92, 0.93], [0.90, 0.911, 0.919], f"**A is better than B**: {GAIN}."),
+        ([0.90, 0.911, 0.919], [0.91, 0.92, 0.93], f"**B is better than A**: {GAIN}."),
         ([0.91, 0.92, 0.93], [0.92, 0.90, 0.92], f"{NONE}: +0.67 ± 3.79 points (n = 3, adjusted p = 0.53)."),
         ([0.91, 0.92], [0.90, 0.91], "A − B: +1.00 points (n = 2), too few seeds to tell."),
         ([0.95, 0.96, 0.9], [0.94, 0.95, 0.89], f"A − B: +1.00 points (n = 3), {SAME}."),

@@ -70,17 +70,6 @@ def sent(api) -> str:
     return message.text
 
 
-class At(TrainerCallback):
-    """Raises an error after a step."""
-
-    def __init__(self, step: int, error: BaseException):
-        self.step, self.error = step, error
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise self.error
-
-
 def test_arguments_come_before_the_environment_and_the_environment_before_colab(api, monkeypatch):
     colab = ModuleType("google.colab")
     colab.userdata = SimpleNamespace(get={"TELEGRAM_BOT_TOKEN": f"3{TOKEN}", "TELEGRAM_CHAT_ID": "333"}.__getitem__)
@@ -162,7 +151,12 @@ def test_a_finished_training_sends_the_figures_of_its_best_epoch(api, config, ti
     ],
 )
 def test_a_training_that_fails_or_is_interrupted_sends_where_and_why(error, outcome, line, api, config, tiny_data):
-    trainer = StreamlinedTrainer(MODELS["narrow"](), config, tiny_data, callbacks=[At(STEPS + 2, error)], run_name="it")
+    class Raising(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == STEPS + 2:
+                raise error
+
+    trainer = StreamlinedTrainer(MODELS["narrow"](), config, tiny_data, callbacks=[Raising()], run_name="it")
     with pytest.raises(type(error)) as caught:
         trainer.train()
     assert caught.value is error
@@ -212,20 +206,6 @@ def test_an_experiment_sends_one_message_at_its_end_and_none_if_all_was_loaded(a
         assert "no forward with …" in line
     experiment(MODELS, knobs, tiny_data, [0, 1])
     assert len(api.messages()) == 1
-
-
-@pytest.mark.usefixtures("in_environment")
-def test_an_interrupted_experiment_sends_what_is_done_and_the_interruption_passes_through(api, config, tiny_data):
-    class Interrupted(StreamlinedTrainer):
-        def train(self, *args, **kwargs):
-            if self.config.seed == 1:
-                raise KeyboardInterrupt
-            return super().train(*args, **kwargs)
-
-    with pytest.raises(KeyboardInterrupt):
-        experiment({"narrow": MODELS["narrow"]}, config, tiny_data, [0, 1, 2], trainer_class=Interrupted)
-    assert sent(api).startswith("Experiment on tiny: interrupted\nruns: 1 of 3 finished (0 loaded), 0 failed\n")
-    assert "\nKeyboardInterrupt\n" in sent(api)
 
 
 @pytest.mark.parametrize("token", [None, "malformed", TOKEN])

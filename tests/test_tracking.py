@@ -197,12 +197,6 @@ def test_an_interrupted_training_is_marked_so_and_continues_its_own_run(tmp_path
     assert (interrupted.summary["error"], resumed.summary["error"]) == ("KeyboardInterrupt", None)
 
 
-def test_the_weights_are_bitwise_those_of_a_training_without_it(tracked, tiny_data):
-    trainer = distilling(dataclasses.replace(tracked.trainer.config, use_wandb=False), tiny_data)
-    trainer.train()
-    assert same_weights(trainer, tracked.trainer)
-
-
 class FailingRun:
     """Stands for a run whose connection breaks: one of its methods raises, the others do nothing."""
 
