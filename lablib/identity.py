@@ -91,8 +91,8 @@ def _network(build_model: Callable[[], nn.Module], seed: int) -> tuple[nn.Module
     if type(model).__module__ == "lablib.models" and hasattr(model, "_hub_mixin_config"):
         arguments = {name: value for name, value in model._hub_mixin_config.items() if value is not None}
         known = {"class": _installed(type(model)), "arguments": describe(arguments, "arguments")}
-        if getattr(build_model, "func", build_model) is type(model):  # the class itself: nothing can have been changed
-            return model, known
+        if (build_model.func if type(build_model) is partial else build_model) is type(model):
+            return model, known  # as the class itself built it
     described, second = describe(model, name), build_seeded(build_model, seed)
     if _trained_parts(model) & _trained_parts(second) or described != describe(second, name):
         raise ValueError(
@@ -101,7 +101,7 @@ def _network(build_model: Callable[[], nn.Module], seed: int) -> tuple[nn.Module
             "which has the run's seed, not with NumPy or random"
         )
     if known and described == describe(build_seeded(partial(type(model), **arguments), seed), name):
-        return model, known
+        return model, known  # nothing was changed
     builder = describe(build_model, "the function that builds the model")
     return model, {"class": name, "built_by": builder, "content": described}
 
