@@ -58,10 +58,10 @@ class Block:
     distillation: dict[str, tuple[float, float]] = field(default_factory=dict)  # network -> temperature, alpha
 
 
-def blocks(lab: "Lab") -> Iterator[Block]:
-    """All published runs, in the order in which they are trained."""
+def blocks(lab: "Lab", together: int = 5) -> Iterator[Block]:
+    """All published runs, in the order in which they are trained; of teacher and student, some seeds together."""
     five = tuple(range(lab.seeds))
-    three, pairs = five[:3], [five[start : start + 2] for start in range(0, lab.seeds, 2)]
+    three, some = five[:3], [five[start : start + together] for start in range(0, lab.seeds, together)]
     narrow, shallow = lab.cnns(lab.width), f"ResidualCNN-{lab.depths[0]}"
     student, teacher, distilled = narrow[shallow], f"ResidualCNN-{lab.depths[-1]}", f"Distilled-{lab.depths[0]}"
 
@@ -73,10 +73,10 @@ def blocks(lab: "Lab") -> Iterator[Block]:
         config = replace(lab.cifar_recipes[recipe], max_train_images=images)
         return Block(f"{group}/{recipe}", lab.cifar, config, dict.fromkeys(knobs, student), seeds, teacher, knobs)
 
-    for recipe, pair in product(("cosine", "reference"), pairs):  # a student right after its teacher
-        yield cnns("A", recipe, [teacher], pair)
-        yield students("A", recipe, {distilled: (4, 0.7)}, pair)
-        yield cnns("A", recipe, [shallow], pair)
+    for recipe, seeds in product(("cosine", "reference"), some):  # a student right after its teacher
+        yield cnns("A", recipe, [teacher], seeds)
+        yield students("A", recipe, {distilled: (4, 0.7)}, seeds)
+        yield cnns("A", recipe, [shallow], seeds)
     others = [name for name in narrow if name.startswith("SimpleCNN") or name in _at_ends("NoShortcut", lab.depths)]
     yield cnns("B", "cosine", others, five)
     yield cnns("B", "reference", others, three)
@@ -222,7 +222,7 @@ def main(arguments: list[str] | None = None, lab: Lab | None = None) -> int:
     options = parser.parse_args(arguments)
     lab, torch_threads = lab or Lab(), torch.get_num_threads()
     still = 0
-    for block in blocks(lab):
+    for block in blocks(lab, lab.seeds if options.list else options.jobs):
         group_wanted = not options.only or {block.name, block.name.partition("/")[0]} & {*options.only}
         networks = [name for name in block.networks if group_wanted or name in options.only]
         if not (networks and block.seeds):
