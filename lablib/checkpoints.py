@@ -64,6 +64,10 @@ def contiguous_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in weights}
 
 
+def _shapes(weights: dict[str, torch.Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in weights.items()}
+
+
 class Interruption:
     """A context manager that notes SIGINT and SIGTERM, so that a step can finish and a checkpoint be written.
 
@@ -119,8 +123,8 @@ def checkpoints_in(folder: Path) -> list[Path]:
     return [folder / f"checkpoint-{n}" for n in sorted((int(n) for n in numbers if n.isdigit()), reverse=True)]
 
 
-def seal(written: Path, target: Path, keep: int):
-    """Make a checkpoint of a folder: with a manifest of checksums, in its place, one of the newest `keep` there."""
+def seal(written: Path, target: Path):
+    """Make a checkpoint of a folder: with a manifest of checksums, in its place, one of the two newest there."""
     files = sorted(written.iterdir())
     for path in files:
         _sync(path)
@@ -129,7 +133,7 @@ def seal(written: Path, target: Path, keep: int):
         shutil.rmtree(target)
     os.replace(written, target)
     _sync(target.parent)
-    for old in checkpoints_in(target.parent)[keep:]:
+    for old in checkpoints_in(target.parent)[2:]:
         shutil.rmtree(old)
 
 
@@ -212,6 +216,8 @@ class ResumableTrainer:
     def _maybe_log_save_evaluate(self, *args, **kwargs):  # after each step, and once more after an epoch's last one
         state, control, saved_at = self.state, self.control, self._saved_at
         epoch_ends = control.should_training_stop or control.should_epoch_stop or state.epoch == int(state.epoch)
+        if not epoch_ends and (control.should_evaluate or control.should_log):
+            raise ValueError("a callback asks to evaluate or to log within an epoch; let it ask in on_epoch_end")
         asks = self.args.world_size == 1 or state.global_step % 50 == 0  # it takes time until all processes agree
         if not epoch_ends and asks and self._is_due(self.checkpoint_seconds):
             control.should_save = True
@@ -252,7 +258,7 @@ class ResumableTrainer:
                     safetensors.torch.save_file(self._best_weights, written / _BEST)
             self.accelerator.wait_for_everyone()
             if first:
-                seal(written, target, keep=max(2, args.save_total_limit or 2))
+                seal(written, target)
             self.accelerator.wait_for_everyone()
         except Exception as error:
             shutil.rmtree(written.parent, ignore_errors=True)
@@ -274,8 +280,7 @@ class ResumableTrainer:
                 raise ValueError(f"checksum mismatch in {' and '.join(changed)}")
             state, saved = (json.loads((checkpoint / name).read_bytes()) for name in ("trainer_state.json", _LAB))
             best = safetensors.torch.load_file(checkpoint / (_BEST if _BEST in manifest else _WEIGHTS))
-            shapes, expected = ({k: v.shape for k, v in w.items()} for w in (best, self.model.state_dict()))
-            if shapes != expected:
+            if _shapes(best) != _shapes(self.model.state_dict()):
                 raise ValueError("it holds the weights of another architecture")
             return state, saved, best
         except Exception as error:
@@ -284,8 +289,8 @@ class ResumableTrainer:
     def _restore(self, state: dict, saved: dict, best: dict[str, torch.Tensor]):
         self.notes, before, now = saved["notes"], saved["environment"], self.environment
         if changed := [name for name in now if now[name] != before.get(name)]:
-            was, is_ = (", ".join(f"{name} {values.get(name)}" for name in changed) for values in (before, now))
-            self.notes = [*self.notes, f"started with {was}, resumed at step {state['global_step']} with {is_}"]
+            was, now_is = (", ".join(f"{name} {values.get(name)}" for name in changed) for values in (before, now))
+            self.notes = [*self.notes, f"started with {was}, resumed at step {state['global_step']} with {now_is}"]
             warnings.warn(f"{self.args.output_dir}: {self.notes[-1]}; the result will carry this note", stacklevel=3)
         if state["best_global_step"]:
             self._best_weights = best

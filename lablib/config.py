@@ -180,7 +180,6 @@ class TrainingConfig:
             use_cpu=self.device == "cpu" or not (torch.cuda.is_available() or torch.backends.mps.is_available()),
             eval_strategy="epoch",
             save_strategy="epoch",
-            save_total_limit=2,
             logging_strategy="epoch",
             load_best_model_at_end=True,
             metric_for_best_model=f"eval_{self.early_stopping_metric}",

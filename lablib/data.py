@@ -32,10 +32,11 @@ class ImageData:
 
     def __post_init__(self):
         names = "train_images", "train_labels", "test_images", "test_labels"
-        arrays = [np.asanyarray(getattr(self, name)) for name in names]
+        arrays = {name: np.asanyarray(getattr(self, name)) for name in names}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-            vars(self).update(zip(names, map(torch.from_numpy, arrays), strict=True), _arrays=arrays)
+            tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        vars(self).update(tensors, _arrays=[*arrays.values()])  # the dataclass is frozen
         if self.num_classes < 2:
             raise ValueError(f"{self.name} has {self.num_classes} class; a classifier needs at least two")
         for part in ("train", "test"):
@@ -162,9 +163,11 @@ def stratified_subset(indices: torch.Tensor, labels: torch.Tensor, size: int | N
     if size is None or size >= len(indices):
         return indices
     counts = labels[indices].bincount().tolist()
-    mixed = indices[torch.randperm(len(indices), generator=torch.Generator().manual_seed(seed))]
-    ranks = torch.cat([(torch.arange(count) + 0.5) / count for count in counts])  # of each image within its class
-    chosen = mixed[labels[mixed].argsort(stable=True)][ranks.argsort(stable=True)[:size]].sort().values
+    shuffled = indices[torch.randperm(len(indices), generator=torch.Generator().manual_seed(seed))]
+    by_class = shuffled[labels[shuffled].argsort(stable=True)]  # class after class, shuffled within each
+    # each image's place in its class, from 0 to 1: those with the lowest ones are of all classes in proportion
+    places = torch.cat([(torch.arange(count) + 0.5) / count for count in counts])
+    chosen = by_class[places.argsort(stable=True)[:size]].sort().values
     if len(labels[chosen].unique()) < len(counts):
         raise ValueError(
             f"max_train_images = {size} of {len(indices)} training images in {len(counts)} classes leaves a class "

@@ -127,13 +127,15 @@ def _from_folder(folder: Path, size, channels: int) -> ImageData:
     if classes != test_classes:
         wrong = sorted({*classes} ^ {*test_classes})
         raise ValueError(f"{folder}: train/ and test/ need the same classes; these are in only one of them: {wrong}")
-    paths, first = [path for path, _ in train + test], len(train)  # of the test images
-    labels = np.array([label for _, label in train + test], dtype=np.int64)
-    status = [(path.removeprefix(str(folder)), (s := os.stat(path)).st_size, s.st_mtime_ns) for path in paths]
+    files, number = train + test, len(train)
+    paths = [path for path, _ in files]
+    labels = np.array([label for _, label in files], dtype=np.int64)
+    stats = map(os.stat, paths)
+    status = [(p.removeprefix(str(folder)), s.st_size, s.st_mtime_ns) for p, s in zip(paths, stats, strict=True)]
     key = hashlib.sha256(repr((_PIXELS, status)).encode()).hexdigest()[:16]
     kind = f"{'x'.join(map(str, size)) if size else 'anysize'}-{'grey' if channels == 1 else 'rgb'}"
     images = _pixels(paths, size, channels, folder / f".lablib-{kind}-{key}.npy")
-    arrays = images[:first], labels[:first], images[first:], labels[first:]
+    arrays = images[:number], labels[:number], images[number:], labels[number:]
     return ImageData(folder.absolute().name, *arrays, tuple(classes))
 
 

@@ -1,6 +1,5 @@
 """A model -> gradients by layer, calibration, cost."""
 
-import contextlib
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -9,14 +8,17 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from lablib.hardware import untouched
+from lablib.metrics import first_logits
+
 
 def gradient_norms(
-    model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor], outputs: Callable | None = None
+    model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor], outputs: Callable = nn.Module.__call__
 ) -> pd.DataFrame:
-    """Norm of the loss gradient by layer, from the input (layer 1) to the output.
+    """Root mean square of the loss gradient by layer, from the input (layer 1) to the output.
 
     `batch` is images as the model takes them (float, batch × channels × height × width) and labels (batch). One row for
-    each linear and convolutional layer's weight: layer, name, norm (Euclidean), rms (norm over the root of its size).
+    each linear and convolutional layer's weight: layer, name, rms (the gradient's norm over the root of its size).
     The loss is the mean cross-entropy without dropout; the model and its gradients stay as they were.
     `outputs(model, images)` gives the logits, or a tuple that begins with them, where `model(images)` does not.
     Raises ValueError if the model has no such layer.
@@ -27,25 +29,11 @@ def gradient_norms(
     if not layers:
         raise ValueError(f"{type(model).__name__} has no linear or convolutional layers to measure")
     images, labels = batch
-    with eval_mode(model), torch.enable_grad():
-        logits = outputs(model, images) if outputs else model(images)
-        loss = F.cross_entropy(logits[0] if isinstance(logits, tuple) else logits, labels)
+    with untouched(model), torch.enable_grad():
+        loss = F.cross_entropy(first_logits(outputs(model.eval(), images)), labels)
         gradients = torch.autograd.grad(loss, list(layers.values()), allow_unused=True)
-    norms = [0.0 if gradient is None else gradient.cpu().double().norm().item() for gradient in gradients]
-    table = pd.DataFrame({"layer": range(1, len(layers) + 1), "name": list(layers), "norm": norms})
-    return table.assign(rms=table["norm"] / [weight.numel() ** 0.5 for weight in layers.values()])
-
-
-@contextlib.contextmanager
-def eval_mode(model: nn.Module):
-    """Eval mode; afterwards each module is in its earlier mode."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
+    rms = [0.0 if g is None else g.cpu().double().norm().item() / g.numel() ** 0.5 for g in gradients]
+    return pd.DataFrame({"layer": range(1, len(layers) + 1), "name": list(layers), "rms": rms})
 
 
 def calibration(confidence: Sequence[float], correct: Sequence[bool], bins: int = 15) -> pd.DataFrame:
@@ -78,6 +66,6 @@ def multiply_adds(model: nn.Module, image_shape: Sequence[int]) -> int:
     from torch.utils.flop_counter import FlopCounterMode  # a quarter of a second to import
 
     device = next(model.parameters()).device
-    with eval_mode(model), FlopCounterMode(display=False) as counter:
-        model(torch.zeros(1, *image_shape, device=device))
+    with untouched(model), FlopCounterMode(display=False) as counter:
+        model.eval()(torch.zeros(1, *image_shape, device=device))
     return counter.get_total_flops() // 2  # it counts two operations

@@ -66,8 +66,8 @@ class KnowledgeDistillationTrainer(StreamlinedTrainer):
         if classes != data.num_classes:
             raise ValueError(f"the teacher has {classes} outputs, but {data.name} has {data.num_classes} classes")
 
-        self._answers = WeakKeyDictionary()  # data set -> the teacher's logits for each batch of an evaluation
-        self._known, self._heard = iter(()), []
+        self._answers = WeakKeyDictionary()  # data set that was evaluated -> the teacher's logits for each batch
+        self._remembered, self._recorded = iter(()), []  # of the evaluation that is running
 
     @cached_property
     def environment(self) -> dict[str, str]:
@@ -76,23 +76,23 @@ class KnowledgeDistillationTrainer(StreamlinedTrainer):
 
     def outputs(self, model: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Student's and teacher's logits (batch × classes each) for the same images, in the same precision."""
-        teacher_logits = None if model.training else next(self._known, None)
+        teacher_logits = next(self._remembered, None)  # none in training and in a data set's first evaluation
         if teacher_logits is None:
             with torch.no_grad(), self.accelerator.autocast():
                 teacher_logits = self.teacher(images).float()
-        if not model.training:
-            self._heard.append(teacher_logits)
+            if not model.training:
+                self._recorded.append(teacher_logits)
         return model(images), teacher_logits
 
     def evaluation_loop(self, dataloader, *args, **kwargs):
         """As upstream; the teacher sees the validation images only once, as they are the same in every epoch."""
-        self._known, self._heard = iter(self._answers.get(dataloader.dataset, ())), []
+        self._remembered, self._recorded = iter(self._answers.get(dataloader.dataset, ())), []
         try:
             output = super().evaluation_loop(dataloader, *args, **kwargs)
-            self._answers[dataloader.dataset] = self._heard
+            self._answers.setdefault(dataloader.dataset, self._recorded)
             return output
         finally:
-            self._known = iter(())
+            self._remembered, self._recorded = iter(()), []
 
     def losses(self, outputs: tuple[torch.Tensor, torch.Tensor], labels: torch.Tensor) -> dict[str, torch.Tensor]:
         """The total loss and its two unweighted terms."""

@@ -15,6 +15,7 @@ from operator import index
 from pathlib import Path
 
 import joblib
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from torch import nn
@@ -54,13 +55,14 @@ class Experiment:
     def __or__(self, other: "Experiment") -> "Experiment":
         """Both experiments' models and runs as one; the seeds are those of either.
 
-        Raises ValueError for two data sets, and for a model of both with two configs or with two runs of one seed.
+        Raises ValueError for two data sets, and for a model of both that was not trained in the same way in both.
         """
         if other.data.fingerprint != self.data.fingerprint:
             raise ValueError(f"experiments on {self.data.name} and {other.data.name}; they must be on the same data")
-        both, shared = self.models.keys() & other.models.keys(), self.runs.keys() & other.runs.keys()
+        both = self.models.keys() & other.models.keys()
+        ways = {(name, run.how_trained()) for e in (self, other) for (name, _), run in e.runs.items() if name in both}
         mine, theirs = ({**e.config.identity(), "seed": 0} for e in (self, other))
-        if (both and mine != theirs) or any(self.runs[k].path.name != other.runs[k].path.name for k in shared):
+        if (both and mine != theirs) or len(ways) > len({name for name, _ in ways}):
             raise ValueError(f"the experiments trained {sorted(both)} differently; rename them in one of the two")
         joined = {name: getattr(self, name) | getattr(other, name) for name in ("models", "runs", "failures")}
         return replace(self, seeds=tuple(sorted({*self.seeds, *other.seeds})), **joined)
@@ -109,8 +111,9 @@ class Experiment:
         true = self.data.test_labels.numpy()
 
         def predictions(run: Run) -> pd.DataFrame:
-            predicted, confidence = (run.measured()[f"test_{name}"] for name in ("class", "confidence"))
-            answers = {"predicted": predicted, "confidence": confidence.astype(float), "correct": predicted == true}
+            measured = run.measured()
+            predicted, confidence = measured["test_class"], measured["test_confidence"].astype(float)
+            answers = {"predicted": predicted, "confidence": confidence, "correct": predicted == true}
             return pd.DataFrame({"image": range(len(true)), **answers})
 
         return self._of_each_run(predictions)
@@ -140,7 +143,7 @@ class Experiment:
         pairs = first if isinstance(first, Mapping) else {"": (first, second)}
         if by is not None:
             pairs = {
-                f"{label}, depth {depth}".removeprefix(", "): (f"{one}-{depth}", f"{other}-{depth}")
+                f"{label}, depth {depth}" if label else f"depth {depth}": (f"{one}-{depth}", f"{other}-{depth}")
                 for (label, (one, other)), depth in product(pairs.items(), by)
             }
         pairs = {label or f"{one} − {other}": (one, other) for label, (one, other) in pairs.items() if one != other}
@@ -160,16 +163,15 @@ class Experiment:
     ) -> "Experiment":
         """Train one of the networks as a student: each seed's run learns from the `teacher`'s run with that seed.
 
-        With lists of temperatures and alphas there is a student for each pair, named "T = 4, α = 0.7"; else it has the
+        With a list of temperatures or alphas there is a student for each pair, named "T = 4, α = 0.7"; else it has the
         `name`. Config and seeds are those of this experiment unless others are given. A student whose teacher failed
         has failed too. Raises as `experiment` does, and KeyError for a seed without a teacher.
         """
         from lablib.distillation import KnowledgeDistillationTrainer  # with transformers, which takes seconds
 
-        students = {name: {"temperature": temperature, "alpha": alpha}}
-        if isinstance(temperature, Sequence):
-            pairs = product(temperature, alpha)
-            students = {f"T = {t:g}, α = {a:g}": {"temperature": t, "alpha": a} for t, a in pairs}
+        several = isinstance(temperature, Sequence) or isinstance(alpha, Sequence)
+        pairs = product(np.ravel(temperature).tolist(), np.ravel(alpha).tolist())
+        students = {f"T = {t:g}, α = {a:g}" if several else name: {"temperature": t, "alpha": a} for t, a in pairs}
         seeds = self.seeds if seeds is None else _seeds(seeds)
         failed = {seed: self.failures[teacher, seed] for seed in seeds if (teacher, seed) in self.failures}
         taught = [seed for seed in seeds if seed not in failed] or seeds
@@ -292,7 +294,9 @@ def experiment(
         resumed = f", {begun} of them to resume" if begun else ""
         print(f"{len(result.runs)} of {len(keys)} runs loaded{where}, {len(tasks)} to train{resumed}", flush=True)
         if tasks:
-            _train(result, tasks, paths, jobs, messages)
+            if messages:
+                messages.begin(paths)
+            _train_all(result, tasks, paths, jobs)
             result.runs = {key: result.runs[key] for key in keys if key in result.runs}
     if result.failures:
         failed, why = f"{len(result.failures)} of {len(keys)} runs failed", dict.fromkeys(result.failures.values())
@@ -328,9 +332,7 @@ def _note_failure(result: Experiment, key: Key, line: str, trace: str):
     warnings.warn(f"the run of {key[0]!r} with seed {key[1]} failed{what}", stacklevel=3)
 
 
-def _train(result: Experiment, tasks: dict[Key, tuple], paths: dict[Key, Path], jobs: int, messages):
-    if messages:
-        messages.begin(paths)
+def _train_all(result: Experiment, tasks: dict[Key, tuple], paths: dict[Key, Path], jobs: int):
     jobs = min(joblib.effective_n_jobs(jobs), jobs if jobs > 0 else len(tasks), len(tasks))
     backend, _ = joblib.parallel.get_active_backend()
     interruption = Interruption([signal.SIGINT] if jobs > 1 else [])  # workers get it too: wait for their checkpoints

@@ -253,7 +253,7 @@ def distillation(frame: pd.DataFrame, names: Mapping[str, str], dataset: str, ch
     for axis in (left, right):
         axis.set(xlabel="", ylabel="test accuracy (%)")
         axis.tick_params(axis="x", labelsize="x-small")
-    _, alone, distilled = names
+    _, alone, distilled = names  # the roles, in this order
     gain = compare(frame, {"gain": (names[distilled], names[alone])}).to_dict("records")
     what = f"{distilled} − {alone}: {points(gain[0])}" if gain else f"{distilled} and {alone} share no seed"
     figure.suptitle(f"{dataset}\n{what}")

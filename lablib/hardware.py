@@ -62,7 +62,7 @@ def memory_format(model: nn.Module, device: torch.device, image_shape: Sequence[
 
 @contextlib.contextmanager
 def untouched(owner: object) -> Iterator[None]:
-    """Afterwards restore the attributes of a model, or of a trainer and the models that it holds, and delete gradients.
+    """Afterwards restore the attributes of a model, or of a trainer and the models that it holds.
 
     Restores weights, buffers and modes, but not the contents of lists. Only tensors are copied, since a model as a
     whole may not be.
@@ -81,8 +81,6 @@ def untouched(owner: object) -> Iterator[None]:
         for tensor, value in values.items():
             if not torch.equal(tensor, value):  # an expanded tensor cannot be written to
                 tensor.data.copy_(value)
-        for model in models:
-            model.zero_grad()
 
 
 @contextlib.contextmanager

@@ -87,11 +87,12 @@ def _network(build_model: Callable[[], nn.Module], seed: int) -> tuple[nn.Module
     model = build_seeded(build_model, seed)
     if not isinstance(model, nn.Module):
         raise TypeError(f"the function that builds the model returned {model!r}, which is not a torch.nn.Module")
-    name, known = type(model).__name__, None
-    if type(model).__module__ == "lablib.models" and hasattr(model, "_hub_mixin_config"):
-        arguments = {name: value for name, value in model._hub_mixin_config.items() if value is not None}
-        known = {"class": _installed(type(model)), "arguments": describe(arguments, "arguments")}
-        if (build_model.func if type(build_model) is partial else build_model) is type(model):
+    cls, name, known = type(model), type(model).__name__, None
+    if cls.__module__ == "lablib.models" and hasattr(model, "_hub_mixin_config"):
+        arguments = {key: value for key, value in model._hub_mixin_config.items() if value is not None}
+        known = {"class": _installed(cls), "arguments": describe(arguments, "arguments")}
+        builder = build_model.func if type(build_model) is partial else build_model
+        if builder is cls:
             return model, known  # as the class itself built it
     described, second = describe(model, name), build_seeded(build_model, seed)
     if _trained_parts(model) & _trained_parts(second) or described != describe(second, name):
@@ -100,7 +101,7 @@ def _network(build_model: Callable[[], nn.Module], seed: int) -> tuple[nn.Module
             "Build the network in the function, or return copy.deepcopy(network); and draw what is random with torch, "
             "which has the run's seed, not with NumPy or random"
         )
-    if known and described == describe(build_seeded(partial(type(model), **arguments), seed), name):
+    if known and described == describe(build_seeded(partial(cls, **arguments), seed), name):
         return model, known  # nothing was changed
     builder = describe(build_model, "the function that builds the model")
     return model, {"class": name, "built_by": builder, "content": described}
@@ -272,8 +273,11 @@ def _installed(thing: type | FunctionType) -> str | None:
 @cache
 def _is_installed(module: str) -> bool:
     package = module.partition(".")[0]
-    if package == "__main__" or package in sys.builtin_module_names:
-        return package != "__main__"
-    files = [getattr(sys.modules.get(name), "__file__", None) for name in (package, module)]
-    path = PurePath(os.path.realpath(next(filter(None, files), "")))
+    if package == "__main__":
+        return False
+    if package in sys.builtin_module_names:
+        return True
+    files = (getattr(sys.modules.get(name), "__file__", None) for name in (package, module))
+    file = next(filter(None, files), None)
+    path = PurePath(os.path.realpath(file) if file else "")
     return bool({"site-packages", "dist-packages"} & {*path.parts}) or any(map(path.is_relative_to, _NOT_THE_USERS))

@@ -1,6 +1,7 @@
 """Losses and accuracy: of the batches of an epoch, and by epoch in a run's history."""
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,6 +60,16 @@ class BatchMeter:
         return means | {"accuracy": sum(state["correct"]) / sizes.sum().item()}
 
 
+def first_logits(outputs: Any) -> Any:
+    """The logits of a model that gives nothing else, or a tuple that begins with them."""
+    return outputs[0] if isinstance(outputs, tuple) else outputs
+
+
+def epoch_number(epochs: float) -> int:
+    """The number, from 1 on, of the epoch in which a training is after so many `epochs`."""
+    return math.ceil(epochs - 1e-9)
+
+
 def history(log: list[dict]) -> list[dict]:
     """A run's metrics by epoch, from `trainer.state.log_history`.
 
@@ -68,8 +79,8 @@ def history(log: list[dict]) -> list[dict]:
     """
     rows: dict[int, dict] = {}
     for entry in log:
-        row = rows.setdefault(math.ceil(entry.get("epoch", 0) - 1e-9), {})
-        if "eval_loss" in entry and "val_loss" not in row:  # a later evaluation is not the epoch's
+        row = rows.setdefault(epoch_number(entry.get("epoch", 0)), {})
+        if "eval_loss" in entry and "train_loss" in row and "val_loss" not in row:  # not an earlier or later one
             row |= _measured(entry, "eval_", "val_")
         elif "accuracy" in entry:
             row |= _measured(entry, "", "train_")

@@ -27,7 +27,7 @@ from lablib.config import TrainingConfig, num_processes
 from lablib.data import ImageData
 from lablib.diagnostics import gradient_norms
 from lablib.identity import build_seeded, run_identity, run_name, sha256
-from lablib.metrics import best_row, history
+from lablib.metrics import best_row, first_logits, history
 
 Key = tuple[str, int]  # a run's model and seed
 
@@ -52,6 +52,14 @@ class Run:
     @property
     def has_weights(self) -> bool:
         return (self.path / _WEIGHTS).exists()
+
+    def how_trained(self) -> str:
+        """The run's identity without what differs from seed to seed, as JSON."""
+        text = (self.path / "identity.json").read_text()
+        identity = json.loads(text, object_hook=lambda part: {} if part.keys() == {"run"} else part)  # a teacher's run
+        identity["config"].pop("seed", None)
+        identity["model"].pop("content", None)  # the initial weights
+        return json.dumps(identity, sort_keys=True)
 
     def load_weights(self, model: nn.Module) -> nn.Module:
         """Put the best epoch's weights into a model of the run's architecture and return it in eval mode.
@@ -119,17 +127,18 @@ def train_or_load(
     # of several processes (`torchrun`) the first looks after the store; the arguments make them a group
     first = not together or config.to_training_arguments(str(path)).process_index == 0
     with _locked(path) if first else nullcontext():
-        found = [first and find_run(path.name, config.output_dir, weights)]  # another process may have been faster
-        if first and not found[0] and (path / "result.json").exists():  # it is damaged
+        run = find_run(path.name, config.output_dir, weights) if first else None  # another process may have been faster
+        if first and not run and _row(path)["state"] == "damaged":
             shutil.rmtree(aside := f"{path}.damaged", ignore_errors=True)
             path.rename(aside)
         if together:
-            torch.distributed.broadcast_object_list(found)
-        if not found[0]:
+            torch.distributed.broadcast_object_list(shared := [run])
+            run = shared[0]
+        if not run:
             _train(path, described, build_model, config, data, trainer_class, callbacks)
         if together:
             torch.distributed.barrier()
-    return found[0] or load_run(path)
+    return run or load_run(path)
 
 
 def find_run(name: str, output_dir: str | Path, weights: bool = False) -> Run | None:
@@ -139,7 +148,7 @@ def find_run(name: str, output_dir: str | Path, weights: bool = False) -> Run | 
     """
     for folder in (output_dir,) if weights else (output_dir, PUBLISHED):
         try:
-            if run := load_run(Path(folder) / name):
+            if (run := load_run(Path(folder) / name)) and (run.has_weights or not weights):
                 shutil.rmtree(run.path / "checkpoints", ignore_errors=True)  # the process was ended before it could
                 return run
         except DamagedRunError as error:
@@ -154,9 +163,12 @@ def load_run(path: Path) -> Run | None:
         return None
     try:
         result = json.loads(file.read_bytes())
-        for name, digest in result.pop("sha256").items():
-            file = path / ("result.json" if name == "result" else name)
-            if digest != sha256(_json(result) if name == "result" else file.read_bytes()):
+        sums = result.pop("sha256")
+        if sums.pop("result") != sha256(_json(result)):  # all of result.json but the checksums
+            raise ValueError("it does not match its checksum")
+        for name, digest in sums.items():
+            file = path / name
+            if digest != sha256(file.read_bytes()):
                 raise ValueError("it does not match its checksum")
         rows = (path / "history.jsonl").read_text().splitlines()
         return Run(path, result, [json.loads(row) for row in rows])
@@ -234,22 +246,22 @@ def _result(trainer, rows: list[dict], test: dict[str, float]) -> dict[str, Any]
 
 def _measured(trainer, logits, initial_model: nn.Module) -> bytes:
     device, train, validation = trainer.args.device, trainer.train_dataset, trainer.eval_dataset
-    logits = torch.from_numpy(logits[0] if isinstance(logits, tuple) else logits)
-    confidence, predicted = logits.double().softmax(1).max(1)
-    number = min(len(validation), max(8, 1000 // logits.shape[1]))
+    confidence, predicted = torch.from_numpy(first_logits(logits)).double().softmax(1).max(1)
+    number = min(len(validation), max(8, 1000 // trainer.data.num_classes))
     _, answers, _ = trainer.prediction_step(trainer.model, validation.__getitems__(range(number)), False)
-    answers = answers[0] if isinstance(answers, tuple) else answers
     arrays = {
         "test_class": predicted.numpy().astype(np.int16),
         "test_confidence": confidence.numpy().astype(np.float16),
-        "answers": answers.float().cpu().numpy().astype(np.float16),
+        "answers": first_logits(answers).float().cpu().numpy().astype(np.float16),
     }
     batch = train.__getitems__(range(min(_GRADIENT_IMAGES, len(train))))
     batch = trainer.prepare_images(batch["images"].to(device), training=False), batch["labels"].to(device)
-    moments = {"gradient_initial": initial_model.to(device), "gradient_trained": trainer.model}
+    model = initial_model.to(device)  # in float32, unlike the trained one after bf16 or fp16
     with suppress(Exception):  # a model without layers to measure
-        tables = {moment: gradient_norms(model, batch, trainer.outputs) for moment, model in moments.items()}
-        arrays |= {moment: table["rms"].to_numpy(np.float32) for moment, table in tables.items()}
+        initial = gradient_norms(model, batch, trainer.outputs)["rms"].to_numpy(np.float32)
+        model.load_state_dict(trainer.model.state_dict())
+        trained = gradient_norms(model, batch, trainer.outputs)["rms"].to_numpy(np.float32)
+        arrays |= {"gradient_initial": initial, "gradient_trained": trained}
     np.savez_compressed(content := io.BytesIO(), **arrays)
     return content.getvalue()
 
@@ -342,7 +354,9 @@ def runs_table(output_dir: str | Path) -> pd.DataFrame:
 
 
 def _row(path: Path) -> dict[str, Any]:
-    row = {"run": path.name, "mib": sum(file.stat().st_size for file in path.rglob("*")) / 2**20}
+    row = {"run": path.name}
+    with suppress(OSError):  # a checkpoint is being replaced
+        row["mib"] = sum(file.stat().st_size for file in path.rglob("*")) / 2**20
     try:
         run = load_run(path)
     except DamagedRunError as error:

@@ -39,6 +39,10 @@ def _hundredths(mean: float, ci95: float = math.nan, sign: str = "") -> str:
     return text.replace("-", "−")
 
 
+def _percent(mean: float, ci95: float = math.nan) -> str:
+    return "" if math.isnan(mean) else f"{_hundredths(mean, ci95)} %"
+
+
 def seeds_text(n: int) -> str:
     """How many seeds a figure rests on: "1 seed", "n = 5"."""
     return "1 seed" if n == 1 else f"n = {n}"
@@ -89,11 +93,13 @@ _COLUMNS = ["label", "first", "second", "n", "mean", "std", "ci95", "p_value", "
 def _tested(comparisons: list[tuple[str, str, str, pd.Series]]) -> pd.DataFrame:
     """A table of comparisons, from label, first, second and the differences by seed."""
     rows = []
-    for *names, differences in comparisons:
+    for label, first, second, differences in comparisons:
         if by_seed := differences.dropna().to_dict():
-            summary = summarise([*by_seed.values()])
-            p = math.nan if math.isnan(summary.ci95) else float(stats.ttest_1samp([*by_seed.values()], 0).pvalue)
-            rows.append(dict(zip(_COLUMNS, names, strict=False)) | vars(summary) | {"p_value": p, "by_seed": by_seed})
+            values = [*by_seed.values()]
+            summary = summarise(values)
+            p = math.nan if math.isnan(summary.ci95) else float(stats.ttest_1samp(values, 0).pvalue)
+            names = {"label": label, "first": first, "second": second}
+            rows.append(names | vars(summary) | {"p_value": p, "by_seed": by_seed})
     table = pd.DataFrame(rows, columns=_COLUMNS)
     known = table["p_value"].dropna().astype(float)
     table["p_adjusted"] = pd.Series(stats.false_discovery_control(known), known.index, dtype=float)
@@ -164,7 +170,7 @@ def results_table(frame: pd.DataFrame, reference: Mapping[str, float] | None = N
         seconds_mean=("seconds", "mean"),
     ).astype({"parameters": "Int64"})
     if "balanced_accuracy" in frame:
-        table.insert(9, "balanced_accuracy_mean", by_model["balanced_accuracy"].mean())
+        table["balanced_accuracy_mean"] = by_model["balanced_accuracy"].mean()
     if reference:
         table["reference"] = table.index.map(reference).astype(float)
     if "error" in frame:
@@ -182,10 +188,10 @@ def readable_table(table: pd.DataFrame) -> pd.DataFrame:
             continue
         texts = {
             "parameters": f"{row['parameters']:,}",
-            "validation accuracy": f"{_hundredths(row['val_accuracy_mean'])} %",
-            "test accuracy": f"{_hundredths(row['test_accuracy_mean'], row['test_accuracy_ci95'])} %",
-            "balanced accuracy": f"{_hundredths(row.get('balanced_accuracy_mean', math.nan))} %".replace("nan %", ""),
-            "reference": f"{_hundredths(row.get('reference', math.nan))} %".replace("nan %", ""),
+            "validation accuracy": _percent(row["val_accuracy_mean"]),
+            "test accuracy": _percent(row["test_accuracy_mean"], row["test_accuracy_ci95"]),
+            "balanced accuracy": _percent(row.get("balanced_accuracy_mean", math.nan)),
+            "reference": _percent(row.get("reference", math.nan)),
             "n": str(row["n"]),
             "epochs": f"{row['epochs_mean']:.0f}",
             "seconds per run": f"{row['seconds_mean']:,.0f}",

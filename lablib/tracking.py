@@ -12,7 +12,7 @@ import torch
 from transformers import TrainerCallback
 
 from lablib.config import redacted
-from lablib.metrics import best_row, history
+from lablib.metrics import best_row, epoch_number, history
 
 # The fields of a TrainingConfig that are logged: a list of what may leave this machine, as others hold secrets.
 LOGGED = [
@@ -95,8 +95,9 @@ class WandbCallback(Harmless, TrainerCallback):
 
     @harmless
     def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
-        began, mode, keys = time.perf_counter(), _mode(), ("WANDB_API_KEY", "WANDB_BASE_URL")
-        attempt = hash((mode, self.trainer.config.wandb_project, *map(os.environ.get, keys)))
+        began, mode = time.perf_counter(), _mode()
+        account = (os.environ.get(name) for name in ("WANDB_API_KEY", "WANDB_BASE_URL"))
+        attempt = hash((mode, self.trainer.config.wandb_project, *account))  # hashed, as the key is secret
         self._steps = -(-len(train_dataloader) // args.gradient_accumulation_steps)  # an epoch
         self._histograms = {}
         if attempt in _unavailable:
@@ -150,7 +151,7 @@ class WandbCallback(Harmless, TrainerCallback):
     @harmless
     def on_evaluate(self, args, state, control, **kwargs):
         rows = history(state.log_history)
-        if self.run and rows and rows[-1]["epoch"] == round(state.epoch):
+        if self.run and rows and rows[-1]["epoch"] == epoch_number(state.epoch):
             self.run.log(rows[-1] | self._histograms, step=rows[-1]["epoch"])
 
     @harmless

@@ -28,7 +28,7 @@ from lablib.checkpoints import ResumableTrainer, contiguous_weights
 from lablib.config import TrainingConfig
 from lablib.data import ImageBatches, ImageData, ShuffledBatches, stratified_split, stratified_subset
 from lablib.hardware import algorithms, check_device, keep_freed_memory, memory_format, resolve_precision, untouched
-from lablib.metrics import BatchMeter
+from lablib.metrics import BatchMeter, first_logits
 
 Outputs = torch.Tensor | tuple[torch.Tensor, ...]  # logits (batch × classes), or a tuple that begins with them
 
@@ -83,11 +83,12 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
             weakref.finalize(self, shutil.rmtree, checkpoint_dir, ignore_errors=True)
         args = config.to_training_arguments(checkpoint_dir, precision=resolve_precision(config, model))
         args._n_gpu = min(args.n_gpu, 1)  # or Trainer multiplies the batch by the GPUs it sees
-        at_once = max(config.batch_size, min(1000, 2**22 // data.train_images[0].numel()))  # of 4 million values
-        args.per_device_eval_batch_size = at_once // args.world_size * args.world_size
-        on_gpu = args.device.type == "cuda"
-        fits = not on_gpu or data.train_images.nbytes < torch.cuda.mem_get_info(args.device)[0] / 2
-        images, labels = (t.to(args.device if fits else "cpu") for t in (data.train_images, data.train_labels))
+        most = min(1000, 2**22 // data.train_images[0].numel())  # images of 4 million values together
+        args.per_device_eval_batch_size = max(config.batch_size, most) // args.world_size * args.world_size
+        on_gpu, place = args.device.type == "cuda", args.device
+        if on_gpu and data.train_images.nbytes >= torch.cuda.mem_get_info(place)[0] / 2:
+            place = "cpu"
+        images, labels = data.train_images.to(place), data.train_labels.to(place)
         train, validation = stratified_split(data.train_labels, config.validation_split, config.seed)
         train = stratified_subset(train, data.train_labels, config.max_train_images, config.seed)
         patience = config.early_stopping_patience
@@ -117,8 +118,6 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
             self.add_callback(TelegramCallback(self))
         mean, std = (s.to(args.device).view(-1, 1, 1) for s in data.channel_statistics)
         self._scale, self._offset = 1 / (255 * std), -mean / std
-        self._since_last_log = BatchMeter(args.world_size)
-        self._clock = time.perf_counter()
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """Train until the last epoch or the early stop, then load the best weights; see `ResumableTrainer.train`."""
@@ -188,7 +187,7 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
         outputs = self.outputs(model, self.prepare_images(inputs["images"], model.training))
         losses = self.losses(outputs, inputs["labels"])
         if model.training:
-            self._since_last_log.add(losses, _logits(outputs), inputs["labels"])
+            self._since_last_log.add(losses, first_logits(outputs), inputs["labels"])
         return (losses["loss"], outputs) if return_outputs else losses["loss"]
 
     @torch.no_grad()
@@ -207,11 +206,13 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """The config's plain optimizer, with weight decay on every parameter."""
         if self.optimizer is None:
-            config, args, parameters = self.config, self.args, [*(model or self.model).parameters()]
-            knobs = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
-            knobs = {"momentum": 0.9} if config.optimizer == "sgd" else knobs
-            knobs |= {"lr": config.learning_rate, "weight_decay": config.weight_decay, "fused": True}
-            self.optimizer = _OPTIMIZERS[config.optimizer](parameters, **knobs)
+            config, args = self.config, self.args
+            options = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "fused": True}
+            if config.optimizer == "sgd":
+                options |= {"momentum": 0.9}
+            else:
+                options |= {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+            self.optimizer = _OPTIMIZERS[config.optimizer]([*(model or self.model).parameters()], **options)
         return self.optimizer
 
     def _load_optimizer_and_scheduler(self, checkpoint):
@@ -254,7 +255,7 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
         metrics = {name: value.item() for name, value in self.losses(outputs, labels).items()}
         if not math.isfinite(metrics["loss"]):
             raise self._not_finite(f"evaluation loss is {metrics['loss']}")
-        return metrics | {"accuracy": (_logits(outputs).argmax(1) == labels).double().mean().item()}
+        return metrics | {"accuracy": (first_logits(outputs).argmax(1) == labels).double().mean().item()}
 
     def _not_finite(self, what: str, where: str = "") -> NonFiniteLossError:
         return NonFiniteLossError(
@@ -271,8 +272,9 @@ def sanity_check(trainer: StreamlinedTrainer) -> None:
     Raises SanityCheckError: which of these fails, what the network was given, and the original error.
     """
     args, model, images = trainer.args, trainer.model, len(trainer.train_dataset)
-    batch, evaluated = args.train_batch_size, (len(trainer.eval_dataset) - 1) % args.eval_batch_size + 1
-    full, last = min(images, batch // args.world_size), (images - 1) % batch + 1
+    batch, full = args.train_batch_size, min(images, args.train_batch_size // args.world_size)
+    last = _in_last_batch(images, batch)
+    evaluated = _in_last_batch(len(trainer.eval_dataset), args.eval_batch_size)
     with untouched(trainer):
         trainer._since_last_log = BatchMeter()
         if args.bf16 or args.fp16:  # accelerate does this when the training begins
@@ -281,14 +283,18 @@ def sanity_check(trainer: StreamlinedTrainer) -> None:
         _try(trainer, "a full batch", trainer.train_dataset, full)
         if last < full and args.world_size == 1:  # several processes fill it up
             nearby = range(max(last + 1, batch - 8), batch + 9)
-            fuller = max(nearby, key=lambda size: ((images - 1) % size + 1) / size)
-            advice = f". Use batch_size = {fuller}, whose last batch has {(images - 1) % fuller + 1} images"
+            fuller = max(nearby, key=lambda size: _in_last_batch(images, size) / size)
+            advice = f". Use batch_size = {fuller}, whose last batch has {_in_last_batch(images, fuller)} images"
             _try(trainer, "the last batch of an epoch", trainer.train_dataset, last, advice)
         try:
             model.load_state_dict(safetensors.torch.load(safetensors.torch.save(contiguous_weights(model))))
         except Exception as error:
             reason = f"its state_dict() must hold ordinary tensors only ({type(error).__name__}: {error})"
             raise SanityCheckError(f"no checkpoint of {type(model).__name__} can be loaded: {reason}") from error
+
+
+def _in_last_batch(images: int, batch_size: int) -> int:
+    return (images - 1) % batch_size + 1
 
 
 def _try(trainer: StreamlinedTrainer, what: str, dataset: ImageBatches, size: int, advice: str = "") -> None:
@@ -302,7 +308,7 @@ def _try(trainer: StreamlinedTrainer, what: str, dataset: ImageBatches, size: in
             loss.backward()
             return
         _, outputs, labels = trainer.prediction_step(model.eval(), batch, prediction_loss_only=False)
-        logits = _logits(outputs)
+        logits = first_logits(outputs)
         if not isinstance(logits, torch.Tensor) or logits.ndim != 2 or len(logits) != size:
             raise TypeError("a network must return logits (images × classes), or a tuple that begins with them")
         if (number := logits.shape[1]) != data.num_classes:
@@ -316,10 +322,6 @@ def _try(trainer: StreamlinedTrainer, what: str, dataset: ImageBatches, size: in
         if isinstance(error, MemoryError) or any(sign in str(error) for sign in _OUT_OF_MEMORY):
             words = f"{what} ({size} images) does not fit into memory: use a smaller batch_size or image_size"
         raise SanityCheckError(words + advice) from error
-
-
-def _logits(outputs: Outputs) -> torch.Tensor:
-    return outputs[0] if isinstance(outputs, tuple) else outputs
 
 
 def _as_it_is(batch):

@@ -71,8 +71,3 @@ def test_the_draws_are_uniform_for_each_image_in_the_order_in_which_the_publishe
     expected = torch.stack([image.flip(-1) if flip else image for image, flip in zip(images, flips, strict=True)])
     assert 0 < sum(flips) < 16
     assert torch.equal(augment(images, horizontal_flip=True, generator=generator.manual_seed(3)), expected)
-
-
-def test_when_nothing_is_asked_for_nothing_changes():
-    images = torch.rand(4, 1, 8, 8)
-    assert augment(images) is images

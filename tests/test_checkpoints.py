@@ -294,7 +294,7 @@ def test_a_planted_pickle_is_not_executed(name, build, tmp_path):
     (planted,) = stopped(build, 1)
     torch.save(Malicious(tmp_path / "executed"), planted / name)
     (planted / "manifest.json").unlink()
-    seal(planted.rename(planted.parent / UNFINISHED / planted.name), planted, keep=2)
+    seal(planted.rename(planted.parent / UNFINISHED / planted.name), planted)
     with pytest.raises(Exception, match="Weights only load failed"):
         trained(build, "interrupted")
     assert not (tmp_path / "executed").exists()
@@ -312,7 +312,7 @@ def test_the_newest_checkpoints_stay_by_number(tmp_path):
     for step in (8, 9, 10, 100, 100):
         (written := tmp_path / UNFINISHED / f"checkpoint-{step}").mkdir(parents=True)
         (written / "näme mit Leerzeichen").write_bytes(b"content")
-        seal(written, tmp_path / written.name, keep=2)
+        seal(written, tmp_path / written.name)
     assert [path.name for path in checkpoints_in(tmp_path)] == ["checkpoint-100", "checkpoint-10"]
     assert (tmp_path / "checkpoint-of-mine").is_dir()
 

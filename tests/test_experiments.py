@@ -153,6 +153,7 @@ def test_experiments_can_be_divided_and_joined_if_they_agree_on_the_data_and_wha
     for changed in (
         replace(narrow, config=replace(finished.config, learning_rate=0.1), runs={}),
         replace(narrow, runs={("narrow", 0): finished.runs["wide", 0]}),
+        replace(narrow, runs={("narrow", 7): finished.runs["wide", 0]}),
     ):
         with pytest.raises(ValueError, match=r"\['narrow'\] differently"):
             finished | changed
@@ -220,6 +221,9 @@ def test_a_student_of_a_grid_is_trained_as_it_would_be_alone_with_the_teacher_of
     trainer = partial(KnowledgeDistillationTrainer, teacher=teacher, temperature=4, alpha=0.5)
     alone = train_or_load(MODELS["narrow"], replace(config_in(tmp_path), seed=1), tiny_data, trainer_class=trainer)
     assert timeless(alone) == timeless(distilled.runs["T = 4, α = 0.5", 1])
+    assert list(finished.distil("narrow", "wide", [1, 4], 0.5).models) == cells[::2]
+    halves = [replace(distilled, runs={k: run for k, run in distilled.runs.items() if k[1] == s}) for s in SEEDS]
+    assert (halves[0] | halves[1]).runs == distilled.runs
 
 
 def test_a_student_whose_teacher_failed_has_failed_and_the_others_are_trained(finished, tmp_path):

@@ -202,6 +202,7 @@ def test_a_published_run_is_found_without_its_weights_unless_these_are_needed(co
     message = f"{run.path.name} .MLP on tiny, seed 0. was published without its weights. Train it .* weights=True"
     with pytest.raises(ValueError, match=message):
         run.load_weights(tiny_mlp())
+    publish(finished, Path(config.output_dir))
     assert timeless(train_or_load(tiny_mlp, config, tiny_data, weights=True)) == timeless(finished)
 
 

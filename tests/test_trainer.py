@@ -435,12 +435,19 @@ def test_without_a_checkpoint_folder_each_trainer_has_one_that_goes_with_it(buil
     assert not any(folder.exists() for folder in folders)
 
 
-def test_an_epoch_that_a_callback_breaks_off_does_not_rewrite_the_one_before(build):
+def test_an_epoch_that_a_callback_breaks_off_and_evaluations_within_one_rewrite_no_epoch(build):
     class StopInEpoch3(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
+            broken_off.evaluate()
             control.should_training_stop = state.global_step == 2 * STEPS + 1
+            control.should_evaluate = state.global_step == 1 and broken_off.asks
 
-    whole, broken_off = build(config(num_epochs=2)), build(config(num_epochs=4), callbacks=[StopInEpoch3()])
+    knobs, calls = partial(config, **NOTHING_RANDOM), {2: [], 4: [StopInEpoch3()]}
+    whole, broken_off = (build(knobs(num_epochs=n), small_mlp(dropout=0.0), callbacks=calls[n]) for n in calls)
     whole.train()
+    broken_off.asks = False
     broken_off.train()
     assert timeless(broken_off)[:2] == timeless(whole)
+    broken_off.asks = True
+    with pytest.raises(ValueError, match="a callback asks to evaluate or to log within an epoch"):
+        broken_off.train()
