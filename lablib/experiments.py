@@ -285,14 +285,7 @@ def experiment(
                     paths[key] = Path(config.output_dir, run_name(identity))
             except Exception as error:
                 _note_failure(result, key, *_line_and_trace(error))
-        if _imbalance(data) > UNBALANCED:
-            times = f"The largest class of {data.name} has {_imbalance(data):.0f} times the images of the smallest"
-            warnings.warn(f"{times}; see also the balanced accuracy, the mean over classes.", stacklevel=1)  # once
-        places = {str(run.path.parent).removeprefix(f"{Path.cwd()}{os.sep}") for run in result.runs.values()}
-        where = f" from {' and '.join(sorted(places))}" if places else ""
-        begun = sum(any(path.glob("checkpoints/checkpoint-*")) for path in paths.values())
-        resumed = f", {begun} of them to resume" if begun else ""
-        print(f"{len(result.runs)} of {len(keys)} runs loaded{where}, {len(tasks)} to train{resumed}", flush=True)
+        _announce(result, paths, len(keys))
         if tasks:
             if messages:
                 messages.begin(paths)
@@ -304,6 +297,18 @@ def experiment(
             raise RuntimeError(f"{failed}: {'; '.join(why)}")
         print(f"{failed}: {', '.join(dict.fromkeys(name for name, _ in result.failures))}", flush=True)
     return result
+
+
+def _announce(result: Experiment, paths: dict[Key, Path], number: int):
+    """Say how many of the runs are loaded, from where, and how many are to be trained."""
+    if (imbalance := _imbalance(result.data)) > UNBALANCED:
+        times = f"The largest class of {result.data.name} has {imbalance:.0f} times the images of the smallest"
+        warnings.warn(f"{times}; see also the balanced accuracy, the mean over classes.", stacklevel=1)  # once
+    places = {str(run.path.parent).removeprefix(f"{Path.cwd()}{os.sep}") for run in result.runs.values()}
+    where = f" from {' and '.join(sorted(places))}" if places else ""
+    begun = sum(any(path.glob("checkpoints/checkpoint-*")) for path in paths.values())
+    resumed = f", {begun} of them to resume" if begun else ""
+    print(f"{len(result.runs)} of {number} runs loaded{where}, {len(paths)} to train{resumed}", flush=True)
 
 
 def _imbalance(data: ImageData) -> float:
