@@ -36,7 +36,7 @@ class ImageData:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
             tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        vars(self).update(tensors, _arrays=[*arrays.values()])  # the dataclass is frozen
+        vars(self).update(tensors, _arrays=[*arrays.values()], _hashed=(None, ""))  # the dataclass is frozen
         if self.num_classes < 2:
             raise ValueError(f"{self.name} has {self.num_classes} class; a classifier needs at least two")
         for part in ("train", "test"):
@@ -82,20 +82,25 @@ class ImageData:
         mean, std = (s.view(-1, 1, 1) for s in self.channel_statistics)
         return (images.float() / 255 - mean) / std
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         """SHA-256 over every image, label and class name: two data sets with the same one are the same."""
-        digest = hashlib.sha256(repr((self.image_shape, self.class_names)).encode())
-        for array in self._arrays:
-            digest.update(np.ascontiguousarray(array))
-        return digest.hexdigest()
+        parts = self.train_images, self.train_labels, self.test_images, self.test_labels
+        versions = [part._version for part in parts]  # PyTorch counts the changes in place
+        if self._hashed[0] != versions:
+            digest = hashlib.sha256(repr((self.image_shape, self.class_names)).encode())
+            for array in self._arrays:
+                digest.update(np.ascontiguousarray(array))
+            vars(self).pop("channel_statistics", None)
+            vars(self)["_hashed"] = versions, digest.hexdigest()
+        return self._hashed[1]
 
     def __identity__(self) -> list[str]:
         return [self.name, self.fingerprint]
 
     def __reduce__(self):
         # joblib shares an array with its workers instead of copying it, and recognises by its identity one it has seen
-        known = {"fingerprint": self.fingerprint, "channel_statistics": self.channel_statistics}
+        known = {"_hashed": ([0] * 4, self.fingerprint), "channel_statistics": self.channel_statistics}
         return ImageData, (self.name, *self._arrays, self.class_names), known
 
 
@@ -135,6 +140,11 @@ class ShuffledBatches(Sampler):
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         yield from torch.randperm(self.length, generator=generator).to(self.device).split(self.batch_size)
         self.epoch += 1
+
+
+def fixed_sample(length: int, number: int) -> torch.Tensor:
+    """At most `number` of the indices below `length`, sorted, always the same random ones: data may lie by class."""
+    return torch.randperm(length, generator=torch.Generator().manual_seed(0))[:number].sort().values
 
 
 def stratified_split(labels: torch.Tensor, validation_split: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:

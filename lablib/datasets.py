@@ -56,6 +56,8 @@ def load_data(
     if size is not None and not (len(size) == 2 and all(isinstance(s, int) and s > 0 for s in size)):
         raise ValueError(f"image_size = {image_size!r}, but it must be a number of pixels above 0, or two")
     key = str(name).lower().replace("-", "").replace("_", "")
+    if key in DATASET_NAMES and Path(name, "train").is_dir():
+        raise ValueError(f"{str(name)!r} is a known data set and also a folder here; write './{name}' for the folder")
     if key == "digits":
         return _digits(size or (28, 28), channels or 1)
     if key in _TORCHVISION:
@@ -131,7 +133,8 @@ def _from_folder(folder: Path, size, channels: int) -> ImageData:
     paths = [path for path, _ in files]
     labels = np.array([label for _, label in files], dtype=np.int64)
     stats = map(os.stat, paths)
-    status = [(p.removeprefix(str(folder)), s.st_size, s.st_mtime_ns) for p, s in zip(paths, stats, strict=True)]
+    names = [path.removeprefix(str(folder)) for path in paths]
+    status = [(n, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for n, s in zip(names, stats, strict=True)]
     key = hashlib.sha256(repr((_PIXELS, status)).encode()).hexdigest()[:16]
     kind = f"{'x'.join(map(str, size)) if size else 'anysize'}-{'grey' if channels == 1 else 'rgb'}"
     images = _pixels(paths, size, channels, folder / f".lablib-{kind}-{key}.npy")

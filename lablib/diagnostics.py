@@ -7,9 +7,11 @@ import pandas as pd
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torchvision.models.resnet import BasicBlock
 
 from lablib.hardware import untouched
 from lablib.metrics import first_logits
+from lablib.models import ResidualBlock
 
 
 def gradient_norms(
@@ -23,9 +25,11 @@ def gradient_norms(
     `outputs(model, images)` gives the logits, or a tuple that begins with them, where `model(images)` does not.
     Raises ValueError if the model has no such layer.
     """
-    layers = {n: m.weight for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd))}
     # a projection is the shortcut's, not a layer on the way through F
-    layers = {name: weight for name, weight in layers.items() if not name.endswith(("projection", "downsample.0"))}
+    shortcuts = [m.projection for m in model.modules() if isinstance(m, ResidualBlock)]
+    shortcuts += [m.downsample[0] for m in model.modules() if isinstance(m, BasicBlock) and m.downsample]
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd))}
+    layers = {name: layer.weight for name, layer in layers.items() if layer not in shortcuts}
     if not layers:
         raise ValueError(f"{type(model).__name__} has no linear or convolutional layers to measure")
     images, labels = batch

@@ -59,10 +59,11 @@ class Experiment:
         """
         if other.data.fingerprint != self.data.fingerprint:
             raise ValueError(f"experiments on {self.data.name} and {other.data.name}; they must be on the same data")
-        both = self.models.keys() & other.models.keys()
+        both, shared = self.models.keys() & other.models.keys(), self.runs.keys() & other.runs.keys()
         ways = {(name, run.how_trained()) for e in (self, other) for (name, _), run in e.runs.items() if name in both}
         mine, theirs = ({**e.config.identity(), "seed": 0} for e in (self, other))
-        if (both and mine != theirs) or len(ways) > len({name for name, _ in ways}):
+        same = all(self.runs[key].path.name == other.runs[key].path.name for key in shared)
+        if (both and mine != theirs) or len(ways) > len({name for name, _ in ways}) or not same:
             raise ValueError(f"the experiments trained {sorted(both)} differently; rename them in one of the two")
         joined = {name: getattr(self, name) | getattr(other, name) for name in ("models", "runs", "failures")}
         return replace(self, seeds=tuple(sorted({*self.seeds, *other.seeds})), **joined)
@@ -169,12 +170,14 @@ class Experiment:
         """
         from lablib.distillation import KnowledgeDistillationTrainer  # with transformers, which takes seconds
 
-        several = isinstance(temperature, Sequence) or isinstance(alpha, Sequence)
+        several = np.ndim(temperature) or np.ndim(alpha)
         pairs = product(np.ravel(temperature).tolist(), np.ravel(alpha).tolist())
         students = {f"T = {t:g}, α = {a:g}" if several else name: {"temperature": t, "alpha": a} for t, a in pairs}
         seeds = self.seeds if seeds is None else _seeds(seeds)
         failed = {seed: self.failures[teacher, seed] for seed in seeds if (teacher, seed) in self.failures}
-        taught = [seed for seed in seeds if seed not in failed] or seeds
+        taught = [seed for seed in seeds if seed not in failed]
+        if not taught:
+            raise RuntimeError(f"all teachers failed: {'; '.join(dict.fromkeys(failed.values()))}")
         teachers = {seed: TrainedModel(self.runs[teacher, seed], self.models[teacher]) for seed in taught}
         trainers = {
             (cell, seed): partial(KnowledgeDistillationTrainer, teacher=teachers[seed], **knobs)
@@ -285,6 +288,7 @@ def experiment(
                     paths[key] = Path(config.output_dir, run_name(identity))
             except Exception as error:
                 _note_failure(result, key, *_line_and_trace(error))
+        _refuse_twins({key: run.path.name for key, run in result.runs.items()} | {k: p.name for k, p in paths.items()})
         _announce(result, paths, len(keys))
         if tasks:
             if messages:
@@ -297,6 +301,15 @@ def experiment(
             raise RuntimeError(f"{failed}: {'; '.join(why)}")
         print(f"{failed}: {', '.join(dict.fromkeys(name for name, _ in result.failures))}", flush=True)
     return result
+
+
+def _refuse_twins(names: dict[Key, str]):
+    """Raise ValueError if two models are one: each would look like a result of its own."""
+    first = {}
+    for key, name in names.items():
+        if (twin := first.setdefault(name, key)) != key:
+            advice = "a lambda in a loop sees the last value only; write functools.partial(Network, width) there"
+            raise ValueError(f"the models {twin[0]!r} and {key[0]!r} are the same network, trained alike ({advice})")
 
 
 def _announce(result: Experiment, paths: dict[Key, Path], number: int):
@@ -364,7 +377,8 @@ def _train_all(result: Experiment, tasks: dict[Key, tuple], paths: dict[Key, Pat
 def _train_one(key: Key, build_model, config, data, trainer_class, identity, callbacks, weights: bool, parent: int):
     """A run's key, the run, and its error; neither if it was interrupted in a worker process."""
     Interruption.parent = parent if os.getppid() == parent else None  # a worker's training ends with its parent
-    more = {"callbacks": copy.deepcopy(callbacks), "weights": weights, "identity": identity}
+    trainer_class, callbacks = copy.deepcopy((trainer_class, callbacks))  # as a worker has its own
+    more = {"callbacks": callbacks, "weights": weights, "identity": identity}
     try:
         with _one_training:
             return key, train_or_load(build_model, config, data, trainer_class=trainer_class, **more), None

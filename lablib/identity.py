@@ -10,6 +10,7 @@ import linecache
 import os
 import sys
 import sysconfig
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from enum import Enum
@@ -26,6 +27,7 @@ from lablib.config import TrainingConfig
 from lablib.data import ImageData
 from lablib.hardware import resolve_precision
 
+_BEGAN = time.time()
 _SCHEME = 2  # raise it when a change to lablib makes the runs in a store answer another question
 _OF_EVERY_MODULE = {*vars(nn.Module()), "_hub_mixin_config"}
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
@@ -177,15 +179,19 @@ def describe(value: Any, where: str, _above: tuple[int, ...] = (), _code: dict |
 
 
 def _layers(model: nn.Module, inside: Callable) -> dict[str, Any]:
-    """Classes and attributes of all modules, what hooks them, what is frozen, and the digest of the weights."""
-    layers = {}
+    """Classes and attributes of all modules, in order, what hooks them, what is frozen, and the weights' digest."""
+    layers, frozen, marked = [], [], {}
     for name, module in model.named_modules(remove_duplicate=False):
         own, place = not all(map(_installed, type(module).__mro__)), f".{name}" if name else ""
         held = {n: v for n, v in vars(module).items() if n not in _OF_EVERY_MODULE and (own or n[0] != "_")}
         held |= {n: list(vars(module)[n].values()) for n in _HOOKS if vars(module)[n]}
-        layers[name] = [inside(type(module), place), {n: inside(v, f"{place}.{n}") for n, v in sorted(held.items())}]
-    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
-    return {"layers": layers, "frozen": frozen, "weights": weights_digest(model)}
+        held = {n: inside(v, f"{place}.{n}") for n, v in sorted(held.items())}
+        layers.append([name, inside(type(module), place), held])
+    for name, parameter in model.named_parameters():
+        hooks = [*(parameter._backward_hooks or {}).values(), *(parameter._post_accumulate_grad_hooks or {}).values()]
+        frozen += [] if parameter.requires_grad else [name]
+        marked |= {name: inside([hooks, vars(parameter)], f".{name}")} if hooks or vars(parameter) else {}
+    return {"layers": layers, "frozen": frozen, "marked": marked, "weights": weights_digest(model)}
 
 
 def _class(cls: type, inside: Callable) -> Any:
@@ -217,6 +223,8 @@ def _function(function: FunctionType, inside: Callable) -> Any:
             f"the source of the function {function.__qualname__} is not found in {code.co_filename}. Define it in a "
             "file or in a notebook's cell, on a line of its own"
         )
+    if not _is_current(code):
+        raise TypeError(f"{code.co_filename} was changed after {function.__qualname__} was imported; restart Python")
     names = {part.id for part in ast.walk(node) if isinstance(part, ast.Name)} & _names(code)
     known = {name: value for name, value in function.__globals__.items() if name in names and name[:2] != "__"}
     return {
@@ -229,7 +237,20 @@ def _function(function: FunctionType, inside: Callable) -> Any:
 
 def _names(code: CodeType) -> set[str]:
     """The global names that a function and those within it may look up, and the attributes."""
-    return {*code.co_names}.union(*(_names(part) for part in code.co_consts if isinstance(part, CodeType)))
+    return {name for part in _codes(code) for name in part.co_names}
+
+
+def _codes(code: CodeType) -> list[CodeType]:
+    """A code object and those within it."""
+    return [code, *(inner for part in code.co_consts if isinstance(part, CodeType) for inner in _codes(part))]
+
+
+def _is_current(code: CodeType) -> bool:
+    """Whether a file that has been written since Python began still has the code that was imported from it."""
+    file = Path(code.co_filename)
+    if not file.exists() or file.stat().st_mtime < _BEGAN:  # of a notebook's cell there is no file
+        return True
+    return code in _codes(compile("".join(linecache.getlines(str(file))), str(file), "exec", dont_inherit=True))
 
 
 def _definition(code: CodeType) -> ast.AST | None:
@@ -267,7 +288,8 @@ def _installed(thing: type | FunctionType) -> str | None:
     """The name of what Python, an installed package or lablib defines; None for what is the user's own."""
     # a decorator may have changed a function's `__module__`
     module = thing.__module__ if isinstance(thing, type) else thing.__globals__.get("__name__", "")
-    return f"{module.partition('.')[0]}.{thing.__qualname__}" if _is_installed(module) else None
+    shown = "lablib" if module.partition(".")[0] == "lablib" else module  # lablib's modules may move
+    return f"{shown}.{thing.__qualname__}" if _is_installed(module) else None
 
 
 @cache

@@ -30,9 +30,12 @@ class BatchMeter:
         """Add one batch: its mean losses, its logits (batch × classes) and labels (batch)."""
         if len(self) and self._names != [*losses]:
             raise ValueError(f"`losses` gave {self._names} for one batch and {[*losses]} for another; always give all")
+        if unnamed := [name for name in losses if not name.endswith("loss")]:
+            raise ValueError(f"`losses` gave {unnamed[0]!r}; the names of its terms must end in 'loss'")
         self._names = [*losses]
         self._sizes.append(len(labels))
-        self._rows.append(torch.stack([*losses.values(), (logits.argmax(1) == labels).sum()])[None])
+        values = [*losses.values(), (logits.argmax(1) == labels).sum()]
+        self._rows.append(torch.stack([value.float() for value in values])[None])
         if len(self._rows) == 64:  # many small tensors would fragment the memory between the tensors of a step
             self._rows = [torch.cat(self._rows)]
 

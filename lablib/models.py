@@ -14,12 +14,17 @@ from torchvision.models.resnet import BasicBlock
 from torchvision.ops import Conv2dNormActivation
 
 
-def _check(**sizes: object):
-    """Only positive whole numbers: PyTorch would build layers of 0 or True units without a word."""
+def _check(dropout: object = 0.0, shortcut: object = True, **sizes: object):
+    """Only positive whole numbers, since PyTorch would build layers of 0 or True units without a word.
+
+    And no scalars of NumPy, since the Hub's mixin would remember the default in place of what JSON does not know.
+    """
     for name, value in sizes.items():
-        numbers = value if isinstance(value, Sequence) else [value]
+        numbers = value if isinstance(value, (tuple, list)) else [value]
         if not numbers or not all(type(number) is int and number > 0 for number in numbers):
             raise ValueError(f"{name} = {value!r}, but whole numbers above 0 are needed")
+    if type(dropout) not in (float, int) or type(shortcut) is not bool:
+        raise ValueError(f"{dropout = } and {shortcut = }, but a number and True or False of Python are needed")
 
 
 class MLP(nn.Module, PyTorchModelHubMixin):
@@ -40,7 +45,7 @@ class MLP(nn.Module, PyTorchModelHubMixin):
         super().__init__()
         if initialisation not in (None, "he"):
             raise ValueError(f'initialisation = {initialisation!r}, but it must be None or "he"')
-        _check(hidden_sizes=hidden_sizes)
+        _check(dropout, hidden_sizes=hidden_sizes, image_shape=image_shape, num_classes=num_classes)
         sizes = [math.prod(image_shape), *hidden_sizes]
         layers = []
         for in_features, out_features in pairwise(sizes):
@@ -90,7 +95,7 @@ class ResidualMLP(nn.Module, PyTorchModelHubMixin):
         shortcut: bool = True,
     ):
         super().__init__()
-        _check(hidden_sizes=hidden_sizes)
+        _check(dropout, shortcut, hidden_sizes=hidden_sizes, image_shape=image_shape, num_classes=num_classes)
         sizes = [math.prod(image_shape), *hidden_sizes]
         self.blocks = nn.ModuleList(ResidualBlock(i, o, dropout, shortcut) for i, o in pairwise(sizes))
         self.classifier = nn.Linear(sizes[-1], num_classes)
@@ -107,7 +112,7 @@ class _CNN(nn.Module):
 
     def __init__(self, stage: Callable, depth: int, width: int, image_shape: Sequence[int], num_classes: int):
         super().__init__()
-        _check(depth=depth, width=width)
+        _check(depth=depth, width=width, image_shape=image_shape, num_classes=num_classes)
         if min(image_shape[1:]) < 2**depth:
             size, least = "images of {1} × {2} pixels".format(*image_shape), 2**depth
             raise ValueError(f"{size} are too small for depth {depth}; the smallest are {least} × {least}")
@@ -157,6 +162,7 @@ class ResidualCNN(_CNN, PyTorchModelHubMixin):
         num_classes: int = 10,
         shortcut: bool = True,
     ):
+        _check(shortcut=shortcut)
         super().__init__(partial(_residual_stage, shortcut=shortcut), depth, width, image_shape, num_classes)
 
 
@@ -170,8 +176,9 @@ def _residual_stage(in_channels: int, out_channels: int, shortcut: bool) -> nn.S
 def export_onnx(model: nn.Module, path: str | Path, image_shape: Sequence[int]):
     """Write a model in eval mode and float32 as one ONNX file, for batches of any size; the model stays as it was.
 
-    Input `images` (float32, batch × channels × height × width), output `logits`; `image_shape` is (channels, height,
-    width). Needs the packages onnx and onnxscript. Raises what `torch.export.export` and `torch.onnx.export` raise.
+    Input `images` (float32, batch × channels × height × width, as `ImageData.normalise` gives them), output `logits`;
+    `image_shape` is (channels, height, width). Needs the packages onnx and onnxscript. Raises what
+    `torch.export.export` and `torch.onnx.export` raise.
     """
     exported = copy.deepcopy(model).cpu().float().eval()
     images = torch.zeros(2, *image_shape)  # a batch of 1 would be taken for a constant

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from lablib.checkpoints import check_writable, contiguous_weights, write_atomically
 from lablib.config import TrainingConfig, num_processes
-from lablib.data import ImageData
+from lablib.data import ImageData, fixed_sample
 from lablib.diagnostics import gradient_norms
 from lablib.identity import build_seeded, run_identity, run_name, sha256
 from lablib.metrics import best_row, first_logits, history
@@ -33,7 +33,6 @@ Key = tuple[str, int]  # a run's model and seed
 
 PUBLISHED = Path(__file__).resolve().parents[1] / "results" / "runs"  # runs that every checkout has, without weights
 _WEIGHTS = "model.safetensors"
-_GRADIENT_IMAGES = 256
 _COLUMNS = ["run", "state", "dataset", "seed", "epochs", "val_accuracy", "test_accuracy", "mib", "notes"]
 
 
@@ -54,12 +53,18 @@ class Run:
         return (self.path / _WEIGHTS).exists()
 
     def how_trained(self) -> str:
-        """The run's identity without what differs from seed to seed, as JSON."""
-        text = (self.path / "identity.json").read_text()
-        identity = json.loads(text, object_hook=lambda part: {} if part.keys() == {"run"} else part)  # a teacher's run
+        """The run's identity without what differs from seed to seed, as JSON; a teacher counts by its own."""
+        identity = json.loads((self.path / "identity.json").read_text(), object_hook=self._with_teacher)
         identity["config"].pop("seed", None)
         identity["model"].pop("content", None)  # the initial weights
         return json.dumps(identity, sort_keys=True)
+
+    def _with_teacher(self, part: dict) -> dict:
+        """A part of the identity; a teacher's run becomes the way in which it was trained."""
+        for folder in (self.path.parent, PUBLISHED) if part.keys() == {"run"} else ():
+            if (path := folder / part["run"] / "identity.json").exists():
+                return {"run": Run(path.parent, {}, []).how_trained()}
+        return part
 
     def load_weights(self, model: nn.Module) -> nn.Module:
         """Put the best epoch's weights into a model of the run's architecture and return it in eval mode.
@@ -79,9 +84,10 @@ class Run:
         """What was measured with the best weights.
 
         `test_class` (int16) and `test_confidence` (float16): the predicted class of each test image and its
-        probability. `answers` (float16, images × classes): the logits of the first validation images.
-        `gradient_initial` and `gradient_trained` (float32): root mean square of the gradient by layer over the first
-        training images, see `diagnostics.gradient_norms`; missing if the model has no linear or convolutional layers.
+        probability. `validation_logits` (float16, images × classes): the logits of some validation images, those at the
+        places `validation_images` (int64). `gradient_initial` and `gradient_trained` (float32): root mean square of the
+        gradient by layer over some training images, see `diagnostics.gradient_norms`; missing if the model has no
+        linear or convolutional layers.
         """
         with np.load(self.path / "measured.npz") as arrays:
             return dict(arrays)
@@ -247,14 +253,15 @@ def _result(trainer, rows: list[dict], test: dict[str, float]) -> dict[str, Any]
 def _measured(trainer, logits, initial_model: nn.Module) -> bytes:
     device, train, validation = trainer.args.device, trainer.train_dataset, trainer.eval_dataset
     confidence, predicted = torch.from_numpy(first_logits(logits)).double().softmax(1).max(1)
-    number = min(len(validation), max(8, 1000 // trainer.data.num_classes))
-    _, answers, _ = trainer.prediction_step(trainer.model, validation.__getitems__(range(number)), False)
+    shown = fixed_sample(len(validation), max(8, 1000 // trainer.data.num_classes))
+    _, answers, _ = trainer.prediction_step(trainer.model, validation.__getitems__(shown), False)
     arrays = {
         "test_class": predicted.numpy().astype(np.int16),
         "test_confidence": confidence.numpy().astype(np.float16),
-        "answers": first_logits(answers).float().cpu().numpy().astype(np.float16),
+        "validation_images": shown.numpy(),
+        "validation_logits": first_logits(answers).float().cpu().numpy().astype(np.float16),
     }
-    batch = train.__getitems__(range(min(_GRADIENT_IMAGES, len(train))))
+    batch = train.__getitems__(fixed_sample(len(train), 256))
     batch = trainer.prepare_images(batch["images"].to(device), training=False), batch["labels"].to(device)
     model = initial_model.to(device)  # in float32, unlike the trained one after bf16 or fp16
     with suppress(Exception):  # a model without layers to measure

@@ -207,10 +207,13 @@ def readable_table(table: pd.DataFrame) -> pd.DataFrame:
 def recommend(table: pd.DataFrame) -> str:
     """The smallest model of a `results_table` within one standard error of the best, by validation accuracy.
 
-    This is the one-standard-error rule (Breiman et al., Classification and Regression Trees, 1984). Where some models
-    have several seeds, those with one are no candidates: they may be lucky. Raises ValueError if no model has a result.
+    This is the one-standard-error rule (Breiman et al., Classification and Regression Trees, 1984). Models with a
+    single seed or with failed runs may be lucky; they are no candidates where there are others. Raises ValueError if no
+    model has a result.
     """
     finished = table[table["n"] >= min(2, table["n"].max())].dropna(subset="val_accuracy_mean")
+    if "error" in finished and len(whole := finished[finished["error"].fillna("") == ""]):
+        finished = whole
     if finished.empty:
         raise ValueError("no finished runs, so no model can be recommended")
     best = finished.loc[finished["val_accuracy_mean"].idxmax()]

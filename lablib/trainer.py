@@ -17,7 +17,7 @@ import transformers
 from accelerate.utils import broadcast, convert_outputs_to_fp32
 from torch import nn
 from torch.nn import functional as F
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, EvalPrediction, PrinterCallback, TrainerCallback
 from transformers.trainer_pt_utils import nested_numpify
@@ -253,7 +253,7 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
         arrays, device = (prediction.predictions, prediction.label_ids), self.args.device  # of tensors in `losses` too
         outputs, labels = tree_map(lambda array: torch.from_numpy(array).to(device), arrays)
         metrics = {name: value.item() for name, value in self.losses(outputs, labels).items()}
-        if not math.isfinite(metrics["loss"]):
+        if self.is_in_train and not math.isfinite(metrics["loss"]):  # a test's may be: nothing is lost then
             raise self._not_finite(f"evaluation loss is {metrics['loss']}")
         return metrics | {"accuracy": (first_logits(outputs).argmax(1) == labels).double().mean().item()}
 
@@ -281,6 +281,8 @@ def sanity_check(trainer: StreamlinedTrainer) -> None:
             model.forward = convert_outputs_to_fp32(trainer.accelerator.autocast()(model.forward))
         _try(trainer, "an evaluation", trainer.eval_dataset, min(evaluated, 16))
         _try(trainer, "a full batch", trainer.train_dataset, full)
+        if not len(trainer._since_last_log):
+            raise SanityCheckError("compute_loss recorded nothing; override `losses` or `outputs` instead of it")
         if last < full and args.world_size == 1:  # several processes fill it up
             nearby = range(max(last + 1, batch - 8), batch + 9)
             fuller = max(nearby, key=lambda size: _in_last_batch(images, size) / size)
@@ -309,8 +311,10 @@ def _try(trainer: StreamlinedTrainer, what: str, dataset: ImageBatches, size: in
             return
         _, outputs, labels = trainer.prediction_step(model.eval(), batch, prediction_loss_only=False)
         logits = first_logits(outputs)
-        if not isinstance(logits, torch.Tensor) or logits.ndim != 2 or len(logits) != size:
+        if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
             raise TypeError("a network must return logits (images × classes), or a tuple that begins with them")
+        if not all(isinstance(part, torch.Tensor) and part.shape[:1] == (size,) for part in tree_leaves(outputs)):
+            raise TypeError("each output must be a tensor whose first dimension is the images")
         if (number := logits.shape[1]) != data.num_classes:
             raise ValueError(f"the network has {number} outputs, but {data.name} has {data.num_classes} classes")
         trainer._evaluated(EvalPrediction(*nested_numpify((outputs, labels))))

@@ -95,6 +95,14 @@ def test_an_unknown_name_and_other_sizes_and_numbers_of_channels_are_refused(arg
         load_data(**arguments)
 
 
+def test_a_folder_that_is_named_as_a_data_set_is_asked_for_by_its_path(folder, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    folder.rename("digits")
+    with pytest.raises(ValueError, match="'digits' is a known data set and also a folder"):
+        load_data("digits")
+    assert load_data("./digits").class_names == ("cat", "dog")
+
+
 def test_a_folder_is_read_as_torchvisions_image_folder_reads_it(folder, tmp_path):
     (folder / "train" / "dog" / "10" / "deep").mkdir(parents=True)
     Image.fromarray(PHOTO).save(folder / "train" / "dog" / "10" / "deep" / "a.PNG")

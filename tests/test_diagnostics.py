@@ -43,17 +43,17 @@ def test_gradient_norms_are_those_of_backward_in_plain_pytorch(batch):
 class WithUnused(nn.Module):
     def __init__(self):
         super().__init__()
-        self.unused, self.convolution = nn.Linear(2, 2), nn.Conv2d(1, 3, 4)
+        self.unused, self.projection = nn.Linear(2, 2), nn.Conv2d(1, 3, 4)
 
     def forward(self, images):
-        return self.convolution(images).flatten(1)
+        return self.projection(images).flatten(1)
 
 
-def test_convolutions_are_layers_too_but_a_projection_is_none(batch):
+def test_convolutions_are_layers_too_but_a_shortcuts_projection_is_none(batch):
     names = gradient_norms(build(ResidualMLP, hidden_sizes=(6, 6, 5)), batch)["name"].tolist()
     assert names == [f"blocks.{block}.residual.{layer}" for block in range(3) for layer in (0, 3)] + ["classifier"]
     table = gradient_norms(WithUnused(), batch)
-    assert table["name"].tolist() == ["unused", "convolution"]
+    assert table["name"].tolist() == ["unused", "projection"]
     assert (table["rms"] > 0).tolist() == [False, True]
     with pytest.raises(ValueError, match="Flatten has no linear or convolutional layers to measure"):
         gradient_norms(nn.Flatten(), batch)

@@ -63,15 +63,6 @@ def test_a_page_is_short_and_linked_from_the_readme(page):
     assert page.name == "README.md" or f"](docs/{page.name})" in (ROOT / "README.md").read_text("utf-8")
 
 
-def test_every_make_target_that_a_page_names_is_there():
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
-    text = "\n".join(page.read_text("utf-8") for page in PAGES)
-    code = "\n".join(re.findall(r"```sh\n.*?```|`[^`\n]+`", text, re.DOTALL))
-    named = set(re.findall(r"\bmake ([a-z-]+)\b", code))
-    assert len(named) > 8
-    assert named <= targets
-
-
 MODULES = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
 
 

@@ -221,9 +221,12 @@ def test_a_student_of_a_grid_is_trained_as_it_would_be_alone_with_the_teacher_of
     trainer = partial(KnowledgeDistillationTrainer, teacher=teacher, temperature=4, alpha=0.5)
     alone = train_or_load(MODELS["narrow"], replace(config_in(tmp_path), seed=1), tiny_data, trainer_class=trainer)
     assert timeless(alone) == timeless(distilled.runs["T = 4, α = 0.5", 1])
-    assert list(finished.distil("narrow", "wide", [1, 4], 0.5).models) == cells[::2]
+    assert list(finished.distil("narrow", "wide", np.array([1, 4]), 0.5).models) == cells[::2]
     halves = [replace(distilled, runs={k: run for k, run in distilled.runs.items() if k[1] == s}) for s in SEEDS]
     assert (halves[0] | halves[1]).runs == distilled.runs
+    renamed = {(cells[0], 1): distilled.runs[cells[3], 1]}
+    with pytest.raises(ValueError, match="differently"):
+        halves[0] | replace(halves[1], runs=renamed)
 
 
 def test_a_student_whose_teacher_failed_has_failed_and_the_others_are_trained(finished, tmp_path):
@@ -233,8 +236,10 @@ def test_a_student_whose_teacher_failed_has_failed_and_the_others_are_trained(fi
     assert list(students.runs) == [("Distilled", 0)]
     assert students.failures == {("Distilled", 1): "its teacher failed: ArithmeticError: no forward today"}
     assert students.frame()["seed"].tolist() == [0, 1]
-    with pytest.raises(KeyError, match="wide"):
+    with pytest.raises(RuntimeError, match="all teachers failed: ArithmeticError"):
         partly.distil("narrow", "wide", 4, 0.7, seeds=[1])
+    with pytest.raises(KeyError, match="7"):
+        partly.distil("narrow", "wide", 4, 0.7, seeds=[7])
 
 
 def test_a_student_is_known_by_its_teachers_run_whether_the_weights_are_there_or_not(finished, distilled, tmp_path):
@@ -287,6 +292,7 @@ def test_seeds_are_a_number_of_them_or_whole_numbers(finished, tiny_data):
         ({"seeds": "012"}, TypeError, "seeds = '012'"),
         ({"seeds": 1.5}, TypeError, "seeds = 1.5"),
         ({"models": {}}, ValueError, "0 models and 1 seeds"),
+        ({"models": dict.fromkeys("ab", MODELS["wide"])}, ValueError, "the models 'a' and 'b' are the same network"),
         ({"models": {"net": tiny_mlp()}}, TypeError, "'net' is a network; give a function that builds one"),
         ({"seeds": []}, ValueError, "2 models and 0 seeds"),
         ({"trainer_class": {("wide", 0): StreamlinedTrainer}}, ValueError, r"no trainer for \[\('narrow', 0\)\]"),

@@ -266,11 +266,3 @@ def test_softened_predictions_are_the_likeliest_classes_with_a_bar_for_each_temp
     assert [label.get_text() for label in bars.get_xticklabels()] == [names[i] for i in order]
     expected = [float(answers[T][0, i]) for T in answers for i in order]
     assert [bar.get_height() for bar in bars.patches] == pytest.approx(expected)
-
-
-def test_a_figure_drawn_twice_is_the_same_file(tmp_path):
-    paths = [tmp_path / "new" / f"{name}.svg" for name in ("first", "again")]
-    for path in paths:
-        figures.save(figures.loss_curves(histories_of({"plain": [3, 3]}), "val_loss", "cifar10-jpeg"), path)
-    first, again = (path.read_bytes() for path in paths)
-    assert first == again

@@ -1,7 +1,9 @@
 """The networks against closed formulas, arithmetic by hand, torchvision and onnxruntime; and what they refuse."""
 
+from functools import partial
 from itertools import product
 
+import numpy as np
 import onnxruntime
 import pytest
 import torch
@@ -115,6 +117,14 @@ def test_sizes_that_are_no_positive_whole_numbers_are_refused(network, size):
         network(**size)
 
 
+@pytest.mark.parametrize("network", [partial(ResidualMLP, (4,)), partial(ResidualCNN, 1)])
+def test_scalars_of_numpy_which_a_saved_network_would_forget_are_refused(network):
+    with pytest.raises(ValueError, match="True or False of Python are needed"):
+        network(shortcut=np.bool_(False))
+    with pytest.raises(ValueError, match="a number and True or False of Python"):
+        MLP((4,), dropout=np.float32(0.5))
+
+
 def test_images_too_small_for_the_depth_are_refused():
     with pytest.raises(ValueError, match=r"7 × 32 pixels are too small for depth 3.* smallest are 8 × 8"):
         ResidualCNN(3, 4, (3, 7, 32))
@@ -165,13 +175,3 @@ def test_onnxruntime_gives_pytorchs_logits_for_every_batch_size_from_one_file(na
         ours = model.float().eval()(images).detach()
         assert ours.std() > 0.1  # the logits are no constant that any network would give
         torch.testing.assert_close(torch.from_numpy(theirs), ours, atol=1e-4, rtol=0)
-
-
-class OnlyPairs(nn.Module):
-    def forward(self, images):
-        return images.reshape(2, -1)
-
-
-def test_a_network_for_one_batch_size_cannot_be_exported(tmp_path):
-    with pytest.raises(Exception, match="marked batch as dynamic but your code specialized"):
-        export_onnx(OnlyPairs(), tmp_path / "model.onnx", TINY)

@@ -86,6 +86,7 @@ NO_MEMORY = "(9 images) does not fit into memory: use a smaller batch_size or im
         (MLP((4,), 0.0, (1, 8, 8), 3), "cannot be multiplied (9x36 and 64x4). MLP was given float32 (9, 1, 6, 6)"),
         (Linear(lambda logits: {"logits": logits}), NO_LOGITS),
         (Linear(lambda logits: logits.argmax(1)), NO_LOGITS),
+        (Linear(lambda logits: (logits, logits.T)), "each output must be a tensor whose first dimension is the images"),
         (Linear(torch.detach), "a full batch (9 of 27 images) fails with RuntimeError: element 0"),
         (Expanded(), "no checkpoint of Expanded can be loaded: its state_dict() must hold ordinary tensors"),
         (out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate")), NO_MEMORY),
@@ -100,6 +101,21 @@ def test_what_would_fail_in_a_training_is_refused_before_it(model, words, tiny_d
 def test_a_loss_that_fails_in_an_evaluation_alone_is_refused(tiny_data):
     words = "an evaluation (9 of 9 images) fails with RuntimeError: weight tensor"
     assert words in refused(Linear(), tiny_data, WrongWhenEvaluated)
+
+
+class OwnComputeLoss(StreamlinedTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return F.cross_entropy(model(inputs["images"].float()), inputs["labels"])
+
+
+class Unnamed(StreamlinedTrainer):
+    def losses(self, outputs, labels):
+        return super().losses(outputs, labels) | {"penalty": outputs.mean()}
+
+
+def test_a_loss_that_would_not_be_recorded_is_refused(tiny_data):
+    assert "override `losses`" in refused(Linear(), tiny_data, OwnComputeLoss)
+    assert "gave 'penalty'; the names" in refused(Linear(), tiny_data, Unnamed)
 
 
 @pytest.mark.parametrize("batch_size", [13, 26])  # of 27 images

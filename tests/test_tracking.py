@@ -224,13 +224,6 @@ def test_one_that_fails_gives_one_warning_and_the_same_weights(failing, tmp_path
     assert same_weights(trainer, tracked.trainer)
 
 
-def test_a_failed_training_raises_its_own_error_whatever_wandb_does(tmp_path, tiny_data, monkeypatch):
-    monkeypatch.setattr(wandb, "init", FailingRun("finish").init)
-    trainer = StreamlinedTrainer(small_mlp(), config(tmp_path), tiny_data, callbacks=[InterruptAtEpoch(2)])
-    with pytest.warns(UserWarning, match="broken in finish"), pytest.raises(KeyboardInterrupt):
-        trainer.train()
-
-
 def test_without_a_login_it_asks_for_nothing_and_warns_once_until_there_is_one(tmp_path, tiny_data, monkeypatch):
     def train():
         StreamlinedTrainer(small_mlp(), config(tmp_path, num_epochs=1), tiny_data).train()
