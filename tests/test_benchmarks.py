@@ -12,8 +12,6 @@ import torch
 from benchmarks import machine
 from benchmarks.__main__ import main
 from benchmarks.cases import Case, load
-from benchmarks.contest import speeds
-from benchmarks.gate import Epoch
 from benchmarks.inputs import SingleImages, split
 from benchmarks.rivals import lablib_trainer
 
@@ -39,11 +37,6 @@ def test_two_rivals_take_turns_and_are_measured_and_named_but_no_places_or_hosts
     for word in (str(Path.cwd()), str(Path.home()), "/tmp", platform.node(), f"/{getpass.getuser()}/"):
         assert word not in measured + page
     assert all(f"{median(entry['train']):,.0f} (" in page for entry in entries)
-
-
-def test_runs_side_by_side_count_from_the_first_begin_to_the_last_end():
-    epochs = [Epoch(10.0, 12.0, 13.0, 100, 0), Epoch(10.5, 14.0, 15.0, 100, 0)]
-    assert speeds(epochs) == (50.0, 40.0)
 
 
 @pytest.mark.parametrize("case", [CASE, FLIPPED], ids=lambda case: case.name)

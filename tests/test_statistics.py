@@ -189,9 +189,3 @@ def test_gradient_ratios_are_of_the_first_to_the_last_hidden_layer_by_run_and_mo
     ratios = statistics.gradient_ratios(pd.DataFrame(rows))
     np.testing.assert_allclose(ratios["ratio"], [0.25, 0.5, math.nan])
     assert list(statistics.with_depth(ratios)["family"]) == ["net", "net", "dead"]
-
-
-def test_depths_and_knobs_are_the_numbers_in_the_names_of_models():
-    table = pd.DataFrame({"model": ["a-b-16", "no teacher", "MLP-2", "T = 4, α = 0.7"]})
-    assert statistics.with_depth(table).to_numpy().tolist() == [["a-b-16", "a-b", 16], ["MLP-2", "MLP", 2]]
-    assert statistics.with_knobs(table).to_numpy().tolist() == [["T = 4, α = 0.7", 4, 0.7]]

@@ -259,13 +259,6 @@ def test_a_loss_that_is_not_finite_stops_the_training_and_names_epoch_and_step(s
     assert model.steps == epochs * STEPS
 
 
-def test_another_seed_takes_the_images_in_another_order(build):
-    samplers = [build(config(seed=seed)).get_train_dataloader().batch_sampler for seed in (0, 0, 1)]
-    orders = [torch.cat([*sampler]).tolist() for sampler in samplers]
-    assert all(sorted(order) == list(range(27)) for order in orders)
-    assert orders[0] == orders[1] != orders[2]
-
-
 def test_augmentation_draws_again_in_each_epoch(build, unchecked):
     model = small_mlp(model_class=InputsKept)
     build(config(batch_size=27, rotation_degrees=30.0), model).train()
