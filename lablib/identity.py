@@ -221,7 +221,7 @@ def _function(function: FunctionType, inside: Callable) -> Any:
     if node is None:
         raise TypeError(
             f"the source of the function {function.__qualname__} is not found in {code.co_filename}. Define it in a "
-            "file or in a notebook's cell, on a line of its own"
+            "file or in a notebook's cell, on a line of its own, and restart Python if the file was changed"
         )
     if not _is_current(code):
         raise TypeError(f"{code.co_filename} was changed after {function.__qualname__} was imported; restart Python")
