@@ -27,7 +27,7 @@ from lablib.config import TrainingConfig
 from lablib.data import ImageData
 from lablib.hardware import resolve_precision
 
-_BEGAN = time.time()
+_BEGAN = time.time()  # a file that is written later may not be what was imported
 _SCHEME = 2  # raise it when a change to lablib makes the runs in a store answer another question
 _OF_EVERY_MODULE = {*vars(nn.Module()), "_hub_mixin_config"}
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
