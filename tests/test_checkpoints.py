@@ -187,8 +187,9 @@ def test_the_measurements_of_half_an_epoch_come_back_as_they_were():
         losses = {"loss": torch.tensor(1 / (number + 1)), "soft_loss": torch.tensor(3 / (number + 1))}
         for meter in (whole, half if number < 100 else other):
             meter.add(losses, torch.eye(3), torch.tensor([0, 1, number % 3]))
-    assert other.means() == whole.means()
-    assert len(other) == 200
+    assert (other.means(), len(other)) == (whole.means(), 200)
+    (meter := BatchMeter()).add({"loss": torch.tensor(1.0).bfloat16()}, torch.eye(2)[[1] + [0] * 511], torch.zeros(512))
+    assert meter.means()["accuracy"] == 511 / 512  # in bfloat16, as the loss, it would be 1
 
 
 def test_sigterm_ends_the_step_with_a_checkpoint_and_then_does_what_it_does(build, tmp_path):

@@ -224,9 +224,8 @@ def test_a_student_of_a_grid_is_trained_as_it_would_be_alone_with_the_teacher_of
     assert list(finished.distil("narrow", "wide", np.array([1, 4]), 0.5).models) == cells[::2]
     halves = [replace(distilled, runs={k: run for k, run in distilled.runs.items() if k[1] == s}) for s in SEEDS]
     assert (halves[0] | halves[1]).runs == distilled.runs
-    renamed = {(cells[0], 1): distilled.runs[cells[3], 1]}
     with pytest.raises(ValueError, match="differently"):
-        halves[0] | replace(halves[1], runs=renamed)
+        halves[0] | replace(halves[1], runs={(cells[0], 1): distilled.runs[cells[3], 1]})
 
 
 def test_a_student_whose_teacher_failed_has_failed_and_the_others_are_trained(finished, tmp_path):

@@ -117,12 +117,11 @@ def test_sizes_that_are_no_positive_whole_numbers_are_refused(network, size):
         network(**size)
 
 
-@pytest.mark.parametrize("network", [partial(ResidualMLP, (4,)), partial(ResidualCNN, 1)])
+@pytest.mark.parametrize("network", [partial(ResidualMLP, (4,)), partial(ResidualCNN, 1), partial(MLP, (4,))])
 def test_scalars_of_numpy_which_a_saved_network_would_forget_are_refused(network):
-    with pytest.raises(ValueError, match="True or False of Python are needed"):
-        network(shortcut=np.bool_(False))
-    with pytest.raises(ValueError, match="a number and True or False of Python"):
-        MLP((4,), dropout=np.float32(0.5))
+    forgotten = {"dropout": np.float32(0.5)} if network.func is MLP else {"shortcut": np.bool_(False)}
+    with pytest.raises(ValueError, match="a number and True or False of Python are needed"):
+        network(**forgotten)
 
 
 def test_images_too_small_for_the_depth_are_refused():

@@ -259,6 +259,14 @@ def test_a_loss_that_is_not_finite_stops_the_training_and_names_epoch_and_step(s
     assert model.steps == epochs * STEPS
 
 
+def test_a_test_loss_that_is_not_finite_loses_no_training(build):
+    model = small_mlp(model_class=BadLogits)
+    model.value = 1
+    (trainer := build(config(num_epochs=1), model)).train()
+    model.value = math.nan
+    assert math.isnan(trainer.test()["test_loss"])
+
+
 def test_augmentation_draws_again_in_each_epoch(build, unchecked):
     model = small_mlp(model_class=InputsKept)
     build(config(batch_size=27, rotation_degrees=30.0), model).train()
