@@ -51,7 +51,7 @@ NOT_IDENTITY = (
 _PRIVATE = ("telegram_bot_token", "telegram_chat_id", "training_arguments")  # no error shows what they hold
 _PLAINER = {  # one of pydantic's types of errors -> what the error says instead
     "bool_type": "should be True or False",
-    "list_type": "should be a list; with papermill: -y 'depths: [2, 4]'",
+    "list_type": "should be a list; with papermill: -y '{name}: [{items}]'",
     "string_pattern_mismatch": "should be the number of a chat, or its @name",
 }
 
@@ -93,7 +93,8 @@ def _line(fault: dict, values: dict[str, Any], known: list[str]) -> str:
         return f"there is no parameter {name!r}. {hint}"
     shown = "" if name in _PRIVATE else f"{name} = {values[name]!r}: "
     item = f"[{place[0]!r}]" if place and (isinstance(place[0], int) or place[-1] == "[key]") else ""
-    message = _PLAINER.get(fault["type"]) or fault["msg"].removeprefix("Input ")
+    plainer = _PLAINER.get(fault["type"], "").format(name=name, items=str(values.get(name)).strip("[]"))
+    message = plainer or fault["msg"].removeprefix("Input ")
     return f"{shown}{name}{item} {message[0].lower()}{message[1:]}"
 
 

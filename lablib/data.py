@@ -148,20 +148,24 @@ def fixed_sample(length: int, number: int) -> torch.Tensor:
 
 
 def stratified_split(labels: torch.Tensor, validation_split: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sorted indices of the training and the validation images, with each class in proportion.
+    """Sorted indices of the training and the validation images, with each class in proportion, but at least one image.
 
-    Raises ValueError if a class has too few images to be in both parts.
+    Raises ValueError if a class has a single image, or if a part would have fewer images than there are classes.
     """
     classes, counts = labels.unique(return_counts=True)
     size = round(validation_split * len(labels))
     with suppress(ValueError):  # scikit-learn's, of a class with one image or a part with fewer images than classes
         parts = train_test_split(np.arange(len(labels)), test_size=size, stratify=labels.numpy(), random_state=seed)
-        train, validation = (torch.from_numpy(np.sort(part)) for part in parts)
+        absent = np.setdiff1d(classes, labels[parts[1]])  # from validation, as they are too small for the share
+        moved = [np.random.default_rng(seed).choice(np.flatnonzero(labels == label)) for label in absent]
+        parts = np.setdiff1d(parts[0], moved), np.union1d(parts[1], moved)
+        train, validation = (torch.from_numpy(part).long() for part in parts)
         if all(len(labels[part].unique()) == len(classes) for part in (train, validation)):
             return train, validation
     raise ValueError(
-        f"{len(labels)} images, {counts.min()} of the rarest of {len(classes)} classes, cannot be split with a share "
-        f"of {validation_split}: each part needs at least one image of each class; add images or change the share"
+        f"{len(labels)} images of {len(classes)} classes, {counts.min()} of class {classes[counts.argmin()]} (counted "
+        f"from 0), cannot be split with a share of {validation_split}: each part needs at least one image of each "
+        "class; add images or change the share"
     )
 
 

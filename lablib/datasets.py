@@ -62,7 +62,7 @@ def load_data(
         return _digits(size or (28, 28), channels or 1)
     if key in _TORCHVISION:
         return _from_torchvision(_TORCHVISION[key], data_dir, size, channels)
-    for folder in (Path(name).expanduser(), Path(data_dir, name)):
+    for folder in (Path(name).expanduser(), Path(data_dir, name)) if str(name) else ():
         if folder.is_dir():
             return _from_folder(folder, size, channels or 3)
     known = ", ".join(DATASET_NAMES)

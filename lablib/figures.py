@@ -102,7 +102,7 @@ def _label_log(axis: Axis):
     """Plain numbers along a logarithmic axis, also where it spans less than a decade."""
     low, high = axis.get_view_interval()
     subs = (1,) if high > 300 * low else (1, 2, 5)
-    axis.set_major_locator(LogLocator(subs=subs) if high > 10 * low else MaxNLocator(6))
+    axis.set_major_locator(LogLocator(subs=subs) if high > 4 * low else MaxNLocator(6))
     axis.set_major_formatter(EngFormatter(sep=" ") if high > 1e3 else "{x:g}")
     axis.set_minor_formatter(NullFormatter())
 
@@ -330,7 +330,8 @@ def confusion_matrix(matrix: np.ndarray, class_names: Sequence[str], title: str)
     counts = {"annot": matrix, "fmt": "d", "annot_kws": {"fontsize": "x-small"}}
     bar = {"label": "misclassified images", "ticks": MaxNLocator(integer=True)}
     mistakes = pd.DataFrame(matrix - np.diag(np.diag(matrix)), class_names, class_names)
-    sns.heatmap(mistakes, **counts, cmap="rocket_r", square=True, cbar_kws=bar, ax=axis)
+    colours = {"cmap": "rocket_r", "vmin": 0, "vmax": max(1, mistakes.to_numpy().max()), "cbar_kws": bar}
+    sns.heatmap(mistakes, **counts, **colours, square=True, ax=axis)
     axis.tick_params(axis="y", rotation=0)
     axis.set(xlabel="predicted", ylabel="true", title=title)
     return figure

@@ -207,18 +207,17 @@ def readable_table(table: pd.DataFrame) -> pd.DataFrame:
 def recommend(table: pd.DataFrame) -> str:
     """The smallest model of a `results_table` within one standard error of the best, by validation accuracy.
 
-    This is the one-standard-error rule (Breiman et al., Classification and Regression Trees, 1984). Models with a
-    single seed or with failed runs may be lucky; they are no candidates where there are others. Raises ValueError if no
-    model has a result.
+    This is the one-standard-error rule (Breiman et al., Classification and Regression Trees, 1984). Models with fewer
+    than `MIN_SEEDS` finished runs are no candidates, nor those with failed runs where there are others.
     """
-    finished = table[table["n"] >= min(2, table["n"].max())].dropna(subset="val_accuracy_mean")
+    finished = table[table["n"] >= MIN_SEEDS]
     if "error" in finished and len(whole := finished[finished["error"].fillna("") == ""]):
         finished = whole
     if finished.empty:
-        raise ValueError("no finished runs, so no model can be recommended")
+        return f"none, as no network has {MIN_SEEDS} finished runs"
     best = finished.loc[finished["val_accuracy_mean"].idxmax()]
-    error = 0.0 if math.isnan(best["val_accuracy_std"]) else best["val_accuracy_std"] / math.sqrt(best["n"])
-    close = finished[finished["val_accuracy_mean"] >= best["val_accuracy_mean"] - error]
+    lowest = best["val_accuracy_mean"] - best["val_accuracy_std"] / math.sqrt(best["n"])
+    close = finished[finished["val_accuracy_mean"] >= lowest]
     return close.loc[close["parameters"].astype(int).idxmin(), "model"]
 
 

@@ -132,6 +132,7 @@ def test_the_defaults_and_what_papermill_sets_right_are_taken_but_no_cell_withou
         ("dataset", "minst", "dataset should be 'digits' or 'mnist'"),
         ("depths", [], "depths list should have at least 1 item after validation, not 0"),
         ("depths", "[2, 4]", "depths should be a list; with papermill: -y 'depths: [2, 4]'"),
+        ("alphas", 0.5, "alphas should be a list; with papermill: -y 'alphas: [0.5]'"),
     ],
 )
 def test_a_wrong_parameter_is_refused_with_what_is_allowed(name, value, words):

@@ -33,6 +33,16 @@ def test_a_split_is_scikit_learns_and_has_each_class_in_proportion(validation_sp
     assert ((torch.bincount(UNEQUAL[validation]) - exact).abs() <= 1).all()
 
 
+def test_a_class_too_small_for_the_share_has_one_image_in_validation():
+    labels = torch.tensor([0] * 40 + [1] * 40 + [2] * 4)
+    chosen = {stratified_split(labels, 0.1, seed)[1][-1].item() for seed in range(8)}
+    assert len(chosen) > 1
+    assert chosen <= {80, 81, 82, 83}
+    train, validation = stratified_split(labels, 0.1, seed=0)
+    assert sorted([*train.tolist(), *validation.tolist()]) == [*range(84)]
+    assert torch.bincount(labels[validation])[2] == 1
+
+
 @pytest.mark.parametrize(
     ("labels", "validation_split"),
     [
@@ -42,7 +52,7 @@ def test_a_split_is_scikit_learns_and_has_each_class_in_proportion(validation_sp
     ],
 )
 def test_too_few_images_for_a_split_are_refused(labels, validation_split):
-    with pytest.raises(ValueError, match=f"^{len(labels)} images, .* with a share of {validation_split}: each part "):
+    with pytest.raises(ValueError, match=f"^{len(labels)} images .* with a share of {validation_split}: each part "):
         stratified_split(labels, validation_split, seed=0)
 
 
