@@ -166,7 +166,7 @@ class Experiment:
 
         With a list of temperatures or alphas there is a student for each pair, named "T = 4, α = 0.7"; else it has the
         `name`. Config and seeds are those of this experiment unless others are given. A student whose teacher failed
-        has failed too. Raises as `experiment` does, and KeyError for a seed without a teacher.
+        has failed too. Raises as `experiment` does, and KeyError for an unknown network or a seed without a teacher.
         """
         from lablib.distillation import KnowledgeDistillationTrainer  # with transformers, which takes seconds
 
@@ -178,12 +178,12 @@ class Experiment:
         taught = [seed for seed in seeds if seed not in failed]
         if not taught:
             raise RuntimeError(f"all teachers failed: {'; '.join(dict.fromkeys(failed.values()))}")
-        teachers = {seed: TrainedModel(self.runs[teacher, seed], self.models[teacher]) for seed in taught}
+        teachers = {seed: self._trained(teacher, seed) for seed in taught}
         trainers = {
             (cell, seed): partial(KnowledgeDistillationTrainer, teacher=teachers[seed], **knobs)
             for (cell, knobs), seed in product(students.items(), taught)
         }
-        models = dict.fromkeys(students, self.models[student])
+        models = dict.fromkeys(students, self.select(student).models[student])
         result = experiment(models, config or self.config, self.data, taught, jobs=jobs, trainer_class=trainers)
         failures = {(cell, seed): f"its teacher failed: {failed[seed]}" for cell, seed in product(students, failed)}
         return replace(result, seeds=seeds, failures=result.failures | failures)
@@ -193,10 +193,12 @@ class Experiment:
 
         Raises KeyError if there is no such run, and ValueError if it was published without its weights.
         """
-        key = (model, self.seeds[0] if seed is None else seed)
+        return self._trained(model, self.seeds[0] if seed is None else seed).load()
+
+    def _trained(self, *key: str | int) -> TrainedModel:
         if key not in self.runs:
             raise KeyError(f"no finished run {key}: {self.failures.get(key) or f'there are {sorted(self.runs)}'}")
-        return TrainedModel(self.runs[key], self.models[model]).load()
+        return TrainedModel(self.runs[key], self.models[key[0]])
 
 
 @dataclass(frozen=True)
@@ -256,6 +258,8 @@ def experiment(
     """
     if not isinstance(data, ImageData):
         raise TypeError(f"data = {data!r}, but it must be an ImageData, as load_data({str(data)!r}) gives")
+    if not isinstance(models, Mapping):
+        raise TypeError("models must be a dict that gives for each name a function which builds the network")
     if num_processes() > 1:
         raise ValueError("under torchrun, use train_or_load: an experiment trains each run in one process")
     if built := [name for name, build in models.items() if isinstance(build, nn.Module)]:

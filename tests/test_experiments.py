@@ -237,7 +237,7 @@ def test_a_student_whose_teacher_failed_has_failed_and_the_others_are_trained(fi
     assert students.frame()["seed"].tolist() == [0, 1]
     with pytest.raises(RuntimeError, match="all teachers failed: ArithmeticError"):
         partly.distil("narrow", "wide", 4, 0.7, seeds=[1])
-    with pytest.raises(KeyError, match="7"):
+    with pytest.raises(KeyError, match=r"no finished run \('[\w-]+', 7\): there are "):
         partly.distil("narrow", "wide", 4, 0.7, seeds=[7])
 
 
@@ -292,6 +292,7 @@ def test_seeds_are_a_number_of_them_or_whole_numbers(finished, tiny_data):
         ({"seeds": 1.5}, TypeError, "seeds = 1.5"),
         ({"models": {}}, ValueError, "0 models and 1 seeds"),
         ({"models": dict.fromkeys("ab", MODELS["wide"])}, ValueError, "the models 'a' and 'b' are the same network"),
+        ({"models": [tiny_mlp]}, TypeError, "models must be a dict that gives for each name a function"),
         ({"models": {"net": tiny_mlp()}}, TypeError, "'net' is a network; give a function that builds one"),
         ({"seeds": []}, ValueError, "2 models and 0 seeds"),
         ({"trainer_class": {("wide", 0): StreamlinedTrainer}}, ValueError, r"no trainer for \[\('narrow', 0\)\]"),
