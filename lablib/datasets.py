@@ -27,7 +27,7 @@ from lablib.data import ImageData, stratified_split
 _CLASSES = ("MNIST", "FashionMNIST", "KMNIST", "EMNIST", "CIFAR10", "CIFAR100", "SVHN", "STL10")
 _TORCHVISION = {name.lower(): name for name in _CLASSES}
 DATASET_NAMES = ("digits", *_TORCHVISION)
-_PIXELS = "centre crop"  # in the key of a cache: change it when _decode makes other pixels of the same file
+_PIXELS = "centre crop"  # in the key of a cache: change it when read_image makes other pixels of the same file
 
 
 def load_data(
@@ -146,7 +146,7 @@ def _pixels(paths: list[str], size, channels: int, cache: Path) -> np.ndarray:
     """Images × channels × height × width, mapped from the cache."""
     with suppress(OSError, ValueError, EOFError):  # absent or damaged
         return np.load(cache, mmap_mode="r")
-    image_shape = _decode(paths[0], size, channels).shape
+    image_shape = read_image(paths[0], size, channels).shape
     shape = (len(paths), *image_shape)
     print(f"decoding {len(paths):,} images into {cache} ({math.prod(shape) / 1e6:.1f} MB)", flush=True)
     unfinished = cache.with_name(f"{cache.name}.{uuid.uuid4().hex}")
@@ -155,7 +155,7 @@ def _pixels(paths: list[str], size, channels: int, cache: Path) -> np.ndarray:
         with ThreadPoolExecutor() as pool:
             for start in range(0, len(paths), 128):  # a pool that is given all paths would outrun the disk
                 some = paths[start : start + 128]
-                yield from pool.map(lambda path: _decode(path, size, channels, image_shape), some)
+                yield from pool.map(lambda path: read_image(path, size, channels, image_shape), some)
 
     try:
         with open(unfinished, "wb") as file:  # not through a map, since a full disk would kill the process
@@ -172,8 +172,14 @@ def _pixels(paths: list[str], size, channels: int, cache: Path) -> np.ndarray:
         unfinished.unlink(missing_ok=True)
 
 
-def _decode(path: str, size, channels: int, shape: tuple[int, int, int] | None = None) -> np.ndarray:
-    """An image as a viewer shows it, channels × height × width."""
+def read_image(
+    path: str | os.PathLike, size: tuple[int, int] | None, channels: int = 3, shape: tuple[int, int, int] | None = None
+) -> np.ndarray:
+    """An image as `load_data` reads it from a folder: uint8, channels × height × width.
+
+    `size` is (height, width), None keeps the image's own; `shape`, if given, is what the result must have.
+    Raises ValueError for a file that is damaged, not an image, of more than 8 bits, or of another shape.
+    """
     try:
         with Image.open(path) as image:
             mode, image = image.mode, ImageOps.exif_transpose(image)

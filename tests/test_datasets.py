@@ -173,7 +173,7 @@ def test_each_size_has_its_own_cache_which_is_announced_and_mapped_and_found_aga
     announced = r"decoding 10 images into pets/.lablib-{}-\w+.npy \(0.0 MB\)\n"
     assert re.fullmatch(announced.format("8x8-grey") + announced.format("6x6-rgb"), capsys.readouterr().out)
     assert all(isinstance(data._arrays[0], np.memmap) for data in first)
-    monkeypatch.delattr(datasets, "_decode")
+    monkeypatch.delattr(datasets, "read_image")
     again = [load_data("pets", **size) for size in sizes]
     assert capsys.readouterr().out == ""
     assert [data.fingerprint for data in again] == [data.fingerprint for data in first]
