@@ -55,16 +55,16 @@ class Experiment:
     def __or__(self, other: "Experiment") -> "Experiment":
         """Both experiments' models and runs as one; the seeds are those of either.
 
-        Raises ValueError for two data sets, and for a model of both that was not trained in the same way in both.
+        Raises ValueError for two data sets, and for a model of both unless a seed's run shows that it is the same.
         """
         if other.data.fingerprint != self.data.fingerprint:
             raise ValueError(f"experiments on {self.data.name} and {other.data.name}; they must be on the same data")
-        both, shared = self.models.keys() & other.models.keys(), self.runs.keys() & other.runs.keys()
-        ways = {(name, run.how_trained()) for e in (self, other) for (name, _), run in e.runs.items() if name in both}
-        mine, theirs = ({**e.config.identity(), "seed": 0} for e in (self, other))
-        same = all(self.runs[key].path.name == other.runs[key].path.name for key in shared)
-        if (both and mine != theirs) or len(ways) > len({name for name, _ in ways}) or not same:
-            raise ValueError(f"the experiments trained {sorted(both)} differently; rename them in one of the two")
+        for name in self.models.keys() & other.models.keys():
+            mine, theirs = ({k: run.path.name for k, run in e.runs.items() if k[0] == name} for e in (self, other))
+            same = {mine[key] == theirs[key] for key in mine.keys() & theirs.keys()}
+            if False in same or (mine and theirs and not same):
+                advice = "rename it in one of the two, or ask for all its seeds in one experiment"
+                raise ValueError(f"the experiments trained {name!r} differently, or with other seeds; {advice}")
         joined = {name: getattr(self, name) | getattr(other, name) for name in ("models", "runs", "failures")}
         return replace(self, seeds=tuple(sorted({*self.seeds, *other.seeds})), **joined)
 

@@ -52,20 +52,6 @@ class Run:
     def has_weights(self) -> bool:
         return (self.path / _WEIGHTS).exists()
 
-    def how_trained(self) -> str:
-        """The run's identity without what differs from seed to seed, as JSON; a teacher counts by its own."""
-        identity = json.loads((self.path / "identity.json").read_text(), object_hook=self._with_teacher)
-        identity["config"].pop("seed", None)
-        identity["model"].pop("content", None)  # the initial weights
-        return json.dumps(identity, sort_keys=True)
-
-    def _with_teacher(self, part: dict) -> dict:
-        """A part of the identity; a teacher's run becomes the way in which it was trained."""
-        for folder in (self.path.parent, PUBLISHED) if part.keys() == {"run"} else ():
-            if (path := folder / part["run"] / "identity.json").exists():
-                return {"run": Run(path.parent, {}, []).how_trained()}
-        return part
-
     def load_weights(self, model: nn.Module) -> nn.Module:
         """Put the best epoch's weights into a model of the run's architecture and return it in eval mode.
 
