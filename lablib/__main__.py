@@ -81,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     models = parser.add_subparsers(dest="model", metavar="MODEL", required=True, help=", ".join(MODELS))
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(TrainingConfig), re.MULTILINE))
     for name in MODELS:
-        options = models.add_parser(name, usage="%(prog)s [--option VALUE ...]")
+        options = models.add_parser(name, usage="%(prog)s [--option VALUE ...]", allow_abbrev=False)
         _add(options, "data", str, "digits", "a data set's name, or a folder")
         _add(options, "data_dir", str, "data", "where data sets are read from, or downloaded to")
         _add(options, "image_size", int, None, "size in pixels to scale the images to")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
 from pydantic.dataclasses import dataclass
+from typing_extensions import TypedDict
 
 if TYPE_CHECKING:  # transformers takes seconds to import; only a training needs it
     from transformers import TrainingArguments
@@ -36,11 +37,22 @@ _Chat = Annotated[str, Field(pattern=r"^(-?\d+|@\w+)$")]  # a number or a name, 
 _CHECKED = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
 _TOKEN = re.compile(r"\d+(?::|%3[Aa])[\w-]{30,}")
 
-# Further fields of transformers.TrainingArguments, that no other setting covers and that are known to work here.
-TRAINING_ARGUMENTS = (
-    "adam_beta1", "adam_beta2", "adam_epsilon", "dataloader_num_workers", "ddp_backend", "ddp_find_unused_parameters",
-    "ddp_timeout", "disable_tqdm", "gradient_accumulation_steps", "lr_scheduler_kwargs", "max_steps",
-)  # fmt: skip
+
+class FurtherArguments(TypedDict, total=False):
+    """Fields of transformers.TrainingArguments, that no setting of ours covers and that are known to work here."""
+
+    adam_beta1: Share
+    adam_beta2: Share
+    adam_epsilon: Positive
+    dataloader_num_workers: Natural
+    ddp_backend: str
+    ddp_find_unused_parameters: bool
+    ddp_timeout: Natural
+    disable_tqdm: bool
+    gradient_accumulation_steps: _Whole
+    lr_scheduler_kwargs: dict[str, Any]
+    max_steps: _Whole
+
 
 # What has no influence on a run's outcome: where it runs, where its files lie, and who is told of it.
 NOT_IDENTITY = (
@@ -51,6 +63,7 @@ NOT_IDENTITY = (
 _PRIVATE = ("telegram_bot_token", "telegram_chat_id", "training_arguments")  # no error shows what they hold
 _PLAINER = {  # one of pydantic's types of errors -> what the error says instead
     "bool_type": "should be True or False",
+    "extra_forbidden": f"is none of {', '.join(FurtherArguments.__annotations__)}",
     "list_type": "should be a list; with papermill: -y '{name}: [{items}]'",
     "string_pattern_mismatch": "should be the number of a chat, or its @name",
 }
@@ -92,7 +105,7 @@ def _line(fault: dict, values: dict[str, Any], known: list[str]) -> str:
         hint = f"Did you mean {close[0]!r}?" if close else f"There are: {', '.join(known)}"
         return f"there is no parameter {name!r}. {hint}"
     shown = "" if name in _PRIVATE else f"{name} = {values[name]!r}: "
-    item = f"[{place[0]!r}]" if place and (isinstance(place[0], int) or place[-1] == "[key]") else ""
+    item = f"[{place[0]!r}]" if place and (isinstance(place[0], int) or name == "training_arguments") else ""
     plainer = _PLAINER.get(fault["type"], "").format(name=name, items=str(values.get(name)).strip("[]"))
     message = plainer or fault["msg"].removeprefix("Input ")
     return f"{shown}{name}{item} {message[0].lower()}{message[1:]}"
@@ -138,7 +151,7 @@ class TrainingConfig:
     telegram_additional_info: str = ""
     telegram_bot_token: Annotated[SecretStr, Field(min_length=1)] | None = None  # None: TELEGRAM_BOT_TOKEN is read
     telegram_chat_id: int | _Chat | None = None  # None: TELEGRAM_CHAT_ID is read from the environment
-    training_arguments: dict[Literal[TRAINING_ARGUMENTS], Any] = dataclasses.field(default_factory=dict)
+    training_arguments: FurtherArguments = dataclasses.field(default_factory=dict)
 
     def identity(self) -> dict[str, Any]:
         """The settings that change a run's outcome, without those that are off (None, False, 0 or empty).

@@ -14,7 +14,7 @@ from sklearn.model_selection import train_test_split
 from torch.utils.data import Dataset, Sampler
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ImageData:
     """Training and test images of a classification task.
 
@@ -42,6 +42,7 @@ class ImageData:
         for part in ("train", "test"):
             images, labels = getattr(self, f"{part}_images"), getattr(self, f"{part}_labels")
             fits = images.ndim == 4 and images.shape[1:] == self.train_images.shape[1:]
+            fits = fits and not images.shape[1] > 4 >= images.shape[3]  # channels last
             if images.dtype != torch.uint8 or not fits:
                 raise ValueError(
                     f"{self.name}: the {part} images are {images.dtype} of shape {tuple(images.shape)}; they must be "
@@ -55,6 +56,10 @@ class ImageData:
             if wrong := sorted({*range(self.num_classes)} ^ {*labels.unique().tolist()}):
                 needed = f"{self.name}: the {part} labels must be 0 to {self.num_classes - 1}, each at least once"
                 raise ValueError(f"{needed}; missing or out of range: {wrong}")
+
+    def __repr__(self) -> str:
+        images = f"{len(self.train_labels):,} training and {len(self.test_labels):,} test images"
+        return f"ImageData({self.name!r}: {images} of shape {self.image_shape}, {self.num_classes} classes)"
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -78,7 +83,13 @@ class ImageData:
         return mean.float(), std.float()
 
     def normalise(self, images: torch.Tensor) -> torch.Tensor:
-        """uint8 images as a model takes them: float, shifted and scaled by the training images' statistics."""
+        """uint8 images as a model takes them: float, shifted and scaled by the training images' statistics.
+
+        Raises ValueError for images of another type or shape than images × channels × height × width.
+        """
+        if images.dtype != torch.uint8 or images.ndim != 4:
+            needed = "they must be torch.uint8 from 0 to 255, images × channels × height × width"
+            raise ValueError(f"these images are {images.dtype} of shape {tuple(images.shape)}; {needed}")
         mean, std = (s.view(-1, 1, 1) for s in self.channel_statistics)
         return (images.float() / 255 - mean) / std
 

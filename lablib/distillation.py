@@ -2,6 +2,7 @@
 
 import copy
 import math
+import numbers
 from functools import cached_property
 from weakref import WeakKeyDictionary
 
@@ -50,9 +51,9 @@ class KnowledgeDistillationTrainer(StreamlinedTrainer):
         alpha: float = 0.7,
         **trainer_arguments,
     ):
-        if not 0 <= alpha <= 1:
+        if not isinstance(alpha, numbers.Real) or not 0 <= alpha <= 1:
             raise ValueError(f"alpha = {alpha!r}, but it must be a number from 0 (labels only) to 1 (teacher only)")
-        if not 0 < temperature < math.inf:
+        if not isinstance(temperature, numbers.Real) or not 0 < temperature < math.inf:
             raise ValueError(f"temperature = {temperature!r}, but it must be a number above 0, such as 4")
         if teacher is student:
             raise ValueError("the teacher is the student; give a network of its own, trained before, as the teacher")

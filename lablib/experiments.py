@@ -87,9 +87,7 @@ class Experiment:
         table = pd.DataFrame(rows, columns=columns).assign(dataset=self.data.name)
         if _imbalance(self.data) <= UNBALANCED or not self.runs:
             return table
-        answers = self.predictions()
-        answers["label"] = self.data.test_labels.numpy()[answers["image"]]
-        by_class = answers.groupby(["model", "seed", "label"])["correct"].mean()
+        by_class = self.predictions().groupby(["model", "seed", "label"])["correct"].mean()
         balanced = by_class.groupby(["model", "seed"]).mean().rename("balanced_accuracy")
         return table.join(balanced, ["model", "seed"])
 
@@ -108,14 +106,14 @@ class Experiment:
         return self._of_each_run(gradients)
 
     def predictions(self) -> pd.DataFrame:
-        """Every run's answers to the test images: model, seed, image, predicted (class), confidence, correct."""
+        """Every run's answers to the test images: model, seed, image, label, predicted, confidence, correct."""
         true = self.data.test_labels.numpy()
 
         def predictions(run: Run) -> pd.DataFrame:
             measured = run.measured()
             predicted, confidence = measured["test_class"], measured["test_confidence"].astype(float)
             answers = {"predicted": predicted, "confidence": confidence, "correct": predicted == true}
-            return pd.DataFrame({"image": range(len(true)), **answers})
+            return pd.DataFrame({"image": range(len(true)), "label": true, **answers})
 
         return self._of_each_run(predictions)
 
@@ -256,10 +254,10 @@ def experiment(
     RuntimeError if all fail, and TypeError or ValueError for arguments that cannot be used. Telegram gets one message
     at the end; none if all runs are loaded.
     """
-    if not isinstance(data, ImageData):
-        raise TypeError(f"data = {data!r}, but it must be an ImageData, as load_data({str(data)!r}) gives")
-    if not isinstance(models, Mapping):
-        raise TypeError("models must be a dict that gives for each name a function which builds the network")
+    kinds = {"models": (models, Mapping), "config": (config, TrainingConfig), "data": (data, ImageData)}
+    for name, (value, kind) in (kinds | {"jobs": (jobs, int)}).items():
+        if not isinstance(value, kind):
+            raise TypeError(f"{name} = {value!r}, but it must be of type {kind.__name__}")
     if num_processes() > 1:
         raise ValueError("under torchrun, use train_or_load: an experiment trains each run in one process")
     if built := [name for name, build in models.items() if isinstance(build, nn.Module)]:

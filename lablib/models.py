@@ -27,7 +27,18 @@ def _check(dropout: object = 0.0, shortcut: object = True, **sizes: object):
         raise ValueError(f"{dropout = } and {shortcut = }, but a number and True or False of Python are needed")
 
 
-class MLP(nn.Module, PyTorchModelHubMixin):
+_CARD = "---\n{{ card_data }}\n---\n\nLoad this network with `from_pretrained` of its class in `lablib.models`.\n"
+
+
+class _Saved(PyTorchModelHubMixin, model_card_template=_CARD):
+    """`save_pretrained` and `from_pretrained`, which refuses the weights of another network."""
+
+    @classmethod
+    def _from_pretrained(cls, **arguments):
+        return super()._from_pretrained(**arguments | {"strict": True})
+
+
+class MLP(nn.Module, _Saved):
     """A plain multilayer perceptron: (Linear, ReLU, Dropout) for each hidden size, then a linear classifier.
 
     `image_shape` is (channels, height, width). `initialisation="he"` draws the weights as He et al. propose for ReLU
@@ -80,7 +91,7 @@ class ResidualBlock(nn.Module):
         return self.residual(x) + self.projection(x) if self.shortcut else self.residual(x)
 
 
-class ResidualMLP(nn.Module, PyTorchModelHubMixin):
+class ResidualMLP(nn.Module, _Saved):
     """A sequence of ResidualBlocks with a ReLU after each, one for each hidden size, then a linear classifier.
 
     `image_shape` is (channels, height, width); `shortcut=False` is the same network with its shortcuts cut.
@@ -127,7 +138,7 @@ class _CNN(nn.Module):
         return self.classifier(features.mean((2, 3)))  # (batch, classes)
 
 
-class SimpleCNN(_CNN, PyTorchModelHubMixin):
+class SimpleCNN(_CNN, _Saved):
     """A plain convolutional network: `depth` blocks (3 × 3 convolution, batch norm, ReLU) after a stem of `width`.
 
     Each block halves the resolution by its stride and doubles the channels. `image_shape` is (channels, height, width).
@@ -146,7 +157,7 @@ class PlainBlock(BasicBlock):
         return self.relu(self.bn2(self.conv2(out)))
 
 
-class ResidualCNN(_CNN, PyTorchModelHubMixin):
+class ResidualCNN(_CNN, _Saved):
     """A residual network: `depth` stages of two torchvision BasicBlocks each after a stem of `width` channels.
 
     The first block of a stage halves the resolution and doubles the channels, with a 1 × 1 convolution and batch norm
@@ -177,9 +188,11 @@ def export_onnx(model: nn.Module, path: str | Path, image_shape: Sequence[int]):
     """Write a model in eval mode and float32 as one ONNX file, for batches of any size; the model stays as it was.
 
     Input `images` (float32, batch × channels × height × width, as `ImageData.normalise` gives them), output `logits`;
-    `image_shape` is (channels, height, width). Needs the packages onnx and onnxscript. Raises what
-    `torch.export.export` and `torch.onnx.export` raise.
+    `image_shape` is (channels, height, width). Needs the packages onnx and onnxscript. Raises ValueError for another
+    shape, and what `torch.export.export` and `torch.onnx.export` raise.
     """
+    if len(image_shape) != 3:
+        raise ValueError(f"{image_shape = }, but it must be (channels, height, width)")
     exported = copy.deepcopy(model).cpu().float().eval()
     images = torch.zeros(2, *image_shape)  # a batch of 1 would be taken for a constant
     shapes = ({0: torch.export.Dim("batch")},)

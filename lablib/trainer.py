@@ -182,10 +182,16 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
         """The "loss" to minimise and other terms to record by epoch, each a mean over the batch."""
         return {"loss": F.cross_entropy(outputs, labels)}
 
+    def _losses(self, outputs: Outputs, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        losses = self.losses(outputs, labels)
+        if not isinstance(losses, dict) or "loss" not in losses or any(value.ndim for value in losses.values()):
+            raise TypeError('`losses` must return a dict of scalar tensors with the key "loss"')
+        return losses
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The loss of one batch, augmented in training."""
         outputs = self.outputs(model, self.prepare_images(inputs["images"], model.training))
-        losses = self.losses(outputs, inputs["labels"])
+        losses = self._losses(outputs, inputs["labels"])
         if model.training:
             self._since_last_log.add(losses, first_logits(outputs), inputs["labels"])
         return (losses["loss"], outputs) if return_outputs else losses["loss"]
@@ -252,7 +258,7 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
         """Losses and accuracy over all images at once, since a weighted loss is not a mean over batches."""
         arrays, device = (prediction.predictions, prediction.label_ids), self.args.device  # of tensors in `losses` too
         outputs, labels = tree_map(lambda array: torch.from_numpy(array).to(device), arrays)
-        metrics = {name: value.item() for name, value in self.losses(outputs, labels).items()}
+        metrics = {name: value.item() for name, value in self._losses(outputs, labels).items()}
         if self.is_in_train and not math.isfinite(metrics["loss"]):  # a test's may be: nothing is lost then
             raise self._not_finite(f"evaluation loss is {metrics['loss']}")
         return metrics | {"accuracy": (first_logits(outputs).argmax(1) == labels).double().mean().item()}

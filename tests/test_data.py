@@ -82,6 +82,7 @@ def test_a_subset_may_be_all_and_no_class_may_have_no_image_in_it():
     ("field", "change", "words"),
     [
         ("images", lambda x: x.float(), "images are torch.float32 of shape"),
+        ("images", lambda x: x.movedim(1, 3), r"images are torch.uint8 of shape \(\d+, 6, 6, 1\); they must be"),
         ("images", lambda x: x.squeeze(1).numpy(), r"images are torch.uint8 of shape \(\d+, 6, 6\); they must be"),
         ("labels", lambda x: x.int(), "labels are torch.int32 .*; they must be torch.int64, one for each of the "),
         ("labels", lambda x: x[:-1], r"labels are torch.int64 of shape \(\d+,\)"),
@@ -114,6 +115,10 @@ def test_channel_statistics_are_those_of_numpy_in_float64():
     np.testing.assert_allclose(std, [*pixels.std((0, 1, 2))[:2], 1], rtol=1e-6)
     normal = data.normalise(images)
     assert normal.dtype == torch.float32
+    for wrong in (images / 255, images[0]):
+        with pytest.raises(ValueError, match=r"they must be torch\.uint8 from 0 to 255"):
+            data.normalise(wrong)
+    assert repr(data) == "ImageData('noise': 50 training and 50 test images of shape (3, 6, 8), 2 classes)"
     np.testing.assert_allclose(normal.movedim(1, -1), (pixels - mean.numpy()) / std.numpy(), atol=1e-5)
 
 

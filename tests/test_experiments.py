@@ -89,6 +89,7 @@ def test_predictions_are_the_models_answers_to_the_test_images(finished):
             confidence, predicted = finished.trained_model(model, seed)(images).softmax(1).max(1)
         assert answers["predicted"].tolist() == predicted.tolist()
         assert answers["confidence"].tolist() == pytest.approx(confidence.tolist(), abs=1e-3)
+        assert answers["label"].tolist() == finished.data.test_labels.tolist()
         assert answers["correct"].mean() == pytest.approx(finished.values(model)[seed])
     with pytest.raises(KeyError, match=r"\('wide', 7\): there are \[.*\('wide', 1\)\]"):
         finished.trained_model("wide", 7)
@@ -283,12 +284,14 @@ def test_seeds_are_a_number_of_them_or_whole_numbers(finished, tiny_data):
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [
-        ({"data": "digits"}, TypeError, r"must be an ImageData, as load_data\('digits'\) gives"),
+        ({"data": "digits"}, TypeError, "data = 'digits', but it must be of type ImageData"),
+        ({"config": {"seed": 1}}, TypeError, "config = {'seed': 1}, but it must be of type TrainingConfig"),
+        ({"jobs": "2"}, TypeError, "jobs = '2', but it must be of type int"),
         ({"seeds": "012"}, TypeError, "seeds = '012'"),
         ({"seeds": 1.5}, TypeError, "seeds = 1.5"),
         ({"models": {}}, ValueError, "0 models and 1 seeds"),
         ({"models": dict.fromkeys("ab", MODELS["wide"])}, ValueError, "the models 'a' and 'b' are the same network"),
-        ({"models": [tiny_mlp]}, TypeError, "models must be a dict that gives for each name a function"),
+        ({"models": [tiny_mlp]}, TypeError, "but it must be of type Mapping"),
         ({"models": {"net": tiny_mlp()}}, TypeError, "'net' is a network; give a function that builds one"),
         ({"seeds": []}, ValueError, "2 models and 0 seeds"),
         ({"trainer_class": {("wide", 0): StreamlinedTrainer}}, ValueError, r"no trainer for \[\('narrow', 0\)\]"),

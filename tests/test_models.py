@@ -156,6 +156,14 @@ def test_a_saved_network_comes_back_with_its_arguments_and_the_same_logits(netwo
     assert str(loaded) == str(model)
 
 
+def test_the_weights_of_another_network_are_refused(tmp_path):
+    MLP((8, 8)).save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        ResidualMLP.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"image_shape = \(28, 28\), but it must be \(channels, height, width\)"):
+        export_onnx(MLP((8,)), tmp_path / "model.onnx", (28, 28))
+
+
 @pytest.mark.parametrize("name", ["ResidualMLP", "ResidualCNN"])
 def test_onnxruntime_gives_pytorchs_logits_for_every_batch_size_from_one_file(name, tmp_path):
     network, image_shape = SAVED[name]

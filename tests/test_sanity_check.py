@@ -98,6 +98,12 @@ def test_what_would_fail_in_a_training_is_refused_before_it(model, words, tiny_d
     assert words in refused(model, tiny_data)
 
 
+@pytest.mark.parametrize("losses", [F.cross_entropy, lambda logits, labels: {"loss": logits}])
+def test_losses_that_are_no_dict_of_scalars_are_refused_before_a_training(losses, tiny_data, monkeypatch):
+    monkeypatch.setattr(StreamlinedTrainer, "losses", staticmethod(losses))
+    assert "`losses` must return a dict of scalar tensors" in refused(Linear(lambda logits: logits), tiny_data)
+
+
 def test_a_loss_that_fails_in_an_evaluation_alone_is_refused(tiny_data):
     words = "an evaluation (9 of 9 images) fails with RuntimeError: weight tensor"
     assert words in refused(Linear(), tiny_data, WrongWhenEvaluated)
