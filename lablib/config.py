@@ -51,7 +51,7 @@ class FurtherArguments(TypedDict, total=False):
     disable_tqdm: bool
     gradient_accumulation_steps: _Whole
     lr_scheduler_kwargs: dict[str, Any]
-    max_steps: _Whole
+    max_steps: _Whole  # in place of num_epochs
 
 
 # What has no influence on a run's outcome: where it runs, where its files lie, and who is told of it.

@@ -42,6 +42,7 @@ class Experiment:
     config: TrainingConfig
     models: dict[str, Callable[[], nn.Module]]
     seeds: tuple[int, ...]
+    callbacks: Sequence = ()
     runs: dict[Key, Run] = field(default_factory=dict)
     failures: dict[Key, str] = field(default_factory=dict)
 
@@ -163,8 +164,9 @@ class Experiment:
         """Train one of the networks as a student: each seed's run learns from the `teacher`'s run with that seed.
 
         With a list of temperatures or alphas there is a student for each pair, named "T = 4, α = 0.7"; else it has the
-        `name`. Config and seeds are those of this experiment unless others are given. A student whose teacher failed
-        has failed too. Raises as `experiment` does, and KeyError for an unknown network or a seed without a teacher.
+        `name`. Callbacks, config and seeds are those of this experiment unless others are given. A student whose
+        teacher failed has failed too. Raises as `experiment` does, and KeyError for an unknown network or a seed without
+        a teacher.
         """
         from lablib.distillation import KnowledgeDistillationTrainer  # with transformers, which takes seconds
 
@@ -182,7 +184,8 @@ class Experiment:
             for (cell, knobs), seed in product(students.items(), taught)
         }
         models = dict.fromkeys(students, self.select(student).models[student])
-        result = experiment(models, config or self.config, self.data, taught, jobs=jobs, trainer_class=trainers)
+        more = {"jobs": jobs, "trainer_class": trainers, "callbacks": self.callbacks}
+        result = experiment(models, config or self.config, self.data, taught, **more)
         failures = {(cell, seed): f"its teacher failed: {failed[seed]}" for cell, seed in product(students, failed)}
         return replace(result, seeds=seeds, failures=result.failures | failures)
 
@@ -255,14 +258,16 @@ def experiment(
     at the end; none if all runs are loaded.
     """
     kinds = {"models": (models, Mapping), "config": (config, TrainingConfig), "data": (data, ImageData)}
-    for name, (value, kind) in (kinds | {"jobs": (jobs, int)}).items():
+    for name, (value, kind) in (kinds | {"jobs": (jobs, int), "callbacks": (callbacks, Sequence)}).items():
         if not isinstance(value, kind):
             raise TypeError(f"{name} = {value!r}, but it must be of type {kind.__name__}")
+    if config.seed:
+        raise ValueError(f"the config has seed = {config.seed}; write seeds = [{config.seed}] instead")
     if num_processes() > 1:
         raise ValueError("under torchrun, use train_or_load: an experiment trains each run in one process")
     if built := [name for name, build in models.items() if isinstance(build, nn.Module)]:
         raise TypeError(f"models: {built[0]!r} is a network; give a function that builds one, such as lambda: Net()")
-    result = Experiment(data, config, dict(models), _seeds(seeds))
+    result = Experiment(data, config, dict(models), _seeds(seeds), callbacks)
     keys = [*product(result.models, result.seeds)]
     if not keys:
         raise ValueError(f"{len(result.models)} models and {len(result.seeds)} seeds, but there must be one of each")

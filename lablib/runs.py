@@ -148,8 +148,9 @@ def find_run(name: str, output_dir: str | Path, weights: bool = False) -> Run | 
     return None
 
 
-def load_run(path: Path) -> Run | None:
+def load_run(path: str | Path) -> Run | None:
     """A finished run, or None if it is not finished. Raises DamagedRunError if its files are not what was written."""
+    path = Path(path)
     file = path / "result.json"
     if not file.exists():
         return None

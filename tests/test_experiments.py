@@ -200,6 +200,8 @@ def test_callbacks_are_called_each_run_with_its_own_copy(config, tiny_data, caps
     result = experiment(NARROW, config, tiny_data, SEEDS, callbacks=[Counting()])
     assert capsys.readouterr().out.count("epochs: 2\n") == 2
     assert experiment(NARROW, config, tiny_data, SEEDS, callbacks=[Counting()]).runs == result.runs
+    result.distil("narrow", "narrow", 4, 0.5)
+    assert capsys.readouterr().out.count("epochs: 2\n") == 2
     assert result.runs["narrow", 0].path != experiment(NARROW, config, tiny_data, [0]).runs["narrow", 0].path
     within = partial(StreamlinedTrainer, callbacks=[Counting()])
     with pytest.raises(ValueError, match="trainer_class must not set callbacks; pass callbacks as the argument"):
@@ -286,6 +288,7 @@ def test_seeds_are_a_number_of_them_or_whole_numbers(finished, tiny_data):
     [
         ({"data": "digits"}, TypeError, "data = 'digits', but it must be of type ImageData"),
         ({"config": {"seed": 1}}, TypeError, "config = {'seed': 1}, but it must be of type TrainingConfig"),
+        ({"config": TrainingConfig(seed=5)}, ValueError, r"the config has seed = 5; write seeds = \[5\] instead"),
         ({"jobs": "2"}, TypeError, "jobs = '2', but it must be of type int"),
         ({"seeds": "012"}, TypeError, "seeds = '012'"),
         ({"seeds": 1.5}, TypeError, "seeds = 1.5"),
