@@ -37,8 +37,8 @@ class KnowledgeDistillationTrainer(StreamlinedTrainer):
     """Trains a student on the labels and on a teacher's logits for the same images; only the loss changes.
 
     The teacher is copied, frozen, and in eval mode. Both terms are recorded by epoch, as soft_loss and hard_loss.
-    Raises ValueError for an alpha outside [0, 1], a temperature that is not above 0, and a teacher that is the student
-    or has another number of classes.
+    Raises ValueError for an alpha outside [0, 1], a temperature that is not above 0, and a teacher that is the student,
+    returns no logits or has another number of classes.
     """
 
     def __init__(
@@ -63,7 +63,10 @@ class KnowledgeDistillationTrainer(StreamlinedTrainer):
         if memory_format(self.teacher, self.args.device, data.image_shape) == torch.contiguous_format:
             self._memory_format = torch.contiguous_format  # the student sees what the teacher sees
         with torch.no_grad():
-            classes = self.teacher(self.prepare_images(data.train_images[:2].to(self.args.device), False)).shape[1]
+            logits = self.teacher(self.prepare_images(data.train_images[:2].to(self.args.device), False))
+        if not isinstance(logits, torch.Tensor):
+            raise ValueError(f"the teacher returns a {type(logits).__name__}, not logits (images × classes); wrap it")
+        classes = logits.shape[1]
         if classes != data.num_classes:
             raise ValueError(f"the teacher has {classes} outputs, but {data.name} has {data.num_classes} classes")
 

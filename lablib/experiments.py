@@ -165,8 +165,8 @@ class Experiment:
 
         With a list of temperatures or alphas there is a student for each pair, named "T = 4, α = 0.7"; else it has the
         `name`. Callbacks, config and seeds are those of this experiment unless others are given. A student whose
-        teacher failed has failed too. Raises as `experiment` does, and KeyError for an unknown network or a seed without
-        a teacher.
+        teacher failed has failed too. Raises as `experiment` does, and KeyError for an unknown network or a seed
+        without a teacher.
         """
         from lablib.distillation import KnowledgeDistillationTrainer  # with transformers, which takes seconds
 
