@@ -175,6 +175,7 @@ class ResumableTrainer:
             raise ValueError(f"there is no checkpoint in {folder} to resume from; train without resuming")
         loaded = self._load(Path(path)) if path else None
         self.notes, self._best_weights, self._saved_at = [], None, time.monotonic()
+        self._untold = self._callbacks()
         with self._interruption:
             try:
                 self.before_training()
@@ -212,6 +213,12 @@ class ResumableTrainer:
             "device": self.args.device.type,
             "processes": str(self.args.world_size),
         }
+
+    def _callbacks(self) -> set[tuple[str, str]]:
+        """The user's callbacks that a checkpoint does not keep, each with its attributes as text."""
+        found = [c for c in self.callback_handler.callbacks if not hasattr(c, "from_state")]  # no ExportableState
+        users = [c for c in found if not type(c).__module__.startswith(("lablib.", "transformers."))]
+        return {(type(c).__name__, repr(vars(c))) for c in users}
 
     def _maybe_log_save_evaluate(self, *args, **kwargs):  # after each step, and once more after an epoch's last one
         state, control, saved_at = self.state, self.control, self._saved_at
@@ -252,6 +259,7 @@ class ResumableTrainer:
             args.output_dir = str(written.parent)
             super()._save_checkpoint(model, trial)
             saved = {"environment": self.environment, "notes": self.notes, "progress": self.progress()}
+            saved["forgotten"] = sorted(name for name, state in self._callbacks() - self._untold)
             if first:
                 (written / _LAB).write_text(json.dumps(saved))
                 if self._best_weights and state.best_global_step < state.global_step:
@@ -288,10 +296,15 @@ class ResumableTrainer:
 
     def _restore(self, state: dict, saved: dict, best: dict[str, torch.Tensor]):
         self.notes, before, now = saved["notes"], saved["environment"], self.environment
+        notes, resumed = [], f"resumed at step {state['global_step']}"
         if changed := [name for name in now if now[name] != before.get(name)]:
             was, now_is = (", ".join(f"{name} {values.get(name)}" for name in changed) for values in (before, now))
-            self.notes = [*self.notes, f"started with {was}, resumed at step {state['global_step']} with {now_is}"]
-            warnings.warn(f"{self.args.output_dir}: {self.notes[-1]}; the result will carry this note", stacklevel=3)
+            notes.append(f"started with {was}, {resumed} with {now_is}")
+        if forgotten := ", ".join(saved.get("forgotten", [])):
+            notes.append(f"{resumed} without the state of {forgotten}; derive it from transformers' ExportableState")
+        for note in notes:
+            warnings.warn(f"{self.args.output_dir}: {note}; the result will carry this note", stacklevel=3)
+        self.notes = [*self.notes, *notes]
         if state["best_global_step"]:
             self._best_weights = best
         if state["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"]:

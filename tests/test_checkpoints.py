@@ -350,6 +350,24 @@ def test_a_failing_write_stops_the_training_and_leaves_the_checkpoints_before(bu
     assert findings(trained(build, "interrupted")) == findings(trained(build, "undisturbed"))
 
 
+class Counting(TrainerCallback):
+    def __init__(self, parameter):
+        self.parameter, self.steps = parameter, 0
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.steps += self.parameter
+
+
+def test_a_callback_whose_state_is_lost_is_named_and_noted_in_the_result(config, tiny_data, recwarn):
+    counting = [Counting(1), Counting(0)]
+    with pytest.raises(KeyboardInterrupt):
+        train_or_load(tiny_mlp, config(), tiny_data, callbacks=[*counting, At(2, press_ctrl_c)])
+    callbacks = [Counting(1), Counting(0)]
+    (note,) = train_or_load(tiny_mlp, config(), tiny_data, callbacks=callbacks).result["notes"]
+    assert note.startswith("resumed at step 2 without the state of Counting; ")
+    assert note in str(recwarn.pop(UserWarning).message)
+
+
 def test_another_version_is_said_once_and_noted_in_the_result(config, tiny_data, monkeypatch):
     def interrupted_at(step: int):
         with pytest.raises(KeyboardInterrupt):
