@@ -60,6 +60,11 @@ NOT_IDENTITY = (
     "use_telegram_notifications", "telegram_additional_info", "telegram_bot_token", "telegram_chat_id",
 )  # fmt: skip
 
+# What these names of transformers are called here.
+_ALIASES = {"lr": "learning_rate", "per_device_train_batch_size": "batch_size", "report_to": "use_wandb"}
+_ALIASES |= {"bf16": "precision", "fp16": "precision"}
+_ALIASES |= dict.fromkeys(FurtherArguments.__annotations__, "training_arguments")
+
 _PRIVATE = ("telegram_bot_token", "telegram_chat_id", "training_arguments")  # no error shows what they hold
 _PLAINER = {  # one of pydantic's types of errors -> what the error says instead
     "bool_type": "should be True or False",
@@ -101,7 +106,8 @@ def _line(fault: dict, values: dict[str, Any], known: list[str]) -> str:
     """One of pydantic's errors in words: the argument, its value, and what is allowed."""
     name, *place = fault["loc"]
     if name not in known:
-        close = difflib.get_close_matches(str(name), known, n=1)
+        alias = _ALIASES.get(name)
+        close = [alias] if alias in known else difflib.get_close_matches(str(name), known, n=1)
         hint = f"Did you mean {close[0]!r}?" if close else f"There are: {', '.join(known)}"
         return f"there is no parameter {name!r}. {hint}"
     shown = "" if name in _PRIVATE else f"{name} = {values[name]!r}: "

@@ -45,6 +45,9 @@ def test_every_field_refuses_what_is_not_allowed_by_its_name_and_value():
 
 
 def test_a_misspelt_field_is_refused_with_the_right_spelling_and_all_faults_are_named():
+    for theirs, ours in {"lr": "learning_rate", "max_steps": "training_arguments", "bf16": "precision"}.items():
+        with pytest.raises(ValueError, match=f"there is no parameter {theirs!r}. Did you mean {ours!r}"):
+            TrainingConfig(**{theirs: 1})
     with pytest.raises(ValueError, match=r"there is no parameter 'epochs'\. Did you mean 'num_epochs'"):
         TrainingConfig(epochs=3)
     with pytest.raises(ValueError, match=r"batch_size = 0.*\n.*seed = -1"):
