@@ -175,7 +175,7 @@ class ResumableTrainer:
             raise ValueError(f"there is no checkpoint in {folder} to resume from; train without resuming")
         loaded = self._load(Path(path)) if path else None
         self.notes, self._best_weights, self._saved_at = [], None, time.monotonic()
-        self._untold = self._callbacks()
+        self._callbacks_before = self._unsaved_callbacks()
         with self._interruption:
             try:
                 self.before_training()
@@ -214,7 +214,7 @@ class ResumableTrainer:
             "processes": str(self.args.world_size),
         }
 
-    def _callbacks(self) -> set[tuple[str, str]]:
+    def _unsaved_callbacks(self) -> set[tuple[str, str]]:
         """The user's callbacks that a checkpoint does not keep, each with its attributes as text."""
         found = [c for c in self.callback_handler.callbacks if not hasattr(c, "from_state")]  # no ExportableState
         users = [c for c in found if not type(c).__module__.startswith(("lablib.", "transformers."))]
@@ -259,7 +259,7 @@ class ResumableTrainer:
             args.output_dir = str(written.parent)
             super()._save_checkpoint(model, trial)
             saved = {"environment": self.environment, "notes": self.notes, "progress": self.progress()}
-            saved["forgotten"] = sorted(name for name, state in self._callbacks() - self._untold)
+            saved["forgotten"] = sorted(name for name, state in self._unsaved_callbacks() - self._callbacks_before)
             if first:
                 (written / _LAB).write_text(json.dumps(saved))
                 if self._best_weights and state.best_global_step < state.global_step:

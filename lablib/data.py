@@ -13,6 +13,8 @@ import torch
 from sklearn.model_selection import train_test_split
 from torch.utils.data import Dataset, Sampler
 
+_IMAGES = "torch.uint8 from 0 to 255, images × channels × height × width"
+
 
 @dataclass(frozen=True, repr=False)
 class ImageData:
@@ -46,7 +48,7 @@ class ImageData:
             if images.dtype != torch.uint8 or not fits:
                 raise ValueError(
                     f"{self.name}: the {part} images are {images.dtype} of shape {tuple(images.shape)}; they must be "
-                    "torch.uint8 from 0 to 255, images × channels × height × width, the last three as in training"
+                    f"{_IMAGES}, the last three as in training"
                 )
             if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
                 raise ValueError(
@@ -88,8 +90,7 @@ class ImageData:
         Raises ValueError for images of another type or shape than images × channels × height × width.
         """
         if images.dtype != torch.uint8 or images.ndim != 4:
-            needed = "they must be torch.uint8 from 0 to 255, images × channels × height × width"
-            raise ValueError(f"these images are {images.dtype} of shape {tuple(images.shape)}; {needed}")
+            raise ValueError(f"the images are {images.dtype} of shape {tuple(images.shape)}; they must be {_IMAGES}")
         mean, std = (s.view(-1, 1, 1) for s in self.channel_statistics)
         return (images.float() / 255 - mean) / std
 

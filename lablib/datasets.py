@@ -126,8 +126,8 @@ def _listed(folder: Path) -> tuple[list[str], list[tuple[str, int]]]:
 
 def _from_folder(folder: Path, size, channels: int) -> ImageData:
     if not (folder / "train").is_dir():
-        advice = f"`python -m lablib.datasets split {folder}` makes both from one folder per class"
-        raise ValueError(f"{folder} has no folder train/, and perhaps no test/; {advice}")
+        advice = f"`python -m lablib.datasets split {folder}` makes train/ and test/ from one folder per class"
+        raise ValueError(f"{folder} has no folder train/; {advice}")
     (classes, train), (test_classes, test) = (_listed(folder / part) for part in ("train", "test"))
     if classes != test_classes:
         wrong = sorted({*classes} ^ {*test_classes})

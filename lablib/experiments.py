@@ -257,10 +257,15 @@ def experiment(
     RuntimeError if all fail, and TypeError or ValueError for arguments that cannot be used. Telegram gets one message
     at the end; none if all runs are loaded.
     """
-    kinds = {"models": (models, Mapping), "config": (config, TrainingConfig), "data": (data, ImageData)}
-    for name, (value, kind) in (kinds | {"jobs": (jobs, int), "callbacks": (callbacks, Sequence)}).items():
+    for name, value, kind, words in (
+        ("models", models, Mapping, "a dict that gives for each name a function which builds the network"),
+        ("config", config, TrainingConfig, "a TrainingConfig"),
+        ("data", data, ImageData, "an ImageData, as load_data gives"),
+        ("jobs", jobs, int, "a whole number"),
+        ("callbacks", callbacks, Sequence, "a list"),
+    ):
         if not isinstance(value, kind):
-            raise TypeError(f"{name} = {value!r}, but it must be of type {kind.__name__}")
+            raise TypeError(f"{name} = {value!r}, but it must be {words}")
     if config.seed:
         raise ValueError(f"the config has seed = {config.seed}; write seeds = [{config.seed}] instead")
     if num_processes() > 1:

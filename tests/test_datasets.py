@@ -272,7 +272,7 @@ def test_an_image_that_does_not_fit_is_named_and_no_cache_written(folder, file):
     [
         (lambda folder: (folder / "test/dog").rename(folder / "test/wolf"), "only one .*'dog', 'wolf'"),
         (lambda folder: (folder / "train/fox").mkdir(), "no image in .*/train/fox"),
-        (lambda folder: (folder / "train").rename(folder / "x"), "no folder train/.*datasets split .* makes both"),
+        (lambda folder: (folder / "train").rename(folder / "x"), "no folder train/.*datasets split .* makes train/"),
         (lambda folder: (folder / "test").rename(folder / "val"), "test needs a folder of images for each class"),
     ],
 )
