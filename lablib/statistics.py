@@ -208,7 +208,8 @@ def recommend(table: pd.DataFrame) -> str:
     """The smallest model of a `results_table` within one standard error of the best, by validation accuracy.
 
     This is the one-standard-error rule (Breiman et al., Classification and Regression Trees, 1984). Models with fewer
-    than `MIN_SEEDS` finished runs are no candidates, nor those with failed runs where there are others. A text says if there is none.
+    than `MIN_SEEDS` finished runs are no candidates, nor those with failed runs where there are others. A text says if
+    there is none.
     """
     finished = table[table["n"] >= MIN_SEEDS]
     if "error" in finished and len(whole := finished[finished["error"].fillna("") == ""]):
