@@ -25,17 +25,17 @@ def _head(measured: dict) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
     return (
         f"# Speed on {machine['gpu'] or machine['processor']}\n\n"
-        f"Images per second in training, measured on {measured['date']} on {machine['gpu'] or 'the processor'}: "
+        f"Training speed in images per second, measured on {measured['date']} on {machine['gpu'] or 'the processor'}: "
         f"{machine['processor']}{units}, {machine['cores']} cores, {machine['memory_gib']} GiB of memory; Python "
-        f"{machine['python']}, {versions}. `make bench` measures it again.\n\n"
-        "Every rival trains the same network from the same weights, with Adam (rate 0.001), on the same images, each "
-        "rotated by up to 10 degrees; on MNIST shifted by up to a tenth of its side, on CIFAR flipped one time in two. "
-        f"Each has a process of its own, and they take turns: one epoch each, {measured['rounds']} times, beginning "
-        "with another one each time. An epoch covers a part of the training set, as many images as the column says. A "
-        "figure is the median over these epochs, with the lowest and the highest. *Training* ends with the last step, "
-        "*whole epoch* with the validation (a ninth as many images) and whatever else a rival does at an epoch's end; "
-        "both count training images only. Starting and the first epoch, which sets up memory and kernels, are not in "
-        "them and are given separately."
+        f"{machine['python']}, {versions}. `make bench` repeats the measurement.\n\n"
+        "Every method trains the same network from the same weights with Adam (learning rate 0.001) on the same "
+        "images, each rotated by up to 10 degrees and, on MNIST, shifted by up to a tenth of its size or, on CIFAR, "
+        "mirrored with probability 1/2. Each method has its own process. They take turns, one epoch each, for "
+        f"{measured['rounds']} rounds; each round begins with a different method. An epoch covers part of the training "
+        "set, as many images as the column *images* says. Each number is the median over the rounds, with minimum and "
+        "maximum. *Training* ends with the last step; *whole epoch* also includes validation (a ninth as many images) "
+        "and whatever else the method does at the end of an epoch. Both count training images only. They exclude "
+        "start-up and the first epoch, in which memory and kernels are set up; these are reported separately."
     )
 
 
@@ -52,7 +52,7 @@ def _case(case: dict) -> str:
         ]
         for entry in entries
     ]
-    columns = ["way of training", "images", "training, images/s", "whole epoch, images/s", "lablib, one run, is"]
+    columns = ["method", "images", "training, images/s", "whole epoch, images/s", "lablib, one run, is"]
     arguments = ", ".join(f"{name} {value}" for name, value in case["arguments"].items())
     return (
         f"## {case['name']} on {case['dataset'].rpartition('/')[2]}, batch {case['batch_size']}\n\n"
@@ -77,11 +77,11 @@ def _start_and_memory(cases: list[dict]) -> str:
         for entry in case["entries"]
     ]
     return (
-        "## Start and memory\n\n*Start* is the time from the start of the process to the end of the first step: the "
-        "imports, the data, the first pass. *Warm-up* is what the first epoch takes beyond a later one. *Memory* is "
-        "the peak of the process with its libraries and its images; of data loader workers it counts what they do not "
-        "share. Variants that differ in threads are one process.\n\n"
-        + table(["network", "way of training", "start, s", "warm-up, s", "memory, MiB"], rows)
+        "## Start and memory\n\n*Start* is the time from the start of the process to the end of the first step, "
+        "including imports and data; the first method to load a folder also decodes its images. *Warm-up* is the extra "
+        "time of the first epoch compared with a later one. *Memory* is the peak memory of the process with its "
+        "libraries and images, plus what data loader workers do not share. Variants that differ only in threads are "
+        "one process.\n\n" + table(["network", "method", "start, s", "warm-up, s", "memory, MiB"], rows)
     )
 
 
@@ -97,27 +97,27 @@ def _growth(growth: dict) -> str:
         ]
         for row in growth["images"]
     ]
-    columns = ["training images", "training, s", "µs an image", "start to end, s", "data, MiB", "more memory, MiB"]
+    columns = ["training images", "training, s", "µs per image", "total, s", "data, MiB", "extra memory, MiB"]
     return (
-        f"## Cost against images\n\n{growth['case']}, one epoch, the data set's images over and over; each row in a "
-        "process of its own with one thread. *More memory* is the peak during the training above what the process held "
-        f"with the data in place.\n\n{table(columns, rows)}"
+        f"## Cost by number of images\n\nOne epoch of {growth['case']}, the data set's images repeated as needed; each "
+        "row in its own process with one thread. *Extra memory* is the peak during training beyond what the process "
+        f"held once the data were in place.\n\n{table(columns, rows)}"
     )
 
 
 def _notes(measured: dict) -> str:
     notes = [
-        "The usual ways get their images decoded and in memory; reading files would slow them further.",
-        "Their shifts are whole pixels, as torchvision makes them; lablib's are not. Rotation is bilinear everywhere.",
-        "transformers and Lightning take as many data loader workers (0 or 2) as the plain loop is faster with "
-        "in a trial epoch. Workers stay alive between epochs and may have their first batches ready when one "
-        "begins, which favours those rivals a little.",
-        "The tight loop has the allocator's setting and the fused optimizer that lablib has, and measures no training "
-        "accuracy, writes no checkpoint and keeps no history.",
-        "lablib's validation, history, best weights and checkpoint are in *whole epoch*; on a part of the data set, as "
+        "The usual methods get their images already decoded and in memory; reading files would slow them further.",
+        "Their shifts are whole pixels, as in torchvision; lablib's are not. Rotation is bilinear everywhere.",
+        "transformers and Lightning use 0 or 2 data loader workers, whichever made the plain loop faster in a trial "
+        "epoch. Workers stay alive between epochs and may have their first batches ready when one begins, which "
+        "favours these methods slightly.",
+        "The tight loop has lablib's allocator settings and fused optimizer, but measures no training accuracy, writes "
+        "no checkpoint and keeps no history.",
+        "*Whole epoch* includes lablib's validation, history, best weights and checkpoint; on part of the data set, as "
         "here, they weigh more than on all of it.",
-        "Runs side by side are counted from the start of the first to the end of the last, so waiting for the slower "
-        "one is in the figure.",
+        "Runs side by side are timed from the start of the first to the end of the last, including the wait for the "
+        "slower one.",
     ]
-    notes += [f"{title} is left out: it is not installed here." for title in measured.get("absent", [])]
+    notes += [f"{title} was left out, as it is not installed." for title in measured.get("absent", [])]
     return "## Notes\n\n" + "\n".join(f"- {note}" for note in notes)

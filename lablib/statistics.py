@@ -35,7 +35,7 @@ class Summary:
 
 
 def _hundredths(mean: float, ci95: float = math.nan, sign: str = "") -> str:
-    text = f"{100 * mean:{sign}.2f}" + ("" if math.isnan(ci95) else f" ± {100 * ci95:.2f}")
+    text = f"{100 * mean:{sign}z.2f}" + ("" if math.isnan(ci95) else f" ± {100 * ci95:.2f}")
     return text.replace("-", "−")
 
 
