@@ -1,10 +1,7 @@
 """An experiment: some models × some seeds -> their runs, trained side by side where there are cores for it."""
 
-import copy
 import os
 import signal
-import threading
-import traceback
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
@@ -22,16 +19,15 @@ from torch import nn
 
 from lablib import figures
 from lablib.checkpoints import Interruption
-from lablib.config import TrainingConfig, num_processes, one_line, redacted
+from lablib.config import TrainingConfig, num_processes
 from lablib.data import ImageData
 from lablib.identity import run_identity, run_name
-from lablib.runs import Key, Run, TrainedModel, find_run, progress, train_or_load
+from lablib.runs import Key, Run, TrainedModel, attempt, find_run, line_and_trace, progress
 from lablib.statistics import compare, compare_effects, readable_table, results_table, save_table, verdicts
 
 TrainerClass = type | partial | None  # a StreamlinedTrainer; None is that itself
 
 UNBALANCED = 5  # above this ratio of the largest to the smallest class, accuracy alone is misleading
-_one_training = threading.Lock()  # of a process: PyTorch's random numbers are the process's, not a thread's
 
 
 @dataclass
@@ -296,10 +292,10 @@ def experiment(
                 if run := find_run(run_name(identity), config.output_dir, weights):
                     result.runs[key] = run
                 else:
-                    tasks[key] = joblib.delayed(_train_one)(key, build, knobs, data, trainer, identity, **more)
+                    tasks[key] = joblib.delayed(attempt)(key, build, knobs, data, trainer, identity, **more)
                     paths[key] = Path(config.output_dir, run_name(identity))
             except Exception as error:
-                _note_failure(result, key, *_line_and_trace(error))
+                _note_failure(result, key, *line_and_trace(error))
         _refuse_twins({key: run.path.name for key, run in result.runs.items()} | {k: p.name for k, p in paths.items()})
         _announce(result, paths, len(keys))
         if tasks:
@@ -349,12 +345,6 @@ def _seeds(seeds: int | Iterable[int]) -> tuple[int, ...]:
         raise TypeError(f"seeds = {seeds!r}, but it must be a number of seeds, or a list such as [0, 1, 2]") from None
 
 
-def _line_and_trace(error: Exception) -> tuple[str, str]:
-    """An error in one line, and the end of its traceback; both are printed and sent, so without tokens."""
-    trace = redacted("".join(traceback.format_exception(error))).rstrip().splitlines()
-    return one_line(error), "\n".join(trace[-10:])
-
-
 def _note_failure(result: Experiment, key: Key, line: str, trace: str):
     """Warn of a failed run, with the traceback unless another run has failed in the same way."""
     what = f" too: {line}" if line in result.failures.values() else f":\n{trace}"
@@ -384,19 +374,3 @@ def _train_all(result: Experiment, tasks: dict[Key, tuple], paths: dict[Key, Pat
         except Exception:  # a worker died
             if not interruption.asked:
                 raise
-
-
-def _train_one(key: Key, build_model, config, data, trainer_class, identity, callbacks, weights: bool, parent: int):
-    """A run's key, the run, and its error; neither if it was interrupted in a worker process."""
-    Interruption.parent = parent if os.getppid() == parent else None  # a worker's training ends with its parent
-    trainer_class, callbacks = copy.deepcopy((trainer_class, callbacks))  # as a worker has its own
-    more = {"callbacks": callbacks, "weights": weights, "identity": identity}
-    try:
-        with _one_training:
-            return key, train_or_load(build_model, config, data, trainer_class=trainer_class, **more), None
-    except Exception as error:
-        return key, None, _line_and_trace(error)
-    except KeyboardInterrupt:
-        if os.getpid() == parent:
-            raise
-        return key, None, None

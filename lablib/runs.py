@@ -1,11 +1,14 @@
 """The run store: a finished run is loaded, an interrupted one resumed, a new one trained."""
 
 import argparse
+import copy
 import io
 import json
+import os
 import shutil
 import sys
 import threading
+import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -22,8 +25,8 @@ from filelock import FileLock, Timeout
 from torch import nn
 from tqdm import tqdm
 
-from lablib.checkpoints import check_writable, contiguous_weights, write_atomically
-from lablib.config import TrainingConfig, num_processes
+from lablib.checkpoints import Interruption, check_writable, contiguous_weights, write_atomically
+from lablib.config import TrainingConfig, num_processes, one_line, redacted
 from lablib.data import ImageData, fixed_sample
 from lablib.diagnostics import gradient_norms
 from lablib.identity import build_seeded, run_identity, run_name, sha256
@@ -33,6 +36,7 @@ Key = tuple[str, int]  # a run's model and seed
 
 PUBLISHED = Path(__file__).resolve().parents[1] / "results" / "runs"  # runs that every checkout has, without weights
 _WEIGHTS = "model.safetensors"
+_one_training = threading.Lock()  # of a process: PyTorch's random numbers are the process's, not a thread's
 _COLUMNS = ["run", "state", "dataset", "seed", "epochs", "val_accuracy", "test_accuracy", "mib", "notes"]
 
 
@@ -131,6 +135,28 @@ def train_or_load(
         if together:
             torch.distributed.barrier()
     return run or load_run(path)
+
+
+def attempt(key: Key, build_model, config, data, trainer_class, identity, callbacks, weights: bool, parent: int):
+    """Train one of an experiment's runs: its key, the run, and its error; neither if a worker was interrupted."""
+    Interruption.parent = parent if os.getppid() == parent else None  # a worker's training ends with its parent
+    trainer_class, callbacks = copy.deepcopy((trainer_class, callbacks))  # as a worker has its own
+    more = {"callbacks": callbacks, "weights": weights, "identity": identity}
+    try:
+        with _one_training:
+            return key, train_or_load(build_model, config, data, trainer_class=trainer_class, **more), None
+    except Exception as error:
+        return key, None, line_and_trace(error)
+    except KeyboardInterrupt:
+        if os.getpid() == parent:
+            raise
+        return key, None, None
+
+
+def line_and_trace(error: Exception) -> tuple[str, str]:
+    """An error in one line, and the end of its traceback; both are printed and sent, so without tokens."""
+    trace = redacted("".join(traceback.format_exception(error))).rstrip().splitlines()
+    return one_line(error), "\n".join(trace[-10:])
 
 
 def find_run(name: str, output_dir: str | Path, weights: bool = False) -> Run | None:

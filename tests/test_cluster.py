@@ -13,7 +13,7 @@ import pytest
 from outcomes import timeless
 
 from lablib import MLP, Experiment, StreamlinedTrainer, TrainingConfig, experiment
-from lablib.experiments import _train_one
+from lablib.runs import attempt
 
 STEPS = 4  # an epoch
 
@@ -94,8 +94,8 @@ def test_threads_of_one_worker_train_one_after_the_other(monkeypatch):
         most.append(len(running))
         running.remove(threading.get_ident())
 
-    monkeypatch.setattr("lablib.experiments.train_or_load", training)
+    monkeypatch.setattr("lablib.runs.train_or_load", training)
     arguments = [None] * 7  # model, config, data, trainer, identity, callbacks, weights
     with joblib.parallel_config("threading"):
-        joblib.Parallel(n_jobs=4)(joblib.delayed(_train_one)(i, *arguments, 1) for i in range(20))
+        joblib.Parallel(n_jobs=4)(joblib.delayed(attempt)(i, *arguments, 1) for i in range(20))
     assert most == [1] * 20
