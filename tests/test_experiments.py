@@ -308,6 +308,8 @@ def test_arguments_that_cannot_be_used_are_refused(arguments, error, words, conf
 def test_an_interruption_says_where_and_keeps_what_is_finished(telling, config, tiny_data, capsys):
     class Interrupted(StreamlinedTrainer):
         def train(self, *args, **kwargs):
+            assert not self.config.use_telegram_notifications  # the experiment tells, and keeps the token to itself
+            assert self.config.telegram_bot_token is None
             if self.config.seed == 1 and not state.resumed:
                 raise KeyboardInterrupt
             state.trained.append(self.config.seed)
@@ -386,20 +388,6 @@ def test_two_processes_that_want_the_same_run_train_it_once(config, tiny_data, t
     assert one_process != other_process
     assert len(trainings.read_text().split()) == 1
     assert one == other == load_run(one.path)
-
-
-def test_workers_that_do_not_know_the_token_leave_the_messages_to_the_experiment(telling, tiny_data):
-    class Silent(StreamlinedTrainer):
-        def __init__(self, *args, config, **kwargs):
-            if config.use_telegram_notifications or config.telegram_bot_token is not None:
-                raise AssertionError("a worker would send messages, or knows the token")
-            super().__init__(*args, config=config, **kwargs)
-
-    models = {**NARROW, "broken": lambda: FailsInTraining((4,), image_shape=(1, 6, 6), num_classes=3)}
-    with pytest.warns(UserWarning, match="no forward today"):
-        experiment(models, telling[0], tiny_data, [3], jobs=2, trainer_class=Silent)
-    (message,) = telling[1].messages()
-    assert message.text.startswith("Experiment on tiny: finished\nruns: 1 of 2 finished (0 loaded), 1 failed")
 
 
 class Dies(MLP):

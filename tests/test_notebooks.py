@@ -12,10 +12,12 @@ import matplotlib.pyplot as plt
 import nbformat
 import pytest
 from matplotlib import rc_context
+from nbformat.v4 import new_code_cell, new_notebook, new_output
 from papermill import inspect_notebook
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
+from tools.execute import clean
 from tools.published import CIFAR_RECIPES, MNIST_RECIPES, Lab, main
 
 ROOT = Path(__file__).parent.parent
@@ -32,12 +34,7 @@ SHORT = {"epochs": 1, "batch_size": 128, "seeds": 1, "jobs": 1, "precision": "fp
 SHORT_CNNS = {"width": 2, "cosine_epochs": 1, "cosine_learning_rate": 0.01, "grid_images": 100, "grid_seeds": 1}
 GRID = ["-y", "{grid_temperatures: [2, 4, 8], grid_alphas: [0.5, 0.7, 0.9]}"]
 FIGURES = {  # of the specification
-    MLPS: {
-        "first_mlp_train.png",
-        "first_mlp_val.png",
-        "comparison_mlp_residual_train.svg",
-        "comparison_mlp_residual_val.svg",
-    },
+    MLPS: {"first_mlp_train.png", "first_mlp_val.png"} | {f"comparison_mlp_residual_{p}.svg" for p in ("train", "val")},
     CNNS: {"cnn_comparison_train.svg", "cnn_comparison_val.svg", "knowledge_distl_result.png"},
 }
 
@@ -143,7 +140,6 @@ WRONG = {
 
 @pytest.mark.parametrize(("notebook", "parameters", "words"), WRONG.values(), ids=WRONG)
 def test_a_wrong_parameter_stops_it_before_anything_is_trained(notebook, parameters, words, tmp_path, monkeypatch):
-    """In this process; that papermill calls a cell as is expected here is seen in the next test."""
     monkeypatch.chdir(ROOT)
     with pytest.raises(ValueError, match=re.escape(words)):
         execute(notebook, **parameters, output_dir=str(tmp_path / "runs"))
@@ -217,3 +213,21 @@ def test_no_committed_text_has_a_path_of_one_machine(pattern):
     assert [
         str(path) for path in ROOT.glob(pattern) if MACHINE_PATH.search(path.read_text().replace("/content/lab", ""))
     ] == []
+
+
+def test_timings_widgets_and_redrawn_progress_go_and_the_results_stay(tmp_path):
+    outputs = [
+        new_output("stream", name="stdout", text="one\n\rruns: 0/2\rruns: 1/2"),
+        new_output("stream", name="stdout", text="\rruns: 2/2\r\ndone"),
+        new_output("stream", name="stderr", text="a warning\n"),
+        new_output("display_data", data={"text/plain": "98.5 %"}),
+    ]
+    cell = new_code_cell("1 + 1", outputs=outputs, metadata={"papermill": {"duration": 1}, "tags": ["kept"]})
+    notebook = new_notebook(cells=[cell], metadata={"papermill": {"input_path": "x"}, "widgets": {}})
+    nbformat.write(notebook, tmp_path / "out.ipynb")
+    clean(tmp_path / "out.ipynb")
+    cleaned = nbformat.read(tmp_path / "out.ipynb", as_version=4)
+    assert not {"papermill", "widgets"} & set(cleaned.metadata)
+    assert dict(cleaned.cells[0].metadata) == {"tags": ["kept"]}
+    assert [output.get("text") for output in cleaned.cells[0].outputs] == ["one\nruns: 2/2\ndone", "a warning\n", None]
+    assert cleaned.cells[0].outputs[2].data["text/plain"] == "98.5 %"

@@ -9,8 +9,7 @@ from itertools import pairwise
 from types import ModuleType, SimpleNamespace
 
 import pytest
-import torch
-from bot_api import BotApi, closed_port, error, hang, reply, reset
+from bot_api import BotApi, closed_port, error, reply, reset
 from pydantic import SecretStr
 from transformers import TrainerCallback
 
@@ -161,25 +160,6 @@ def test_a_training_that_fails_or_is_interrupted_sends_where_and_why(error, outc
         trainer.train()
     assert caught.value is error
     assert sent(api).split("\n") == [f"MLP on tiny: training {outcome}", "run: it", "after 1.5 of 2 epochs", line]
-
-
-@pytest.mark.usefixtures("in_environment")
-def test_a_telegram_that_hangs_is_one_warning_and_the_training_gives_the_same_bits(api, config, tiny_data, monkeypatch):
-    def train(config: TrainingConfig):
-        torch.manual_seed(0)
-        trainer = StreamlinedTrainer(MODELS["wide"](), config, tiny_data)
-        trainer.train()
-        return [*trainer.model.state_dict().values(), torch.get_rng_state()]
-
-    monkeypatch.setattr(TelegramNotifier, "deadline", 0.4)
-    expected = train(replace(config, use_telegram_notifications=False))
-    api.script = [hang] * 20
-    with pytest.warns(UserWarning, match="Telegram") as warned:
-        outcome = train(config)
-    assert [str(warning.message) for warning in warned] == [
-        "Telegram: no connection (ReadTimeout); continuing without it"
-    ]
-    assert all(torch.equal(one, other) for one, other in zip(outcome, expected, strict=True))
 
 
 class FailsInTraining(MLP):
