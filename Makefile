@@ -48,7 +48,7 @@ published: .venv/lab ## list the published runs; JOBS=2 trains what is missing (
 	@$(BIN)/python tools/published.py $(if $(JOBS),--jobs $(JOBS),--list)
 
 # the parameters of the published runs, which tools/published.py trains
-MNIST := -p dataset mnist -p epochs 60 -p batch_size 256 -p seeds 5 -p depth_seeds 3 -p precision fp32
+MNIST := -p dataset mnist -p epochs 60 -p batch_size 256 -p seeds 5 -p depth_seeds 5 -p precision fp32
 CIFAR := -p dataset data/cifar10-jpeg -p epochs 60 -p batch_size 128 -p seeds 5 -p width 16 -p precision bf16 \
 	-p cosine_epochs 30 -p cosine_learning_rate 0.01 -p grid_images 5000 -p grid_seeds 3 \
 	-y '{grid_temperatures: [2, 4, 8], grid_alphas: [0.5, 0.7, 0.9]}'

@@ -82,7 +82,7 @@ def blocks(lab: "Lab", together: int = 5) -> Iterator[Block]:
     yield cnns("B", "reference", others, three)
     for recipe in ("reference", "cosine"):
         yield Block(f"C/{recipe}", lab.mnist, lab.mnist_recipes[recipe], lab.mlps(), five)
-    yield Block("C/depth", lab.mnist, lab.mnist_recipes["reference"], lab.deep_mlps(), three)
+    yield Block("C/depth", lab.mnist, lab.mnist_recipes["reference"], lab.deep_mlps(), five)
     wide = [name for name in narrow if not name.startswith("NoShortcut") and name != teacher]
     yield cnns("D", "cosine", wide, (0,), lab.wide)
     middle = [f"{family}-{depth}" for family in ("ResidualCNN", "NoShortcut") for depth in lab.depths[1:-1]]
