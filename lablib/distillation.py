@@ -14,6 +14,7 @@ from lablib.config import TrainingConfig
 from lablib.data import ImageData
 from lablib.hardware import memory_format
 from lablib.identity import weights_digest
+from lablib.metrics import are_probabilities
 from lablib.trainer import StreamlinedTrainer
 
 
@@ -66,6 +67,8 @@ class KnowledgeDistillationTrainer(StreamlinedTrainer):
             logits = self.teacher(self.prepare_images(data.train_images[:2].to(self.args.device), False))
         if not isinstance(logits, torch.Tensor):
             raise ValueError(f"the teacher returns a {type(logits).__name__}, not logits (images × classes); wrap it")
+        if are_probabilities(logits):
+            raise ValueError("the teacher returns probabilities, not logits; remove its last softmax")
         classes = logits.shape[1]
         if classes != data.num_classes:
             raise ValueError(f"the teacher has {classes} outputs, but {data.name} has {data.num_classes} classes")

@@ -68,6 +68,11 @@ def first_logits(outputs: Any) -> Any:
     return outputs[0] if isinstance(outputs, tuple) else outputs
 
 
+def are_probabilities(logits: torch.Tensor) -> bool:
+    """Whether softmax has been applied (images × classes), which a loss of logits would do once more."""
+    return bool((logits >= 0).all() and (logits.sum(1) - 1).abs().max() < 1e-3)
+
+
 def epoch_number(epochs: float) -> int:
     """The number, from 1 on, of the epoch in which a training is after so many `epochs`."""
     return math.ceil(epochs - 1e-9)

@@ -154,8 +154,11 @@ def effects_table(comparisons: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 def results_table(frame: pd.DataFrame, reference: Mapping[str, float] | None = None) -> pd.DataFrame:
     """One row per model, in order of appearance; accuracies are fractions, `n` counts the finished runs.
 
-    `reference` gives published test accuracies (fractions) by model. Where runs failed, `error` says why.
+    `reference` gives published test accuracies by model. Where runs failed, `error` says why. Raises ValueError for
+    reference accuracies that are not fractions.
     """
+    if wrong := [accuracy for accuracy in (reference or {}).values() if not 0 <= accuracy <= 1]:
+        raise ValueError(f"the reference accuracy {wrong[0]} is not a fraction; write 0.983 for 98.3 %")
     by_model = frame.groupby("model", sort=False)
     table = by_model.agg(
         dataset=("dataset", "first"),

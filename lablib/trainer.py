@@ -28,7 +28,7 @@ from lablib.checkpoints import ResumableTrainer, contiguous_weights
 from lablib.config import TrainingConfig
 from lablib.data import ImageBatches, ImageData, ShuffledBatches, stratified_split, stratified_subset
 from lablib.hardware import algorithms, check_device, keep_freed_memory, memory_format, resolve_precision, untouched
-from lablib.metrics import BatchMeter, first_logits
+from lablib.metrics import BatchMeter, are_probabilities, first_logits
 
 Outputs = torch.Tensor | tuple[torch.Tensor, ...]  # logits (batch × classes), or a tuple that begins with them
 
@@ -323,6 +323,8 @@ def _try(trainer: StreamlinedTrainer, what: str, dataset: ImageBatches, size: in
             raise TypeError("each output must be a tensor whose first dimension is the images")
         if (number := logits.shape[1]) != data.num_classes:
             raise ValueError(f"the network has {number} outputs, but {data.name} has {data.num_classes} classes")
+        if type(trainer).losses.__module__.startswith("lablib.") and are_probabilities(logits):
+            raise ValueError("the network returns probabilities, but the loss takes logits; remove its last softmax")
         trainer._evaluated(EvalPrediction(*nested_numpify((outputs, labels))))
     except NonFiniteLossError:  # statistics of batch norm that are not trained may give any loss
         pass

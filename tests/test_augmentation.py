@@ -42,9 +42,6 @@ def test_crop_is_torchvisions_padding_and_cropping_image_by_image(shape, padding
     assert torch.equal(crop(images, corners, padding), torch.stack(oracle))
 
 
-KNOBS = {"rotation_degrees": 15.0, "translation_fraction": 0.1, "horizontal_flip": True, "crop_padding": 2}
-
-
 def test_the_draws_are_uniform_for_each_image_in_the_order_in_which_the_published_runs_drew_them():
     images = random_images((3, 12, 10), batch=16)
     generator = torch.Generator().manual_seed(3)
@@ -52,7 +49,7 @@ def test_the_draws_are_uniform_for_each_image_in_the_order_in_which_the_publishe
     corners = torch.randint(5, (16, 2), generator=generator)  # 0 to twice the padding
     shifts = torch.stack([(2 * right - 1) * 0.1 * 10, (2 * down - 1) * 0.1 * 12], dim=1)  # of the width and the height
     expected = crop(affine(images, (2 * turn - 1) * 15, shifts, flip < 0.5), corners, 2)
-    result = augment(images, **KNOBS, generator=torch.Generator().manual_seed(3))
+    result = augment(images, 15.0, 0.1, True, 2, generator=torch.Generator().manual_seed(3))
     torch.testing.assert_close(result, expected, atol=1e-5, rtol=0)
 
     flips = (torch.rand(16, generator=generator.manual_seed(3)) < 0.5).tolist()

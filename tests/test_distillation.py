@@ -132,10 +132,12 @@ def test_a_teacher_or_student_that_does_not_fit_is_refused(tiny_data):
     with pytest.raises(ValueError, match="the teacher is the student; give a network of its own"):
         KnowledgeDistillationTrainer(student, student, config(), tiny_data)
     pair = type("Pair", (MLP,), {"forward": lambda self, images: (images, images)})()
-    with pytest.raises(ValueError, match="the teacher returns a tuple, not logits"):
-        KnowledgeDistillationTrainer(student, pair, config(), tiny_data)
-    with pytest.raises(ValueError, match="the teacher has 4 outputs, but tiny has 3 classes"):
-        KnowledgeDistillationTrainer(student, network(2, num_classes=4), config(), tiny_data)
+    softmax = torch.nn.Sequential(network(2), torch.nn.Softmax(1))
+    wrong = {"returns a tuple, not logits": pair, "returns probabilities": softmax}
+    wrong["has 4 outputs, but tiny has 3 classes"] = network(2, num_classes=4)
+    for words, teacher in wrong.items():
+        with pytest.raises(ValueError, match=f"the teacher {words}"):
+            KnowledgeDistillationTrainer(student, teacher, config(), tiny_data)
     four = KnowledgeDistillationTrainer(network(1, num_classes=4), network(2), config(), tiny_data)
     with pytest.raises(SanityCheckError, match="the network has 4 outputs, but tiny has 3 classes"):
         four.train()

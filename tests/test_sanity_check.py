@@ -87,6 +87,7 @@ NO_MEMORY = "(9 images) does not fit into memory: use a smaller batch_size or im
         (Linear(lambda logits: {"logits": logits}), NO_LOGITS),
         (Linear(lambda logits: logits.argmax(1)), NO_LOGITS),
         (Linear(lambda logits: (logits, logits.T)), "each output must be a tensor whose first dimension is the images"),
+        (Linear(nn.Softmax(1)), "the network returns probabilities, but the loss takes logits"),
         (Linear(torch.detach), "a full batch (9 of 27 images) fails with RuntimeError: element 0"),
         (Expanded(), "no checkpoint of Expanded can be loaded: its state_dict() must hold ordinary tensors"),
         (out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate")), NO_MEMORY),
