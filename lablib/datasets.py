@@ -120,7 +120,8 @@ def _listed(folder: Path) -> tuple[list[str], list[tuple[str, int]]]:
     if empty := labels.keys() - {classes[label] for _, label in images}:
         raise ValueError(f"no image in {folder / min(empty)}; add some or delete the folder")
     if others := {*files} - {*images}:
-        warnings.warn(f"{len(others)} files are not images and are ignored, for example {min(others)[0]}", stacklevel=5)
+        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+        warnings.warn(f"ignored, as it is not an image: {min(others)[0]}{more}", stacklevel=5)
     return classes, images
 
 
@@ -132,6 +133,8 @@ def _from_folder(folder: Path, size, channels: int) -> ImageData:
     if classes != test_classes:
         wrong = sorted({*classes} ^ {*test_classes})
         raise ValueError(f"{folder}: train/ and test/ need the same classes; these are in only one of them: {wrong}")
+    for unread in (path for path in folder.iterdir() if path.name in ("val", "valid", "validation")):
+        warnings.warn(f"{unread} is not read; a part of train/ becomes the validation set", stacklevel=4)
     files, number = train + test, len(train)
     paths = [path for path, _ in files]
     labels = np.array([label for _, label in files], dtype=np.int64)

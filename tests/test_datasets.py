@@ -160,9 +160,13 @@ def test_other_files_are_named_in_a_warning_and_hidden_ones_are_passed_over(fold
     for name in (".checkpoints/1.png", "._0.png", "x.heic", "y.txt"):
         (path := folder / "train" / "dog" / name).parent.mkdir(exist_ok=True)
         path.write_bytes(b"no image to Pillow")
-    (folder / "train" / ".hidden").mkdir()
-    with pytest.warns(UserWarning, match=r"2 files are not images and are ignored, for example .*x.heic"):
+    for name in ("train/.hidden", "val"):
+        (folder / name).mkdir()
+    with pytest.warns(UserWarning, match="not") as warned:
         data = load_data(folder)
+    heic, val = sorted(str(warning.message).replace(str(folder), "…") for warning in warned)
+    assert heic == f"ignored, as it is not an image: {Path('…/train/dog/x.heic')} and 1 more"
+    assert val == f"{Path('…/val')} is not read; a part of train/ becomes the validation set"
     assert len(data.train_labels) == 10
 
 

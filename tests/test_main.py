@@ -45,7 +45,6 @@ def test_the_command_trains_the_run_that_the_same_config_loads(run, tmp_path):
         (["MLP", "--horizontal-flip", "maybe"], "argument --horizontal-flip: should be a valid boolean"),
         (["MLP", "--telegram-chat-id", TOKEN], "argument --telegram-chat-id: "),
         (["MLP", "--lr", "cosine"], "unrecognized arguments: --lr cosine"),
-        (["MLP", "--depth", "2"], "unrecognized arguments: --depth 2"),
         (["SimpleCNN"], "are required: --depth"),
         (["SimpleCNN", "--depth", "9"], "too small for depth 9"),
         (["MLP", "--data", "mnits"], "'mnits' is neither a known name"),
