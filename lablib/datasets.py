@@ -134,7 +134,7 @@ def _from_folder(folder: Path, size, channels: int) -> ImageData:
         wrong = sorted({*classes} ^ {*test_classes})
         raise ValueError(f"{folder}: train/ and test/ need the same classes; these are in only one of them: {wrong}")
     for unread in (path for path in folder.iterdir() if path.name in ("val", "valid", "validation")):
-        warnings.warn(f"{unread} is not read; a part of train/ becomes the validation set", stacklevel=4)
+        warnings.warn(f"{unread} is not read; a part of train/ becomes the validation set", stacklevel=3)
     files, number = train + test, len(train)
     paths = [path for path, _ in files]
     labels = np.array([label for _, label in files], dtype=np.int64)
