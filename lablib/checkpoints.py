@@ -64,10 +64,6 @@ def contiguous_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in weights}
 
 
-def _shapes(weights: dict[str, torch.Tensor]) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in weights.items()}
-
-
 class Interruption:
     """A context manager that notes SIGINT and SIGTERM, so that a step can finish and a checkpoint be written.
 
@@ -288,14 +284,15 @@ class ResumableTrainer:
                 raise ValueError(f"checksum mismatch in {' and '.join(changed)}")
             state, saved = (json.loads((checkpoint / name).read_bytes()) for name in ("trainer_state.json", _LAB))
             best = safetensors.torch.load_file(checkpoint / (_BEST if _BEST in manifest else _WEIGHTS))
-            if _shapes(best) != _shapes(self.model.state_dict()):
+            held, needed = ({n: w.shape for n, w in each.items()} for each in (best, self.model.state_dict()))
+            if held != needed:
                 raise ValueError("it holds the weights of another architecture")
             return state, saved, best
         except Exception as error:
             raise OSError(f"{checkpoint} cannot be loaded: {type(error).__name__}: {error}") from error
 
     def _restore(self, state: dict, saved: dict, best: dict[str, torch.Tensor]):
-        self.notes, before, now = saved["notes"], saved["environment"], self.environment
+        before, now = saved["environment"], self.environment
         notes, resumed = [], f"resumed at step {state['global_step']}"
         if changed := [name for name in now if now[name] != before.get(name)]:
             was, now_is = (", ".join(f"{name} {values.get(name)}" for name in changed) for values in (before, now))
@@ -304,7 +301,7 @@ class ResumableTrainer:
             notes.append(f"{resumed} without the state of {forgotten}; derive it from transformers' ExportableState")
         for note in notes:
             warnings.warn(f"{self.args.output_dir}: {note}; the result will carry this note", stacklevel=3)
-        self.notes = [*self.notes, *notes]
+        self.notes = [*saved["notes"], *notes]
         if state["best_global_step"]:
             self._best_weights = best
         if state["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"]:

@@ -135,9 +135,8 @@ def _from_folder(folder: Path, size, channels: int) -> ImageData:
         raise ValueError(f"{folder}: train/ and test/ need the same classes; these are in only one of them: {wrong}")
     for unread in (path for path in folder.iterdir() if path.name in ("val", "valid", "validation")):
         warnings.warn(f"{unread} is not read; a part of train/ becomes the validation set", stacklevel=3)
-    files, number = train + test, len(train)
-    paths = [path for path, _ in files]
-    labels = np.array([label for _, label in files], dtype=np.int64)
+    paths, labels = zip(*train, *test, strict=True)
+    labels, number = np.array(labels, dtype=np.int64), len(train)
     stats = map(os.stat, paths)
     names = [path.removeprefix(str(folder)) for path in paths]
     status = [(n, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for n, s in zip(names, stats, strict=True)]
@@ -148,7 +147,7 @@ def _from_folder(folder: Path, size, channels: int) -> ImageData:
     return ImageData(folder.absolute().name, *arrays, tuple(classes))
 
 
-def _pixels(paths: list[str], size, channels: int, cache: Path) -> np.ndarray:
+def _pixels(paths: Sequence[str], size, channels: int, cache: Path) -> np.ndarray:
     """Images × channels × height × width, mapped from the cache."""
     with suppress(OSError, ValueError, EOFError):  # absent or damaged
         return np.load(cache, mmap_mode="r")
@@ -218,16 +217,15 @@ def split(folder: str | os.PathLike, test: float = 0.2, seed: int = 0) -> None:
     classes, images = _listed(folder)
     if {"train", "test"} <= {*classes}:
         raise ValueError(f"{folder} is already split: it contains train/ and test/")
-    parts = stratified_split(torch.tensor([label for _, label in images]), test, seed)
+    training, tested = stratified_split(torch.tensor([label for _, label in images]), test, seed)
     with TemporaryDirectory(prefix=".split-", dir=folder.parent) as scratch:  # so that it is never half full
-        for part, indices in zip(("train", "test"), parts, strict=True):
+        for part, indices in {"train": training, "test": tested}.items():
             for index in indices:
                 place = Path(scratch, target.name, part, os.path.relpath(images[index][0], folder))
                 place.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(images[index][0], place)
         os.rename(Path(scratch, target.name), target)
-    counts = " and ".join(f"{len(indices):,} {name}" for indices, name in zip(parts, ("training", "test"), strict=True))
-    print(f"wrote {target}: {counts} images of {len(classes)} classes")
+    print(f"wrote {target}: {len(training):,} training and {len(tested):,} test images of {len(classes)} classes")
 
 
 def clean(folder: str | os.PathLike) -> None:

@@ -225,7 +225,8 @@ def _function(function: FunctionType, inside: Callable) -> Any:
         )
     if not _is_current(code):
         raise TypeError(f"{code.co_filename} was changed after {function.__qualname__} was imported; restart Python")
-    names = {part.id for part in ast.walk(node) if isinstance(part, ast.Name)} & _names(code)
+    looked_up = {name for part in _codes(code) for name in part.co_names}  # global names, and those of attributes
+    names = looked_up & {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
     known = {name: value for name, value in function.__globals__.items() if name in names and name[:2] != "__"}
     return {
         "source": sha256(repr(_canonical(node)).encode()),
@@ -233,11 +234,6 @@ def _function(function: FunctionType, inside: Callable) -> Any:
         "defaults": inside([function.__defaults__, function.__kwdefaults__]),
         "attributes": inside(vars(function)),
     }
-
-
-def _names(code: CodeType) -> set[str]:
-    """The global names that a function and those within it may look up, and the attributes."""
-    return {name for part in _codes(code) for name in part.co_names}
 
 
 def _codes(code: CodeType) -> list[CodeType]:
