@@ -35,8 +35,8 @@ def gradient_norms(
     images, labels = batch
     with untouched(model), torch.enable_grad():
         loss = F.cross_entropy(first_logits(outputs(model.eval(), images)), labels)
-        gradients = torch.autograd.grad(loss, list(layers.values()), allow_unused=True)
-    rms = [0.0 if g is None else g.cpu().double().norm().item() / g.numel() ** 0.5 for g in gradients]
+        gradients = torch.autograd.grad(loss, list(layers.values()), materialize_grads=True)
+    rms = [gradient.cpu().double().norm().item() / gradient.numel() ** 0.5 for gradient in gradients]
     return pd.DataFrame({"layer": range(1, len(layers) + 1), "name": list(layers), "rms": rms})
 
 

@@ -69,8 +69,7 @@ class KnowledgeDistillationTrainer(StreamlinedTrainer):
             raise ValueError(f"the teacher returns a {type(logits).__name__}, not logits (images × classes); wrap it")
         if are_probabilities(logits):
             raise ValueError("the teacher returns probabilities, not logits; remove its last softmax")
-        classes = logits.shape[1]
-        if classes != data.num_classes:
+        if (classes := logits.shape[1]) != data.num_classes:
             raise ValueError(f"the teacher has {classes} outputs, but {data.name} has {data.num_classes} classes")
 
         self._answers = WeakKeyDictionary()  # data set that was evaluated -> the teacher's logits for each batch

@@ -174,9 +174,8 @@ class Experiment:
         taught = [seed for seed in seeds if seed not in failed]
         if not taught:
             raise RuntimeError(f"all teachers failed: {'; '.join(dict.fromkeys(failed.values()))}")
-        teachers = {seed: self._trained(teacher, seed) for seed in taught}
         trainers = {
-            (cell, seed): partial(KnowledgeDistillationTrainer, teacher=teachers[seed], **knobs)
+            (cell, seed): partial(KnowledgeDistillationTrainer, teacher=self._trained(teacher, seed), **knobs)
             for (cell, knobs), seed in product(students.items(), taught)
         }
         models = dict.fromkeys(students, self.select(student).models[student])
@@ -283,7 +282,7 @@ def experiment(
     # the experiment speaks for its runs, and the token stays in this process
     config = replace(config, use_telegram_notifications=False, telegram_bot_token=None)
     more = {"callbacks": callbacks, "weights": weights, "parent": os.getpid()}
-    tasks, paths = {}, {}
+    tasks, paths = [], {}
     with telling as messages:
         for key in keys:
             build, knobs, trainer = result.models[key[0]], replace(config, seed=key[1]), trainers[key]
@@ -292,7 +291,7 @@ def experiment(
                 if run := find_run(run_name(identity), config.output_dir, weights):
                     result.runs[key] = run
                 else:
-                    tasks[key] = joblib.delayed(attempt)(key, build, knobs, data, trainer, identity, **more)
+                    tasks.append(joblib.delayed(attempt)(key, build, knobs, data, trainer, identity, **more))
                     paths[key] = Path(config.output_dir, run_name(identity))
             except Exception as error:
                 _note_failure(result, key, *line_and_trace(error))
@@ -352,7 +351,7 @@ def _note_failure(result: Experiment, key: Key, line: str, trace: str):
     warnings.warn(f"the run of {key[0]!r} with seed {key[1]} failed{what}", stacklevel=3)
 
 
-def _train_all(result: Experiment, tasks: dict[Key, tuple], paths: dict[Key, Path], jobs: int):
+def _train_all(result: Experiment, tasks: list[tuple], paths: dict[Key, Path], jobs: int):
     jobs = min(joblib.effective_n_jobs(jobs), jobs if jobs > 0 else len(tasks), len(tasks))
     backend, _ = joblib.parallel.get_active_backend()
     interruption = Interruption([signal.SIGINT] if jobs > 1 else [])  # workers get it too: wait for their checkpoints
@@ -362,7 +361,7 @@ def _train_all(result: Experiment, tasks: dict[Key, tuple], paths: dict[Key, Pat
     parallel = joblib.Parallel(n_jobs=jobs, return_as=return_as, mmap_mode="c", pre_dispatch=jobs)
     with progress(paths, result.config.num_epochs, ended), interruption:
         try:
-            for key, run, error in parallel(task for task in tasks.values() if not interruption.asked):
+            for key, run, error in parallel(task for task in tasks if not interruption.asked):
                 if run:
                     result.runs[key] = run
                 elif error:

@@ -136,8 +136,8 @@ def verdicts(comparison: pd.DataFrame, word: str = "better") -> str:
     """All comparisons as a Markdown list of sentences."""
     sentences = []
     for label, row in zip(labels(comparison), comparison.to_dict("records"), strict=True):
-        says_more = label != f"{row['first']} − {row['second']}"
-        sentences.append(f"- {label}: {verdict(row, word)}" if says_more else f"- {verdict(row, word)}")
+        start = "- " if label == f"{row['first']} − {row['second']}" else f"- {label}: "
+        sentences.append(start + verdict(row, word))
     return "\n".join(sentences)
 
 

@@ -161,10 +161,6 @@ class ExperimentMessages(_Messenger, contextlib.AbstractContextManager):
         self.experiment, self.config = experiment, experiment.config
         self._pending, self._began = set(), time.monotonic()
 
-    def __exit__(self, kind, error, trace):
-        if error or self._pending or self.experiment.failures:
-            self._ended(error)
-
     @harmless
     def begin(self, pending):
         """Remember the runs, as (model, seed), that are about to be trained."""
@@ -172,8 +168,11 @@ class ExperimentMessages(_Messenger, contextlib.AbstractContextManager):
         self.check_credentials()
 
     @harmless
-    def _ended(self, error: BaseException | None):
-        result, total = self.experiment, len(self.experiment.models) * len(self.experiment.seeds)
+    def __exit__(self, kind, error, trace):
+        result = self.experiment
+        if not (error or self._pending or result.failures):
+            return
+        total = len(result.models) * len(result.seeds)
         loaded = len(result.runs.keys() - self._pending)
         lines = [
             f"runs: {len(result.runs)} of {total} finished ({loaded} loaded), {len(result.failures)} failed",
