@@ -121,7 +121,7 @@ def _listed(folder: Path) -> tuple[list[str], list[tuple[str, int]]]:
         raise ValueError(f"no image in {folder / min(empty)}; add some or delete the folder")
     if others := {*files} - {*images}:
         more = f" and {len(others) - 1} more" if len(others) > 1 else ""
-        warnings.warn(f"ignored, as it is not an image: {min(others)[0]}{more}", stacklevel=5)
+        warnings.warn(f"files that are not images are ignored: {min(others)[0]}{more}", stacklevel=5)
     return classes, images
 
 
@@ -134,7 +134,7 @@ def _from_folder(folder: Path, size, channels: int) -> ImageData:
         wrong = sorted({*classes} ^ {*test_classes})
         raise ValueError(f"{folder}: train/ and test/ need the same classes; these are in only one of them: {wrong}")
     for unread in (path for path in folder.iterdir() if path.name in ("val", "valid", "validation")):
-        warnings.warn(f"{unread} is not read; a part of train/ becomes the validation set", stacklevel=3)
+        warnings.warn(f"{unread} is not read; part of train/ serves as the validation set", stacklevel=3)
     paths, labels = zip(*train, *test, strict=True)
     labels, number = np.array(labels, dtype=np.int64), len(train)
     stats = map(os.stat, paths)

@@ -68,7 +68,7 @@ class KnowledgeDistillationTrainer(StreamlinedTrainer):
         if not isinstance(logits, torch.Tensor):
             raise ValueError(f"the teacher returns a {type(logits).__name__}, not logits (images × classes); wrap it")
         if are_probabilities(logits):
-            raise ValueError("the teacher returns probabilities, not logits; remove its last softmax")
+            raise ValueError("the teacher returns probabilities, not logits; remove its final softmax")
         if (classes := logits.shape[1]) != data.num_classes:
             raise ValueError(f"the teacher has {classes} outputs, but {data.name} has {data.num_classes} classes")
 

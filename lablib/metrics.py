@@ -69,7 +69,7 @@ def first_logits(outputs: Any) -> Any:
 
 
 def are_probabilities(logits: torch.Tensor) -> bool:
-    """Whether softmax has been applied (images × classes), which a loss of logits would do once more."""
+    """Whether outputs (images × classes) are none below 0 and sum to 1 for each image, as after a softmax."""
     return bool((logits >= 0).all() and (logits.sum(1) - 1).abs().max() < 1e-3)
 
 

@@ -273,8 +273,9 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
 def sanity_check(trainer: StreamlinedTrainer) -> None:
     """Try what a training does on a few real images, so that it fails in the first seconds or not at all.
 
-    An evaluation, the number of classes, a full batch and the last batch of an epoch (forward and backward), and the
-    weights, saved and loaded. It leaves no trace (see `untouched`) and needs no other process.
+    An evaluation, whose outputs must be logits, one for each class; a full batch and the last batch of an epoch
+    (forward and backward); and the weights, saved and loaded. It leaves no trace (see `untouched`) and needs no other
+    process.
     Raises SanityCheckError: which of these fails, what the network was given, and the original error.
     """
     args, model, images = trainer.args, trainer.model, len(trainer.train_dataset)
@@ -324,7 +325,7 @@ def _try(trainer: StreamlinedTrainer, what: str, dataset: ImageBatches, size: in
         if (number := logits.shape[1]) != data.num_classes:
             raise ValueError(f"the network has {number} outputs, but {data.name} has {data.num_classes} classes")
         if type(trainer).losses.__module__.startswith("lablib.") and are_probabilities(logits):
-            raise ValueError("the network returns probabilities, but the loss takes logits; remove its last softmax")
+            raise ValueError("the network returns probabilities, but the loss takes logits; remove its final softmax")
         trainer._evaluated(EvalPrediction(*nested_numpify((outputs, labels))))
     except NonFiniteLossError:  # statistics of batch norm that are not trained may give any loss
         pass

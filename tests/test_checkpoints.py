@@ -362,8 +362,7 @@ def test_a_callback_whose_state_is_lost_is_named_and_noted_in_the_result(config,
     counting = [Counting(1), Counting(0)]
     with pytest.raises(KeyboardInterrupt):
         train_or_load(tiny_mlp, config(), tiny_data, callbacks=[*counting, At(2, press_ctrl_c)])
-    callbacks = [Counting(1), Counting(0)]
-    (note,) = train_or_load(tiny_mlp, config(), tiny_data, callbacks=callbacks).result["notes"]
+    (note,) = train_or_load(tiny_mlp, config(), tiny_data, callbacks=[Counting(1), Counting(0)]).result["notes"]
     assert note.startswith("resumed at step 2 without the state of Counting; ")
     assert note in str(recwarn.pop(UserWarning).message)
 

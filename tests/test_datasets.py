@@ -165,8 +165,8 @@ def test_other_files_are_named_in_a_warning_and_hidden_ones_are_passed_over(fold
     with pytest.warns(UserWarning, match="not") as warned:
         data = load_data(folder)
     heic, val = sorted(str(warning.message).replace(str(folder), "…") for warning in warned)
-    assert heic == f"ignored, as it is not an image: {Path('…/train/dog/x.heic')} and 1 more"
-    assert val == f"{Path('…/val')} is not read; a part of train/ becomes the validation set"
+    assert heic == f"files that are not images are ignored: {Path('…/train/dog/x.heic')} and 1 more"
+    assert val == f"{Path('…/val')} is not read; part of train/ serves as the validation set"
     assert len(data.train_labels) == 10
 
 

@@ -132,9 +132,8 @@ def test_a_teacher_or_student_that_does_not_fit_is_refused(tiny_data):
     with pytest.raises(ValueError, match="the teacher is the student; give a network of its own"):
         KnowledgeDistillationTrainer(student, student, config(), tiny_data)
     pair = type("Pair", (MLP,), {"forward": lambda self, images: (images, images)})()
-    softmax = torch.nn.Sequential(network(2), torch.nn.Softmax(1))
-    wrong = {"returns a tuple, not logits": pair, "returns probabilities": softmax}
-    wrong["has 4 outputs, but tiny has 3 classes"] = network(2, num_classes=4)
+    wrong = {"returns a tuple, not logits": pair, "has 4 outputs, but tiny has 3 classes": network(2, num_classes=4)}
+    wrong["returns probabilities"] = torch.nn.Sequential(network(2), torch.nn.Softmax(1))
     for words, teacher in wrong.items():
         with pytest.raises(ValueError, match=f"the teacher {words}"):
             KnowledgeDistillationTrainer(student, teacher, config(), tiny_data)

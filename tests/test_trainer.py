@@ -267,6 +267,13 @@ def test_a_test_loss_that_is_not_finite_loses_no_training(build):
     assert math.isnan(trainer.test()["test_loss"])
 
 
+def test_augmentation_draws_again_in_each_epoch(build, unchecked):
+    model = small_mlp(model_class=InputsKept)
+    build(config(batch_size=27, rotation_degrees=30.0), model).train()
+    first, second = model.shown[True]
+    assert not np.isin(first.sum((1, 2, 3)).numpy(), second.sum((1, 2, 3)).numpy()).any()
+
+
 class Noting(TrainerCallback):
     """Notes each event, when it is and what it is given."""
 
