@@ -143,6 +143,10 @@ def _from_folder(folder: Path, size, channels: int) -> ImageData:
     key = hashlib.sha256(repr((_PIXELS, status)).encode()).hexdigest()[:16]
     kind = f"{'x'.join(map(str, size)) if size else 'anysize'}-{'grey' if channels == 1 else 'rgb'}"
     images = _pixels(paths, size, channels, folder / f".lablib-{kind}-{key}.npy")
+    seen = {hash(image.tobytes()) for image in images[:number]}
+    if leaked := sum(hash(image.tobytes()) in seen for image in images[number:]):
+        text = f"{leaked:,} of {len(images) - number:,} test images are also in train/, which inflates accuracy"
+        warnings.warn(f"{folder}: {text}", stacklevel=3)
     arrays = images[:number], labels[:number], images[number:], labels[number:]
     return ImageData(folder.absolute().name, *arrays, tuple(classes))
 
