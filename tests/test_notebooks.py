@@ -1,4 +1,4 @@
-"""The notebooks, run as people run them: through papermill, with parameters of their own."""
+"""The notebooks, run with other parameters, as papermill gives them."""
 
 import json
 import os
@@ -23,7 +23,6 @@ from tools.published import CIFAR_RECIPES, MNIST_RECIPES, Lab, main
 ROOT = Path(__file__).parent.parent
 MACHINE_PATH = re.compile(r"(?<![\w.])/(home|root|work|tmp|opt|mnt|Users|content)/\w|[A-Z]:\\\\Users")
 MLPS, CNNS = NOTEBOOKS = ("Lab1_MLPs.ipynb", "Lab1_CNNs.ipynb")
-
 
 SHORT = {"epochs": 1, "batch_size": 128, "seeds": 1, "jobs": 1, "precision": "fp32"}
 SHORT_CNNS = {"width": 2, "cosine_epochs": 1, "cosine_learning_rate": 0.01, "grid_images": 100, "grid_seeds": 1}
