@@ -12,6 +12,7 @@ import threading
 import time
 import warnings
 from collections.abc import Sequence
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 
@@ -199,7 +200,7 @@ class ResumableTrainer:
         self.accelerator.wait_for_everyone()
         return next(iter(checkpoints_in(folder)), None)
 
-    @property
+    @cached_property
     def environment(self) -> dict[str, str]:
         """What a resumed training should find unchanged: versions, precision, device, number of processes."""
         return {
