@@ -412,6 +412,7 @@ def test_bf16_computes_in_bfloat16_and_leaves_nothing_behind(build, tiny_data):
     assert not same_bits(before.model.state_dict(), in_bf16.model.state_dict())
 
 
+@pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0:RuntimeWarning")
 def test_a_compiled_network_trains_as_the_plain_one_and_later_ones_are_not_compiled(build, monkeypatch):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # so the same bits
     captured, counters = [], torch._dynamo.utils.counters
