@@ -7,6 +7,7 @@ import pandas as pd
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 from torchvision.models.resnet import BasicBlock
 
 from lablib.hardware import untouched
@@ -29,13 +30,14 @@ def gradient_norms(
     shortcuts = [m.projection for m in model.modules() if isinstance(m, ResidualBlock)]
     shortcuts += [m.downsample[0] for m in model.modules() if isinstance(m, BasicBlock) and m.downsample]
     layers = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd))}
-    layers = {name: layer.weight for name, layer in layers.items() if layer not in shortcuts}
+    layers = {name: layer for name, layer in layers.items() if layer not in shortcuts}
     if not layers:
         raise ValueError(f"{type(model).__name__} has no linear or convolutional layers to measure")
     images, labels = batch
-    with untouched(model), torch.enable_grad():
+    with untouched(model), torch.enable_grad(), parametrize.cached():  # or a normalised weight is new at each access
         loss = F.cross_entropy(first_logits(outputs(model.eval(), images)), labels)
-        gradients = torch.autograd.grad(loss, list(layers.values()), materialize_grads=True)
+        weights = [layer.weight for layer in layers.values()]
+        gradients = torch.autograd.grad(loss, weights, materialize_grads=True)
     rms = [gradient.cpu().double().norm().item() / gradient.numel() ** 0.5 for gradient in gradients]
     return pd.DataFrame({"layer": range(1, len(layers) + 1), "name": list(layers), "rms": rms})
 
@@ -61,15 +63,14 @@ def expected_calibration_error(confidence: Sequence[float], correct: Sequence[bo
     return float(np.average((table["confidence"] - table["accuracy"]).abs(), weights=table["images"]))
 
 
-@torch.no_grad()
 def multiply_adds(model: nn.Module, image_shape: Sequence[int]) -> int:
     """Multiplications with an addition for one image of (channels, height, width), by `torch.utils.flop_counter`.
 
-    Normalisation, activations and pooling are not counted.
+    Matrix products, convolutions and attention are counted, but not recurrent layers, which PyTorch does in one piece.
     """
     from torch.utils.flop_counter import FlopCounterMode  # a quarter of a second to import
 
     device = next(model.parameters()).device
-    with untouched(model), FlopCounterMode(display=False) as counter:
+    with untouched(model), torch.enable_grad(), FlopCounterMode(display=False) as counter:  # no fused attention
         model.eval()(torch.zeros(1, *image_shape, device=device))
     return counter.get_total_flops() // 2  # it counts two operations

@@ -21,7 +21,7 @@ from lablib import figures
 from lablib.checkpoints import Interruption
 from lablib.config import TrainingConfig, num_processes
 from lablib.data import ImageData
-from lablib.identity import run_identity, run_name
+from lablib.identity import described_network, run_identity, run_name
 from lablib.runs import Key, Run, TrainedModel, attempt, find_run, line_and_trace, progress
 from lablib.statistics import compare, compare_effects, readable_table, results_table, save_table, verdicts
 
@@ -35,12 +35,16 @@ class Experiment:
     """The runs that one table or figure compares, by model name and seed; and the failures, with their errors."""
 
     data: ImageData
-    config: TrainingConfig
+    config: TrainingConfig | None  # None if experiments with different ones were joined
     models: dict[str, Callable[[], nn.Module]]
     seeds: tuple[int, ...]
     callbacks: Sequence = ()
     runs: dict[Key, Run] = field(default_factory=dict)
     failures: dict[Key, str] = field(default_factory=dict)
+    fingerprint: str = ""
+
+    def __post_init__(self):
+        self.fingerprint = self.fingerprint or self.data.fingerprint  # which a change in place would change
 
     def select(self, *models: str) -> "Experiment":
         """The same experiment with some of its models only. Raises KeyError for a model that it does not have."""
@@ -54,8 +58,8 @@ class Experiment:
 
         Raises ValueError for two data sets, and for a model of both unless a seed's run shows that it is the same.
         """
-        if other.data.fingerprint != self.data.fingerprint:
-            raise ValueError(f"experiments on {self.data.name} and {other.data.name}; they must be on the same data")
+        if len({fingerprint for e in (self, other) for fingerprint in (e.fingerprint, e.data.fingerprint)}) > 1:
+            raise ValueError(f"experiments on {self.data.name} and {other.data.name}; their data must be the same")
         for name in self.models.keys() & other.models.keys():
             mine, theirs = ({k: run.path.name for k, run in e.runs.items() if k[0] == name} for e in (self, other))
             same = {mine[key] == theirs[key] for key in mine.keys() & theirs.keys()}
@@ -63,7 +67,9 @@ class Experiment:
                 advice = "rename it in one of the two, or ask for all its seeds in one experiment"
                 raise ValueError(f"the experiments trained {name!r} differently, or with other seeds; {advice}")
         joined = {name: getattr(self, name) | getattr(other, name) for name in ("models", "runs", "failures")}
-        return replace(self, seeds=tuple(sorted({*self.seeds, *other.seeds})), **joined)
+        joined["failures"] = {key: error for key, error in joined["failures"].items() if key not in joined["runs"]}
+        config = self.config if self.config.identity() == other.config.identity() else None
+        return replace(self, config=config, seeds=tuple(sorted({*self.seeds, *other.seeds})), **joined)
 
     def values(self, model: str, key: str = "test_accuracy") -> dict[int, float]:
         """One figure of a model's results, by seed."""
@@ -103,7 +109,12 @@ class Experiment:
         return self._of_each_run(gradients)
 
     def predictions(self) -> pd.DataFrame:
-        """Every run's answers to the test images: model, seed, image, label, predicted, confidence, correct."""
+        """Every run's answers to the test images: model, seed, image, label, predicted, confidence, correct.
+
+        Raises ValueError if the data were changed in place after the experiment.
+        """
+        if self.data.fingerprint != self.fingerprint:
+            raise ValueError(f"{self.data.name} was changed after the experiment; copy tensors before you change them")
         true = self.data.test_labels.numpy()
 
         def predictions(run: Run) -> pd.DataFrame:
@@ -168,19 +179,32 @@ class Experiment:
 
         several = np.ndim(temperature) or np.ndim(alpha)
         pairs = product(np.ravel(temperature).tolist(), np.ravel(alpha).tolist())
-        students = {f"T = {t:g}, α = {a:g}" if several else name: {"temperature": t, "alpha": a} for t, a in pairs}
+        text = partial(np.format_float_positional, trim="-")  # all digits that there are
+        students = {
+            f"T = {text(t)}, α = {text(a)}" if several else name: {"temperature": t, "alpha": a} for t, a in pairs
+        }
         seeds = self.seeds if seeds is None else _seeds(seeds)
         failed = {seed: self.failures[teacher, seed] for seed in seeds if (teacher, seed) in self.failures}
         taught = [seed for seed in seeds if seed not in failed]
         if not taught:
             raise RuntimeError(f"all teachers failed: {'; '.join(dict.fromkeys(failed.values()))}")
+        teachers = {seed: self._trained(teacher, seed) for seed in taught}
+        if (student, taught[0]) in self.runs:
+            self._trained(student, taught[0])  # only to see that the function that builds it has not changed
         trainers = {
-            (cell, seed): partial(KnowledgeDistillationTrainer, teacher=self._trained(teacher, seed), **knobs)
+            (cell, seed): partial(KnowledgeDistillationTrainer, teacher=teachers[seed], **knobs)
             for (cell, knobs), seed in product(students.items(), taught)
         }
+        for model, run in ((key[0], run) for key, run in self.runs.items() if key[0] in (student, teacher)):
+            trainer = run.identity["trainer"]  # a name if it is lablib's
+            if isinstance(trainer, dict) and not isinstance(trainer.get("partial"), str):
+                advice = "derive one from KnowledgeDistillationTrainer and call experiment with it"
+                raise ValueError(f"{model!r} was trained by a trainer of your own, which distil does not use; {advice}")
+        if not (config := config or self.config):
+            raise ValueError("the experiments that were joined have different configs; give distil a config")
         models = dict.fromkeys(students, self.select(student).models[student])
         more = {"jobs": jobs, "trainer_class": trainers, "callbacks": self.callbacks}
-        result = experiment(models, config or self.config, self.data, taught, **more)
+        result = experiment(models, config, self.data, taught, **more)
         failures = {(cell, seed): f"its teacher failed: {failed[seed]}" for cell, seed in product(students, failed)}
         return replace(result, seeds=seeds, failures=result.failures | failures)
 
@@ -194,7 +218,11 @@ class Experiment:
     def _trained(self, *key: str | int) -> TrainedModel:
         if key not in self.runs:
             raise KeyError(f"no finished run {key}: {self.failures.get(key) or f'there are {sorted(self.runs)}'}")
-        return TrainedModel(self.runs[key], self.models[key[0]])
+        run, build = self.runs[key], self.models[key[0]]
+        if described_network(build, key[1])[1] != run.identity["model"]:
+            advice = "a lambda sees later values of its variables; write functools.partial(Network, width)"
+            raise ValueError(f"the function that builds {key[0]!r} builds another network than it did ({advice})")
+        return TrainedModel(run, build)
 
 
 @dataclass(frozen=True)
@@ -213,7 +241,9 @@ class Comparison:
         return Sentences(verdicts(self.table))
 
     def __or__(self, other: "Comparison") -> "Comparison":
-        """Both comparisons in one table; p-values stay as they are, corrected within each."""
+        """Both comparisons, on the same data set, in one table; p-values stay as they are, corrected within each."""
+        if other.dataset != self.dataset:
+            raise ValueError(f"comparisons on {self.dataset} and {other.dataset}; they must be on the same data set")
         return replace(self, table=pd.concat([self.table, other.table], ignore_index=True))
 
     def __sub__(self, other: "Comparison") -> "Comparison":

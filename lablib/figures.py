@@ -131,11 +131,12 @@ def gradient_ratio(gradients: pd.DataFrame, frame: pd.DataFrame, dataset: str, c
     guessing (a fraction).
     """
     ratios = gradient_ratios(gradients[gradients["moment"] == "initial"])
-    table = _with_place(frame).merge(ratios[ratios["ratio"] > 0], "left", ["model", "seed"])
+    table = _with_place(frame).merge(ratios, "left", ["model", "seed"])
     figure, (above, below) = plt.subplots(2, 1, figsize=(6.8, 7.4), sharex=True, layout="constrained")
     _line_per_family(above, table, "place", "ratio", estimator=gmean, errorbar=None)
     above.axhline(1, color="0.4", linewidth=1, linestyle=":")
-    above.set(yscale="log", ylabel="gradient of the first layer /\nthat of the last hidden layer")
+    above.set_yscale("log", nonpositive="mask")
+    above.set(ylabel="gradient of the first layer /\nthat of the last hidden layer")
     above.get_legend().remove()
     below.axhline(100 * (1 - chance), color="0.4", linewidth=1, linestyle=":", label="guessing")
     _line_per_family(below, table, "place", "error", errorbar=_interval)
@@ -151,7 +152,7 @@ def accuracy_by_cost(frame: pd.DataFrame, costs: pd.DataFrame, dataset: str) -> 
     figure, axes = _row_of_axes(len(costs.columns))
     for axis, cost in zip(axes, costs, strict=True):
         _line_per_family(axis, table, cost, "accuracy", errorbar=_interval)
-        for (x, depth), value in table.groupby([cost, "depth"])["accuracy"].mean().items():
+        for (_, x, depth), value in table.groupby(["family", cost, "depth"], observed=True)["accuracy"].mean().items():
             axis.annotate(str(depth), (x, value), (7, -10), textcoords="offset points", fontsize="small")
         axis.set(xscale="log", ylabel="test accuracy (%)")
         axis.margins(y=0.1)
@@ -203,7 +204,9 @@ def gradient_norms(gradients: pd.DataFrame, dataset: str) -> Figure:
     table["position"] = (table["layer"] - 1) / (table.groupby("model")["layer"].transform("max") - 1)
     look = {"x": "position", "y": "rms", "col": "family", "row": "moment", "hue": "depth", "style": "depth"}
     average = {"estimator": gmean, "errorbar": None}
-    grid = sns.relplot(table[table["rms"] > 0], kind="line", **look, **average, palette="viridis", height=2.9)
+    grid = sns.relplot(
+        table[table["rms"] > 0], kind="line", **look, **average, palette="viridis", legend="full", height=2.9
+    )
     grid.set(yscale="log").set_titles("{col_name}, {row_name}")
     grid.set_axis_labels("layer (0: first, 1: last)", "gradient (root mean square)")
     n = _n(table.groupby("model")["seed"].nunique())

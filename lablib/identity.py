@@ -45,7 +45,7 @@ def run_identity(
     watches, and makes no other run. Raises TypeError for what cannot be described by its content, and ValueError if two
     calls of `build_model` do not give two equal networks.
     """
-    model, network = _network(build_model, config.seed)
+    model, network = described_network(build_model, config.seed)
     acting = [content for content in describe(list(callbacks), "callbacks") if content is not None]
     return {
         "scheme": _SCHEME,
@@ -84,8 +84,8 @@ def _tensor(tensor: torch.Tensor) -> list:
     return [str(tensor.dtype), list(tensor.shape), sha256(content)]
 
 
-def _network(build_model: Callable[[], nn.Module], seed: int) -> tuple[nn.Module, dict[str, Any]]:
-    """A network with its initial weights, and its description."""
+def described_network(build_model: Callable[[], nn.Module], seed: int) -> tuple[nn.Module, dict[str, Any]]:
+    """A network with its initial weights, and its part of a run's identity. Raises as `run_identity` does."""
     model = build_seeded(build_model, seed)
     if not isinstance(model, nn.Module):
         raise TypeError(f"the function that builds the model returned {model!r}, which is not a torch.nn.Module")

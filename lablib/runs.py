@@ -53,6 +53,11 @@ class Run:
     history: list[dict[str, float]]
 
     @property
+    def identity(self) -> dict[str, Any]:
+        """What `run_identity` gave for it."""
+        return json.loads((self.path / "identity.json").read_bytes())
+
+    @property
     def has_weights(self) -> bool:
         return (self.path / _WEIGHTS).exists()
 
@@ -267,23 +272,36 @@ def _measured(trainer, logits, initial_model: nn.Module) -> bytes:
     device, train, validation = trainer.args.device, trainer.train_dataset, trainer.eval_dataset
     confidence, predicted = torch.from_numpy(first_logits(logits)).double().softmax(1).max(1)
     shown = fixed_sample(len(validation), max(8, 1000 // trainer.data.num_classes))
-    _, answers, _ = trainer.prediction_step(trainer.model, validation.__getitems__(shown), False)
+    answers = _logits(trainer, trainer.model, shown)
     arrays = {
         "test_class": predicted.numpy().astype(np.int16),
         "test_confidence": confidence.numpy().astype(np.float16),
         "validation_images": shown.numpy(),
-        "validation_logits": first_logits(answers).float().cpu().numpy().astype(np.float16),
+        "validation_logits": answers.cpu().numpy().astype(np.float16),
     }
     batch = train.__getitems__(fixed_sample(len(train), 256))
     batch = trainer.prepare_images(batch["images"].to(device), training=False), batch["labels"].to(device)
     model = initial_model.to(device)  # in float32, unlike the trained one after bf16 or fp16
     with suppress(Exception):  # a model without layers to measure
-        initial = gradient_norms(model, batch, trainer.outputs)["rms"].to_numpy(np.float32)
-        model.load_state_dict(trainer.model.state_dict())
-        trained = gradient_norms(model, batch, trainer.outputs)["rms"].to_numpy(np.float32)
-        arrays |= {"gradient_initial": initial, "gradient_trained": trained}
+        arrays["gradient_initial"] = gradient_norms(model, batch, trainer.outputs)["rms"].to_numpy(np.float32)
+    model.load_state_dict(trainer.model.state_dict())
+    with trainer.accelerator.autocast():  # as in `trainer.model`
+        loaded = _logits(trainer, model.eval(), shown)
+    if (loaded - answers).abs().mean() > 0.1 * answers.abs().mean():
+        reason = "with the trained weights loaded, it gives other logits. What training changes must be in state_dict()"
+        raise ValueError(f"{type(model).__name__} cannot be saved: {reason}, as parameters and persistent buffers are")
+    with suppress(Exception):
+        arrays["gradient_trained"] = gradient_norms(model, batch, trainer.outputs)["rms"].to_numpy(np.float32)
     np.savez_compressed(content := io.BytesIO(), **arrays)
     return content.getvalue()
+
+
+def _logits(trainer, model: nn.Module, validation_images: torch.Tensor) -> torch.Tensor:
+    """Images × classes, for some of the validation images."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # for a model that is random in evaluations
+        _, outputs, _ = trainer.prediction_step(model, trainer.eval_dataset.__getitems__(validation_images), False)
+    return first_logits(outputs).float()
 
 
 def _write(path: Path, result: dict[str, Any], files: dict[str, bytes]) -> None:

@@ -40,6 +40,14 @@ def test_gradient_norms_are_those_of_backward_in_plain_pytorch(batch):
     assert table.set_index("layer")["name"].to_dict() == {1: "hidden.0", 2: "hidden.3", 3: "classifier"}
 
 
+def test_a_normalised_weight_has_the_gradient_of_the_plain_weight_that_it_stands_for(batch):
+    first, last, plain = nn.Linear(16, 5), nn.Linear(5, 3), nn.Linear(16, 5)
+    normalised = nn.utils.parametrizations.weight_norm(first)
+    plain.load_state_dict({"weight": normalised.weight, "bias": normalised.bias})
+    one, other = (gradient_norms(nn.Sequential(nn.Flatten(), of, nn.ReLU(), last), batch) for of in (normalised, plain))
+    np.testing.assert_allclose(one["rms"], other["rms"], rtol=1e-5)
+
+
 class WithUnused(nn.Module):
     def __init__(self):
         super().__init__()
@@ -102,3 +110,7 @@ def test_multiply_adds_are_those_of_a_count_by_hooks():
             module.register_forward_hook(lambda m, _, output: counted.append(m.weight[0].numel() * output.numel()))
     model(torch.zeros(1, 3, 32, 32))
     assert sum(counted) == multiply_adds(model, (3, 32, 32))
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)  # on 3 tokens: projections, attention, MLP
+    assert (
+        multiply_adds(nn.Sequential(nn.Flatten(1, 2), layer), (1, 3, 16)) == 3 * 16 * 64 + 2 * 9 * 16 + 2 * 3 * 16 * 32
+    )

@@ -139,6 +139,8 @@ def test_models_and_families_are_compared_but_no_model_with_itself(finished):
     assert deep.compare("a", "b", by=[2]).table["label"].tolist() == ["depth 2"]
     with pytest.raises(KeyError, match="no model 'a-4'; there are a-2, b-2"):
         deep.compare("a", "b", by=[2, 4])
+    with pytest.raises(ValueError, match="comparisons on tiny and other"):
+        comparison | replace(comparison, dataset="other")
 
 
 def test_experiments_can_be_divided_and_joined_if_they_agree_on_the_data_and_what_both_have(finished, tiny_data):
@@ -150,8 +152,19 @@ def test_experiments_can_be_divided_and_joined_if_they_agree_on_the_data_and_wha
     assert (list(both.models), both.seeds) == (["narrow", "wide"], (0, 1, 7))
     assert (finished | replace(narrow, config=replace(finished.config, output_dir="elsewhere"))).runs == finished.runs
     darker = replace(tiny_data, name="darker", train_images=tiny_data.train_images // 2)
-    with pytest.raises(ValueError, match="same data"):
-        narrow | replace(narrow, data=darker)
+    copied = replace(tiny_data, train_images=tiny_data.train_images.clone())
+    changed = replace(narrow, data=copied, fingerprint="")
+    copied.train_images[0] = 0  # in place, as for all experiments with these data
+    for other in (replace(narrow, data=darker), changed):
+        with pytest.raises(ValueError, match="data must be the same"):
+            narrow | other
+    with pytest.raises(ValueError, match="tiny was changed after the experiment"):
+        changed.predictions()
+    failed = replace(narrow, runs={}, failures=dict.fromkeys(narrow.runs, "trained since"))
+    assert (failed | narrow).failures == {}
+    longer = replace(narrow, config=replace(finished.config, num_epochs=3))
+    with pytest.raises(ValueError, match="different configs; give distil a config"):
+        (longer | finished).distil("narrow", "wide", 4, 0.5)
     for changed in (
         replace(narrow, runs={("narrow", 0): finished.runs["wide", 0]}),
         replace(narrow, runs={("narrow", 7): finished.runs["wide", 0]}),
@@ -238,6 +251,21 @@ def test_a_student_whose_teacher_failed_has_failed_and_the_others_are_trained(fi
         partly.distil("narrow", "wide", 4, 0.7, seeds=[1])
     with pytest.raises(KeyError, match=r"no finished run \('[\w-]+', 7\): there are "):
         partly.distil("narrow", "wide", 4, 0.7, seeds=[7])
+
+
+class Inverted(StreamlinedTrainer):
+    def prepare_images(self, images, training):
+        return super().prepare_images(255 - images, training)
+
+
+def test_a_network_that_is_built_otherwise_now_or_by_a_trainer_of_its_own_teaches_nothing(finished, config, tiny_data):
+    changed = replace(finished, models=finished.models | {"wide": partial(tiny_mlp, (8,), dropout=0.2)})
+    for use in (lambda: changed.trained_model("wide"), lambda: changed.distil("wide", "narrow", 4, 0.5)):
+        with pytest.raises(ValueError, match="the function that builds 'wide' builds another network than it did"):
+            use()
+    own = experiment(MODELS, config, tiny_data, 1, trainer_class=Inverted)
+    with pytest.raises(ValueError, match="'narrow' was trained by a trainer of your own"):
+        own.distil("narrow", "wide", 4, 0.5)
 
 
 def test_a_student_is_known_by_its_teachers_run_whether_the_weights_are_there_or_not(finished, distilled, tmp_path):

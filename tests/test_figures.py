@@ -168,7 +168,7 @@ def test_gradient_ratios_stand_above_the_errors_of_the_same_depths():
     measured = gradients[(gradients["model"] == "plain-2") & (gradients["moment"] == "initial")]
     rms = measured["rms"].to_numpy().reshape(2, 3)  # seeds × layers
     plain, residual = averages(above)
-    np.testing.assert_allclose(plain.get_ydata(), [stats.gmean(rms[:, 0] / rms[:, 1])])
+    np.testing.assert_allclose(plain.get_ydata(), [stats.gmean(rms[:, 0] / rms[:, 1]), 0])  # which is not drawn
     np.testing.assert_array_equal(residual.get_xdata(), averages(below)[1].get_xdata())
     assert any(line.get_ydata() == pytest.approx([90, 90]) for line in below.get_lines())
 
@@ -181,6 +181,9 @@ def test_gradient_norms_are_geometric_means_by_relative_position():
     line = axes[0].get_lines()[0]
     np.testing.assert_allclose(line.get_xdata(), [0, 0.5, 1])
     np.testing.assert_allclose(line.get_ydata(), of_one.groupby("layer")["rms"].apply(stats.gmean))
+    depths = [str(depth) for depth in range(1, 8)]
+    many = figures.gradient_norms(gradients_of([f"plain-{depth}" for depth in depths]), "cifar10-jpeg")
+    assert [text.get_text() for text in many.legends[0].get_texts()][-7:] == depths
 
 
 def test_accuracy_by_cost_puts_each_network_at_its_cost():
@@ -190,6 +193,8 @@ def test_accuracy_by_cost_puts_each_network_at_its_cost():
     expected = [[10, 100 * np.mean(ACCURACIES["plain-2"])], [20, 65]]
     np.testing.assert_allclose(averages(axis)[0].get_xydata(), expected)
     assert [text.get_text() for text in axis.texts] == ["2", "8", "2", "8"]
+    (axis,) = drawn(figures.accuracy_by_cost(frame_of(ACCURACIES), costs.assign(parameters=10), "cifar10-jpeg"))
+    assert len(axis.texts) == 4  # not one for two families
 
 
 @pytest.mark.parametrize("n", [2, 5])

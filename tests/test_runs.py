@@ -101,6 +101,24 @@ def test_a_finished_run_keeps_its_files_and_is_loaded_instead_of_trained_again(c
         train_or_load(tiny_mlp, replace(config, seed=1), tiny_data)
 
 
+class Centred(MLP):
+    """It subtracts a running mean, which is no buffer that is saved."""
+
+    def __init__(self):
+        super().__init__((8,), image_shape=(1, 6, 6), num_classes=3)
+        self.register_buffer("mean", torch.zeros(1), persistent=False)
+
+    def forward(self, images):
+        if self.training:
+            self.mean = 0.5 * self.mean + 0.5 * (images + 50).mean().detach()
+        return super().forward(images + 50 - self.mean)
+
+
+def test_a_network_that_keeps_something_outside_of_its_state_dict_is_refused(config, tiny_data):
+    with pytest.raises(ValueError, match="Centred cannot be saved: with the trained weights loaded, it gives other"):
+        train_or_load(Centred, config, tiny_data)
+
+
 @pytest.mark.parametrize("metric", ["accuracy", "loss"])
 def test_the_result_is_that_of_the_first_best_epoch(metric, config, tiny_data, monkeypatch):
     monkeypatch.setattr(Scripted, "script", (0.5, 0.9, 0.4, 0.9) if metric == "accuracy" else (0.5, 0.1, 0.4, 0.1))
