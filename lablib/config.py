@@ -172,7 +172,8 @@ class TrainingConfig:
     def to_training_arguments(self, output_dir: str, *, precision: str = "fp32") -> "TrainingArguments":
         """The same settings as `transformers.TrainingArguments`; checkpoints go to `output_dir`.
 
-        The batch size counts the images of all processes. Raises ValueError if it is no multiple of their number.
+        The batch size counts the images of all processes. Raises ValueError if it is no multiple of their number, and
+        for further arguments that have no effect.
         """
         import torch
         from transformers import TrainingArguments
@@ -180,6 +181,11 @@ class TrainingConfig:
         if self.batch_size % num_processes():
             reason = f"it should be a multiple of the number of processes, which is {num_processes()}"
             raise ValueError(f"TrainingConfig: batch_size = {self.batch_size}, but {reason}")
+        idle = {"adam_beta1", "adam_beta2", "adam_epsilon"} if self.optimizer == "sgd" else set()
+        idle |= {"lr_scheduler_kwargs"} if self.lr_schedule == "constant" else set()
+        if unused := sorted(idle & {*self.training_arguments}):
+            reason = f"optimizer = {self.optimizer!r} and lr_schedule = {self.lr_schedule!r} do not use it"
+            raise ValueError(f"TrainingConfig: training_arguments[{unused[0]!r}] has no effect; {reason}")
         if num_processes() > 1:
             atexit.register(_leave_group)
         warm_constant = self.lr_schedule == "constant" and self.warmup_fraction > 0
