@@ -1,7 +1,6 @@
 """Knowledge distillation: a small network learns from the logits of a large one."""
 
 import copy
-import math
 import numbers
 from functools import cached_property
 from weakref import WeakKeyDictionary
@@ -38,7 +37,7 @@ class KnowledgeDistillationTrainer(StreamlinedTrainer):
     """Trains a student on the labels and on a teacher's logits for the same images; only the loss changes.
 
     The teacher is copied, frozen, and in eval mode. Both terms are recorded by epoch, as soft_loss and hard_loss.
-    Raises ValueError for an alpha outside [0, 1], a temperature that is not above 0, and a teacher that is the student,
+    Raises ValueError for an alpha outside [0, 1], a temperature outside (0, 1000], and a teacher that is the student,
     returns no logits or has another number of classes.
     """
 
@@ -54,8 +53,10 @@ class KnowledgeDistillationTrainer(StreamlinedTrainer):
     ):
         if not isinstance(alpha, numbers.Real) or not 0 <= alpha <= 1:
             raise ValueError(f"alpha = {alpha!r}, but it must be a number from 0 (labels only) to 1 (teacher only)")
-        if not isinstance(temperature, numbers.Real) or not 0 < temperature < math.inf:
-            raise ValueError(f"temperature = {temperature!r}, but it must be a number above 0, such as 4")
+        if (
+            not isinstance(temperature, numbers.Real) or not 0 < temperature <= 1000
+        ):  # float32 would round the loss away
+            raise ValueError(f"temperature = {temperature!r}, but it must be a number above 0, such as 4, up to 1000")
         if teacher is student:
             raise ValueError("the teacher is the student; give a network of its own, trained before, as the teacher")
         self.temperature, self.alpha = float(temperature), float(alpha)

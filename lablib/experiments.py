@@ -28,6 +28,7 @@ from lablib.statistics import compare, compare_effects, readable_table, results_
 TrainerClass = type | partial | None  # a StreamlinedTrainer; None is that itself
 
 UNBALANCED = 5  # above this ratio of the largest to the smallest class, accuracy alone is misleading
+_warned = set()  # fingerprints of unbalanced data sets
 
 
 @dataclass
@@ -64,7 +65,9 @@ class Experiment:
             mine, theirs = ({k: run.path.name for k, run in e.runs.items() if k[0] == name} for e in (self, other))
             same = {mine[key] == theirs[key] for key in mine.keys() & theirs.keys()}
             if False in same or (mine and theirs and not same):
-                advice = "rename it in one of the two, or ask for all its seeds in one experiment"
+                advice = (
+                    "rename it in one of them, or give both the same settings and seeds (run the notebook from its top)"
+                )
                 raise ValueError(f"the experiments trained {name!r} differently, or with other seeds; {advice}")
         joined = {name: getattr(self, name) | getattr(other, name) for name in ("models", "runs", "failures")}
         joined["failures"] = {key: error for key, error in joined["failures"].items() if key not in joined["runs"]}
@@ -351,9 +354,10 @@ def _refuse_twins(names: dict[Key, str]):
 
 def _announce(result: Experiment, paths: dict[Key, Path], number: int):
     """Say how many of the runs are loaded, from where, and how many are to be trained."""
-    if (imbalance := _imbalance(result.data)) > UNBALANCED:
+    if (imbalance := _imbalance(result.data)) > UNBALANCED and result.fingerprint not in _warned:
+        _warned.add(result.fingerprint)
         times = f"The largest class of {result.data.name} has {imbalance:.0f} times the images of the smallest"
-        warnings.warn(f"{times}; see also the balanced accuracy, the mean over classes.", stacklevel=1)  # once
+        warnings.warn(f"{times}; see also the balanced accuracy, the mean over classes.", stacklevel=1)
     places = {str(run.path.parent).removeprefix(f"{Path.cwd()}{os.sep}") for run in result.runs.values()}
     where = f" from {' and '.join(sorted(places))}" if places else ""
     begun = sum(any(path.glob("checkpoints/checkpoint-*")) for path in paths.values())

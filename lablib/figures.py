@@ -77,6 +77,8 @@ def loss_terms(histories: pd.DataFrame, dataset: str, alpha: float) -> Figure:
 
 def _n(counts: pd.Series) -> str:
     """Numbers of seeds in the tables' words; "n = 3 to 5" where they differ."""
+    if counts.empty:
+        return "no runs to show"
     low, high = counts.min(), counts.max()
     return f"n = {low} to {high}" if low < high else seeds_text(low)
 
@@ -322,15 +324,19 @@ def image_grid(
 def _show(axis: Axes, image: torch.Tensor, title: str):
     picture = image.permute(1, 2, 0).squeeze(-1).float().clamp(0, 255) / 255
     axis.imshow(picture.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-    axis.set_title(title, fontsize="x-small", pad=2)
+    axis.set_title("\n".join(_short(line, 20) for line in title.split("\n")), fontsize="x-small", pad=2)
     axis.set_axis_off()
 
 
+def _short(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
 def confusion_matrix(matrix: np.ndarray, class_names: Sequence[str], title: str) -> Figure:
-    """Counts of images, true classes in rows and predicted ones in columns; the colours show the mistakes only."""
-    side = max(4.0, 0.5 * len(class_names) + 1)
+    """Counts of images, up to 25 classes, true ones in rows, predicted ones in columns; colours show the mistakes."""
+    side, few = np.clip(0.5 * len(class_names) + 1, 4, 14), len(class_names) <= 25
     figure, axis = plt.subplots(figsize=(side + 0.8, side), layout="constrained")
-    counts = {"annot": matrix, "fmt": "d", "annot_kws": {"fontsize": "x-small"}}
+    counts = {"annot": matrix if few else False, "fmt": "d", "annot_kws": {"fontsize": "x-small"}}
     bar = {"label": "misclassified images", "ticks": MaxNLocator(integer=True)}
     mistakes = pd.DataFrame(matrix - np.diag(np.diag(matrix)), class_names, class_names)
     colours = {"cmap": "rocket_r", "vmin": 0, "vmax": max(1, mistakes.to_numpy().max()), "cbar_kws": bar}
@@ -355,7 +361,8 @@ def softened_predictions(
     figure, axes = plt.subplots(len(images), 2, figsize=(9, 0.6 + 1.6 * len(images)), **options)
     for index, (picture, bars) in enumerate(axes):
         _show(picture, images[index], labels[index])
-        table = pd.DataFrame({f"T = {T:g}": rows[index].tolist() for T, rows in softened.items()}, names)
+        shown = [_short(name, 11) for name in names]
+        table = pd.DataFrame({f"T = {T:g}": rows[index].tolist() for T, rows in softened.items()}, shown)
         table.nlargest(10, table.columns[0]).plot.bar(ax=bars, rot=0, fontsize="x-small", width=0.8, legend=False)
         bars.set(ylim=(0, 1), ylabel="probability")
     figure.legend(*bars.get_legend_handles_labels(), loc="outside lower center", ncols=len(softened))

@@ -138,7 +138,7 @@ def verdicts(comparison: pd.DataFrame, word: str = "better") -> str:
     for label, row in zip(labels(comparison), comparison.to_dict("records"), strict=True):
         start = "- " if label == f"{row['first']} − {row['second']}" else f"- {label}: "
         sentences.append(start + verdict(row, word))
-    return "\n".join(sentences)
+    return "\n".join(sentences) or "Nothing to compare: it takes two networks with finished runs of the same seed."
 
 
 def effects_table(comparisons: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
@@ -218,7 +218,7 @@ def recommend(table: pd.DataFrame) -> str:
     if "error" in finished and len(whole := finished[finished["error"].fillna("") == ""]):
         finished = whole
     if finished.empty:
-        return f"none, as no network has {MIN_SEEDS} finished runs"
+        return f"none, as no candidate has {MIN_SEEDS} finished runs"
     best = finished.loc[finished["val_accuracy_mean"].idxmax()]
     lowest = best["val_accuracy_mean"] - best["val_accuracy_std"] / math.sqrt(best["n"])
     close = finished[finished["val_accuracy_mean"] >= lowest]
