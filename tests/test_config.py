@@ -74,9 +74,7 @@ def test_further_training_arguments_win_over_the_labs_defaults_and_the_others_ar
     assert (arguments.adam_beta1, arguments.disable_tqdm) == (0.8, False)
     assert (arguments.seed, arguments.data_seed, arguments.use_cpu, arguments.report_to) == (3, 3, True, [])
     for name, value in {"adam_beta1": 0.8, "lr_scheduler_kwargs": {}}.items():
-        with pytest.raises(
-            ValueError, match=rf"\['{name}'\] has no effect; optimizer = 'sgd' and lr_schedule = 'constant'"
-        ):
+        with pytest.raises(ValueError, match=rf"training_arguments\['{name}'\] has no effect"):
             TrainingConfig(optimizer="sgd", training_arguments={name: value}).to_training_arguments("out")
     for name in ("adam_beta_1", "fsdp", "num_train_epochs", "eval_delay", "label_smoothing_factor"):
         with pytest.raises(ValueError, match=rf"training_arguments\['{name}'\] is none of adam_beta1, .*max_steps"):

@@ -12,12 +12,10 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import nbformat
 import pytest
-from nbformat import v4
 from papermill import inspect_notebook
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
-from tools.execute import clean
 from tools.published import CIFAR_RECIPES, MNIST_RECIPES, Lab, main
 
 ROOT = Path(__file__).parent.parent
@@ -144,13 +142,11 @@ shell.run_cell({cell!r}).raise_error()  # again, in the lab's folder
 
 
 @pytest.mark.parametrize("path", [*NOTEBOOKS, *(str(p.relative_to(ROOT)) for p in ROOT.glob("results/*.ipynb"))])
-def test_a_committed_notebook_is_free_of_absolute_paths_and_of_errors(path):
-    text = (ROOT / path).read_text()
-    notebook = json.loads(text)
+def test_a_committed_notebook_is_free_of_widgets_and_of_errors(path):
+    notebook = json.loads((ROOT / path).read_text())
     assert "widgets" not in notebook["metadata"]
     outputs = [output for cell in notebook["cells"] for output in cell.get("outputs", [])]
     assert all(output["output_type"] != "error" for output in outputs)
-    assert not MACHINE_PATH.search(text)
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("results/*.ipynb")), ids=lambda path: path.name)
@@ -163,25 +159,8 @@ def test_an_executed_notebook_has_the_code_that_its_source_has_today(path):
     assert code[0] == code[1]
 
 
-@pytest.mark.parametrize("pattern", ["results/*.csv", "images/*.svg", "*.md", "lablib/*.py", "Makefile"])
+@pytest.mark.parametrize("pattern", ["*.ipynb", "results/*.*", "images/*.svg", "*.md", "lablib/*.py", "Makefile"])
 def test_no_committed_text_has_a_path_of_one_machine(pattern):
     assert [
         str(path) for path in ROOT.glob(pattern) if MACHINE_PATH.search(path.read_text().replace("/content/lab", ""))
     ] == []
-
-
-def test_timings_widgets_and_redrawn_progress_go_and_the_results_stay(tmp_path):
-    outputs = [
-        v4.new_output("stream", name="stdout", text="one\n\rruns: 0/2\rruns: 1/2"),
-        v4.new_output("stream", name="stdout", text="\rruns: 2/2\r\ndone"),
-        v4.new_output("stream", name="stderr", text="a warning\n"),
-        v4.new_output("display_data", data={"text/plain": "98.5 %"}),
-    ]
-    cell = v4.new_code_cell("1 + 1", outputs=outputs, metadata={"papermill": {"duration": 1}, "tags": ["kept"]})
-    nbformat.write(v4.new_notebook(cells=[cell], metadata={"papermill": {}, "widgets": {}}), tmp_path / "out.ipynb")
-    clean(tmp_path / "out.ipynb")
-    cleaned = nbformat.read(tmp_path / "out.ipynb", as_version=4)
-    assert not {"papermill", "widgets"} & set(cleaned.metadata)
-    assert dict(cleaned.cells[0].metadata) == {"tags": ["kept"]}
-    assert [output.get("text") for output in cleaned.cells[0].outputs] == ["one\nruns: 2/2\ndone", "a warning\n", None]
-    assert cleaned.cells[0].outputs[2].data["text/plain"] == "98.5 %"
