@@ -361,7 +361,7 @@ def softened_predictions(
     figure, axes = plt.subplots(len(images), 2, figsize=(9, 0.6 + 1.6 * len(images)), **options)
     for index, (picture, bars) in enumerate(axes):
         _show(picture, images[index], labels[index])
-        shown = [_short(name, 11) for name in names]
+        shown = [_short(name, 10) for name in names]
         table = pd.DataFrame({f"T = {T:g}": rows[index].tolist() for T, rows in softened.items()}, shown)
         table.nlargest(10, table.columns[0]).plot.bar(ax=bars, rot=0, fontsize="x-small", width=0.8, legend=False)
         bars.set(ylim=(0, 1), ylabel="probability")
