@@ -329,7 +329,8 @@ def _show(axis: Axes, image: torch.Tensor, title: str):
 
 
 def _short(text: str, length: int) -> str:
-    return text if len(text) <= length else f"{text[: length - 1]}…"
+    """At most so many characters, and no formula for Matplotlib."""
+    return (text if len(text) <= length else f"{text[: length - 1]}…").replace("$", r"\$")
 
 
 def confusion_matrix(matrix: np.ndarray, class_names: Sequence[str], title: str) -> Figure:
@@ -338,7 +339,8 @@ def confusion_matrix(matrix: np.ndarray, class_names: Sequence[str], title: str)
     figure, axis = plt.subplots(figsize=(side + 0.8, side), layout="constrained")
     counts = {"annot": matrix if few else False, "fmt": "d", "annot_kws": {"fontsize": "x-small"}}
     bar = {"label": "misclassified images", "ticks": MaxNLocator(integer=True)}
-    mistakes = pd.DataFrame(matrix - np.diag(np.diag(matrix)), class_names, class_names)
+    names = [_short(name, 25) for name in class_names]
+    mistakes = pd.DataFrame(matrix - np.diag(np.diag(matrix)), names, names)
     colours = {"cmap": "rocket_r", "vmin": 0, "vmax": max(1, mistakes.to_numpy().max()), "cbar_kws": bar}
     sns.heatmap(mistakes, **counts, **colours, square=True, ax=axis)
     axis.tick_params(axis="y", rotation=0)
