@@ -256,7 +256,7 @@ def test_reliability_draws_the_accuracy_of_bins_with_30_images_or_more_and_the_s
 
 def test_a_confusion_matrix_writes_all_counts_and_colours_the_mistakes():
     matrix = np.array([[50, 1, 0], [2, 40, 3], [0, 7, 30]])
-    axis, _ = drawn(figures.confusion_matrix(matrix, ("cat", "dog", "fox"), "cifar10-jpeg"))
+    axis, _ = drawn(figures.confusion_matrix(matrix, ("cat", "dog", "$10 to $20"), "cifar10-jpeg"))
     assert [int(text.get_text()) for text in axis.texts] == matrix.flatten().tolist()
     np.testing.assert_array_equal(axis.collections[0].get_array(), [[0, 1, 0], [2, 0, 3], [0, 7, 0]])
 
