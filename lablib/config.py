@@ -26,7 +26,7 @@ Counts = Annotated[list[Count], Field(min_length=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Shares = Annotated[list[Share], Field(min_length=1)]
 Positive = Annotated[float, Field(gt=0)]
-Positives = Annotated[list[Positive], Field(min_length=1)]
+Temperatures = Annotated[list[Annotated[float, Field(gt=0, le=1000)]], Field(min_length=1)]
 
 _Whole = Annotated[int, Field(ge=1)]
 _Seed = Annotated[int, Field(ge=0, lt=2**32)]
@@ -181,11 +181,12 @@ class TrainingConfig:
         if self.batch_size % num_processes():
             reason = f"it should be a multiple of the number of processes, which is {num_processes()}"
             raise ValueError(f"TrainingConfig: batch_size = {self.batch_size}, but {reason}")
-        idle = {"adam_beta1", "adam_beta2", "adam_epsilon"} if self.optimizer == "sgd" else set()
-        idle |= {"lr_scheduler_kwargs"} if self.lr_schedule == "constant" else set()
-        if unused := sorted(idle & {*self.training_arguments}):
-            reason = f"optimizer = {self.optimizer!r} and lr_schedule = {self.lr_schedule!r} do not use it"
-            raise ValueError(f"TrainingConfig: training_arguments[{unused[0]!r}] has no effect; {reason}")
+        idle = dict.fromkeys(("adam_beta1", "adam_beta2", "adam_epsilon"), ("optimizer", "sgd"))
+        idle["lr_scheduler_kwargs"] = "lr_schedule", "constant"
+        for name in idle.keys() & self.training_arguments.keys():
+            if getattr(self, idle[name][0]) == idle[name][1]:
+                reason = "{} = {!r} does not use it".format(*idle[name])
+                raise ValueError(f"TrainingConfig: training_arguments[{name!r}] has no effect; {reason}")
         if num_processes() > 1:
             atexit.register(_leave_group)
         warm_constant = self.lr_schedule == "constant" and self.warmup_fraction > 0

@@ -34,7 +34,7 @@ def gradient_norms(
     if not layers:
         raise ValueError(f"{type(model).__name__} has no linear or convolutional layers to measure")
     images, labels = batch
-    with untouched(model), torch.enable_grad(), parametrize.cached():  # or a normalised weight is new at each access
+    with untouched(model), torch.enable_grad(), parametrize.cached():  # or a parametrised weight is new at each access
         loss = F.cross_entropy(first_logits(outputs(model.eval(), images)), labels)
         weights = [layer.weight for layer in layers.values()]
         gradients = torch.autograd.grad(loss, weights, materialize_grads=True)
@@ -66,11 +66,15 @@ def expected_calibration_error(confidence: Sequence[float], correct: Sequence[bo
 def multiply_adds(model: nn.Module, image_shape: Sequence[int]) -> int:
     """Multiplications with an addition for one image of (channels, height, width), by `torch.utils.flop_counter`.
 
-    Matrix products, convolutions and attention are counted, but not recurrent layers, which PyTorch does in one piece.
+    Matrix products, convolutions and attention are counted; an LSTM, which a CPU computes in one piece, counts as 0.
     """
     from torch.utils.flop_counter import FlopCounterMode  # a quarter of a second to import
 
     device = next(model.parameters()).device
-    with untouched(model), torch.enable_grad(), FlopCounterMode(display=False) as counter:  # no fused attention
+    with (
+        untouched(model),
+        torch.enable_grad(),
+        FlopCounterMode(display=False) as counter,
+    ):  # with gradients, attention is not fused
         model.eval()(torch.zeros(1, *image_shape, device=device))
     return counter.get_total_flops() // 2  # it counts two operations

@@ -53,10 +53,11 @@ class KnowledgeDistillationTrainer(StreamlinedTrainer):
     ):
         if not isinstance(alpha, numbers.Real) or not 0 <= alpha <= 1:
             raise ValueError(f"alpha = {alpha!r}, but it must be a number from 0 (labels only) to 1 (teacher only)")
-        if (
-            not isinstance(temperature, numbers.Real) or not 0 < temperature <= 1000
-        ):  # float32 would round the loss away
-            raise ValueError(f"temperature = {temperature!r}, but it must be a number above 0, such as 4, up to 1000")
+        # above, float32 would round the soft loss away
+        if not isinstance(temperature, numbers.Real) or not 0 < temperature <= 1000:
+            raise ValueError(
+                f"temperature = {temperature!r}, but it must be a number above 0 and at most 1000, such as 4"
+            )
         if teacher is student:
             raise ValueError("the teacher is the student; give a network of its own, trained before, as the teacher")
         self.temperature, self.alpha = float(temperature), float(alpha)

@@ -1,10 +1,11 @@
 """An experiment: some models × some seeds -> their runs, trained side by side where there are cores for it."""
 
+import json
 import os
 import signal
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, product
@@ -45,7 +46,9 @@ class Experiment:
     fingerprint: str = ""
 
     def __post_init__(self):
-        self.fingerprint = self.fingerprint or self.data.fingerprint  # which a change in place would change
+        self.fingerprint = (
+            self.fingerprint or self.data.fingerprint
+        )  # kept, as changing the data in place changes theirs
 
     def select(self, *models: str) -> "Experiment":
         """The same experiment with some of its models only. Raises KeyError for a model that it does not have."""
@@ -60,18 +63,21 @@ class Experiment:
         Raises ValueError for two data sets, and for a model of both unless a seed's run shows that it is the same.
         """
         if len({fingerprint for e in (self, other) for fingerprint in (e.fingerprint, e.data.fingerprint)}) > 1:
-            raise ValueError(f"experiments on {self.data.name} and {other.data.name}; their data must be the same")
+            raise ValueError(
+                f"experiments on {self.data.name} and {other.data.name} have different data, or data changed in place"
+            )
         for name in self.models.keys() & other.models.keys():
             mine, theirs = ({k: run.path.name for k, run in e.runs.items() if k[0] == name} for e in (self, other))
             same = {mine[key] == theirs[key] for key in mine.keys() & theirs.keys()}
             if False in same or (mine and theirs and not same):
                 advice = (
-                    "rename it in one of them, or give both the same settings and seeds (run the notebook from its top)"
+                    "rename it in one, or give both the same settings and seeds (in a notebook, run all cells again)"
                 )
                 raise ValueError(f"the experiments trained {name!r} differently, or with other seeds; {advice}")
         joined = {name: getattr(self, name) | getattr(other, name) for name in ("models", "runs", "failures")}
         joined["failures"] = {key: error for key, error in joined["failures"].items() if key not in joined["runs"]}
-        config = self.config if self.config.identity() == other.config.identity() else None
+        same = self.config and other.config and self.config.identity() == other.config.identity()
+        config = self.config if same else None
         return replace(self, config=config, seeds=tuple(sorted({*self.seeds, *other.seeds})), **joined)
 
     def values(self, model: str, key: str = "test_accuracy") -> dict[int, float]:
@@ -117,7 +123,7 @@ class Experiment:
         Raises ValueError if the data were changed in place after the experiment.
         """
         if self.data.fingerprint != self.fingerprint:
-            raise ValueError(f"{self.data.name} was changed after the experiment; copy tensors before you change them")
+            raise ValueError(f"{self.data.name} was changed after the experiment; clone a tensor before changing it")
         true = self.data.test_labels.numpy()
 
         def predictions(run: Run) -> pd.DataFrame:
@@ -182,7 +188,7 @@ class Experiment:
 
         several = np.ndim(temperature) or np.ndim(alpha)
         pairs = product(np.ravel(temperature).tolist(), np.ravel(alpha).tolist())
-        text = partial(np.format_float_positional, trim="-")  # all digits that there are
+        text = partial(np.format_float_positional, trim="-")  # with all digits
         students = {
             f"T = {text(t)}, α = {text(a)}" if several else name: {"temperature": t, "alpha": a} for t, a in pairs
         }
@@ -193,18 +199,22 @@ class Experiment:
             raise RuntimeError(f"all teachers failed: {'; '.join(dict.fromkeys(failed.values()))}")
         teachers = {seed: self._trained(teacher, seed) for seed in taught}
         if (student, taught[0]) in self.runs:
-            self._trained(student, taught[0])  # only to see that the function that builds it has not changed
+            self._trained(student, taught[0])  # checks that its builder has not changed
         trainers = {
             (cell, seed): partial(KnowledgeDistillationTrainer, teacher=teachers[seed], **knobs)
             for (cell, knobs), seed in product(students.items(), taught)
         }
-        for model, run in ((key[0], run) for key, run in self.runs.items() if key[0] in (student, teacher)):
-            trainer = run.identity["trainer"]  # a name if it is lablib's
-            if isinstance(trainer, dict) and not isinstance(trainer.get("partial"), str):
-                advice = "derive one from KnowledgeDistillationTrainer and call experiment with it"
-                raise ValueError(f"{model!r} was trained by a trainer of your own, which distil does not use; {advice}")
+        for (model, _), run in self.runs.items():
+            trainer = json.dumps(run.identity["trainer"])
+            own = not trainer.removeprefix('{"partial": ').startswith('"lablib.')
+            sees_others = any(f'"{method}"' in trainer for method in ("outputs", "prepare_images"))
+            if (model == student and own) or (model == teacher and sees_others):
+                advice = "derive yours from it, and pass it to experiment"
+                raise ValueError(
+                    f"{model!r} has a trainer of its own, but distil uses KnowledgeDistillationTrainer; {advice}"
+                )
         if not (config := config or self.config):
-            raise ValueError("the experiments that were joined have different configs; give distil a config")
+            raise ValueError("the joined experiments have different configs; pass config= to distil")
         models = dict.fromkeys(students, self.select(student).models[student])
         more = {"jobs": jobs, "trainer_class": trainers, "callbacks": self.callbacks}
         result = experiment(models, config, self.data, taught, **more)
@@ -222,9 +232,17 @@ class Experiment:
         if key not in self.runs:
             raise KeyError(f"no finished run {key}: {self.failures.get(key) or f'there are {sorted(self.runs)}'}")
         run, build = self.runs[key], self.models[key[0]]
-        if described_network(build, key[1])[1] != run.identity["model"]:
-            advice = "a lambda sees later values of its variables; write functools.partial(Network, width)"
-            raise ValueError(f"the function that builds {key[0]!r} builds another network than it did ({advice})")
+        trained = run.identity["model"]
+        with suppress(TypeError):  # its source is no longer there
+            now = described_network(build, key[1])[1]
+            now, before = (json.dumps(of.get("content", of), sort_keys=True) for of in (now, trained))
+            if now != before:
+                advice = (
+                    "a lambda sees the latest values of its variables; use functools.partial(Network, width) instead"
+                )
+                raise ValueError(
+                    f"{key[0]!r} now stands for a different network from the one that was trained ({advice})"
+                )
         return TrainedModel(run, build)
 
 

@@ -324,17 +324,17 @@ def image_grid(
 def _show(axis: Axes, image: torch.Tensor, title: str):
     picture = image.permute(1, 2, 0).squeeze(-1).float().clamp(0, 255) / 255
     axis.imshow(picture.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-    axis.set_title("\n".join(_short(line, 20) for line in title.split("\n")), fontsize="x-small", pad=2)
+    axis.set_title("\n".join(_short(line, 22) for line in title.split("\n")), fontsize="x-small", pad=2)
     axis.set_axis_off()
 
 
 def _short(text: str, length: int) -> str:
-    """At most so many characters, and no formula for Matplotlib."""
+    """The text, cut to `length` characters, its dollar signs escaped for Matplotlib."""
     return (text if len(text) <= length else f"{text[: length - 1]}…").replace("$", r"\$")
 
 
 def confusion_matrix(matrix: np.ndarray, class_names: Sequence[str], title: str) -> Figure:
-    """Counts of images, up to 25 classes, true ones in rows, predicted ones in columns; colours show the mistakes."""
+    """Images by true class (rows) and predicted class (columns), counted for up to 25; colours show mistakes only."""
     side, few = np.clip(0.5 * len(class_names) + 1, 4, 14), len(class_names) <= 25
     figure, axis = plt.subplots(figsize=(side + 0.8, side), layout="constrained")
     counts = {"annot": matrix if few else False, "fmt": "d", "annot_kws": {"fontsize": "x-small"}}

@@ -29,6 +29,7 @@ from lablib.checkpoints import Interruption, check_writable, contiguous_weights,
 from lablib.config import TrainingConfig, num_processes, one_line, redacted
 from lablib.data import ImageData, fixed_sample
 from lablib.diagnostics import gradient_norms
+from lablib.hardware import untouched
 from lablib.identity import build_seeded, run_identity, run_name, sha256
 from lablib.metrics import best_row, first_logits, history
 
@@ -36,6 +37,10 @@ Key = tuple[str, int]  # a run's model and seed
 
 PUBLISHED = Path(__file__).resolve().parents[1] / "results" / "runs"  # runs that every checkout has, without weights
 _WEIGHTS = "model.safetensors"
+_NOT_WHOLE = (
+    "a new copy with the trained weights gives different logits, so it cannot be loaded. Whatever training changes "
+    "must be in state_dict(), like parameters and persistent buffers"
+)
 _one_training = threading.Lock()  # of a process: PyTorch's random numbers are the process's, not a thread's
 _COLUMNS = ["run", "state", "dataset", "seed", "epochs", "val_accuracy", "test_accuracy", "mib", "notes"]
 
@@ -54,7 +59,7 @@ class Run:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What `run_identity` gave for it."""
+        """The run's identity, as `run_identity` returned it."""
         return json.loads((self.path / "identity.json").read_bytes())
 
     @property
@@ -64,8 +69,10 @@ class Run:
     def load_weights(self, model: nn.Module) -> nn.Module:
         """Put the best epoch's weights into a model of the run's architecture and return it in eval mode.
 
-        Raises ValueError if the run was published without its weights.
+        Raises ValueError if the run was published without its weights, or they are not all of the network.
         """
+        if note := [note for note in self.result.get("notes", []) if note.endswith(_NOT_WHOLE)]:
+            raise ValueError(note[0])
         if not self.has_weights:
             which = "{model} on {dataset}, seed {seed}".format(**self.result)
             raise ValueError(
@@ -284,23 +291,35 @@ def _measured(trainer, logits, initial_model: nn.Module) -> bytes:
     model = initial_model.to(device)  # in float32, unlike the trained one after bf16 or fp16
     with suppress(Exception):  # a model without layers to measure
         arrays["gradient_initial"] = gradient_norms(model, batch, trainer.outputs)["rms"].to_numpy(np.float32)
-    model.load_state_dict(trainer.model.state_dict())
-    with trainer.accelerator.autocast():  # as in `trainer.model`
-        loaded = _logits(trainer, model.eval(), shown)
-    if (loaded - answers).abs().mean() > 0.1 * answers.abs().mean():
-        reason = "with the trained weights loaded, it gives other logits. What training changes must be in state_dict()"
-        raise ValueError(f"{type(model).__name__} cannot be saved: {reason}, as parameters and persistent buffers are")
-    with suppress(Exception):
-        arrays["gradient_trained"] = gradient_norms(model, batch, trainer.outputs)["rms"].to_numpy(np.float32)
+    if _is_saved_whole(trainer, model, shown, answers):
+        with suppress(Exception):
+            arrays["gradient_trained"] = gradient_norms(model, batch, trainer.outputs)["rms"].to_numpy(np.float32)
+    else:
+        trainer.notes.append(f"{type(model).__name__}: {_NOT_WHOLE}")
+        warnings.warn(trainer.notes[-1], stacklevel=2)
     np.savez_compressed(content := io.BytesIO(), **arrays)
     return content.getvalue()
 
 
+def _is_saved_whole(trainer, copy: nn.Module, shown: torch.Tensor, answers: torch.Tensor) -> bool:
+    """Whether a copy of the network gives the same logits as the trained one once it has its weights."""
+    from accelerate.utils import convert_outputs_to_fp32
+
+    try:
+        copy.load_state_dict(trainer.model.state_dict())
+        with untouched(copy):
+            if trainer.args.bf16 or trainer.args.fp16:
+                copy.forward = convert_outputs_to_fp32(trainer.accelerator.autocast()(copy.forward))
+            logits = (_logits(trainer, model, shown) for model in (copy.eval(), trainer.model))
+            off, noise = ((each - answers).abs().mean() for each in logits)
+            return not off > max(0.1 * answers.abs().mean(), 2 * noise)
+    except Exception:
+        return False
+
+
 def _logits(trainer, model: nn.Module, validation_images: torch.Tensor) -> torch.Tensor:
     """Images × classes, for some of the validation images."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # for a model that is random in evaluations
-        _, outputs, _ = trainer.prediction_step(model, trainer.eval_dataset.__getitems__(validation_images), False)
+    _, outputs, _ = trainer.prediction_step(model, trainer.eval_dataset.__getitems__(validation_images), False)
     return first_logits(outputs).float()
 
 

@@ -138,7 +138,7 @@ def verdicts(comparison: pd.DataFrame, word: str = "better") -> str:
     for label, row in zip(labels(comparison), comparison.to_dict("records"), strict=True):
         start = "- " if label == f"{row['first']} − {row['second']}" else f"- {label}: "
         sentences.append(start + verdict(row, word))
-    return "\n".join(sentences) or "Nothing to compare: it takes two networks with finished runs of the same seed."
+    return "\n".join(sentences) or "Nothing to compare: both networks need finished runs with the same seed."
 
 
 def effects_table(comparisons: Mapping[str, pd.DataFrame]) -> pd.DataFrame:

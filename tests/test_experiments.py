@@ -156,14 +156,14 @@ def test_experiments_can_be_divided_and_joined_if_they_agree_on_the_data_and_wha
     changed = replace(narrow, data=copied, fingerprint="")
     copied.train_images[0] = 0  # in place, as for all experiments with these data
     for other in (replace(narrow, data=darker), changed):
-        with pytest.raises(ValueError, match="data must be the same"):
+        with pytest.raises(ValueError, match="have different data"):
             narrow | other
     with pytest.raises(ValueError, match="tiny was changed after the experiment"):
         changed.predictions()
     failed = replace(narrow, runs={}, failures=dict.fromkeys(narrow.runs, "trained since"))
     assert (failed | narrow).failures == {}
     longer = replace(narrow, config=replace(finished.config, num_epochs=3))
-    with pytest.raises(ValueError, match="different configs; give distil a config"):
+    with pytest.raises(ValueError, match="different configs; pass config="):
         (longer | finished).distil("narrow", "wide", 4, 0.5)
     for changed in (
         replace(narrow, runs={("narrow", 0): finished.runs["wide", 0]}),
@@ -253,13 +253,13 @@ def test_a_student_whose_teacher_failed_has_failed_and_the_others_are_trained(fi
         partly.distil("narrow", "wide", 4, 0.7, seeds=[7])
 
 
-def test_a_network_that_is_built_otherwise_now_or_by_a_trainer_of_its_own_teaches_nothing(finished, config, tiny_data):
+def test_distil_refuses_a_network_that_is_built_differently_now_or_has_its_own_trainer(finished, config, tiny_data):
     changed = replace(finished, models=finished.models | {"wide": partial(tiny_mlp, (8,), dropout=0.2)})
     for use in (lambda: changed.trained_model("wide"), lambda: changed.distil("wide", "narrow", 4, 0.5)):
-        with pytest.raises(ValueError, match="the function that builds 'wide' builds another network than it did"):
+        with pytest.raises(ValueError, match="'wide' now stands for a different network"):
             use()
     own = experiment(MODELS, config, tiny_data, 1, trainer_class=type("Own", (StreamlinedTrainer,), {}))
-    with pytest.raises(ValueError, match="'narrow' was trained by a trainer of your own"):
+    with pytest.raises(ValueError, match="'narrow' has a trainer of its own"):
         own.distil("narrow", "wide", 4, 0.5)
 
 

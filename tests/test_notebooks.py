@@ -1,4 +1,4 @@
-"""The notebooks, run with other parameters, as papermill gives them."""
+"""The notebooks, run with other parameters, injected as papermill does."""
 
 import json
 import os
