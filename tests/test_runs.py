@@ -101,9 +101,7 @@ def test_a_finished_run_keeps_its_files_and_is_loaded_instead_of_trained_again(c
         train_or_load(tiny_mlp, replace(config, seed=1), tiny_data)
 
 
-class Centred(MLP):
-    """It subtracts a running mean, that is not saved."""
-
+class Centred(MLP):  # by a running mean that is not saved
     def __init__(self):
         super().__init__((8,), image_shape=(1, 6, 6), num_classes=3)
         self.register_buffer("mean", torch.zeros(1), persistent=False)
