@@ -71,10 +71,7 @@ def multiply_adds(model: nn.Module, image_shape: Sequence[int]) -> int:
     from torch.utils.flop_counter import FlopCounterMode  # a quarter of a second to import
 
     device = next(model.parameters()).device
-    with (
-        untouched(model),
-        torch.enable_grad(),
-        FlopCounterMode(display=False) as counter,
-    ):  # with gradients, attention is not fused
+    # with gradients attention is not fused, and is counted
+    with untouched(model), torch.enable_grad(), FlopCounterMode(display=False) as counter:
         model.eval()(torch.zeros(1, *image_shape, device=device))
     return counter.get_total_flops() // 2  # it counts two operations

@@ -46,9 +46,8 @@ class Experiment:
     fingerprint: str = ""
 
     def __post_init__(self):
-        self.fingerprint = (
-            self.fingerprint or self.data.fingerprint
-        )  # kept, as changing the data in place changes theirs
+        # kept, as changing the data in place changes theirs
+        self.fingerprint = self.fingerprint or self.data.fingerprint
 
     def select(self, *models: str) -> "Experiment":
         """The same experiment with some of its models only. Raises KeyError for a model that it does not have."""
@@ -207,8 +206,8 @@ class Experiment:
         for (model, _), run in self.runs.items():
             trainer = json.dumps(run.identity["trainer"])
             own = not trainer.removeprefix('{"partial": ').startswith('"lablib.')
-            sees_others = any(f'"{method}"' in trainer for method in ("outputs", "prepare_images"))
-            if (model == student and own) or (model == teacher and sees_others):
+            other_inputs = any(f'"{method}"' in trainer for method in ("outputs", "prepare_images"))
+            if (model == student and own) or (model == teacher and other_inputs):
                 advice = "derive yours from it, and pass it to experiment"
                 raise ValueError(
                     f"{model!r} has a trainer of its own, but distil uses KnowledgeDistillationTrainer; {advice}"

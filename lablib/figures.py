@@ -334,7 +334,7 @@ def _short(text: str, length: int) -> str:
 
 
 def confusion_matrix(matrix: np.ndarray, class_names: Sequence[str], title: str) -> Figure:
-    """Images by true class (rows) and predicted class (columns), counted for up to 25; colours show mistakes only."""
+    """Images by true class (rows) and predicted class (columns), counted up to 25 classes; colours show mistakes."""
     side, few = np.clip(0.5 * len(class_names) + 1, 4, 14), len(class_names) <= 25
     figure, axis = plt.subplots(figsize=(side + 0.8, side), layout="constrained")
     counts = {"annot": matrix if few else False, "fmt": "d", "annot_kws": {"fontsize": "x-small"}}

@@ -295,22 +295,26 @@ def _measured(trainer, logits, initial_model: nn.Module) -> bytes:
         with suppress(Exception):
             arrays["gradient_trained"] = gradient_norms(model, batch, trainer.outputs)["rms"].to_numpy(np.float32)
     else:
+        arrays.pop("gradient_initial", None)  # both or neither
         trainer.notes.append(f"{type(model).__name__}: {_NOT_WHOLE}")
         warnings.warn(trainer.notes[-1], stacklevel=2)
     np.savez_compressed(content := io.BytesIO(), **arrays)
     return content.getvalue()
 
 
-def _is_saved_whole(trainer, copy: nn.Module, shown: torch.Tensor, answers: torch.Tensor) -> bool:
-    """Whether a copy of the network gives the same logits as the trained one once it has its weights."""
+def _is_saved_whole(trainer, twin: nn.Module, shown: torch.Tensor, answers: torch.Tensor) -> bool:
+    """Whether a new copy of the network gives the logits of the trained one once it has its weights.
+
+    A tenth of their size is far above rounding, and a network may draw random numbers in evaluation.
+    """
     from accelerate.utils import convert_outputs_to_fp32
 
     try:
-        copy.load_state_dict(trainer.model.state_dict())
-        with untouched(copy):
+        twin.load_state_dict(trainer.model.state_dict())
+        with untouched(twin):
             if trainer.args.bf16 or trainer.args.fp16:
-                copy.forward = convert_outputs_to_fp32(trainer.accelerator.autocast()(copy.forward))
-            logits = (_logits(trainer, model, shown) for model in (copy.eval(), trainer.model))
+                twin.forward = convert_outputs_to_fp32(trainer.accelerator.autocast()(twin.forward))
+            logits = (_logits(trainer, model, shown) for model in (twin.eval(), trainer.model))
             off, noise = ((each - answers).abs().mean() for each in logits)
             return not off > max(0.1 * answers.abs().mean(), 2 * noise)
     except Exception:

@@ -115,6 +115,7 @@ class Centred(MLP):  # by a running mean that is not saved
 def test_a_network_that_keeps_something_outside_of_its_state_dict_is_noted_and_not_loaded(config, tiny_data):
     with pytest.warns(UserWarning, match="Centred: a new copy with the trained weights gives different logits"):
         run = train_or_load(Centred, config, tiny_data)
+    assert not [name for name in run.measured() if name.startswith("gradient")]
     with pytest.raises(ValueError, match="so it cannot be loaded"):
         run.load_weights(Centred())
 
