@@ -208,10 +208,8 @@ class Experiment:
             own = not trainer.removeprefix('{"partial": ').startswith('"lablib.')
             other_inputs = any(f'"{method}"' in trainer for method in ("outputs", "prepare_images"))
             if (model == student and own) or (model == teacher and other_inputs):
-                advice = "derive yours from it, and pass it to experiment"
-                raise ValueError(
-                    f"{model!r} has a trainer of its own, but distil uses KnowledgeDistillationTrainer; {advice}"
-                )
+                trains = "has a trainer of its own, but distil uses KnowledgeDistillationTrainer"
+                raise ValueError(f"{model!r} {trains}; derive yours from it, and pass it to experiment")
         if not (config := config or self.config):
             raise ValueError("the joined experiments have different configs; pass config= to distil")
         models = dict.fromkeys(students, self.select(student).models[student])
@@ -262,13 +260,16 @@ class Comparison:
 
     def __or__(self, other: "Comparison") -> "Comparison":
         """Both comparisons, on the same data set, in one table; p-values stay as they are, corrected within each."""
-        if other.dataset != self.dataset:
-            raise ValueError(f"comparisons on {self.dataset} and {other.dataset}; they must be on the same data set")
-        return replace(self, table=pd.concat([self.table, other.table], ignore_index=True))
+        return replace(self, table=pd.concat([self.table, self._table_of(other)], ignore_index=True))
 
     def __sub__(self, other: "Comparison") -> "Comparison":
         """How far the differences with the same labels differ, seed by seed, say between two recipes."""
-        return replace(self, table=compare_effects(self.table, other.table))
+        return replace(self, table=compare_effects(self.table, self._table_of(other)))
+
+    def _table_of(self, other: "Comparison") -> pd.DataFrame:
+        if other.dataset != self.dataset:
+            raise ValueError(f"comparisons on {self.dataset} and {other.dataset}; they must be on the same data set")
+        return other.table
 
 
 class Sentences(str):

@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Sequence
 from typing import Any
 
+import accelerate.optimizer
 import safetensors.torch
 import torch
 import transformers
@@ -71,7 +72,7 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
         checkpoint_dir: str | None = None,
         run_name: str | None = None,
     ):
-        _freeze_imports()  # before there is a trainer, which would never be collected
+        _spare_overhead()  # before there is a trainer, which would never be collected
         check_device(config.device)
         keep_freed_memory()
         if hasattr(model, "config") and not isinstance(model, transformers.PreTrainedModel):
@@ -237,7 +238,8 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
     def _get_grad_norm(self, model, grad_norm=None):
         # Upstream computes the norm in every step (a tenth of a small MLP's time) and logs it once per epoch.
         steps = math.ceil(len(self.callback_handler.train_dataloader) / self.args.gradient_accumulation_steps)
-        is_last = (self.state.global_step + 1) % steps == 0
+        step = self.state.global_step + 1
+        is_last = step % steps == 0 or step == self.state.max_steps
         return super()._get_grad_norm(model, grad_norm) if is_last else grad_norm
 
     def _training_metrics(self) -> dict[str, float]:
@@ -342,8 +344,10 @@ def _as_it_is(batch):
 
 
 @functools.cache
-def _freeze_imports() -> None:
-    """Spare the garbage collection with which accelerate starts each training all imported modules: 0.3 s per run."""
+def _spare_overhead() -> None:
+    """Spare what accelerate repeats in vain: a garbage collection at the start of each training, through all imported
+    modules (0.3 s), and a look for an optional package on the disk, twice a step (5 % of an MLP's step)."""
+    accelerate.optimizer.is_lomo_available = functools.cache(accelerate.optimizer.is_lomo_available)
     gc.collect()
     gc.freeze()
     atexit.register(gc.unfreeze)  # or extension modules report leaks when the process ends
