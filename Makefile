@@ -65,11 +65,11 @@ results-cnns: .venv/lab ## execute the CNN notebook from the published runs on C
 ADDRESS := $(shell sed -n 's|^Repository = "https://github.com/\([^"]*\)".*|\1|p' pyproject.toml)
 
 address: ## write the repository's public address where it is needed: REPOSITORY=https://github.com/owner/name
-	@expr "$(REPOSITORY)" : 'https://github\.com/[A-Za-z0-9-]*/[A-Za-z0-9._-]*$$' >/dev/null || \
+	@expr "$(REPOSITORY)" : 'https://github\.com/[A-Za-z0-9-]*/[A-Za-z0-9._-]*$$' >/dev/null && \
+		test "$(REPOSITORY)" = "$(REPOSITORY:.git=)" || \
 		{ echo "write make address REPOSITORY=https://github.com/owner/name" >&2; exit 2; }
-	@sed -i.bak "s|$(ADDRESS)|$(REPOSITORY:https://github.com/%=%)|g" \
-		pyproject.toml CITATION.cff README.md Lab1_MLPs.ipynb Lab1_CNNs.ipynb
-	@rm pyproject.toml.bak CITATION.cff.bak README.md.bak Lab1_MLPs.ipynb.bak Lab1_CNNs.ipynb.bak
+	@for file in pyproject.toml CITATION.cff README.md *.ipynb results/*.ipynb; do \
+		sed -i.bak "s|$(ADDRESS)|$(REPOSITORY:https://github.com/%=%)|g" $$file && rm $$file.bak; done
 
 RUNS ?= runs
 FINISHED ?= 0

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -27,7 +27,7 @@ _SEVERAL = {"hidden_sizes": int}  # the type of each value of an option that tak
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train a run, or load it, and print its result as a line of JSON.
 
-    Exits with status 2 where an option is not allowed, and with 130 after Ctrl-C.
+    Exits with status 2 where an option is not allowed, 1 where the training fails, and 130 after Ctrl-C.
     """
     is_first_process = os.environ.get("RANK", "0") == "0"  # of those that torchrun starts
     try:
@@ -41,9 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             fitting = {"image_shape": data.image_shape, "num_classes": data.num_classes}
             build_model = partial(getattr(lablib, options.pop("model")), **options, **fitting)
             build_model()
+            run = _train(build_model, config, data, is_first_process)
         except (ValueError, OSError) as error:
             parser.error(str(error))
-        run = _train(build_model, config, data, is_first_process)
     except KeyboardInterrupt:
         if is_first_process:
             print("interrupted before training began", file=sys.stderr)
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _train(build_model: partial, config: TrainingConfig, data: "lablib.ImageData", shown: bool) -> "lablib.Run":
     """Train a run with a progress bar, or load it."""
-    from lablib import identity, runs  # with PyTorch
+    from lablib import identity, runs, trainer  # with PyTorch
 
     described = identity.run_identity(build_model, config, data)
     name, ended = identity.run_name(described), set()
@@ -67,6 +67,8 @@ def _train(build_model: partial, config: TrainingConfig, data: "lablib.ImageData
             ended.add(key)
     except KeyboardInterrupt:
         sys.exit(130)
+    except (trainer.SanityCheckError, trainer.NonFiniteLossError) as error:
+        sys.exit(f"python -m lablib: {error}")
     return run
 
 
@@ -103,6 +105,8 @@ def _add(parser: argparse.ArgumentParser, name: str, kind: Any, default: Any, te
             raise argparse.ArgumentTypeError(error.errors()[-1]["msg"].removeprefix("Input ")) from None
 
     needed = default is inspect.Parameter.empty
+    choices = ", ".join(get_args(kind)) if get_origin(kind) is Literal else ""
+    text = "; ".join(filter(None, [choices, text]))
     text = f"{text} ({'required' if needed else f'default: {default!r}'})".strip().replace("%", "%%")
     more = {"nargs": "+"} if name in _SEVERAL else {"nargs": "?", "const": True} if kind is bool else {}
     more |= {"required": True} if needed else {"default": default}

@@ -68,14 +68,15 @@ def contiguous_weights(model: nn.Module) -> dict[str, torch.Tensor]:
 class Interruption:
     """A context manager that notes SIGINT and SIGTERM, so that a step can finish and a checkpoint be written.
 
-    A second signal acts at once, and one that was noted but not acted upon acts when the context ends. Only the main
-    thread can handle signals; in another thread none is noted. Signals that are ignored (`nohup`) stay ignored.
+    A second signal acts at once unless `patient`, and one that was noted but not acted upon acts when the context ends.
+    Only the main thread can handle signals; in another thread none is noted. Signals that are ignored (`nohup`) stay
+    ignored.
     """
 
     parent: int | None = None  # of a worker process, whose training ends with it
 
-    def __init__(self, signals: Sequence[signal.Signals] = (signal.SIGINT, signal.SIGTERM)):
-        self._signals, self._noted, self._before = signals, None, {}
+    def __init__(self, signals: Sequence[signal.Signals] = (signal.SIGINT, signal.SIGTERM), patient: bool = False):
+        self._signals, self._patient, self._noted, self._before = signals, patient, None, {}
 
     def __enter__(self):
         self._noted = None
@@ -101,8 +102,9 @@ class Interruption:
 
     def ask(self, number: int = signal.SIGINT, frame=None):
         """Leave after this step, as if a signal had come."""
-        self._noted = signal.Signals(number)
-        self._restore_handlers()
+        self._noted = self._noted or signal.Signals(number)
+        if not self._patient:
+            self._restore_handlers()
 
     def leave(self):
         """Raise what ends the training if that was asked for."""
@@ -157,7 +159,8 @@ class ResumableTrainer:
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.notes: list[str] = []
-        self._interruption = Interruption(()) if self.args.world_size > 1 else Interruption()
+        # several have to agree on the step after which they stop, and `torchrun` hands on the Ctrl-C that they got too
+        self._interruption = Interruption(patient=self.args.world_size > 1)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """Train, or resume from a checkpoint: a path, or True for the newest usable one.

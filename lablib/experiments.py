@@ -375,7 +375,8 @@ def _announce(result: Experiment, paths: dict[Key, Path], number: int):
     if (imbalance := _imbalance(result.data)) > UNBALANCED and result.fingerprint not in _warned:
         _warned.add(result.fingerprint)
         times = f"The largest class of {result.data.name} has {imbalance:.0f} times the images of the smallest"
-        warnings.warn(f"{times}; see also the balanced accuracy, the mean over classes.", stacklevel=1)
+        text = f"{times}; see also the balanced accuracy, the mean over classes."
+        warnings.warn_explicit(text, UserWarning, "lablib", 0)  # without a line of source below it
     places = {str(run.path.parent).removeprefix(f"{Path.cwd()}{os.sep}") for run in result.runs.values()}
     where = f" from {' and '.join(sorted(places))}" if places else ""
     begun = sum(any(path.glob("checkpoints/checkpoint-*")) for path in paths.values())

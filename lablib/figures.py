@@ -33,7 +33,7 @@ def use_style():
 
 def save(figure: Figure, *paths: str | Path) -> Figure:
     """Write a figure to each path, in the format of its suffix and without a date, so that it is reproducible."""
-    for path in map(Path, paths):
+    for path in (Path(path).expanduser() for path in paths):
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
         figure.set_layout_engine("none")  # it keeps the layout that it has, which takes long to find again

@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 import threading
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -37,6 +38,7 @@ Key = tuple[str, int]  # a run's model and seed
 
 PUBLISHED = Path(__file__).resolve().parents[1] / "results" / "runs"  # runs that every checkout has, without weights
 _WEIGHTS = "model.safetensors"
+_EPOCHS = "checkpoints/epochs"  # how many of them a run in training has behind it
 _NOT_WHOLE = (
     "a new copy with the trained weights gives different logits, so it cannot be loaded. Whatever training changes "
     "must be in state_dict(), like parameters and persistent buffers"
@@ -223,12 +225,21 @@ def _train(path: Path, described, build_model, config, data, trainer_class, call
 
     from lablib.trainer import SanityCheckError, StreamlinedTrainer
 
-    class HistoryWriter(TrainerCallback):  # for whoever watches the run
+    class Reporter(TrainerCallback):  # to whoever watches the run
+        reported = 0.0
+
         def on_evaluate(self, args, state, control, **kwargs):
             if state.is_world_process_zero:
                 write_atomically(path / "history.jsonl", _json_lines(history(state.log_history)), sync=False)
 
-    arguments = {"config": config, "data": data, "callbacks": [*callbacks, HistoryWriter()]}
+        on_train_begin = on_evaluate  # a killed run may have written more than is resumed
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.is_world_process_zero and time.monotonic() - self.reported > 1:
+                write_atomically(path / _EPOCHS, str(state.epoch).encode(), sync=False)
+                self.reported = time.monotonic()
+
+    arguments = {"config": config, "data": data, "callbacks": [*callbacks, Reporter()]}
     arguments |= {"checkpoint_dir": str(path / "checkpoints"), "run_name": path.name}
     given = trainer_class.keywords if isinstance(trainer_class, partial) else {}
     if twice := sorted(given.keys() & arguments):
@@ -348,23 +359,22 @@ def _json_lines(rows: list[dict]) -> bytes:
 def progress(paths: Mapping[Key, Path], num_epochs: int, ended: set[Key], file: TextIO | None = None):
     """One bar over all epochs of all runs, with time left and latest metrics; after Ctrl-C, where it stopped.
 
-    `paths` maps each run to its folder; the caller adds a run to `ended` when it is over. The bar watches the history
-    files of the store, so it works for runs in other processes and on other machines too.
+    `paths` maps each run to its folder; the caller adds a run to `ended` when it is over. The bar watches the files of
+    the store, so it works for runs in other processes and on other machines too.
     """
 
-    def rows() -> dict[Key, list[str]]:
-        files = {key: path / "history.jsonl" for key, path in paths.items() if key not in ended}
-        return {key: file.read_text().splitlines() for key, file in files.items() if file.exists()}
+    def running() -> dict[Key, tuple[float, dict]]:
+        return {key: _so_far(path) for key, path in paths.items() if key not in ended}
 
     def show():
-        current = rows()
-        model, seed = max(current, key=lambda key: len(current[key]), default=(None, None))
-        if latest := current.get((model, seed)):
-            last = json.loads(latest[-1])
+        current = running()
+        model, seed = max(current, key=lambda key: current[key][0], default=(None, None))
+        if last := current.get((model, seed), (0, {}))[1]:
             loss, accuracy = f"loss {last['train_loss']:.3f}", f"validation {100 * last['val_accuracy']:.1f} %"
-            bar.set_postfix_str(f"{model}, seed {seed}: {loss}, {accuracy}", refresh=False)
-        epochs = num_epochs * len(ended) + sum(map(len, current.values()))  # all of them for a run that stopped early
-        bar.update(max(0, epochs - bar.n))
+            bar.set_postfix_str(f"{loss}, {accuracy} ({model}, seed {seed})", refresh=False)
+        epochs = num_epochs * len(ended) + sum(epochs for epochs, _ in current.values())  # all where one stopped early
+        bar.initial = min(bar.initial, epochs)  # a killed run resumes at an earlier epoch than it had reached
+        bar.update(epochs - bar.n)
 
     def watch():
         while not stop.wait(0.5):
@@ -372,10 +382,11 @@ def progress(paths: Mapping[Key, Path], num_epochs: int, ended: set[Key], file: 
 
     terminal = sys.stderr.isatty()
     file = file or (sys.stderr if terminal else sys.stdout)
-    look = {"file": file, "desc": "training", "unit": "epoch", "miniters": 0, "mininterval": 0.1 if terminal else 10}
+    look = {"file": file, "miniters": 0, "mininterval": 0.1 if terminal else 10}
+    look |= {"bar_format": "{percentage:3.0f}%|{bar:8}| {n:.1f}/{total} epochs [{elapsed}<{remaining}{postfix}]"}
     look |= {"ncols": shutil.get_terminal_size().columns} if terminal else {}  # 80 where the terminal does not say
     look |= {"smoothing": 0}  # mean speed so far: a recent mean would skip the checks at which no epoch had ended
-    bar = tqdm(total=num_epochs * len(paths), initial=sum(map(len, rows().values())), **look)
+    bar = tqdm(total=num_epochs * len(paths), initial=sum(epochs for epochs, _ in running().values()), **look)
     stop, watcher = threading.Event(), threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
@@ -386,7 +397,16 @@ def progress(paths: Mapping[Key, Path], num_epochs: int, ended: set[Key], file: 
         show()
         bar.close()
         if isinstance(sys.exception(), KeyboardInterrupt):
-            print(f"\ninterrupted at epoch {bar.n} of {bar.total}; run again to resume", file=file, flush=True)
+            print(f"\ninterrupted at epoch {int(bar.n)} of {bar.total}; run again to resume", file=file, flush=True)
+
+
+def _so_far(path: Path) -> tuple[float, dict]:
+    """The epochs that a run in training has behind it, and the metrics of the last whole one."""
+    epochs, rows = 0.0, []
+    with suppress(OSError):  # not there yet, or not any more
+        rows = (path / "history.jsonl").read_text().splitlines()
+        epochs = float((path / _EPOCHS).read_text())
+    return max(epochs, len(rows)), json.loads(rows[-1]) if rows else {}
 
 
 def publish(run: Run, folder: Path | None = None) -> Path:
@@ -453,7 +473,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """`python -m lablib.runs list | publish | clean`"""
     parser = argparse.ArgumentParser(prog="python -m lablib.runs", description=__doc__)
     parser.add_argument("command", choices=["list", "publish", "clean"])
-    parser.add_argument("output_dir", nargs="?", default="runs", help="the run store (runs)")
+    parser.add_argument("output_dir", nargs="?", default="runs", type=os.path.expanduser, help="the run store (runs)")
     parser.add_argument("--finished", action="store_true", help="clean: delete finished runs too")
     options = parser.parse_args(arguments)
     if not Path(options.output_dir).is_dir():

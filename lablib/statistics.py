@@ -227,7 +227,8 @@ def recommend(table: pd.DataFrame) -> str:
 
 def save_table(table: pd.DataFrame, path: str | Path) -> pd.DataFrame:
     """Write a table as CSV with all digits, making its folder, and return it."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    path = Path(path).expanduser()
+    path.parent.mkdir(parents=True, exist_ok=True)
     table.to_csv(path, index=False)
     return table
 

@@ -105,14 +105,20 @@ def test_workers_end_with_a_checkpoint_on_ctrl_c_and_when_their_parent_is_killed
     assert train(str(store), seeds=2) == train(str(tmp_path / "undisturbed"), seeds=2)
 
 
-def test_torchrun_ends_when_a_process_fails_and_resumes_exactly(tmp_path):
-    stores, began = [tmp_path / "runs", tmp_path / "undisturbed"], time.monotonic()
-    stores[0].mkdir()
-    (stores[0] / "fail").touch()
-    assert start(stores[:1], *TOGETHER).wait(timeout=300) != 0
+def test_torchrun_ends_on_ctrl_c_and_when_a_process_fails_and_resumes_exactly(tmp_path):
+    interrupted, undisturbed, failing = stores = [tmp_path / name for name in ("interrupted", "undisturbed", "failing")]
+    for store, disturbed in ((interrupted, "slow"), (failing, "fail")):
+        store.mkdir()
+        (store / disturbed).touch()
+    process, at = start(stores[:1], *TOGETHER), interrupted / "at-0"
+    wait_for(lambda: at.exists() and at.read_text())
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(timeout=120) != 0
+    log = interrupted.with_suffix(".log")
+    assert [*interrupted.glob(f"*/checkpoints/checkpoint-{2 * STEPS}")], log.read_text()
+    (interrupted / "slow").unlink()
+    began = time.monotonic()
+    assert start(stores, *TOGETHER).wait(timeout=300) != 0
     assert time.monotonic() - began < 200  # the group itself would wait for half an hour
-    assert [*stores[0].glob("*/checkpoints/checkpoint-9")], stores[0].with_suffix(".log").read_text()
-    (stores[0] / "fail").unlink()
-    assert start(stores, *TOGETHER).wait(timeout=300) == 0, stores[0].with_suffix(".log").read_text()
-    resumed, undisturbed = (train(str(store), seeds=1) for store in stores)  # which loads them
-    assert resumed == undisturbed
+    assert [*failing.glob(f"*/checkpoints/checkpoint-{STEPS}")], log.read_text()
+    assert train(str(interrupted), seeds=1) == train(str(undisturbed), seeds=1)  # which loads them

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -48,6 +49,7 @@ def test_the_command_trains_the_run_that_the_same_config_loads(run, tmp_path):
         (["SimpleCNN"], "are required: --depth"),
         (["SimpleCNN", "--depth", "9"], "too small for depth 9"),
         (["MLP", "--data", "mnits"], "'mnits' is neither a known name"),
+        (["MLP", "--device", "cpu", "--precision", "fp16"], "precision = 'fp16' needs a CUDA GPU"),
     ],
 )
 def test_what_is_not_allowed_is_refused_in_one_line_with_its_reason_and_no_token(options, words, tmp_path, capsys):
@@ -59,12 +61,18 @@ def test_what_is_not_allowed_is_refused_in_one_line_with_its_reason_and_no_token
     assert TOKEN not in line
 
 
+def test_a_training_that_fails_says_why_in_one_line(run):
+    with pytest.raises(SystemExit, match=r"^python -m lablib: the evaluation loss is .* at epoch 1; a smaller"):
+        run("MLP", "--learning-rate", "1e20")
+
+
 def test_every_knob_is_an_option_with_its_comment_and_no_token_is(capsys):
     with pytest.raises(SystemExit):
         main(["SimpleCNN", "--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert "--early-stopping-patience VALUE epochs without improvement; None or 0: never (default: 10)" in text
     assert "--depth VALUE (required) --width VALUE (default: 16)" in text
+    assert "--lr-schedule VALUE constant, cosine; cosine falls to 0" in text
     names = [field.name for field in dataclasses.fields(TrainingConfig)]
     missing = [name for name in names if f" --{name.replace('_', '-')} " not in text]
     assert missing == ["telegram_bot_token", "training_arguments"]
@@ -85,7 +93,7 @@ def test_a_bar_shows_the_epochs_and_ctrl_c_leaves_a_checkpoint_and_says_how_to_r
     out, said = capsys.readouterr()
     assert out == ""
     assert said.splitlines()[-1] == "interrupted at epoch 1 of 4; run again to resume"
-    assert "training: " in said
+    assert re.search(r"1\.\d/4 epochs \[.*, loss \d\.\d{3}, validation \d+\.\d % \(MLP, seed 0\)\]", said)
     assert list(tmp_path.glob("*/checkpoints/checkpoint-3"))
 
 

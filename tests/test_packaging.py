@@ -38,16 +38,21 @@ def test_every_requirement_has_a_tested_version_within_its_range():
 
 
 def test_one_command_sets_the_repositorys_address_everywhere_and_what_is_no_address_nowhere(tmp_path):
-    for name in ("Makefile", "pyproject.toml", "CITATION.cff", "README.md", "Lab1_MLPs.ipynb", "Lab1_CNNs.ipynb"):
-        shutil.copy(ROOT / name, tmp_path)
-    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    assert subprocess.run(["make", "address", "REPOSITORY=a/b"], cwd=tmp_path, capture_output=True).returncode != 0
-    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
     (old,) = re.findall(r"https://github\.com/([^/]+/[^/]+)$", PROJECT["urls"]["Repository"])
-    texts = [path for path in tmp_path.iterdir() if old in path.read_text()]
-    assert len(texts) == 5
+    kinds = ".toml", ".cff", ".md", ".ipynb", ".py", ".yml"
+    ours = [path for depth in ("*", "[!o]*/*", ".*/*/*") for path in ROOT.glob(depth) if path.suffix in kinds]
+    texts = [tmp_path / path.relative_to(ROOT) for path in ours if old in path.read_text()]
+    for path in (*texts, tmp_path / "Makefile"):
+        path.parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / path.relative_to(tmp_path), path)
+    before = [path.read_bytes() for path in texts]
+    assert len(before) >= 5
+    for wrong in ("a/b", "https://github.com/a/b.git"):
+        command = ["make", "address", f"REPOSITORY={wrong}"]
+        assert subprocess.run(command, cwd=tmp_path, capture_output=True).returncode != 0
+    assert [path.read_bytes() for path in texts] == before
     subprocess.run(["make", "address", "REPOSITORY=https://github.com/a/b.c"], cwd=tmp_path, check=True)
-    assert [path.name for path in tmp_path.iterdir() if old in path.read_text()] == []
+    assert [path for path in texts if old in path.read_text()] == []
     assert all("github.com/a/b.c" in path.read_text() or "github/a/b.c/" in path.read_text() for path in texts)
 
 

@@ -123,7 +123,7 @@ def test_a_verdict_says_no_more_than_the_interval(first, second, text):
     assert statistics.verdict(compared(first, second)) == text
 
 
-def test_a_table_has_one_row_per_model_with_what_pandas_finds_in_its_runs(tmp_path):
+def test_a_table_has_one_row_per_model_with_what_pandas_finds_in_its_runs(tmp_path, monkeypatch):
     frame = frame_of({"plain": VALUES, "residual": OTHERS[:3], "few": OTHERS[:2]})
     table = results_table(frame, {"residual": 0.9871})
     assert list(table["model"]) == ["plain", "residual", "few"]
@@ -134,7 +134,8 @@ def test_a_table_has_one_row_per_model_with_what_pandas_finds_in_its_runs(tmp_pa
         np.testing.assert_allclose(table[f"{metric}_std"], runs[metric].std())
     half = [stats.t.ppf(0.975, n - 1) * stats.sem(values) for n, values in ((5, VALUES), (3, OTHERS[:3]))]
     np.testing.assert_allclose(table["test_accuracy_ci95"], [*half, math.nan])
-    assert statistics.save_table(table, tmp_path / "new" / "table.csv") is table
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert statistics.save_table(table, "~/new/table.csv") is table
     loaded = pd.read_csv(tmp_path / "new" / "table.csv")
     pd.testing.assert_frame_equal(loaded, table, check_dtype=False, rtol=1e-15, atol=0)
     readable = statistics.readable_table(loaded)
