@@ -10,6 +10,7 @@ import seaborn as sns
 import torch
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 from scipy.stats import gmean
@@ -204,11 +205,12 @@ def gradient_norms(gradients: pd.DataFrame, dataset: str) -> Figure:
     """
     table = with_depth(gradients)
     table["position"] = (table["layer"] - 1) / (table.groupby("model")["layer"].transform("max") - 1)
+    table["rms"] = np.log(table["rms"].where(table["rms"] > 0))
+    by = ["family", "moment", "depth", "position"]
+    means = np.exp(table.groupby(by, sort=False)["rms"].mean()).reset_index()
     look = {"x": "position", "y": "rms", "col": "family", "row": "moment", "hue": "depth", "style": "depth"}
-    average = {"estimator": gmean, "errorbar": None}
-    grid = sns.relplot(
-        table[table["rms"] > 0], kind="line", **look, **average, palette="viridis", legend="full", height=2.9
-    )
+    colours = {"palette": "viridis", "hue_norm": LogNorm()}
+    grid = sns.relplot(means, kind="line", **look, **colours, errorbar=None, legend="full", height=2.9)
     grid.set(yscale="log").set_titles("{col_name}, {row_name}")
     grid.set_axis_labels("layer (0: first, 1: last)", "gradient (root mean square)")
     n = _n(table.groupby("model")["seed"].nunique())
