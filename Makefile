@@ -65,11 +65,10 @@ results-cnns: .venv/lab ## execute the CNN notebook from the published runs on C
 ADDRESS := $(shell sed -n 's|^Repository = "https://github.com/\([^"]*\)".*|\1|p' pyproject.toml)
 
 address: ## write the repository's public address where it is needed: REPOSITORY=https://github.com/owner/name
-	@expr "$(REPOSITORY)" : 'https://github\.com/[A-Za-z0-9-]*/[A-Za-z0-9._-]*$$' >/dev/null && \
-		test "$(REPOSITORY)" = "$(REPOSITORY:.git=)" || \
-		{ echo "write make address REPOSITORY=https://github.com/owner/name" >&2; exit 2; }
+	@expr "$(REPOSITORY:.git=/)" : 'https://github\.com/[A-Za-z0-9-]\{1,\}/[A-Za-z0-9._-]\{1,\}$$' >/dev/null || \
+		{ echo "write make address REPOSITORY=https://github.com/owner/name, without .git" >&2; exit 2; }
 	@for file in pyproject.toml CITATION.cff README.md *.ipynb results/*.ipynb; do \
-		sed -i.bak "s|$(ADDRESS)|$(REPOSITORY:https://github.com/%=%)|g" $$file && rm $$file.bak; done
+		sed -i.bak "s|$(ADDRESS)|$(REPOSITORY:https://github.com/%=%)|g" $$file && rm $$file.bak || exit 1; done
 
 RUNS ?= runs
 FINISHED ?= 0

@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import TypeAdapter, ValidationError
 
 import lablib  # its names import PyTorch when they are used, so that Ctrl-C ends those seconds too
-from lablib.config import TrainingConfig
+from lablib.config import TrainingConfig, one_line
 
 MODELS = ("MLP", "ResidualMLP", "SimpleCNN", "ResidualCNN")
 _NOT_OPTIONS = ("telegram_bot_token", "training_arguments")  # others would see the one, and the other is a dict
@@ -27,7 +27,7 @@ _SEVERAL = {"hidden_sizes": int}  # the type of each value of an option that tak
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train a run, or load it, and print its result as a line of JSON.
 
-    Exits with status 2 where an option is not allowed, 1 where the training fails, and 130 after Ctrl-C.
+    Exits with status 2 for an invalid option, 1 if the training cannot begin or fails, and 130 after Ctrl-C.
     """
     is_first_process = os.environ.get("RANK", "0") == "0"  # of those that torchrun starts
     try:
@@ -41,9 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             fitting = {"image_shape": data.image_shape, "num_classes": data.num_classes}
             build_model = partial(getattr(lablib, options.pop("model")), **options, **fitting)
             build_model()
-            run = _train(build_model, config, data, is_first_process)
         except (ValueError, OSError) as error:
             parser.error(str(error))
+        run = _train(build_model, config, data, is_first_process)
     except KeyboardInterrupt:
         if is_first_process:
             print("interrupted before training began", file=sys.stderr)
@@ -56,19 +56,19 @@ def _train(build_model: partial, config: TrainingConfig, data: "lablib.ImageData
     """Train a run with a progress bar, or load it."""
     from lablib import identity, runs, trainer  # with PyTorch
 
-    described = identity.run_identity(build_model, config, data)
-    name, ended = identity.run_name(described), set()
-    key = build_model.func.__name__, config.seed
-    watched = shown and not runs.find_run(name, config.output_dir)
-    paths = {key: Path(config.output_dir, name)}
     try:
+        described = identity.run_identity(build_model, config, data)
+        name, ended = identity.run_name(described), set()
+        key = build_model.func.__name__, config.seed
+        watched = shown and not runs.find_run(name, config.output_dir)
+        paths = {key: Path(config.output_dir, name)}
         with runs.progress(paths, config.num_epochs, ended, sys.stderr) if watched else nullcontext():
             run = runs.train_or_load(build_model, config, data, identity=described)
             ended.add(key)
     except KeyboardInterrupt:
         sys.exit(130)
-    except (trainer.SanityCheckError, trainer.NonFiniteLossError) as error:
-        sys.exit(f"python -m lablib: {error}")
+    except (ValueError, OSError, trainer.SanityCheckError, trainer.NonFiniteLossError) as error:
+        sys.exit(f"python -m lablib: {one_line(error)}" if shown else 1)
     return run
 
 

@@ -68,15 +68,14 @@ def contiguous_weights(model: nn.Module) -> dict[str, torch.Tensor]:
 class Interruption:
     """A context manager that notes SIGINT and SIGTERM, so that a step can finish and a checkpoint be written.
 
-    A second signal acts at once unless `patient`, and one that was noted but not acted upon acts when the context ends.
-    Only the main thread can handle signals; in another thread none is noted. Signals that are ignored (`nohup`) stay
-    ignored.
+    A second signal acts at once, and one that was noted but not acted upon acts when the context ends. Only the main
+    thread can handle signals; in another thread none is noted. Signals that are ignored (`nohup`) stay ignored.
     """
 
     parent: int | None = None  # of a worker process, whose training ends with it
 
-    def __init__(self, signals: Sequence[signal.Signals] = (signal.SIGINT, signal.SIGTERM), patient: bool = False):
-        self._signals, self._patient, self._noted, self._before = signals, patient, None, {}
+    def __init__(self, signals: Sequence[signal.Signals] = (signal.SIGINT, signal.SIGTERM)):
+        self._signals, self._noted, self._before = signals, None, {}
 
     def __enter__(self):
         self._noted = None
@@ -103,8 +102,7 @@ class Interruption:
     def ask(self, number: int = signal.SIGINT, frame=None):
         """Leave after this step, as if a signal had come."""
         self._noted = self._noted or signal.Signals(number)
-        if not self._patient:
-            self._restore_handlers()
+        self._restore_handlers()
 
     def leave(self):
         """Raise what ends the training if that was asked for."""
@@ -159,8 +157,7 @@ class ResumableTrainer:
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.notes: list[str] = []
-        # several have to agree on the step after which they stop, and `torchrun` hands on the Ctrl-C that they got too
-        self._interruption = Interruption(patient=self.args.world_size > 1)
+        self._interruption = Interruption()
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """Train, or resume from a checkpoint: a path, or True for the newest usable one.
@@ -174,7 +171,7 @@ class ResumableTrainer:
         if path is True and not (path := self.newest_checkpoint()):
             raise ValueError(f"there is no checkpoint in {folder} to resume from; train without resuming")
         loaded = self._load(Path(path)) if path else None
-        self.notes, self._best_weights, self._saved_at = [], None, time.monotonic()
+        self.notes, self._best_weights, self._saved_at, self._leaving = [], None, time.monotonic(), False
         self._callbacks_before = self._unsaved_callbacks()
         with self._interruption:
             try:
@@ -229,7 +226,8 @@ class ResumableTrainer:
         if not epoch_ends and asks and self._is_due(self.checkpoint_seconds):
             control.should_save = True
         super()._maybe_log_save_evaluate(*args, **kwargs)
-        if self._saved_at != saved_at:
+        if self._saved_at != saved_at and self._leaving:
+            self._interruption.ask()  # it may be another process that got the signal
             self._interruption.leave()
 
     def _determine_best_metric(self, metrics, trial):
@@ -240,10 +238,11 @@ class ResumableTrainer:
         return better
 
     def _is_due(self, seconds: float) -> bool:
-        due = self._interruption.asked or time.monotonic() - self._saved_at >= seconds
+        reasons = [self._interruption.asked, time.monotonic() - self._saved_at >= seconds]
         if self.args.world_size > 1:
-            due = self.accelerator.gather(torch.tensor([due], device=self.args.device)).any().item()
-        return due
+            reasons = self.accelerator.gather(torch.tensor([reasons], device=self.args.device)).any(0).tolist()
+        self._leaving = reasons[0]  # all processes after the same step
+        return any(reasons)
 
     def _finalize_training(self, *args, **kwargs):
         if self._best_weights:

@@ -55,14 +55,15 @@ def load_data(
     size = image_size if image_size is None or isinstance(image_size, (tuple, list)) else (image_size, image_size)
     if size is not None and not (len(size) == 2 and all(isinstance(s, int) and s > 0 for s in size)):
         raise ValueError(f"image_size = {image_size!r}, but it must be a number of pixels above 0, or two")
-    key, data_dir = str(name).lower().replace("-", "").replace("_", ""), Path(data_dir).expanduser()
+    name, data_dir = os.path.expanduser(name), os.path.expanduser(data_dir)
+    key = name.lower().replace("-", "").replace("_", "")
     if key in DATASET_NAMES and Path(name, "train").is_dir():
         raise ValueError(f"{str(name)!r} is a known data set and also a folder here; write './{name}' for the folder")
     if key == "digits":
         return _digits(size or (28, 28), channels or 1)
     if key in _TORCHVISION:
         return _from_torchvision(_TORCHVISION[key], data_dir, size, channels)
-    for folder in (Path(name).expanduser(), Path(data_dir, name)) if str(name) else ():
+    for folder in (Path(name), Path(data_dir, name)) if name else ():
         if folder.is_dir():
             return _from_folder(folder, size, channels or 3)
     known = ", ".join(DATASET_NAMES)
@@ -213,15 +214,15 @@ def read_image(
 def split(folder: str | os.PathLike, test: float = 0.2, seed: int = 0) -> None:
     """Copy the images of a folder of class folders to `train/` and `test/` in a new folder, named FOLDER-split.
 
-    `test` is the share of each class that goes to `test/`. Raises ValueError for a folder or a share that does not fit,
-    FileNotFoundError if there is no such folder, and FileExistsError if the new one exists.
+    `test` is the share of each class that goes to `test/`. Raises ValueError for an unsuitable folder or share,
+    FileNotFoundError if FOLDER does not exist, and FileExistsError if FOLDER-split does.
     """
-    folder = Path(os.path.abspath(Path(folder).expanduser()))
+    folder = Path(os.path.abspath(os.path.expanduser(folder)))
     target = folder.with_name(f"{folder.name}-split")
     if os.path.lexists(target):
         raise FileExistsError(f"{target} exists; rename or delete it first")
     if not folder.is_dir():
-        raise FileNotFoundError(f"there is no folder {folder}")
+        raise FileNotFoundError(f"{folder} is not a folder")
     classes, images = _listed(folder)
     if {"train", "test"} <= {*classes}:
         raise ValueError(f"{folder} is already split: it contains train/ and test/")
@@ -241,7 +242,7 @@ def clean(folder: str | os.PathLike) -> None:
 
     An experiment that is using them would fail in its next run. Raises OSError if there is no such folder.
     """
-    caches = sorted(path for path in Path(folder).expanduser().iterdir() if path.match(".lablib-*.npy*"))
+    caches = sorted(path for path in Path(os.path.expanduser(folder)).iterdir() if path.match(".lablib-*.npy*"))
     megabytes = sum(cache.stat().st_size for cache in caches) / 1e6
     for cache in caches:
         cache.unlink()

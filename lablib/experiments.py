@@ -208,8 +208,8 @@ class Experiment:
             own = not trainer.removeprefix('{"partial": ').startswith('"lablib.')
             other_inputs = any(f'"{method}"' in trainer for method in ("outputs", "prepare_images"))
             if (model == student and own) or (model == teacher and other_inputs):
-                trains = "has a trainer of its own, but distil uses KnowledgeDistillationTrainer"
-                raise ValueError(f"{model!r} {trains}; derive yours from it, and pass it to experiment")
+                why = "has a trainer of its own, but distil uses KnowledgeDistillationTrainer"
+                raise ValueError(f"{model!r} {why}; derive yours from it, and pass it to experiment")
         if not (config := config or self.config):
             raise ValueError("the joined experiments have different configs; pass config= to distil")
         models = dict.fromkeys(students, self.select(student).models[student])
@@ -374,9 +374,9 @@ def _announce(result: Experiment, paths: dict[Key, Path], number: int):
     """Say how many of the runs are loaded, from where, and how many are to be trained."""
     if (imbalance := _imbalance(result.data)) > UNBALANCED and result.fingerprint not in _warned:
         _warned.add(result.fingerprint)
-        times = f"The largest class of {result.data.name} has {imbalance:.0f} times the images of the smallest"
-        text = f"{times}; see also the balanced accuracy, the mean over classes."
-        warnings.warn_explicit(text, UserWarning, "lablib", 0)  # without a line of source below it
+        largest = f"The largest class of {result.data.name} has {imbalance:.0f} times the images of the smallest"
+        text = f"{largest}; see also the balanced accuracy, the mean over classes."
+        warnings.warn_explicit(text, UserWarning, "lablib", 0)  # shows no source line
     places = {str(run.path.parent).removeprefix(f"{Path.cwd()}{os.sep}") for run in result.runs.values()}
     where = f" from {' and '.join(sorted(places))}" if places else ""
     begun = sum(any(path.glob("checkpoints/checkpoint-*")) for path in paths.values())

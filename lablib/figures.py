@@ -1,5 +1,6 @@
 """Tables -> figures. Accuracies come as fractions and are drawn in percent; each figure names its data set and n."""
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -10,7 +11,6 @@ import seaborn as sns
 import torch
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
-from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 from scipy.stats import gmean
@@ -34,7 +34,8 @@ def use_style():
 
 def save(figure: Figure, *paths: str | Path) -> Figure:
     """Write a figure to each path, in the format of its suffix and without a date, so that it is reproducible."""
-    for path in (Path(path).expanduser() for path in paths):
+    for path in paths:
+        path = Path(os.path.expanduser(path))
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
         figure.set_layout_engine("none")  # it keeps the layout that it has, which takes long to find again
@@ -206,11 +207,11 @@ def gradient_norms(gradients: pd.DataFrame, dataset: str) -> Figure:
     table = with_depth(gradients)
     table["position"] = (table["layer"] - 1) / (table.groupby("model")["layer"].transform("max") - 1)
     table["rms"] = np.log(table["rms"].where(table["rms"] > 0))
-    by = ["family", "moment", "depth", "position"]
+    by = ["family", "moment", "depth", "position"]  # averaged here, as seaborn would take long
     means = np.exp(table.groupby(by, sort=False)["rms"].mean()).reset_index()
     look = {"x": "position", "y": "rms", "col": "family", "row": "moment", "hue": "depth", "style": "depth"}
-    colours = {"palette": "viridis", "hue_norm": LogNorm()}
-    grid = sns.relplot(means, kind="line", **look, **colours, errorbar=None, legend="full", height=2.9)
+    look |= {"palette": sns.color_palette("viridis", means["depth"].nunique())}
+    grid = sns.relplot(means, kind="line", **look, errorbar=None, legend="full", height=2.9)
     grid.set(yscale="log").set_titles("{col_name}, {row_name}")
     grid.set_axis_labels("layer (0: first, 1: last)", "gradient (root mean square)")
     n = _n(table.groupby("model")["seed"].nunique())

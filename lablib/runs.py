@@ -38,7 +38,7 @@ Key = tuple[str, int]  # a run's model and seed
 
 PUBLISHED = Path(__file__).resolve().parents[1] / "results" / "runs"  # runs that every checkout has, without weights
 _WEIGHTS = "model.safetensors"
-_EPOCHS = "checkpoints/epochs"  # how many of them a run in training has behind it
+_EPOCHS = "checkpoints/epochs"  # the number that an unfinished run has completed, with a fraction
 _NOT_WHOLE = (
     "a new copy with the trained weights gives different logits, so it cannot be loaded. Whatever training changes "
     "must be in state_dict(), like parameters and persistent buffers"
@@ -225,18 +225,19 @@ def _train(path: Path, described, build_model, config, data, trainer_class, call
 
     from lablib.trainer import SanityCheckError, StreamlinedTrainer
 
-    class Reporter(TrainerCallback):  # to whoever watches the run
+    class Reporter(TrainerCallback):  # for whoever watches the run
         reported = 0.0
 
         def on_evaluate(self, args, state, control, **kwargs):
             if state.is_world_process_zero:
                 write_atomically(path / "history.jsonl", _json_lines(history(state.log_history)), sync=False)
 
-        on_train_begin = on_evaluate  # a killed run may have written more than is resumed
+        on_train_begin = on_evaluate  # the file may be ahead of the checkpoint from which a killed run resumes
 
         def on_step_end(self, args, state, control, **kwargs):
             if state.is_world_process_zero and time.monotonic() - self.reported > 1:
-                write_atomically(path / _EPOCHS, str(state.epoch).encode(), sync=False)
+                with suppress(OSError):  # a progress bar is not worth a training
+                    write_atomically(path / _EPOCHS, str(state.epoch).encode(), sync=False)
                 self.reported = time.monotonic()
 
     arguments = {"config": config, "data": data, "callbacks": [*callbacks, Reporter()]}
@@ -359,21 +360,27 @@ def _json_lines(rows: list[dict]) -> bytes:
 def progress(paths: Mapping[Key, Path], num_epochs: int, ended: set[Key], file: TextIO | None = None):
     """One bar over all epochs of all runs, with time left and latest metrics; after Ctrl-C, where it stopped.
 
-    `paths` maps each run to its folder; the caller adds a run to `ended` when it is over. The bar watches the files of
-    the store, so it works for runs in other processes and on other machines too.
+    `paths` maps each run to its folder; the caller adds a run to `ended` when it is over. The bar reads files in the
+    store, so it also works for runs in other processes and on other machines.
     """
 
-    def running() -> dict[Key, tuple[float, dict]]:
-        return {key: _so_far(path) for key, path in paths.items() if key not in ended}
+    def so_far() -> tuple[float, str]:
+        over = set(ended)
+        running = {key: _so_far(path) for key, path in paths.items() if key not in over}
+        epochs = num_epochs * len(over) + sum(
+            epochs for epochs, _ in running.values()
+        )  # a run stopped early counts whole
+        (model, seed), (_, last) = max(running.items(), key=lambda run: run[1][0], default=(("", 0), (0, {})))
+        if not last:
+            return epochs, ""
+        metrics = f"loss {last['train_loss']:.3f}, validation {100 * last['val_accuracy']:.1f} %"
+        return epochs, f"{metrics} ({model}, seed {seed})"
 
     def show():
-        current = running()
-        model, seed = max(current, key=lambda key: current[key][0], default=(None, None))
-        if last := current.get((model, seed), (0, {}))[1]:
-            loss, accuracy = f"loss {last['train_loss']:.3f}", f"validation {100 * last['val_accuracy']:.1f} %"
-            bar.set_postfix_str(f"{loss}, {accuracy} ({model}, seed {seed})", refresh=False)
-        epochs = num_epochs * len(ended) + sum(epochs for epochs, _ in current.values())  # all where one stopped early
-        bar.initial = min(bar.initial, epochs)  # a killed run resumes at an earlier epoch than it had reached
+        epochs, latest = so_far()
+        if latest:
+            bar.set_postfix_str(latest, refresh=False)
+        bar.initial = min(bar.initial, epochs)  # a resumed run may start before the epoch it had reached
         bar.update(epochs - bar.n)
 
     def watch():
@@ -383,10 +390,10 @@ def progress(paths: Mapping[Key, Path], num_epochs: int, ended: set[Key], file: 
     terminal = sys.stderr.isatty()
     file = file or (sys.stderr if terminal else sys.stdout)
     look = {"file": file, "miniters": 0, "mininterval": 0.1 if terminal else 10}
-    look |= {"bar_format": "{percentage:3.0f}%|{bar:8}| {n:.1f}/{total} epochs [{elapsed}<{remaining}{postfix}]"}
+    look |= {"bar_format": "{percentage:3.0f}%|{bar:8}| {n:.1f}/{total_fmt} epochs [{elapsed}<{remaining}{postfix}]"}
     look |= {"ncols": shutil.get_terminal_size().columns} if terminal else {}  # 80 where the terminal does not say
-    look |= {"smoothing": 0}  # mean speed so far: a recent mean would skip the checks at which no epoch had ended
-    bar = tqdm(total=num_epochs * len(paths), initial=sum(epochs for epochs, _ in running().values()), **look)
+    look |= {"smoothing": 0}  # the mean speed so far: a recent one would leave out the checks that find no progress
+    bar = tqdm(total=num_epochs * len(paths), initial=so_far()[0], **look)
     stop, watcher = threading.Event(), threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
@@ -401,12 +408,13 @@ def progress(paths: Mapping[Key, Path], num_epochs: int, ended: set[Key], file: 
 
 
 def _so_far(path: Path) -> tuple[float, dict]:
-    """The epochs that a run in training has behind it, and the metrics of the last whole one."""
-    epochs, rows = 0.0, []
-    with suppress(OSError):  # not there yet, or not any more
+    """The epochs that an unfinished run has completed, and the metrics of the last full one."""
+    epochs, rows, last = 0.0, [], {}
+    with suppress(OSError, ValueError):  # not written yet, already deleted, or cut off when the power failed
         rows = (path / "history.jsonl").read_text().splitlines()
+        last = json.loads(rows[-1]) if rows else {}
         epochs = float((path / _EPOCHS).read_text())
-    return max(epochs, len(rows)), json.loads(rows[-1]) if rows else {}
+    return max(epochs, len(rows)), last
 
 
 def publish(run: Run, folder: Path | None = None) -> Path:

@@ -135,7 +135,8 @@ class WandbCallback(Harmless, TrainerCallback):
         self.run.define_metric("*", step_metric="epoch")
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        if self.run and self.trainer.config.wandb_watch and (state.global_step + 1) % self._steps == 0:
+        step = state.global_step + 1
+        if self.run and self.trainer.config.wandb_watch and (step % self._steps == 0 or step == state.max_steps):
             self._watch()
 
     @harmless

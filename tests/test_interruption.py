@@ -37,6 +37,7 @@ class Disturbed(StreamlinedTrainer):
         store, step = Path(self.config.output_dir), self.state.global_step
         if (store / "slow").exists() and step > STEPS:
             (store / f"at-{self.config.seed}").write_text(str(step))
+            (store / f"process-{self.args.process_index}").write_text(str(os.getpid()))
             time.sleep(0.5)  # so that one worker does not end before the other has begun
         if (store / "fail").exists() and step == STEPS + 3 and self.args.process_index == 1:
             raise RuntimeError("one of two")
@@ -105,17 +106,18 @@ def test_workers_end_with_a_checkpoint_on_ctrl_c_and_when_their_parent_is_killed
     assert train(str(store), seeds=2) == train(str(tmp_path / "undisturbed"), seeds=2)
 
 
-def test_torchrun_ends_on_ctrl_c_and_when_a_process_fails_and_resumes_exactly(tmp_path):
+def test_torchrun_ends_when_a_process_gets_a_signal_or_fails_and_resumes_exactly(tmp_path):
     interrupted, undisturbed, failing = stores = [tmp_path / name for name in ("interrupted", "undisturbed", "failing")]
     for store, disturbed in ((interrupted, "slow"), (failing, "fail")):
         store.mkdir()
         (store / disturbed).touch()
-    process, at = start(stores[:1], *TOGETHER), interrupted / "at-0"
-    wait_for(lambda: at.exists() and at.read_text())
-    os.killpg(process.pid, signal.SIGINT)
+    process, second = start(stores[:1], *TOGETHER), interrupted / "process-1"
+    wait_for(lambda: second.exists() and second.read_text())
+    os.kill(int(second.read_text()), signal.SIGINT)  # all end after the same step
     assert process.wait(timeout=120) != 0
     log = interrupted.with_suffix(".log")
     assert [*interrupted.glob(f"*/checkpoints/checkpoint-{2 * STEPS}")], log.read_text()
+    assert "RuntimeError" not in log.read_text()
     (interrupted / "slow").unlink()
     began = time.monotonic()
     assert start(stores, *TOGETHER).wait(timeout=300) != 0

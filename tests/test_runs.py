@@ -1,6 +1,7 @@
 """The run store: what survives interruptions, damage and company, and what is published."""
 
 import copy
+import io
 import os
 import re
 import shutil
@@ -267,3 +268,30 @@ def test_runs_are_listed_with_their_states_published_and_cleaned(config, tiny_da
         assert clean(store, ask=lambda question: "y") == [names["damaged"]]
     assert {*clean(store, finished=True, ask=lambda question: "y")} == {names["finished"], names["unfinished"]}
     assert runs_table(store)["run"].tolist() == [names["published"]]
+
+
+ROW = '{"train_loss": 0.5, "val_accuracy": 0.75}\n'
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "shown"),
+    [
+        ((ROW, "1.5"), (ROW, "2.2"), "2.2/4 epochs"),
+        ((2 * ROW, "2.5"), ("", "0.5"), "0.5/4 epochs"),  # a killed run resumes earlier
+        ((ROW, "1.5"), ("{", ""), "1.0/4 epochs"),  # files that are not whole
+    ],
+)
+def test_the_bar_shows_the_epochs_and_metrics_that_the_files_tell(before, after, shown, tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+
+    def write(history: str, epochs: str):
+        (tmp_path / "history.jsonl").write_text(history)
+        (tmp_path / "checkpoints" / "epochs").write_text(epochs)
+
+    write(*before)
+    with runs.progress({("MLP", 0): tmp_path}, 4, set(), file := io.StringIO()):
+        write(*after)
+    said = file.getvalue().rpartition("\r")[2].strip()
+    assert shown in said
+    assert (", loss 0.500, validation 75.0 % (MLP, seed 0)]" in said) == (after[0] == ROW)
+    assert len(said.partition(" (MLP")[0]) <= 80

@@ -385,12 +385,12 @@ def test_the_learning_rate_of_each_step_is_the_schedules(schedule, fraction, war
     assert [row["learning_rate"] for row in timeless(trainer)] == pytest.approx(expected[STEPS - 1 :: STEPS])
 
 
-@pytest.mark.parametrize(("limit", "batch_size"), [(None, 27), (0.05, 27), (None, 9)])  # 9: one step ends in mid-epoch
-def test_gradients_are_clipped_only_on_request(limit, batch_size, build):
+@pytest.mark.parametrize(("limit", "more"), [(None, {}), (0.05, {}), (None, {"max_steps": 1})])  # ends in mid-epoch
+def test_gradients_are_clipped_only_on_request_and_their_norm_is_kept(limit, more, build):
     model = small_mlp()
     before = torch.cat([p.detach().clone().flatten() for p in model.parameters()])
-    knobs = {"optimizer": "sgd", "learning_rate": 0.5, "max_grad_norm": limit, "training_arguments": {"max_steps": 1}}
-    trainer = build(config(num_epochs=1, batch_size=batch_size, **knobs), model)
+    knobs = {"optimizer": "sgd", "learning_rate": 0.5, "max_grad_norm": limit, "batch_size": 9 if more else 27}
+    trainer = build(config(num_epochs=1, training_arguments=more, **knobs), model)
     trainer.train()
     update = (torch.cat([p.detach().flatten() for p in model.parameters()]) - before).norm().item()
     (row,) = timeless(trainer)
