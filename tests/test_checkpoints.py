@@ -17,7 +17,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from lablib import MLP, ResidualCNN, SimpleCNN, StreamlinedTrainer, TrainingConfig, checkpoints, train_or_load
-from lablib.checkpoints import UNFINISHED, Interruption, checkpoints_in, seal, write_atomically
+from lablib.checkpoints import UNFINISHED, Interruption, checkpoints_in, seal
 from lablib.identity import build_seeded
 from lablib.metrics import BatchMeter, history
 
@@ -316,14 +316,6 @@ def test_the_newest_checkpoints_stay_by_number(tmp_path):
         seal(written, tmp_path / written.name)
     assert [path.name for path in checkpoints_in(tmp_path)] == ["checkpoint-100", "checkpoint-10"]
     assert (tmp_path / "checkpoint-of-mine").is_dir()
-
-
-def test_a_file_that_cannot_be_written_leaves_the_old_one_and_nothing_else(tmp_path, monkeypatch):
-    write_atomically(tmp_path / "result.json", b"old")
-    monkeypatch.setattr(os, "fsync", failing(errno.EIO))
-    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
-        write_atomically(tmp_path / "result.json", b"new")
-    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]
 
 
 def test_a_folder_that_cannot_be_written_to_is_named_with_the_reason(monkeypatch, build):

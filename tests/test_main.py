@@ -64,7 +64,6 @@ def test_what_is_not_allowed_is_refused_in_one_line_with_its_reason_and_no_token
     ("option", "value", "words"),
     [
         ("--precision", "fp16", "ValueError: precision = 'fp16' needs a CUDA GPU"),
-        ("--validation-split", "0.001", "ValueError: 1437 images of 10 classes"),
         ("--learning-rate", "1e20", "NonFiniteLossError: the evaluation loss is"),
     ],
 )

@@ -40,8 +40,7 @@ def test_every_requirement_has_a_tested_version_within_its_range():
 def test_one_command_sets_the_repositorys_address_everywhere_and_what_is_no_address_nowhere(tmp_path):
     (old,) = re.findall(r"https://github\.com/([^/]+/[^/]+)$", PROJECT["urls"]["Repository"])
     kinds = ".toml", ".cff", ".md", ".ipynb", ".py", ".yml"
-    folders = "*", "[!o]*/*", ".*/*/*"  # what `make lab` writes lies in out/
-    ours = [path for folder in folders for path in ROOT.glob(folder) if path.suffix in kinds]
+    ours = [path for folder in ("*", "[!o]*/*", ".*/*/*") for path in ROOT.glob(folder) if path.suffix in kinds]
     texts = [tmp_path / path.relative_to(ROOT) for path in ours if old in path.read_text()]
     for path in (*texts, tmp_path / "Makefile"):
         path.parent.mkdir(exist_ok=True, parents=True)

@@ -1,11 +1,9 @@
 """StreamlinedTrainer against scripted metrics, a plain PyTorch loop and a plain transformers.Trainer."""
 
 import copy
-import gc
 import math
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +14,6 @@ from torch.nn import functional as F
 from transformers import TrainerCallback
 
 from lablib import MLP, ImageData, StreamlinedTrainer, TrainingConfig, stratified_split
-from lablib.data import stratified_subset
 from lablib.identity import build_seeded
 from lablib.metrics import history
 from lablib.trainer import NonFiniteLossError
@@ -160,13 +157,6 @@ def test_training_images_alone_are_augmented_each_of_them_once_an_epoch(build, t
         np.testing.assert_allclose(shown.numpy(), images, rtol=1e-4, atol=1e-5)
 
 
-def test_a_limit_on_the_training_images_leaves_a_stratified_part_of_them_and_all_of_the_validation(build, tiny_data):
-    trainer = build(config(max_train_images=15))
-    train, validation = stratified_split(tiny_data.train_labels, VALIDATION_SPLIT, seed=0)
-    assert torch.equal(trainer.train_dataset.indices, stratified_subset(train, tiny_data.train_labels, 15, seed=0))
-    assert torch.equal(trainer.eval_dataset.indices, validation)
-
-
 class Weighted(StreamlinedTrainer):
     criterion = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 5.0]))
 
@@ -208,17 +198,6 @@ def test_a_model_whose_attribute_transformers_would_write_to_is_refused(build):
     model.config = {"use_cache": "mine"}
     with pytest.raises(ValueError, match="transformers would write to the model's attribute `config`"):
         build(config(), model)
-
-
-def test_arguments_that_are_about_the_machine_change_nothing_in_the_history(build):
-    histories = []
-    for more in ({}, {"dataloader_num_workers": 1, "lr_scheduler_kwargs": {"num_cycles": 0.5}, "disable_tqdm": False}):
-        knobs = config(lr_schedule="cosine", training_arguments=more, **NOTHING_RANDOM)
-        trainer = build(knobs, small_mlp(dropout=0.0))
-        trainer.train()
-        histories.append(timeless(trainer))
-    for row, expected in zip(*histories, strict=True):
-        assert row == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -425,16 +404,6 @@ def test_a_compiled_network_trains_as_the_plain_one_and_later_ones_are_not_compi
     compiled, plain = trainers
     assert same_bits(plain.model.state_dict(), compiled.model.state_dict())
     assert timeless(plain) == timeless(compiled)
-
-
-def test_without_a_checkpoint_folder_each_trainer_has_one_that_goes_with_it(build):
-    trainers = [build(config()) for _ in range(2)]
-    folders = [Path(trainer.args.output_dir) for trainer in trainers]
-    trainers[0].train()
-    assert [any(folder.glob("checkpoint-*")) for folder in folders] == [True, False]
-    del trainers
-    gc.collect()
-    assert not any(folder.exists() for folder in folders)
 
 
 def test_an_epoch_that_a_callback_breaks_off_and_evaluations_within_one_rewrite_no_epoch(build):
