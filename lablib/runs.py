@@ -365,11 +365,9 @@ def progress(paths: Mapping[Key, Path], num_epochs: int, ended: set[Key], file: 
     """
 
     def so_far() -> tuple[float, str]:
-        over = set(ended)
+        over = set(ended)  # a run that stopped early counts in full
         running = {key: _so_far(path) for key, path in paths.items() if key not in over}
-        epochs = num_epochs * len(over) + sum(
-            epochs for epochs, _ in running.values()
-        )  # a run stopped early counts whole
+        epochs = num_epochs * len(over) + sum(epochs for epochs, _ in running.values())
         (model, seed), (_, last) = max(running.items(), key=lambda run: run[1][0], default=(("", 0), (0, {})))
         if not last:
             return epochs, ""
