@@ -146,9 +146,7 @@ def _from_folder(folder: Path, size, channels: int) -> ImageData:
     images = _pixels(paths, size, channels, folder / f".lablib-{kind}-{key}.npy")
     seen = {hash(image.tobytes()) for image in images[:number]}
     if leaked := sum(hash(image.tobytes()) in seen for image in images[number:]):
-        text = (
-            f"{leaked:,} of {len(images) - number:,} test images are also in train/, which inflates the test accuracy"
-        )
+        text = f"{leaked:,} of {len(images) - number:,} test images are also in train/, which inflates test accuracy"
         warnings.warn(f"{folder}: {text}", stacklevel=3)
     arrays = images[:number], labels[:number], images[number:], labels[number:]
     return ImageData(folder.absolute().name, *arrays, tuple(classes))

@@ -55,9 +55,7 @@ class KnowledgeDistillationTrainer(StreamlinedTrainer):
             raise ValueError(f"alpha = {alpha!r}, but it must be a number from 0 (labels only) to 1 (teacher only)")
         # above, float32 would round the soft loss away
         if not isinstance(temperature, numbers.Real) or not 0 < temperature <= 1000:
-            raise ValueError(
-                f"temperature = {temperature!r}, but it must be a number above 0 and at most 1000, such as 4"
-            )
+            raise ValueError(f"temperature = {temperature!r}, but it must be above 0 and at most 1000, such as 4")
         if teacher is student:
             raise ValueError("the teacher is the student; give a network of its own, trained before, as the teacher")
         self.temperature, self.alpha = float(temperature), float(alpha)

@@ -62,16 +62,13 @@ class Experiment:
         Raises ValueError for two data sets, and for a model of both unless a seed's run shows that it is the same.
         """
         if len({fingerprint for e in (self, other) for fingerprint in (e.fingerprint, e.data.fingerprint)}) > 1:
-            raise ValueError(
-                f"experiments on {self.data.name} and {other.data.name} have different data, or data changed in place"
-            )
+            names = f"{self.data.name} and {other.data.name}"
+            raise ValueError(f"experiments on {names} have different data, or data changed in place")
         for name in self.models.keys() & other.models.keys():
             mine, theirs = ({k: run.path.name for k, run in e.runs.items() if k[0] == name} for e in (self, other))
             same = {mine[key] == theirs[key] for key in mine.keys() & theirs.keys()}
             if False in same or (mine and theirs and not same):
-                advice = (
-                    "rename it in one, or give both the same settings and seeds (in a notebook, run all cells again)"
-                )
+                advice = "rename it in one, or give both the same settings and seeds (in a notebook, run all cells)"
                 raise ValueError(f"the experiments trained {name!r} differently, or with other seeds; {advice}")
         joined = {name: getattr(self, name) | getattr(other, name) for name in ("models", "runs", "failures")}
         joined["failures"] = {key: error for key, error in joined["failures"].items() if key not in joined["runs"]}
@@ -196,27 +193,31 @@ class Experiment:
         taught = [seed for seed in seeds if seed not in failed]
         if not taught:
             raise RuntimeError(f"all teachers failed: {'; '.join(dict.fromkeys(failed.values()))}")
+        if not (config := config or self.config):
+            raise ValueError("the joined experiments have different configs; pass config= to distil")
         teachers = {seed: self._trained(teacher, seed) for seed in taught}
         if (student, taught[0]) in self.runs:
             self._trained(student, taught[0])  # checks that its builder has not changed
+        self._check_trainers(student, teacher)
         trainers = {
             (cell, seed): partial(KnowledgeDistillationTrainer, teacher=teachers[seed], **knobs)
             for (cell, knobs), seed in product(students.items(), taught)
         }
+        models = dict.fromkeys(students, self.select(student).models[student])
+        more = {"jobs": jobs, "trainer_class": trainers, "callbacks": self.callbacks}
+        result = experiment(models, config, self.data, taught, **more)
+        failures = {(cell, seed): f"its teacher failed: {failed[seed]}" for cell, seed in product(students, failed)}
+        return replace(result, seeds=seeds, failures=result.failures | failures)
+
+    def _check_trainers(self, student: str, teacher: str):
+        """Refuse a student's own trainer, and a teacher's own inputs, which distillation would silently replace."""
         for (model, _), run in self.runs.items():
             trainer = json.dumps(run.identity["trainer"])
             own = not trainer.removeprefix('{"partial": ').startswith('"lablib.')
             other_inputs = any(f'"{method}"' in trainer for method in ("outputs", "prepare_images"))
             if (model == student and own) or (model == teacher and other_inputs):
                 why = "has a trainer of its own, but distil uses KnowledgeDistillationTrainer"
-                raise ValueError(f"{model!r} {why}; derive yours from it, and pass it to experiment")
-        if not (config := config or self.config):
-            raise ValueError("the joined experiments have different configs; pass config= to distil")
-        models = dict.fromkeys(students, self.select(student).models[student])
-        more = {"jobs": jobs, "trainer_class": trainers, "callbacks": self.callbacks}
-        result = experiment(models, config, self.data, taught, **more)
-        failures = {(cell, seed): f"its teacher failed: {failed[seed]}" for cell, seed in product(students, failed)}
-        return replace(result, seeds=seeds, failures=result.failures | failures)
+                raise ValueError(f"{model!r} {why}; derive yours from it and pass it to experiment")
 
     def trained_model(self, model: str, seed: int | None = None) -> nn.Module:
         """A model with the best epoch's weights of one of its runs (of the first seed by default), in eval mode.
@@ -234,12 +235,8 @@ class Experiment:
             now = described_network(build, key[1])[1]
             now, before = (json.dumps(of.get("content", of), sort_keys=True) for of in (now, trained))
             if now != before:
-                advice = (
-                    "a lambda sees the latest values of its variables; use functools.partial(Network, width) instead"
-                )
-                raise ValueError(
-                    f"{key[0]!r} now stands for a different network from the one that was trained ({advice})"
-                )
+                advice = "a lambda sees the latest values of its variables; functools.partial(Net, width) keeps them"
+                raise ValueError(f"{key[0]!r} now stands for a different network from the one trained ({advice})")
         return TrainedModel(run, build)
 
 

@@ -119,7 +119,7 @@ def test_the_teachers_remembered_answers_are_those_of_the_images_that_are_evalua
     ("arguments", "words"),
     [
         ({"alpha": -0.1}, "alpha = -0.1, but it must be a number from 0 (labels only) to 1 (teacher only)"),
-        ({"temperature": float("inf")}, "temperature = inf, but it must be a number above 0 and at most 1000"),
+        ({"temperature": float("inf")}, "temperature = inf, but it must be above 0 and at most 1000"),
     ],
 )
 def test_a_wrong_alpha_or_temperature_is_refused(tiny_data, arguments, words):
