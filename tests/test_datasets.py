@@ -121,9 +121,7 @@ def test_a_folder_is_read_as_torchvisions_image_folder_reads_it(folder, tmp_path
     ("shape", "size", "scaled", "channels"),  # height, width
     [((10, 30), (5, 5), (5, 15), 1), ((30, 10), (5, 5), (15, 5), 3), ((21, 30), (5, 10), (7, 10), 3)],
 )
-def test_a_folder_is_scaled_by_the_shorter_side_and_cropped_as_torchvision_does_it(
-    folder, shape, size, scaled, channels
-):
+def test_a_folder_is_scaled_by_the_shorter_side_and_cropped_as_torchvision_does(folder, shape, size, scaled, channels):
     for path in folder.rglob("*.png"):
         Image.fromarray(GENERATOR.integers(0, 256, (*shape, 3), dtype=np.uint8)).save(path)
     image = Image.open(folder / "train" / "cat" / "0.png").convert("L" if channels == 1 else "RGB")

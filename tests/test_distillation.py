@@ -65,9 +65,7 @@ def test_the_training_is_that_of_a_plain_loop(tiny_data):
     rows = history(trainer.state.log_history)
     recorded = [[row["train_loss"], row["train_soft_loss"], row["train_hard_loss"]] for row in rows]
     assert np.array(recorded) == pytest.approx(np.array(losses), rel=1e-5)
-    assert all(
-        row["val_loss"] == pytest.approx(0.7 * row["val_soft_loss"] + 0.3 * row["val_hard_loss"]) for row in rows
-    )
+    assert all(r["val_loss"] == pytest.approx(0.7 * r["val_soft_loss"] + 0.3 * r["val_hard_loss"]) for r in rows)
     assert {id(p) for p in trainer.optimizer.param_groups[0]["params"]} == {id(p) for p in student.parameters()}
 
 

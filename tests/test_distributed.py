@@ -113,10 +113,8 @@ def test_two_processes_train_an_mlp_as_one_does_with_the_same_batches(findings):
     for key in ("val_accuracy", "val_loss", "test_accuracy", "test_loss", "best_epoch"):
         assert together["result"][key] == pytest.approx(alone["result"][key], rel=1e-5)
     assert [alone["result"]["processes"], together["result"]["processes"]] == [1, 2]
-    for name, expected in alone["weights"].items():
-        torch.testing.assert_close(
-            torch.tensor(together["weights"][name]), torch.tensor(expected), rtol=1e-5, atol=1e-6
-        )
+    for name, value in alone["weights"].items():
+        torch.testing.assert_close(torch.tensor(together["weights"][name]), torch.tensor(value), rtol=1e-5, atol=1e-6)
 
 
 def test_the_processes_share_each_batch_and_fill_up_the_last_one_with_images_of_the_first(findings):

@@ -223,11 +223,7 @@ def constant(weights: torch.Tensor) -> nn.Module:
         (lambda: SHARED, ValueError, "Build the network in the function, or return copy.deepcopy"),
         (lambda: nn.Sequential(nn.Flatten(), SHARED), ValueError, "networks that share no weights"),
         (lambda: nn.Embedding.from_pretrained(TABLE, freeze=False), ValueError, "networks that share no weights"),
-        (
-            lambda: nn.Linear(1, 1, False).load_state_dict({"weight": torch.rand(1, 1)}),
-            TypeError,
-            "not a torch.nn.Module",
-        ),
+        (lambda: nn.Linear(1, 1).state_dict(), TypeError, "not a torch.nn.Module"),
         (lambda: constant(torch.from_numpy(np.random.rand(2))), ValueError, "not with NumPy or random"),
         (lambda: nn.Dropout(np.random.rand()), ValueError, "not with NumPy or random"),
     ],

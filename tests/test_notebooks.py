@@ -63,9 +63,7 @@ def execute(notebook: str, **parameters):
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS)
-def test_it_asks_for_the_published_runs_leaves_its_tables_and_figures_and_warns_of_nothing(
-    notebook, store, tmp_path, capsys
-):
+def test_it_asks_for_the_published_runs_leaves_tables_and_figures_and_never_warns(notebook, store, tmp_path, capsys):
     before = trained(store)
     assert len(before) > 60
     parameters = SHORT if notebook == MLPS else SHORT | SHORT_CNNS | GRID

@@ -160,9 +160,7 @@ def test_the_search_finds_a_token_in_each_place(tmp_path, trace):
 
 
 @pytest.mark.parametrize(("answer", "problem", "again"), FAULTS.values(), ids=FAULTS)
-def test_an_error_says_what_is_wrong_and_has_the_token_neither_in_its_text_nor_in_its_causes(
-    answer, problem, again, trace
-):
+def test_an_error_says_what_is_wrong_and_has_the_token_neither_in_its_text_nor_causes(answer, problem, again, trace):
     with BotApi(*[answer] * 99) as api:
         with pytest.raises(TelegramError, match=f"^({problem})") as caught:
             TelegramNotifier(TOKEN, 42, api.url if answer else closed_port()).send_message("text")

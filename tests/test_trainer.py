@@ -1,9 +1,11 @@
 """StreamlinedTrainer against scripted metrics, a plain PyTorch loop and a plain transformers.Trainer."""
 
 import copy
+import gc
 import math
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from torch.nn import functional as F
 from transformers import TrainerCallback
 
 from lablib import MLP, ImageData, StreamlinedTrainer, TrainingConfig, stratified_split
+from lablib.data import stratified_subset
 from lablib.identity import build_seeded
 from lablib.metrics import history
 from lablib.trainer import NonFiniteLossError
@@ -105,9 +108,7 @@ class BadLogits(MLP):
 @pytest.mark.parametrize(
     ("metric", "script"), [("accuracy", [0.3, 0.9, 0.5, 0.9, 0.7]), ("loss", [0.9, 0.2, 0.5, 0.2, 0.7])]
 )
-def test_the_first_best_epoch_is_restored_and_tested_and_the_test_set_not_looked_at_before(
-    metric, script, build, tiny_data
-):
+def test_the_first_best_epoch_is_restored_and_tested_and_the_test_set_not_seen_before(metric, script, build, tiny_data):
     sealed = copy.copy(tiny_data)
     del sealed.__dict__["test_images"], sealed.__dict__["test_labels"]
     knobs = config(num_epochs=5, early_stopping_patience=None, early_stopping_metric=metric)
@@ -155,6 +156,13 @@ def test_training_images_alone_are_augmented_each_of_them_once_an_epoch(build, t
         model.shown[False], (expected, expected, normalised(tiny_data.test_images, tiny_data)), strict=True
     ):
         np.testing.assert_allclose(shown.numpy(), images, rtol=1e-4, atol=1e-5)
+
+
+def test_a_limit_on_the_training_images_leaves_a_stratified_part_of_them_and_all_of_the_validation(build, tiny_data):
+    trainer = build(config(max_train_images=15))
+    train, validation = stratified_split(tiny_data.train_labels, VALIDATION_SPLIT, seed=0)
+    assert torch.equal(trainer.train_dataset.indices, stratified_subset(train, tiny_data.train_labels, 15, seed=0))
+    assert torch.equal(trainer.eval_dataset.indices, validation)
 
 
 class Weighted(StreamlinedTrainer):
@@ -209,9 +217,7 @@ def test_a_model_whose_attribute_transformers_would_write_to_is_refused(build):
         ("loss", 0, [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7], 7),
     ],
 )
-def test_early_stopping_stops_after_exactly_patience_epochs_without_improvement(
-    metric, patience, script, epochs, build
-):
+def test_early_stopping_stops_after_patience_epochs_without_improvement(metric, patience, script, epochs, build):
     knobs = config(num_epochs=7, batch_size=32, early_stopping_metric=metric, early_stopping_patience=patience)
     trainer = build(knobs, trainer_class=ScriptedTrainer, script=script)
     trainer.train()
@@ -300,8 +306,9 @@ BETAS = {"adam_beta1": 0.5, "adam_beta2": 0.75, "adam_epsilon": 1e-4}
         ({"optimizer": "adam"}, partial(torch.optim.Adam, weight_decay=0.1)),
         ({"optimizer": "adamw"}, partial(torch.optim.AdamW, weight_decay=0.1)),
         ({"training_arguments": BETAS}, partial(torch.optim.Adam, weight_decay=0.1, betas=(0.5, 0.75), eps=1e-4)),
+        ({"training_arguments": {"dataloader_num_workers": 1}}, partial(torch.optim.Adam, weight_decay=0.1)),
     ],
-    ids=["sgd", "adam", "adamw", "betas"],
+    ids=["sgd", "adam", "adamw", "betas", "loader's worker"],
 )
 def test_two_epochs_agree_with_a_plain_pytorch_loop(knobs, optimizer, build, tiny_data):
     knobs = {"learning_rate": 0.01, "weight_decay": 0.1, "early_stopping_metric": "loss", **knobs}
@@ -404,6 +411,16 @@ def test_a_compiled_network_trains_as_the_plain_one_and_later_ones_are_not_compi
     compiled, plain = trainers
     assert same_bits(plain.model.state_dict(), compiled.model.state_dict())
     assert timeless(plain) == timeless(compiled)
+
+
+def test_without_a_checkpoint_folder_each_trainer_has_one_that_goes_with_it(build):
+    trainers = [build(config()) for _ in range(2)]
+    folders = [Path(trainer.args.output_dir) for trainer in trainers]
+    trainers[0].train()
+    assert [any(folder.glob("checkpoint-*")) for folder in folders] == [True, False]
+    del trainers
+    gc.collect()
+    assert not any(folder.exists() for folder in folders)
 
 
 def test_an_epoch_that_a_callback_breaks_off_and_evaluations_within_one_rewrite_no_epoch(build):
