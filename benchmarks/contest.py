@@ -22,6 +22,7 @@ class Entry:
     train: list[float] = field(default_factory=list)  # images/s of each round
     epoch: list[float] = field(default_factory=list)  # images/s of each round, the validation's time included
     peak_memory: int = 0
+    waits: int | None = None  # for the GPU, in an epoch's training
 
     def run_round(self):
         for process in self.processes:
@@ -31,6 +32,11 @@ class Entry:
         self.train.append(train)
         self.epoch.append(epoch)
         self.peak_memory = sum(epoch.peak_memory for epoch in epochs)
+
+    def count_waits(self):
+        """An epoch more, as counting takes time."""
+        self.processes[0].begin_epoch(self.threads, count_waits=True)
+        self.waits = self.processes[0].end_epoch().waits
 
     def summary(self) -> dict:
         first = self.processes[0]
@@ -42,6 +48,7 @@ class Entry:
             "images": first.warm_up.images,
             "train": [round(speed) for speed in self.train],
             "epoch": [round(speed) for speed in self.epoch],
+            "waits": self.waits,
             "peak_memory_mib": round(self.peak_memory / 2**20),
             "seconds_to_first_step": round(first.seconds_to_first_step, 1),
             "warm_up_seconds": round(max(0, first.warm_up.trained - first.warm_up.begun - usual), 1),
@@ -79,6 +86,8 @@ def race(
             turn = number * max(1, len(entries) // rounds) % len(entries)
             for entry in entries[turn:] + entries[:turn]:
                 entry.run_round()
+        for entry in entries if on_gpu else ():
+            entry.count_waits()
         return asdict(case) | {"entries": [entry.summary() for entry in entries]}
 
 
@@ -93,13 +102,13 @@ def _entries(case: Case, rivals: Sequence[str], jobs: int, on_gpu: bool, start) 
     for name in rivals:
         if name in ("transformers", "lightning"):
             entries.append(Entry(name, f"{workers} workers", [start(name, workers)]))
-    threads = [None] if on_gpu else _threads(case)
+    threads = {"one run": None} if on_gpu else _threads(case)
     if "tight" in rivals:
         process = start("tight")
-        entries += [Entry("tight", _said(number), [process], number) for number in threads]
+        entries += [Entry("tight", said, [process], number) for said, number in threads.items()]
     if "lablib" in rivals:
         processes = [start("lablib") for _ in range(jobs)]
-        entries += [Entry("lablib", _said(number), processes[:1], number) for number in threads]
+        entries += [Entry("lablib", said, processes[:1], number) for said, number in threads.items()]
         if jobs > 1:
             share = None if on_gpu else max(1, (os.cpu_count() or 1) // jobs)
             entries.append(Entry("lablib", f"{jobs} runs side by side", processes, share))
@@ -112,11 +121,7 @@ def _trial_seconds(process: Contestant) -> float:
     return epoch.trained - epoch.begun
 
 
-def _threads(case: Case) -> list[int]:
+def _threads(case: Case) -> dict[str, int]:
     """Small linear layers may be faster with one thread; convolutions never are."""
     cores = os.cpu_count() or 1
-    return [cores] if case.convolutional or cores == 1 else [1, cores]
-
-
-def _said(threads: int | None) -> str:
-    return "one run" if threads is None else f"one run, {threads} thread{'s' * (threads > 1)}"
+    return {f"one run, {n} thread{'s' * (n > 1)}": n for n in ((cores,) if case.convolutional else (1, cores))}

@@ -1,14 +1,14 @@
 """A rival's process, and the gate in its training loop: it trains one epoch when it is told to, and reports the times.
 
-A rival keeps its training going for ever, as its library does it, and passes the gate at three moments of each
-epoch: `begin`, where it waits for its turn; `trained`; `validated`. So nobody's epochs pay for the start of a training,
-and the rivals' epochs can take turns.
+A rival trains for ever, as its library does it, and passes the gate at three moments of each epoch: `begin`, where it
+waits for its turn; `trained`; `validated`. So no epoch includes the start of a training, and rivals can take turns.
 """
 
 import contextlib
 import resource
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -28,6 +28,7 @@ class Epoch(NamedTuple):
     validated: float
     images: int
     peak_memory: int
+    waits: int | None  # of the training for the GPU, where they were counted
 
 
 class Gate:
@@ -35,25 +36,34 @@ class Gate:
 
     def __init__(self, connection: Connection):
         self._connection = connection
-        self._is_warm = False
+        self._is_warm, self._counted = False, None
         self.images = 0  # training images an epoch, for the rival to say
 
     def begin(self):
         if self._is_warm:
             try:
-                threads = self._connection.recv()
+                threads, count_waits = self._connection.recv()
             except EOFError:
                 sys.exit()  # out of the library's training loop, whose data loaders are then closed
             if threads:
                 torch.set_num_threads(threads)
-        self._begun = time.monotonic()
+            if count_waits:
+                self._counted = warnings.catch_warnings(record=True, action="always")
+                self._warned = self._counted.__enter__()
+                torch.cuda.set_sync_debug_mode("warn")
+        self._begun, self._waits = time.monotonic(), None
 
     def trained(self):
+        if self._counted:
+            torch.cuda.set_sync_debug_mode("default")
+            self._waits = sum("synchronizing CUDA operation" in str(warning.message) for warning in self._warned)
+            self._counted = self._counted.__exit__()
         self._trained = _finished()
 
     def validated(self):
         self._is_warm = True
-        self._connection.send(Epoch(self._begun, self._trained, _finished(), self.images, peak_memory()))
+        moments = self._begun, self._trained, _finished()
+        self._connection.send(Epoch(*moments, self.images, peak_memory(), self._waits))
 
 
 class Contestant:
@@ -68,8 +78,8 @@ class Contestant:
         self.seconds_to_first_step = self.end_epoch() - started
         self.warm_up: Epoch = self.end_epoch()
 
-    def begin_epoch(self, threads: int | None = None):
-        self._connection.send(threads)
+    def begin_epoch(self, threads: int | None = None, count_waits: bool = False):
+        self._connection.send((threads, count_waits))
 
     def end_epoch(self) -> Epoch:
         try:

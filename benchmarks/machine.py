@@ -3,7 +3,7 @@
 import os
 import platform
 import re
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
 
 import psutil
@@ -15,6 +15,7 @@ PACKAGES = ("torch", "torchvision", "transformers", "accelerate", "lightning", "
 def describe() -> dict:
     """Processor, cores, memory, accelerator, versions."""
     information = Path("/proc/cpuinfo")  # on Linux
+    installed = {package.name.lower(): package.version for package in distributions()}
     found = information.exists() and re.search(r"model name\s*:\s*(.+)", information.read_text())
     units = {
         "AVX-512": torch.cpu._is_avx512_supported(),
@@ -28,7 +29,7 @@ def describe() -> dict:
         "memory_gib": round(psutil.virtual_memory().total / 2**30),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
-        "versions": {name: found for name in PACKAGES if (found := _version(name))},
+        "versions": {name: installed[name] for name in PACKAGES if name in installed},
     }
 
 
@@ -36,10 +37,3 @@ def device_slug(machine: dict) -> str:
     """What a file's name says of the device: `cpu-2-cores`, or the GPU's name."""
     name = machine["gpu"] or f"cpu {machine['cores']} core{'s' * (machine['cores'] != 1)}"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

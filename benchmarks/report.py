@@ -65,38 +65,30 @@ def _speed(values: list[float]) -> str:
 
 
 def _start_and_memory(cases: list[dict]) -> str:
-    rows = [
-        [
-            case["name"],
-            f"{entry['title']}, {entry['variant']}",
-            f"{entry['seconds_to_first_step']:.1f}",
-            f"{entry['warm_up_seconds']:.1f}",
-            f"{entry['peak_memory_mib']:,}",
-        ]
-        for case in cases
-        for entry in case["entries"]
-    ]
-    return (
+    rows = []
+    for case in cases:
+        for entry in case["entries"]:
+            seconds = [f"{entry[name]:.1f}" for name in ("seconds_to_first_step", "warm_up_seconds")]
+            method, waits = f"{entry['title']}, {entry['variant']}", entry.get("waits")
+            counts = f"{entry['peak_memory_mib']:,}", "" if waits is None else f"{waits:,}"
+            rows.append([case["name"], method, *seconds, *counts])
+    columns = ["network", "method", "start, s", "warm-up, s", "memory, MiB", "waits"]
+    text = (
         "## Start and memory\n\n*Start* is the time from the start of the process to the end of the first step, "
         "including imports and data; the first method to load a folder also decodes its images. *Warm-up* is the extra "
         "time of the first epoch compared with a later one. *Memory* is the peak memory of the process with its "
         "libraries and images, plus what data loader workers do not share. Variants that differ only in threads are "
-        "one process.\n\n" + table(["network", "method", "start, s", "warm-up, s", "memory, MiB"], rows)
+        "one process."
     )
+    if any(row[-1] for row in rows):
+        return f"{text} *Waits* is how often an epoch's training waits for the GPU.\n\n{table(columns, rows)}"
+    return f"{text}\n\n{table(columns[:-1], [row[:-1] for row in rows])}"
 
 
 def _growth(growth: dict) -> str:
-    rows = [
-        [
-            f"{row['images']:,}",
-            f"{row['training_seconds']:.2f}",
-            f"{1e6 * row['training_seconds'] / row['images']:.1f}",
-            f"{row['seconds']:.2f}",
-            f"{row['data_mib']:,}",
-            f"{row['more_memory_mib']:,}",
-        ]
-        for row in growth["images"]
-    ]
+    form = "{images:,} {training_seconds:.2f} {microseconds:.1f} {seconds:.2f} {data_mib:,} {more_memory_mib:,}"
+    each = [{**row, "microseconds": 1e6 * row["training_seconds"] / row["images"]} for row in growth["images"]]
+    rows = [form.format(**row).split() for row in each]
     columns = ["training images", "training, s", "µs per image", "total, s", "data, MiB", "extra memory, MiB"]
     return (
         f"## Cost by number of images\n\nOne epoch of {growth['case']}, the data set's images repeated as needed; each "

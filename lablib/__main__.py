@@ -62,6 +62,8 @@ def _train(build_model: partial, config: TrainingConfig, data: "lablib.ImageData
         key = build_model.func.__name__, config.seed
         watched = shown and not runs.find_run(name, config.output_dir)
         paths = {key: Path(config.output_dir, name)}
+        if shown:
+            data.warn_if_unbalanced()
         with runs.progress(paths, config.num_epochs, ended, sys.stderr) if watched else nullcontext():
             run = runs.train_or_load(build_model, config, data, identity=described)
             ended.add(key)

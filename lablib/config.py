@@ -54,6 +54,8 @@ class FurtherArguments(TypedDict, total=False):
     max_steps: _Whole  # in place of num_epochs
 
 
+DATASET_NAMES = ("digits", "MNIST", "FashionMNIST", "KMNIST", "EMNIST", "CIFAR10", "CIFAR100", "SVHN", "STL10")
+
 # What has no influence on a run's outcome: where it runs, where its files lie, and who is told of it.
 NOT_IDENTITY = (
     "output_dir", "checkpoint_seconds", "device", "use_wandb", "wandb_project", "wandb_group", "wandb_watch",
@@ -236,6 +238,19 @@ def check_parameters(namespace: dict[str, Any]) -> None:
     fields = dataclasses.make_dataclass("parameters", annotations.items(), kw_only=True)
     parameters = _with_plain_errors(dataclass(fields, config=_CHECKED))
     parameters(**{name: namespace[name] for name in [*annotations, *sorted(injected - annotations.keys())]})
+
+
+def locate_data(name: str | os.PathLike, data_dir: str | os.PathLike = "data") -> str | Path:
+    """Which data set `lablib.load_data` would load: one of `DATASET_NAMES`, or a folder. Raises ValueError if none."""
+    name, data_dir = os.path.expanduser(name), os.path.expanduser(data_dir)
+    known = {known.lower(): known for known in DATASET_NAMES}.get(name.lower().replace("-", "").replace("_", ""))
+    if known and Path(name, "train").is_dir():
+        raise ValueError(f"{name!r} is a known data set and also a folder here; write './{name}' for the folder")
+    folders = [folder for folder in (Path(name), Path(data_dir, name)) if name and folder.is_dir()]
+    if not known and not folders:
+        names = ", ".join(DATASET_NAMES).lower()
+        raise ValueError(f"dataset = {name!r} is neither a known name ({names}) nor a folder with train/ and test/")
+    return known or folders[0]
 
 
 def enter_project_root() -> None:

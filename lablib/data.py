@@ -14,6 +14,8 @@ import torch
 from sklearn.model_selection import train_test_split
 from torch.utils.data import Dataset, Sampler
 
+UNBALANCED = 5  # above this ratio of the largest to the smallest class, accuracy alone is misleading
+_warned = {}  # of unbalanced classes; Python's record of what it has shown
 _IMAGES = "torch.uint8 from 0 to 255, images × channels × height × width"
 
 
@@ -72,6 +74,19 @@ class ImageData:
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
+
+    @property
+    def imbalance(self) -> float:
+        """The number of training images of the largest class over that of the smallest."""
+        counts = self.train_labels.bincount()
+        return (counts.max() / counts.min()).item()
+
+    def warn_if_unbalanced(self):
+        """Say once that accuracy alone is misleading, if it is."""
+        if self.imbalance > UNBALANCED:
+            largest = f"The largest class of {self.name} has {self.imbalance:.0f} times the images of the smallest"
+            text = f"{largest}; an experiment's table has the balanced accuracy too, the mean over classes."
+            warnings.warn_explicit(text, UserWarning, "lablib", 0, registry=_warned)  # shows no source line
 
     @cached_property
     def channel_statistics(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -22,11 +22,9 @@ from torchvision import datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension, make_dataset
 from torchvision.transforms import functional as F
 
+from lablib.config import locate_data
 from lablib.data import ImageData, stratified_split
 
-_CLASSES = ("MNIST", "FashionMNIST", "KMNIST", "EMNIST", "CIFAR10", "CIFAR100", "SVHN", "STL10")
-_TORCHVISION = {name.lower(): name for name in _CLASSES}
-DATASET_NAMES = ("digits", *_TORCHVISION)
 _PIXELS = "centre crop"  # in the key of a cache: change it when read_image makes other pixels of the same file
 
 
@@ -55,19 +53,12 @@ def load_data(
     size = image_size if image_size is None or isinstance(image_size, (tuple, list)) else (image_size, image_size)
     if size is not None and not (len(size) == 2 and all(isinstance(s, int) and s > 0 for s in size)):
         raise ValueError(f"image_size = {image_size!r}, but it must be a number of pixels above 0, or two")
-    name, data_dir = os.path.expanduser(name), os.path.expanduser(data_dir)
-    key = name.lower().replace("-", "").replace("_", "")
-    if key in DATASET_NAMES and Path(name, "train").is_dir():
-        raise ValueError(f"{name!r} is a known data set and also a folder here; write './{name}' for the folder")
-    if key == "digits":
+    found = locate_data(name, data_dir)
+    if isinstance(found, Path):
+        return _from_folder(found, size, channels or 3)
+    if found == "digits":
         return _digits(size or (28, 28), channels or 1)
-    if key in _TORCHVISION:
-        return _from_torchvision(_TORCHVISION[key], data_dir, size, channels)
-    for folder in (Path(name), Path(data_dir, name)) if name else ():
-        if folder.is_dir():
-            return _from_folder(folder, size, channels or 3)
-    known = ", ".join(DATASET_NAMES)
-    raise ValueError(f"dataset = {name!r} is neither a known name ({known}) nor a folder with train/ and test/")
+    return _from_torchvision(found, os.path.expanduser(data_dir), size, channels)
 
 
 def _digits(size: tuple[int, int], channels: int) -> ImageData:

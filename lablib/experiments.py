@@ -21,15 +21,12 @@ from torch import nn
 from lablib import figures
 from lablib.checkpoints import Interruption
 from lablib.config import TrainingConfig, num_processes
-from lablib.data import ImageData
+from lablib.data import UNBALANCED, ImageData
 from lablib.identity import described_network, run_identity, run_name
 from lablib.runs import Key, Run, TrainedModel, attempt, find_run, line_and_trace, progress
 from lablib.statistics import compare, compare_effects, readable_table, results_table, save_table, verdicts
 
 TrainerClass = type | partial | None  # a StreamlinedTrainer; None is that itself
-
-UNBALANCED = 5  # above this ratio of the largest to the smallest class, accuracy alone is misleading
-_warned = set()  # fingerprints of unbalanced data sets
 
 
 @dataclass
@@ -83,8 +80,8 @@ class Experiment:
     def frame(self) -> pd.DataFrame:
         """One row per run, failed ones included: model, seed, dataset, parameters, accuracies, epochs and so on.
 
-        If class sizes differ by more than a factor of `UNBALANCED`, a column `balanced_accuracy` gives the mean test
-        accuracy over classes.
+        If class sizes differ by more than a factor of `data.UNBALANCED`, a column `balanced_accuracy` gives the mean
+        test accuracy over classes.
         """
         columns = ["model", "seed", "parameters", "val_accuracy", "test_accuracy", "best_epoch", "epochs", "seconds"]
         columns += ["precision", *(["error"] if self.failures else [])]
@@ -93,7 +90,7 @@ class Experiment:
         keys = [key for key in product(self.models, self.seeds) if key in found]
         rows = [{**found[model, seed], "model": model, "seed": seed} for model, seed in keys]
         table = pd.DataFrame(rows, columns=columns).assign(dataset=self.data.name)
-        if _imbalance(self.data) <= UNBALANCED or not self.runs:
+        if self.data.imbalance <= UNBALANCED or not self.runs:
             return table
         by_class = self.predictions().groupby(["model", "seed", "label"])["correct"].mean()
         balanced = by_class.groupby(["model", "seed"]).mean().rename("balanced_accuracy")
@@ -339,6 +336,11 @@ def experiment(
                 if run := find_run(run_name(identity), config.output_dir, weights):
                     result.runs[key] = run
                 else:
+                    if config.use_wandb and not tasks:  # asked once, for all runs
+                        from lablib.tracking import is_available  # with transformers
+
+                        config = replace(config, use_wandb=is_available(config))
+                    knobs = replace(knobs, use_wandb=config.use_wandb)
                     tasks.append(joblib.delayed(attempt)(key, build, knobs, data, trainer, identity, **more))
                     paths[key] = Path(config.output_dir, run_name(identity))
             except Exception as error:
@@ -369,22 +371,12 @@ def _refuse_twins(names: dict[Key, str]):
 
 def _announce(result: Experiment, paths: dict[Key, Path], number: int):
     """Say how many of the runs are loaded, from where, and how many are to be trained."""
-    if (imbalance := _imbalance(result.data)) > UNBALANCED and result.fingerprint not in _warned:
-        _warned.add(result.fingerprint)
-        largest = f"The largest class of {result.data.name} has {imbalance:.0f} times the images of the smallest"
-        text = f"{largest}; see also the balanced accuracy, the mean over classes."
-        warnings.warn_explicit(text, UserWarning, "lablib", 0)  # shows no source line
+    result.data.warn_if_unbalanced()
     places = {str(run.path.parent).removeprefix(f"{Path.cwd()}{os.sep}") for run in result.runs.values()}
     where = f" from {' and '.join(sorted(places))}" if places else ""
     begun = sum(any(path.glob("checkpoints/checkpoint-*")) for path in paths.values())
     resumed = f", {begun} of them to resume" if begun else ""
     print(f"{len(result.runs)} of {number} runs loaded{where}, {len(paths)} to train{resumed}", flush=True)
-
-
-def _imbalance(data: ImageData) -> float:
-    """The number of training images of the largest class over that of the smallest."""
-    counts = data.train_labels.bincount()
-    return (counts.max() / counts.min()).item()
 
 
 def _seeds(seeds: int | Iterable[int]) -> tuple[int, ...]:

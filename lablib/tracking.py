@@ -6,12 +6,14 @@ import os
 import secrets
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
+import httpx
 import torch
 from transformers import TrainerCallback
 
-from lablib.config import redacted
+from lablib.config import TrainingConfig, redacted
 from lablib.metrics import best_row, epoch_number, history
 
 # The fields of a TrainingConfig that are logged: a list of what may leave this machine, as others hold secrets.
@@ -95,25 +97,15 @@ class WandbCallback(Harmless, TrainerCallback):
 
     @harmless
     def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
-        began, mode = time.perf_counter(), _mode()
-        account = (os.environ.get(name) for name in ("WANDB_API_KEY", "WANDB_BASE_URL"))
-        attempt = hash((mode, self.trainer.config.wandb_project, *account))  # hashed, as the key is secret
         self._steps = -(-len(train_dataloader) // args.gradient_accumulation_steps)  # an epoch
-        self._histograms = {}
-        if attempt in _unavailable:
-            self.broken = True
-            return
+        self._histograms, began = {}, time.perf_counter()
+        id_file, resumed = Path(args.output_dir) / "wandb_run_id", state.global_step > 0
         try:
-            self._begin(mode, Path(args.output_dir) / "wandb_run_id", resumed=state.global_step > 0)
-        except Exception as error:
-            _unavailable.add(attempt)
-            raise RuntimeError(f"{error}{_OFFLINE if mode == 'online' else ''}") from error
+            self.broken = not _attempt(lambda mode: self._begin(mode, id_file, resumed), self.trainer.config)
         finally:
             self.trainer._clock += time.perf_counter() - began  # a run's seconds are those of its training
 
     def _begin(self, mode: str, id_file: Path, resumed: bool):
-        if mode.startswith("not "):
-            raise RuntimeError(mode)
         import wandb
 
         trainer, config = self.trainer, self.trainer.config
@@ -129,7 +121,7 @@ class WandbCallback(Harmless, TrainerCallback):
             config=described(trainer),
             dir=os.environ.get("WANDB_DIR") or str(Path(config.output_dir).resolve()),
             mode=mode,
-            settings=_SETTINGS | {"init_timeout": float(os.environ.get("WANDB_INIT_TIMEOUT", 7))},
+            settings=_SETTINGS | {"init_timeout": _timeout()},
         )
         self.run.define_metric("epoch")
         self.run.define_metric("*", step_metric="epoch")
@@ -192,6 +184,54 @@ def described(trainer) -> dict:
         "parameters": sum(p.numel() for p in model.parameters()),
         "data": {"name": data.name, "fingerprint": data.fingerprint, "classes": list(data.class_names)},
     }
+
+
+def is_available(config: TrainingConfig) -> bool:
+    """Whether W&B can be used here, with a warning if not.
+
+    An experiment asks once for all of its runs, each of whose processes would warn on its own.
+    """
+    caller = Harmless()
+    caller.service = WandbCallback.service
+    try:
+        return _attempt(lambda mode: None, config)
+    except RuntimeError as error:
+        caller.fail(error)
+        return False
+
+
+def _attempt(begin: Callable[[str], None], config: TrainingConfig) -> bool:
+    """Call `begin` with W&B's mode and return True, or False if that has failed before. Raises RuntimeError."""
+    mode = _mode()
+    account = (os.environ.get(name) for name in ("WANDB_API_KEY", "WANDB_BASE_URL"))
+    attempt = hash((mode, config.wandb_project, *account))  # hashed, as the key is secret
+    if attempt in _unavailable:
+        return False
+    try:
+        if mode.startswith("not "):
+            raise RuntimeError(mode)
+        if mode == "online":
+            _find_server()
+        begin(mode)
+    except Exception as error:
+        _unavailable.add(attempt)
+        raise RuntimeError(f"{error}{_OFFLINE if mode == 'online' else ''}") from error
+    return True
+
+
+def _find_server():
+    """Raise ConnectionError if W&B's server does not answer; W&B itself would try for much longer."""
+    import wandb
+
+    address = wandb.setup().settings.base_url
+    try:
+        httpx.head(address, timeout=_timeout(), verify=False)  # no certificate is needed, as nothing is sent
+    except httpx.HTTPError as error:
+        raise ConnectionError(f"no answer from {address} ({type(error).__name__})") from None
+
+
+def _timeout() -> float:
+    return float(os.environ.get("WANDB_INIT_TIMEOUT", 7))  # seconds
 
 
 def _mode() -> str:

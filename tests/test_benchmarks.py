@@ -3,6 +3,8 @@
 import getpass
 import json
 import platform
+import warnings
+from multiprocessing import Pipe
 from pathlib import Path
 from statistics import median
 
@@ -12,6 +14,7 @@ import torch
 from benchmarks import machine
 from benchmarks.__main__ import main
 from benchmarks.cases import Case, load
+from benchmarks.gate import Gate
 from benchmarks.inputs import SingleImages, split
 from benchmarks.rivals import lablib_trainer
 
@@ -57,3 +60,19 @@ def test_the_rivals_see_images_of_the_same_distribution_and_the_same_ones_in_val
     torch.testing.assert_close(theirs.std(), ours.std(), atol=0.02, rtol=0)
     averages = theirs.mean(0) - ours.mean(0)  # of each pixel over all images
     assert averages[:, 2:-2, 2:-2].abs().max() < 0.15  # at the rim PIL interpolates differently
+
+
+def test_the_waits_for_the_gpu_are_those_of_one_epochs_training(monkeypatch):
+    modes, (ours, theirs) = [], Pipe()
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    gate = Gate(theirs)
+    for count_waits in (False, True, False):
+        ours.send((None, count_waits))
+    for waits in (None, None, 2, None):  # the first epoch begins unasked
+        gate.begin()
+        for message in ("called a synchronizing CUDA operation", "something else") * 2 if waits else ():
+            warnings.warn(message, stacklevel=1)
+        gate.trained()
+        gate.validated()
+        assert ours.recv().waits == waits
+    assert modes == ["warn", "default"]

@@ -18,7 +18,7 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as transforms
 
 from lablib import datasets, load_data
-from lablib.datasets import DATASET_NAMES
+from lablib.config import DATASET_NAMES
 
 GENERATOR = np.random.default_rng(0)
 PHOTO = GENERATOR.integers(0, 256, (7, 5, 3), dtype=np.uint8)  # height × width × channels

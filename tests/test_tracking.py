@@ -18,8 +18,9 @@ import wandb
 from transformers import TrainerCallback
 from wandb.util import get_core_path
 
-from lablib import MLP, KnowledgeDistillationTrainer, StreamlinedTrainer, TrainingConfig, train_or_load
+from lablib import MLP, KnowledgeDistillationTrainer, StreamlinedTrainer, TrainingConfig, experiment, train_or_load
 from lablib.metrics import history
+from lablib.runs import attempt
 from lablib.tracking import LOGGED
 
 TOKEN = "1234567890:AAErecognisable_token_of_the_tests_"
@@ -253,7 +254,15 @@ def test_without_a_route_a_process_waits_for_a_short_time_and_warns_once(tmp_pat
     wandb.teardown()
 
 
-def test_without_the_package_it_says_how_to_install_it(tmp_path, tiny_data, monkeypatch):
+def test_an_experiment_asks_once_for_all_runs_and_says_how_to_install_it(tmp_path, tiny_data, monkeypatch):
+    def attempt_elsewhere(key, build, knobs, *args, **more):
+        monkeypatch.setattr("lablib.tracking._unavailable", set())  # as in a worker's process
+        asked.append(knobs.use_wandb)
+        return attempt(key, build, knobs, *args, **more)
+
+    asked = []
     monkeypatch.setitem(sys.modules, "wandb", None)
-    trainer = StreamlinedTrainer(small_mlp(), config(tmp_path), tiny_data)
-    assert "`pip install wandb`" in one_warning(trainer.train)
+    monkeypatch.setattr("lablib.experiments.attempt", attempt_elsewhere)
+    knobs = config(tmp_path, num_epochs=1)
+    assert "`pip install wandb`" in one_warning(lambda: experiment({"MLP": small_mlp}, knobs, tiny_data, seeds=2))
+    assert asked == [False, False]
