@@ -339,7 +339,7 @@ def experiment(
                     if config.use_wandb and not tasks:  # asked once, for all runs
                         from lablib.tracking import is_available  # with transformers
 
-                        config = replace(config, use_wandb=is_available(config))
+                        config = replace(config, use_wandb=is_available())
                     knobs = replace(knobs, use_wandb=config.use_wandb)
                     tasks.append(joblib.delayed(attempt)(key, build, knobs, data, trainer, identity, **more))
                     paths[key] = Path(config.output_dir, run_name(identity))

@@ -6,14 +6,13 @@ import os
 import secrets
 import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import httpx
 import torch
 from transformers import TrainerCallback
 
-from lablib.config import TrainingConfig, redacted
+from lablib.config import redacted
 from lablib.metrics import best_row, epoch_number, history
 
 # The fields of a TrainingConfig that are logged: a list of what may leave this machine, as others hold secrets.
@@ -32,7 +31,6 @@ _SETTINGS = {
     "quiet": True,
 }
 _OFFLINE = "; WANDB_MODE=offline keeps the run on this machine and needs no account"
-_unavailable = set()  # what failed in this process, so that the runs of an experiment wait and warn only once
 
 
 class Harmless:
@@ -99,9 +97,8 @@ class WandbCallback(Harmless, TrainerCallback):
     def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
         self._steps = -(-len(train_dataloader) // args.gradient_accumulation_steps)  # an epoch
         self._histograms, began = {}, time.perf_counter()
-        id_file, resumed = Path(args.output_dir) / "wandb_run_id", state.global_step > 0
         try:
-            self.broken = not _attempt(lambda mode: self._begin(mode, id_file, resumed), self.trainer.config)
+            self._begin(_mode(), Path(args.output_dir) / "wandb_run_id", resumed=state.global_step > 0)
         finally:
             self.trainer._clock += time.perf_counter() - began  # a run's seconds are those of its training
 
@@ -186,60 +183,24 @@ def described(trainer) -> dict:
     }
 
 
-def is_available(config: TrainingConfig) -> bool:
-    """Whether W&B can be used here, with a warning if not.
-
-    An experiment asks once for all of its runs, each of whose processes would warn on its own.
-    """
-    caller = Harmless()
-    caller.service = WandbCallback.service
+def is_available() -> bool:
+    """Whether W&B can be used here; if not, warns. Asked once for all runs of an experiment."""
     try:
-        return _attempt(lambda mode: None, config)
-    except RuntimeError as error:
+        _mode()
+    except Exception as error:
+        caller = Harmless()
+        caller.service = WandbCallback.service
         caller.fail(error)
         return False
-
-
-def _attempt(begin: Callable[[str], None], config: TrainingConfig) -> bool:
-    """Call `begin` with W&B's mode and return True, or False if that has failed before. Raises RuntimeError."""
-    mode = _mode()
-    account = (os.environ.get(name) for name in ("WANDB_API_KEY", "WANDB_BASE_URL"))
-    attempt = hash((mode, config.wandb_project, *account))  # hashed, as the key is secret
-    if attempt in _unavailable:
-        return False
-    try:
-        if mode.startswith("not "):
-            raise RuntimeError(mode)
-        if mode == "online":
-            _find_server()
-        begin(mode)
-    except Exception as error:
-        _unavailable.add(attempt)
-        raise RuntimeError(f"{error}{_OFFLINE if mode == 'online' else ''}") from error
     return True
 
 
-def _find_server():
-    """Raise ConnectionError if W&B's server does not answer; W&B itself would try for much longer."""
-    import wandb
-
-    address = wandb.setup().settings.base_url
-    try:
-        httpx.head(address, timeout=_timeout(), verify=False)  # no certificate is needed, as nothing is sent
-    except httpx.HTTPError as error:
-        raise ConnectionError(f"no answer from {address} ({type(error).__name__})") from None
-
-
-def _timeout() -> float:
-    return float(os.environ.get("WANDB_INIT_TIMEOUT", 7))  # seconds
-
-
 def _mode() -> str:
-    """W&B's mode in the current environment, or why there is none, in a text that begins with "not". Never prompts."""
+    """W&B's mode in the current environment. Never prompts; raises RuntimeError if W&B cannot be used."""
     try:
         import wandb
     except ImportError:
-        return "not installed; `pip install wandb` installs it"
+        raise RuntimeError("not installed; `pip install wandb` installs it") from None
     settings = wandb.setup().settings
     mode = os.environ.get("WANDB_MODE") or settings.mode
     if wandb.run:  # the user's; `wandb.login` would refuse
@@ -251,4 +212,14 @@ def _mode() -> str:
         logged_in = wandb.login(prompt=False, verify=False)
     finally:
         settings.silent = silent
-    return mode if logged_in else f"not logged in; run `wandb login` in a terminal or set WANDB_API_KEY{_OFFLINE}"
+    if not logged_in:
+        raise RuntimeError(f"not logged in; run `wandb login` in a terminal or set WANDB_API_KEY{_OFFLINE}")
+    try:  # W&B itself would try for longer; nothing is sent, so no certificate is needed
+        httpx.head(settings.base_url, timeout=_timeout(), verify=False)
+    except httpx.HTTPError as error:
+        raise RuntimeError(f"no answer from {settings.base_url} ({type(error).__name__}){_OFFLINE}") from None
+    return mode
+
+
+def _timeout() -> float:
+    return float(os.environ.get("WANDB_INIT_TIMEOUT", 7))  # seconds

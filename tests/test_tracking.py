@@ -40,11 +40,6 @@ def _offline(tmp_path_factory):
         yield
 
 
-@pytest.fixture(autouse=True)
-def _nothing_failed_before(monkeypatch):
-    monkeypatch.setattr("lablib.tracking._unavailable", set())
-
-
 class TrackedRun:
     """What W&B's own reader says of one offline run."""
 
@@ -225,44 +220,48 @@ def test_one_that_fails_gives_one_warning_and_the_same_weights(failing, tmp_path
     assert same_weights(trainer, tracked.trainer)
 
 
-def test_without_a_login_it_asks_for_nothing_and_warns_once_until_there_is_one(tmp_path, tiny_data, monkeypatch):
-    def train():
-        StreamlinedTrainer(small_mlp(), config(tmp_path, num_epochs=1), tiny_data).train()
+@pytest.fixture
+def asked(monkeypatch) -> list[bool]:
+    """Whether each run of an experiment is to be tracked."""
 
-    monkeypatch.delenv("WANDB_MODE")
-    wandb.teardown()  # it remembers what the environment was
-    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
-    monkeypatch.setattr(wandb, "init", lambda **more: pytest.fail("it would ask"))
-    assert "run `wandb login` in a terminal or set WANDB_API_KEY; WANDB_MODE=offline keeps" in one_warning(train)
-    train()
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setattr(wandb, "init", FailingRun("log").init)
-    assert "broken in log" in one_warning(train)
-
-
-def test_without_a_route_a_process_waits_for_a_short_time_and_warns_once(tmp_path, tiny_data, monkeypatch):
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        monkeypatch.setenv("WANDB_MODE", "online")
-        monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
-        monkeypatch.setenv("WANDB_INIT_TIMEOUT", "1")
-        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
-        wandb.teardown()
-        began = time.monotonic()
-        knobs = config(tmp_path, num_epochs=1)
-        one_warning(lambda: [StreamlinedTrainer(small_mlp(), knobs, tiny_data).train() for _ in range(3)])
-        assert 1 < time.monotonic() - began < 6
-    wandb.teardown()
-
-
-def test_an_experiment_asks_once_for_all_runs_and_says_how_to_install_it(tmp_path, tiny_data, monkeypatch):
-    def attempt_elsewhere(key, build, knobs, *args, **more):
-        monkeypatch.setattr("lablib.tracking._unavailable", set())  # as in a worker's process
+    def attempt_noted(key, build, knobs, *args, **more):
         asked.append(knobs.use_wandb)
         return attempt(key, build, knobs, *args, **more)
 
     asked = []
+    monkeypatch.setattr("lablib.experiments.attempt", attempt_noted)
+    return asked
+
+
+def three_runs(folder: Path, data):
+    return lambda: experiment({"MLP": small_mlp}, config(folder, num_epochs=1), data, seeds=3)
+
+
+def test_without_a_login_an_experiment_asks_for_nothing_and_warns_once(tmp_path, tiny_data, asked, monkeypatch):
+    monkeypatch.delenv("WANDB_MODE")
+    wandb.teardown()  # it remembers what the environment was
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(wandb, "init", lambda **more: pytest.fail("it would ask"))
+    said = one_warning(three_runs(tmp_path, tiny_data))
+    assert "run `wandb login` in a terminal or set WANDB_API_KEY; WANDB_MODE=offline keeps" in said
+    assert asked == [False] * 3
+
+
+def test_without_a_route_an_experiment_waits_once_and_for_a_short_time(tmp_path, tiny_data, asked, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("WANDB_MODE", "online")
+        monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+        monkeypatch.setenv("WANDB_INIT_TIMEOUT", "2")
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        wandb.teardown()
+        began = time.monotonic()
+        assert "no answer from http://127.0.0.1" in one_warning(three_runs(tmp_path, tiny_data))
+        assert 2 < time.monotonic() - began < 6
+    assert asked == [False] * 3
+    wandb.teardown()
+
+
+def test_without_the_package_it_says_how_to_install_it(tmp_path, tiny_data, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    monkeypatch.setattr("lablib.experiments.attempt", attempt_elsewhere)
-    knobs = config(tmp_path, num_epochs=1)
-    assert "`pip install wandb`" in one_warning(lambda: experiment({"MLP": small_mlp}, knobs, tiny_data, seeds=2))
-    assert asked == [False, False]
+    trainer = StreamlinedTrainer(small_mlp(), config(tmp_path), tiny_data)
+    assert "`pip install wandb`" in one_warning(trainer.train)
