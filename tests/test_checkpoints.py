@@ -10,6 +10,7 @@ import time
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -301,13 +302,6 @@ def test_a_planted_pickle_is_not_executed(name, build, tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
-def failing(number: int):
-    def fail(*args, **kwargs):
-        raise OSError(number, os.strerror(number))
-
-    return fail
-
-
 def test_the_newest_checkpoints_stay_by_number(tmp_path):
     (tmp_path / "checkpoint-of-mine").mkdir()
     for step in (8, 9, 10, 100, 100):
@@ -319,7 +313,7 @@ def test_the_newest_checkpoints_stay_by_number(tmp_path):
 
 
 def test_a_folder_that_cannot_be_written_to_is_named_with_the_reason(monkeypatch, build):
-    monkeypatch.setattr("tempfile.TemporaryFile", failing(errno.EROFS))
+    monkeypatch.setattr("tempfile.TemporaryFile", Mock(side_effect=OSError(errno.EROFS, os.strerror(errno.EROFS))))
     with pytest.raises(OSError, match=rf"here cannot be written to \({os.strerror(errno.EROFS)}\): .*output_dir"):
         build("here").train()
 

@@ -39,6 +39,12 @@ def test_the_command_trains_the_run_that_the_same_config_loads(run, tmp_path):
     assert [path.name for path in (tmp_path / "runs").iterdir() if path.is_dir()] == [loaded.path.name]
 
 
+def test_unbalanced_classes_are_named(run, monkeypatch):
+    monkeypatch.setattr("lablib.data.UNBALANCED", 1)
+    with pytest.warns(UserWarning, match="The largest class of digits has 1 times the images of the smallest"):
+        run("MLP")
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

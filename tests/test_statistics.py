@@ -179,12 +179,7 @@ def test_the_smallest_model_within_a_standard_error_of_the_best_is_recommended(r
 
 
 def test_gradient_ratios_are_of_the_first_to_the_last_hidden_layer_by_run_and_moment():
-    rms = {("net-2", 0): [1.0, 4.0, 9.0], ("net-2", 1): [2.0, 4.0, 9.0], ("dead-2", 0): [0.0, 0.0, 9.0]}
-    rows = [
-        {"model": model, "seed": seed, "moment": "initial", "layer": layer, "rms": value}
-        for (model, seed), values in rms.items()
-        for layer, value in enumerate(values, 1)
-    ]
-    ratios = statistics.gradient_ratios(pd.DataFrame(rows))
+    runs = {"model": ["net-2"] * 6 + ["dead-2"] * 3, "seed": [0, 0, 0, 1, 1, 1, 0, 0, 0], "moment": "initial"}
+    ratios = statistics.gradient_ratios(pd.DataFrame(runs | {"rms": [1.0, 4, 9, 2, 4, 9, 0, 0, 9]}))
     np.testing.assert_allclose(ratios["ratio"], [0.25, 0.5, math.nan])
     assert list(statistics.with_depth(ratios)["family"]) == ["net", "net", "dead"]
