@@ -227,7 +227,8 @@ def check_parameters(namespace: dict[str, Any]) -> None:
     """Refuse parameters that do not fit their annotation, or unknown ones; `namespace` is the notebook's `globals()`.
 
     Unknown are names that papermill injected (`-p epoch 3`) and that no annotated line of the cell tagged `parameters`
-    has. Raises ValueError that lists every fault and says what is allowed.
+    has. Raises ValueError that lists every fault and says what is allowed; then for a `dataset` that `locate_data` does
+    not find in the `data_dir`.
     """
     annotations = namespace.get("__annotations__", {})
     if not annotations:
@@ -238,6 +239,8 @@ def check_parameters(namespace: dict[str, Any]) -> None:
     fields = dataclasses.make_dataclass("parameters", annotations.items(), kw_only=True)
     parameters = _with_plain_errors(dataclass(fields, config=_CHECKED))
     parameters(**{name: namespace[name] for name in [*annotations, *sorted(injected - annotations.keys())]})
+    if "dataset" in annotations:
+        locate_data(namespace["dataset"], namespace.get("data_dir", "data"))
 
 
 def locate_data(name: str | os.PathLike, data_dir: str | os.PathLike = "data") -> str | Path:
