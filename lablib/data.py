@@ -107,7 +107,7 @@ class ImageData:
         """
         if images.dtype != torch.uint8 or images.ndim != 4:
             raise ValueError(f"the images are {images.dtype} of shape {tuple(images.shape)}; they must be {_IMAGES}")
-        mean, std = (s.view(-1, 1, 1) for s in self.channel_statistics)
+        mean, std = (s.view(-1, 1, 1).to(images.device) for s in self.channel_statistics)
         return (images.float() / 255 - mean) / std
 
     @property

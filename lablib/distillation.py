@@ -63,8 +63,6 @@ class KnowledgeDistillationTrainer(StreamlinedTrainer):
         self.teacher = copy.deepcopy(teacher).requires_grad_(False).eval().to(self.args.device)
         if memory_format(self.teacher, self.args.device, data.image_shape) == torch.contiguous_format:
             self._memory_format = torch.contiguous_format  # the student sees what the teacher sees
-        if self.args.device.type == "cuda":  # as the student's weights
-            self.teacher.to(memory_format=self._memory_format)
         with torch.no_grad():
             logits = self.teacher(self.prepare_images(data.train_images[:2].to(self.args.device), False))
         if not isinstance(logits, torch.Tensor):

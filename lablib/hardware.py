@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import gc
 import os
 from collections.abc import Iterator, Sequence
 
@@ -9,6 +10,9 @@ import torch
 from torch import nn
 
 from lablib.config import TrainingConfig
+
+# for `deterministic`: PyTorch reads it once, at the first matrix product on a GPU, which may come long before
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def check_device(device: str) -> None:
@@ -24,7 +28,8 @@ def resolve_precision(config: TrainingConfig, model: nn.Module) -> str:
 
     "auto" uses half precision only for convolutions: on a GPU, and on a processor with bfloat16 units (AMX or AVX-512
     BF16 on x86), where they take half to two thirds of the time. Small linear layers gain nothing. fp16 needs loss
-    scaling, so "auto" uses it only on GPUs without bfloat16. Raises ValueError for fp16 without a CUDA GPU.
+    scaling, so "auto" uses it only on GPUs without bfloat16. With "fp32", GPUs that have TF32 use it in convolutions,
+    as is PyTorch's default. Raises ValueError for fp16 without a CUDA GPU.
     """
     on_gpu = config.device in ("auto", "cuda") and torch.cuda.is_available()
     if config.precision == "fp16" and not on_gpu:
@@ -41,10 +46,10 @@ def resolve_precision(config: TrainingConfig, model: nn.Module) -> str:
 def memory_format(model: nn.Module, device: torch.device, image_shape: Sequence[int]) -> torch.memory_format:
     """The fastest memory format for a model's images of (channels, height, width): channels last for convolutions.
 
-    There are two exceptions. On a processor, strided 1 × 1 convolutions of fewer than 16 channels make oneDNN (up to
-    3.13 at least) write past its workspace, which ruins gradients or ends the process
-    (https://github.com/uxlfoundation/oneDNN/issues/6035). And some models fail on such images, for instance where they
-    flatten features with `view`; this is tried.
+    On a GPU the weights take the same format, since its convolutions go by both. There are two exceptions. On a
+    processor, strided 1 × 1 convolutions of fewer than 16 channels make oneDNN (up to 3.13 at least) write past its
+    workspace, which ruins gradients or ends the process (https://github.com/uxlfoundation/oneDNN/issues/6035). And some
+    models fail on such images, for instance where they flatten features with `view`; this is tried out.
     """
     convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
     narrow = (c for c in convolutions if {*c.kernel_size} == {1} and c.in_channels // c.groups < 16)
@@ -54,8 +59,12 @@ def memory_format(model: nn.Module, device: torch.device, image_shape: Sequence[
     images = torch.zeros(2, *image_shape, device=convolutions[0].weight.device)
     with untouched(model), torch.no_grad():
         try:
+            if device.type == "cuda":
+                model.to(memory_format=torch.channels_last)
             model.eval()(images.contiguous(memory_format=torch.channels_last))
         except Exception:  # if something else is wrong with the model, the sanity check says so
+            if device.type == "cuda":
+                model.to(memory_format=torch.contiguous_format)
             return torch.contiguous_format
     return torch.channels_last
 
@@ -91,7 +100,6 @@ def algorithms(deterministic: bool) -> Iterator[None]:
     """
     before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
     if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
     try:
@@ -99,6 +107,18 @@ def algorithms(deterministic: bool) -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before[0])
         torch.backends.cudnn.benchmark = before[1]
+
+
+def fits(tensor: torch.Tensor, device: torch.device) -> bool:
+    """Whether a tensor takes less than half of a GPU's free memory; True on any other device."""
+
+    def half() -> float:
+        return torch.cuda.mem_get_info(device)[0] / 2
+
+    if device.type == "cuda" and tensor.nbytes >= half():
+        gc.collect()  # what an earlier training left behind
+        torch.cuda.empty_cache()
+    return device.type != "cuda" or tensor.nbytes < half()
 
 
 def keep_freed_memory() -> None:

@@ -63,7 +63,7 @@ def run_name(described: dict[str, Any]) -> str:
 
 
 def build_seeded(build_model: Callable[[], nn.Module], seed: int) -> nn.Module:
-    """Build a model with the initial weights that belong to a seed; the random state stays as it was."""
+    """Build a model with the initial weights that belong to a seed; the CPU's random state stays as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return build_model()

@@ -29,7 +29,15 @@ from lablib.augmentation import augment
 from lablib.checkpoints import ResumableTrainer, contiguous_weights
 from lablib.config import TrainingConfig
 from lablib.data import ImageBatches, ImageData, ShuffledBatches, stratified_split, stratified_subset
-from lablib.hardware import algorithms, check_device, keep_freed_memory, memory_format, resolve_precision, untouched
+from lablib.hardware import (
+    algorithms,
+    check_device,
+    fits,
+    keep_freed_memory,
+    memory_format,
+    resolve_precision,
+    untouched,
+)
 from lablib.metrics import BatchMeter, are_probabilities, first_logits
 
 Outputs = torch.Tensor | tuple[torch.Tensor, ...]  # logits (batch × classes), or a tuple that begins with them
@@ -87,17 +95,14 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
         args._n_gpu = min(args.n_gpu, 1)  # or Trainer multiplies the batch by the GPUs it sees
         most = min(1000, 2**22 // data.train_images[0].numel())  # images of 4 million values together
         args.per_device_eval_batch_size = max(config.batch_size, most) // args.world_size * args.world_size
-        on_gpu, place = args.device.type == "cuda", args.device
-        if on_gpu and data.train_images.nbytes >= torch.cuda.mem_get_info(place)[0] / 2:
-            place = "cpu"
-        images, labels = data.train_images.to(place), data.train_labels.to(place)
+        images, labels = data.train_images, data.train_labels
+        if fits(images, args.device) and not args.dataloader_num_workers:  # which are forked and cannot use a GPU
+            images, labels = images.to(args.device), labels.to(args.device)
         train, validation = stratified_split(data.train_labels, config.validation_split, config.seed)
         train = stratified_subset(train, data.train_labels, config.max_train_images, config.seed)
         patience = config.early_stopping_patience
         self.checkpoint_seconds = config.checkpoint_seconds
         self._memory_format = memory_format(model, args.device, data.image_shape)
-        if on_gpu:
-            model.to(memory_format=self._memory_format)
         super().__init__(
             model=model,
             args=args,
@@ -220,7 +225,10 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
                 options |= {"momentum": 0.9}
             else:
                 options |= {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
-            self.optimizer = _OPTIMIZERS[config.optimizer]([*(model or self.model).parameters()], **options)
+            parameters = [*(model or self.model).parameters()]
+            self.optimizer = _OPTIMIZERS[config.optimizer](parameters, **options)
+            if config.optimizer == "sgd":  # or they hold anything if the loss scaler of fp16 skips the first step
+                self.optimizer.state |= {p: {"momentum_buffer": torch.zeros_like(p)} for p in parameters}
         return self.optimizer
 
     def _load_optimizer_and_scheduler(self, checkpoint):
@@ -229,6 +237,10 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
             for name, value in state.items():
                 if torch.is_tensor(value) and value.shape == parameter.shape:
                     state[name] = torch.empty_like(parameter).copy_(value)
+
+    def _load_scaler(self, checkpoint):
+        if self.accelerator.scaler:  # an fp16 training may be resumed in another precision
+            super()._load_scaler(checkpoint)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As upstream; training loss and accuracy are means over the images since the last log."""
@@ -264,7 +276,7 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
         metrics = {name: value.item() for name, value in self._losses(outputs, labels).items()}
         if self.is_in_train and not math.isfinite(metrics["loss"]):  # a test's may be: nothing is lost then
             raise self._not_finite(f"evaluation loss is {metrics['loss']}")
-        return metrics | {"accuracy": (first_logits(outputs).argmax(1) == labels).double().mean().item()}
+        return metrics | {"accuracy": (first_logits(outputs).argmax(1) == labels).sum().item() / len(labels)}
 
     def _not_finite(self, what: str, where: str = "") -> NonFiniteLossError:
         return NonFiniteLossError(

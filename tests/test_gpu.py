@@ -34,9 +34,11 @@ class NoWaiting(TrainerCallback):
         (cnn, StreamlinedTrainer, {"precision": "bf16", "horizontal_flip": True, "lr_schedule": "cosine"}),
         (cnn, StreamlinedTrainer, {"precision": "bf16", "rotation_degrees": 0, "crop_padding": 2}),
         (cnn, partial(KnowledgeDistillationTrainer, teacher=cnn()), {"precision": "bf16"}),
+        (cnn, StreamlinedTrainer, {"deterministic": True}),  # after others, which have used cuBLAS
     ],
-    ids=["mlp", "cnn", "crops", "distillation"],
+    ids=["mlp", "cnn", "crops", "distillation", "deterministic"],
 )
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_no_step_within_an_epoch_waits_for_the_gpu(network, trainer_class, more, digits):
     config = TrainingConfig(num_epochs=2, batch_size=BATCH, device="cuda", **more)
     try:

@@ -10,10 +10,10 @@ from torch.nn import functional as F
 from transformers import TrainerCallback
 
 from lablib import MLP, KnowledgeDistillationTrainer, StreamlinedTrainer, TrainingConfig
-from lablib.hardware import memory_format, resolve_precision
+from lablib.hardware import fits, memory_format, resolve_precision
 from lablib.models import ResidualCNN, SimpleCNN
 
-CPU = torch.device("cpu")
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
 RGB = (3, 32, 32)
 small_cnn = partial(SimpleCNN, 1, width=2, image_shape=(3, 6, 6), num_classes=3)
 small_mlp = partial(MLP, (4,), image_shape=(1, 6, 6), num_classes=3)
@@ -72,16 +72,16 @@ def test_a_training_is_deterministic_on_request_and_leaves_the_settings_as_they_
 def test_narrow_projections_stay_contiguous_on_a_processor_where_onednn_would_write_past_its_memory(width, expected):
     model, without_projections = ResidualCNN(2, width), ResidualCNN(2, width, shortcut=False)
     assert memory_format(model, CPU, RGB) == expected
-    assert memory_format(model, torch.device("cuda"), RGB) == torch.channels_last
+    assert memory_format(model, GPU, RGB) == torch.channels_last
     assert memory_format(without_projections, CPU, RGB) == torch.channels_last
 
 
 class ViewingCNN(nn.Module):
     """As students write it: `view` needs features that are contiguous."""
 
-    def __init__(self):
+    def __init__(self, channels: int = 3):
         super().__init__()
-        self.convolution, self.classifier = nn.Conv2d(3, 4, 3), nn.Linear(4 * 4 * 4, 3)
+        self.convolution, self.classifier = nn.Conv2d(channels, 4, 3), nn.Linear(4 * 4 * 4, 3)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.classifier(self.convolution(images).view(len(images), -1))
@@ -100,6 +100,18 @@ def test_convolutions_get_channels_last_images_unless_the_model_or_its_teacher_t
         assert images.is_contiguous(memory_format=torch.channels_last)
         assert not images.is_contiguous()
     assert memory_format(small_mlp(), CPU, (1, 6, 6)) == torch.contiguous_format
+    grey = ViewingCNN(1)  # images of one channel are contiguous in both formats, but a GPU's weights are not
+    assert memory_format(grey, GPU, (1, 6, 6)) == torch.contiguous_format
+    assert grey.convolution.weight.is_contiguous()
+
+
+def test_what_an_earlier_training_left_on_a_gpu_is_freed_before_the_images_are_found_too_large(monkeypatch):
+    free, images = [7], torch.zeros(4, dtype=torch.uint8)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[0], 100))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: free.append(free.pop() + 2))
+    assert fits(images, CPU)
+    assert fits(images, GPU)
+    assert not fits(images.repeat(3), GPU)
 
 
 @pytest.fixture

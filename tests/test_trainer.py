@@ -14,10 +14,12 @@ import torch
 import transformers
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import parameters_to_vector
 from transformers import TrainerCallback
 
 from lablib import MLP, ImageData, StreamlinedTrainer, TrainingConfig, stratified_split
 from lablib.data import stratified_subset
+from lablib.hardware import algorithms
 from lablib.identity import build_seeded
 from lablib.metrics import history
 from lablib.trainer import NonFiniteLossError
@@ -350,6 +352,23 @@ def test_two_epochs_agree_with_a_plain_pytorch_loop(knobs, optimizer, build, tin
     assert val_losses[1] < val_losses[0]  # so that the restored weights are the last ones
     for name, tensor in model.state_dict().items():
         np.testing.assert_allclose(trainer.model.state_dict()[name].numpy(), tensor.numpy(), rtol=1e-4, atol=1e-6)
+
+
+def test_momentum_is_zero_after_a_first_step_that_the_loss_scaler_of_fp16_skips(build):
+    trainer = build(config(optimizer="sgd", learning_rate=0.5), small_mlp())
+    optimizer, before = trainer.create_optimizer(), parameters_to_vector(trainer.model.parameters())
+    with algorithms(deterministic=True):  # what is not initialised is NaN
+        for skipped in (1.0, 0.0):
+            optimizer.grad_scale, optimizer.found_inf = torch.tensor(1.0), torch.tensor(skipped)
+            for parameter in trainer.model.parameters():
+                parameter.grad = torch.ones_like(parameter)
+            optimizer.step()
+    assert torch.equal(parameters_to_vector(trainer.model.parameters()), before - 0.5)
+
+
+def test_a_checkpoint_of_fp16_resumes_in_another_precision(build, tmp_path):
+    torch.save({"scale": 65536.0}, tmp_path / "scaler.pt")
+    build(config())._load_scaler(str(tmp_path))  # upstream would look for a scaler
 
 
 @pytest.mark.parametrize(
