@@ -57,15 +57,14 @@ def _train(build_model: partial, config: TrainingConfig, data: "lablib.ImageData
     from lablib import identity, runs, trainer  # with PyTorch
 
     try:
-        described = identity.run_identity(build_model, config, data)
-        name, ended = identity.run_name(described), set()
+        name, ended = identity.run_name(identity.run_identity(build_model, config, data)), set()
         key = build_model.func.__name__, config.seed
         watched = shown and not runs.find_run(name, config.output_dir)
         paths = {key: Path(config.output_dir, name)}
         if shown:
             data.warn_if_unbalanced()
         with runs.progress(paths, config.num_epochs, ended, sys.stderr) if watched else nullcontext():
-            run = runs.train_or_load(build_model, config, data, identity=described)
+            run = runs.train_or_load(build_model, config, data)
             ended.add(key)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -230,10 +230,18 @@ class ResumableTrainer:
             self._interruption.ask()  # it may be another process that got the signal
             self._interruption.leave()
 
+    def evaluation_loop(self, *args, **kwargs):
+        """As upstream; the weights are kept, since a callback may change them before they are found to be the best."""
+        output = super().evaluation_loop(*args, **kwargs)
+        if self.is_in_train:
+            self._evaluated_weights = contiguous_weights(self.model)
+        return output
+
     def _determine_best_metric(self, metrics, trial):
         better = super()._determine_best_metric(metrics, trial)
         if better:
-            self._best_weights = contiguous_weights(self.model)
+            self._best_weights = self._evaluated_weights
+        self._evaluated_weights = None
         self.control.should_save = self._is_due(self.seconds_between_epochs)  # upstream would save after every epoch
         return better
 
@@ -261,7 +269,7 @@ class ResumableTrainer:
             saved["forgotten"] = sorted(name for name, state in self._unsaved_callbacks() - self._callbacks_before)
             if first:
                 (written / _LAB).write_text(json.dumps(saved))
-                if self._best_weights and state.best_global_step < state.global_step:
+                if self._best_weights:
                     safetensors.torch.save_file(self._best_weights, written / _BEST)
             self.accelerator.wait_for_everyone()
             if first:

@@ -140,7 +140,7 @@ def _from_folder(folder: Path, size, channels: int) -> ImageData:
         text = f"{leaked:,} of {len(images) - number:,} test images are also in train/, which inflates test accuracy"
         warnings.warn(f"{folder}: {text}", stacklevel=3)
     arrays = images[:number], labels[:number], images[number:], labels[number:]
-    return ImageData(folder.absolute().name, *arrays, tuple(classes))
+    return ImageData(Path(os.path.abspath(folder)).name, *arrays, tuple(classes))
 
 
 def _pixels(paths: Sequence[str], size, channels: int, cache: Path) -> np.ndarray:

@@ -1,6 +1,7 @@
 """An experiment: some models × some seeds -> their runs, trained side by side where there are cores for it."""
 
 import json
+import linecache
 import os
 import signal
 import warnings
@@ -37,7 +38,7 @@ class Experiment:
     config: TrainingConfig | None  # None if experiments with different ones were joined
     models: dict[str, Callable[[], nn.Module]]
     seeds: tuple[int, ...]
-    callbacks: Sequence = ()
+    callbacks: Sequence | None = ()  # None as for config
     runs: dict[Key, Run] = field(default_factory=dict)
     failures: dict[Key, str] = field(default_factory=dict)
     fingerprint: str = ""
@@ -70,8 +71,9 @@ class Experiment:
         joined = {name: getattr(self, name) | getattr(other, name) for name in ("models", "runs", "failures")}
         joined["failures"] = {key: error for key, error in joined["failures"].items() if key not in joined["runs"]}
         same = self.config and other.config and self.config.identity() == other.config.identity()
-        config = self.config if same else None
-        return replace(self, config=config, seeds=tuple(sorted({*self.seeds, *other.seeds})), **joined)
+        joined["config"] = self.config if same else None
+        joined["callbacks"] = self.callbacks if list(self.callbacks) == list(other.callbacks) else None
+        return replace(self, seeds=tuple(sorted({*self.seeds, *other.seeds})), **joined)
 
     def values(self, model: str, key: str = "test_accuracy") -> dict[int, float]:
         """One figure of a model's results, by seed."""
@@ -156,7 +158,8 @@ class Experiment:
                 for (label, (one, other)), depth in product(pairs.items(), by)
             }
         pairs = {label or f"{one} − {other}": (one, other) for label, (one, other) in pairs.items() if one != other}
-        return Comparison(compare(self.select(*chain(*pairs.values())).frame(), pairs), self.data.name)
+        table = compare(self.select(*chain(*pairs.values())).frame(), pairs)
+        return Comparison(table, self.data.name, self.fingerprint)
 
     def distil(
         self,
@@ -192,6 +195,8 @@ class Experiment:
             raise RuntimeError(f"all teachers failed: {'; '.join(dict.fromkeys(failed.values()))}")
         if not (config := config or self.config):
             raise ValueError("the joined experiments have different configs; pass config= to distil")
+        if self.callbacks is None:
+            raise ValueError("the joined experiments have different callbacks; call distil on one of them")
         teachers = {seed: self._trained(teacher, seed) for seed in taught}
         if (student, taught[0]) in self.runs:
             self._trained(student, taught[0])  # checks that its builder has not changed
@@ -243,6 +248,7 @@ class Comparison:
 
     table: pd.DataFrame
     dataset: str
+    fingerprint: str  # of the data set
 
     def plot(self, title: str, *paths: str | Path) -> Figure:
         """A dot for each seed, the means, and intervals from three seeds on; written to the paths too."""
@@ -261,8 +267,9 @@ class Comparison:
         return replace(self, table=compare_effects(self.table, self._table_of(other)))
 
     def _table_of(self, other: "Comparison") -> pd.DataFrame:
-        if other.dataset != self.dataset:
-            raise ValueError(f"comparisons on {self.dataset} and {other.dataset}; they must be on the same data set")
+        if other.fingerprint != self.fingerprint:
+            names = f"{self.dataset} and {other.dataset}"
+            raise ValueError(f"comparisons on {names} have different data; they must be on the same data set")
         return other.table
 
 
@@ -327,6 +334,7 @@ def experiment(
     # the experiment speaks for its runs, and the token stays in this process
     config = replace(config, use_telegram_notifications=False, telegram_bot_token=None)
     more = {"callbacks": callbacks, "weights": weights, "parent": os.getpid()}
+    more["cells"] = {name: entry for name, entry in linecache.cache.items() if len(entry) == 4 and entry[1] is None}
     tasks, paths = [], {}
     with telling as messages:
         for key in keys:
@@ -340,7 +348,8 @@ def experiment(
                         from lablib.tracking import is_available  # with transformers
 
                         config = replace(config, use_wandb=is_available())
-                    knobs = replace(knobs, use_wandb=config.use_wandb)
+                    precision = identity["config"]["precision"]  # as resolved here: another machine has to follow
+                    knobs = replace(knobs, use_wandb=config.use_wandb, precision=precision)
                     tasks.append(joblib.delayed(attempt)(key, build, knobs, data, trainer, identity, **more))
                     paths[key] = Path(config.output_dir, run_name(identity))
             except Exception as error:

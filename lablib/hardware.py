@@ -73,13 +73,16 @@ def memory_format(model: nn.Module, device: torch.device, image_shape: Sequence[
 def untouched(owner: object) -> Iterator[None]:
     """Afterwards restore the attributes of a model, or of a trainer and the models that it holds.
 
-    Restores weights, buffers and modes, but not the contents of lists. Only tensors are copied, since a model as a
-    whole may not be.
+    Restores weights, buffers, modes, and what lists and dicts hold. Only tensors are copied, since a model as a whole
+    may not be.
     """
     models = [held for held in (owner, *vars(owner).values()) if isinstance(held, nn.Module)]
     modules = {module for model in models for module in model.modules()}
-    places = [vars(owner), *(p for module in modules for p in (vars(module), module._parameters, module._buffers))]
+    places = [vars(held) for held in (owner, *modules)]
+    held = [value for place in places for value in place.values()]
+    places += [value for value in held if isinstance(value, dict)]
     before = [(place, dict(place)) for place in places]
+    lists = [(value, list(value)) for value in held if isinstance(value, list)]
     values = {t: t.detach().clone() for _, content in before for t in content.values() if isinstance(t, torch.Tensor)}
     try:
         yield
@@ -87,6 +90,8 @@ def untouched(owner: object) -> Iterator[None]:
         for place, content in before:
             place.clear()
             place.update(content)
+        for place, content in lists:
+            place[:] = content
         for tensor, value in values.items():
             if not torch.equal(tensor, value):  # an expanded tensor cannot be written to
                 tensor.data.copy_(value)

@@ -10,7 +10,6 @@ import linecache
 import os
 import sys
 import sysconfig
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from enum import Enum
@@ -20,6 +19,7 @@ from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, Modul
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from torch import nn
 
@@ -27,7 +27,7 @@ from lablib.config import TrainingConfig
 from lablib.data import ImageData
 from lablib.hardware import resolve_precision
 
-_BEGAN = time.time()  # a file that is written later may not be what was imported
+_BEGAN = psutil.Process().create_time()  # a file that is written later may not be what was imported
 _SCHEME = 2  # raise it when a change to lablib makes the runs in a store answer another question
 _OF_EVERY_MODULE = {*vars(nn.Module()), "_hub_mixin_config"}
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
@@ -179,8 +179,8 @@ def describe(value: Any, where: str, _above: tuple[int, ...] = (), _code: dict |
 
 
 def _layers(model: nn.Module, inside: Callable) -> dict[str, Any]:
-    """Classes and attributes of all modules, in order, what hooks them, what is frozen, and the weights' digest."""
-    layers, frozen, marked = [], [], {}
+    """Classes and attributes of all modules, in order, their hooks, what is frozen or tied, and the weights' digest."""
+    layers, frozen, marked, first = [], [], {}, {}
     for name, module in model.named_modules(remove_duplicate=False):
         own, place = not all(map(_installed, type(module).__mro__)), f".{name}" if name else ""
         held = {n: v for n, v in vars(module).items() if n not in _OF_EVERY_MODULE and (own or n[0] != "_")}
@@ -191,7 +191,10 @@ def _layers(model: nn.Module, inside: Callable) -> dict[str, Any]:
         hooks = [*(parameter._backward_hooks or {}).values(), *(parameter._post_accumulate_grad_hooks or {}).values()]
         frozen += [] if parameter.requires_grad else [name]
         marked |= {name: inside([hooks, vars(parameter)], f".{name}")} if hooks or vars(parameter) else {}
-    return {"layers": layers, "frozen": frozen, "marked": marked, "weights": weights_digest(model)}
+    parameters = model.named_parameters(remove_duplicate=False)
+    tied = [[name, first[p]] for name, p in parameters if first.setdefault(p, name) != name]
+    told = {"layers": layers, "frozen": frozen, "marked": marked, "weights": weights_digest(model)}
+    return told | ({"tied": tied} if tied else {})
 
 
 def _class(cls: type, inside: Callable) -> Any:
@@ -227,7 +230,7 @@ def _function(function: FunctionType, inside: Callable) -> Any:
         raise TypeError(f"{code.co_filename} was changed after {function.__qualname__} was imported; restart Python")
     looked_up = {name for part in _codes(code) for name in part.co_names}  # global names, and those of attributes
     names = looked_up & {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
-    known = {name: value for name, value in function.__globals__.items() if name in names and name[:2] != "__"}
+    known = {name: value for name, value in function.__globals__.items() if name in names and name[-2:] != "__"}
     return {
         "source": sha256(repr(_canonical(node)).encode()),
         "uses": {name: inside(value, f" -> {name}") for name, value in sorted((known | held).items())},

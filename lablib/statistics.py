@@ -250,8 +250,8 @@ def gradient_ratios(gradients: pd.DataFrame) -> pd.DataFrame:
     """The first layer's gradient over the last hidden one's, for each run: model, seed, moment, ratio.
 
     `gradients` has one row per layer, in order: model, seed, moment, layer (the last is the classifier), rms. The ratio
-    is NaN where the last hidden layer has no gradient.
+    is NaN where the last hidden layer has no gradient, or there is none.
     """
     layers = gradients.groupby(["model", "seed", "moment"], sort=False)["rms"]
-    ratios = layers.agg(lambda rms: rms.iloc[0] / rms.iloc[-2] if rms.iloc[-2] else math.nan)
+    ratios = layers.agg(lambda rms: rms.iloc[0] / rms.iloc[-2] if len(rms) > 1 and rms.iloc[-2] else math.nan)
     return ratios.rename("ratio").reset_index()

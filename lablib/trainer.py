@@ -203,6 +203,14 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
             self._since_last_log.add(losses, first_logits(outputs), inputs["labels"])
         return (losses["loss"], outputs) if return_outputs else losses["loss"]
 
+    def training_step(self, *args, **kwargs):
+        """As upstream. Raises ValueError if a callback set the learning rate, which would not last."""
+        if [group["lr"] for group in self.optimizer.param_groups] != self.lr_scheduler.get_last_lr():
+            raise ValueError(
+                "a callback set the learning rate, but the schedule sets it in each step; override create_scheduler"
+            )
+        return super().training_step(*args, **kwargs)
+
     @torch.no_grad()
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Outputs and labels of one batch; `_evaluated` computes the losses of all batches at once."""
@@ -301,6 +309,7 @@ def sanity_check(trainer: StreamlinedTrainer) -> None:
         trainer._since_last_log = BatchMeter()
         if args.bf16 or args.fp16:  # accelerate does this when the training begins
             model.forward = convert_outputs_to_fp32(trainer.accelerator.autocast()(model.forward))
+        shapes = {name: weight.shape for name, weight in model.state_dict().items()}
         _try(trainer, "an evaluation", trainer.eval_dataset, min(evaluated, 16))
         _try(trainer, "a full batch", trainer.train_dataset, full)
         if not len(trainer._since_last_log):
@@ -310,6 +319,10 @@ def sanity_check(trainer: StreamlinedTrainer) -> None:
             fuller = max(nearby, key=lambda size: _in_last_batch(images, size) / size)
             advice = f". Use batch_size = {fuller}, whose last batch has {_in_last_batch(images, fuller)} images"
             _try(trainer, "the last batch of an epoch", trainer.train_dataset, last, advice)
+        if shapes != {name: weight.shape for name, weight in model.state_dict().items()}:
+            raise SanityCheckError(
+                f"the state_dict() of {type(model).__name__} changes in training; make all buffers first"
+            )
         try:
             model.load_state_dict(safetensors.torch.load(safetensors.torch.save(contiguous_weights(model))))
         except Exception as error:

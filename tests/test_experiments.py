@@ -1,5 +1,6 @@
 """Experiments: all runs, side by side or one after the other, whatever becomes of one of them."""
 
+import linecache
 import os
 import time
 from dataclasses import replace
@@ -140,8 +141,8 @@ def test_models_and_families_are_compared_but_no_model_with_itself(finished):
     with pytest.raises(KeyError, match="no model 'a-4'; there are a-2, b-2"):
         deep.compare("a", "b", by=[2, 4])
     for join in ("__or__", "__sub__"):
-        with pytest.raises(ValueError, match="comparisons on tiny and other"):
-            getattr(comparison, join)(replace(comparison, dataset="other"))
+        with pytest.raises(ValueError, match="comparisons on tiny and tiny have different data"):
+            getattr(comparison, join)(replace(comparison, fingerprint="other"))
 
 
 def test_experiments_can_be_divided_and_joined_if_they_agree_on_the_data_and_what_both_have(finished, tiny_data):
@@ -166,6 +167,8 @@ def test_experiments_can_be_divided_and_joined_if_they_agree_on_the_data_and_wha
     longer = replace(narrow, config=replace(finished.config, num_epochs=3))
     with pytest.raises(ValueError, match="different configs; pass config="):
         (longer | finished).distil("narrow", "wide", 4, 0.5)
+    with pytest.raises(ValueError, match="different callbacks; call distil on one of them"):
+        (replace(narrow, callbacks=[Counting()]) | wide).distil("narrow", "wide", 4, 0.5)
     for seed in (0, 7):
         with pytest.raises(ValueError, match="'narrow' differently, or with other seeds"):
             finished | replace(narrow, runs={("narrow", seed): finished.runs["wide", 0]})
@@ -207,6 +210,22 @@ class Counting(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         print(f"epochs: {self.epochs}")
+
+
+class Leaking(TrainerCallback):
+    epochs = []  # noqa: RUF012
+
+    def on_epoch_end(self, *args, **kwargs):
+        self.epochs.append(1)
+
+
+def test_a_run_that_an_earlier_one_has_changed_or_that_another_process_builds_differently_is_refused(config, tiny_data):
+    with pytest.warns(UserWarning, match="RuntimeError: the callbacks would not be what was asked for; restart Python"):
+        result = experiment(NARROW, config, tiny_data, SEEDS, callbacks=[Leaking()])
+    assert list(result.runs) == [("narrow", 0)]
+    identity = result.runs["narrow", 0].identity | {"model": {}}
+    with pytest.raises(RuntimeError, match="the model and callbacks would not be what was asked for"):
+        train_or_load(NARROW["narrow"], config, tiny_data, callbacks=[Leaking()], identity=identity)
 
 
 def test_callbacks_are_called_each_run_with_its_own_copy(config, tiny_data, capsys):
@@ -355,8 +374,12 @@ def test_jobs_side_by_side_give_the_same_bits_and_a_failure_loses_no_other(finis
         def forward(self, images):
             return super().forward(images) + bias
 
+    cell = "from torch import nn\nbuild = lambda: nn.Sequential(nn.Flatten(), nn.Linear(36, 3))\n"
+    linecache.cache["<cell>"] = (len(cell), None, cell.splitlines(keepends=True), "<cell>")
+    exec(compile(cell, "<cell>", "exec"), names := {"__name__": "__main__"})
     models = {
         **MODELS,
+        "cell": names["build"],
         "closure": lambda: Net((4,), image_shape=(1, 6, 6), num_classes=3),
         "broken": lambda: FailsInTraining((4,), image_shape=(1, 6, 6)),
     }
@@ -364,7 +387,7 @@ def test_jobs_side_by_side_give_the_same_bits_and_a_failure_loses_no_other(finis
         side_by_side = experiment(models, config, tiny_data, SEEDS, jobs=2)
     assert len(caught) == 2
     assert [error.split(":")[0] for error in side_by_side.failures.values()] == ["SanityCheckError"] * 2
-    assert list(side_by_side.runs) == [(name, seed) for name in ("narrow", "wide", "closure") for seed in SEEDS]
+    assert list(side_by_side.runs) == [(name, seed) for name in ("narrow", "wide", "cell", "closure") for seed in SEEDS]
     for key, run in finished.runs.items():
         assert timeless(side_by_side.runs[key]) == timeless(run)
     assert {run.result["threads"] for run in side_by_side.runs.values()} == {1}

@@ -89,6 +89,14 @@ class Noting(Watching):
         self.weights[round(state.epoch)] = copy.deepcopy(model.state_dict())
 
 
+class Failing(TrainerCallback):
+    def __identity__(self):
+        return None
+
+    def on_epoch_end(self, *args, **kwargs):
+        1 / 0  # noqa: B018
+
+
 def test_a_finished_run_keeps_its_files_and_is_loaded_instead_of_trained_again(config, tiny_data, monkeypatch):
     first = train_or_load(tiny_mlp, config, tiny_data)
     assert [row["epoch"] for row in first.history] == [1, 2, 3, 4]
@@ -208,6 +216,9 @@ def test_a_published_run_is_found_without_its_weights_unless_these_are_needed(co
     with pytest.raises(ValueError, match=message):
         run.load_weights(tiny_mlp())
     publish(finished, Path(config.output_dir))
+    with pytest.raises(ZeroDivisionError):
+        train_or_load(tiny_mlp, config, tiny_data, weights=True, callbacks=[Failing()])
+    assert load_run(Path(config.output_dir, finished.path.name)) is None  # unfinished, not damaged
     assert timeless(train_or_load(tiny_mlp, config, tiny_data, weights=True)) == timeless(finished)
 
 

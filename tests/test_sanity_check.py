@@ -64,6 +64,16 @@ class Expanded(Linear):
         self.register_buffer("scale", torch.ones(1).expand(3))
 
 
+class Late(Linear):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("scale", None)
+
+    def forward(self, images):
+        self.scale = torch.ones(3)
+        return super().forward(images)
+
+
 def out_of_memory(error: Exception):
     def answer(logits):
         raise error
@@ -90,6 +100,7 @@ NO_MEMORY = "(9 images) does not fit into memory: use a smaller batch_size or im
         (Linear(nn.Softmax(1)), "the network returns probabilities, but the loss takes logits"),
         (Linear(torch.detach), "a full batch (9 of 27 images) fails with RuntimeError: element 0"),
         (Expanded(), "no checkpoint of Expanded can be loaded: its state_dict() must hold ordinary tensors"),
+        (Late(), "the state_dict() of Late changes in training; make all buffers first"),
         (out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate")), NO_MEMORY),
         (out_of_memory(torch.OutOfMemoryError("CUDA out of memory.")), NO_MEMORY),
         (out_of_memory(MemoryError()), NO_MEMORY),
@@ -156,12 +167,14 @@ class Drawing(nn.Module):
         super().__init__()
         self.normalised, self.linear = nn.BatchNorm2d(1), nn.Linear(36, 3)
         self.register_buffer("mean", torch.zeros(()), persistent=False)
-        self.passes, self.scale = 0, torch.ones(())
+        self.passes, self.scale, self.seen, self.last = 0, torch.ones(()), [], {"mean": 0.0}
 
     def forward(self, images):
         self.passes += 1
         self.scale.mul_(1.01)
-        self.mean = 0.9 * self.mean + 0.1 * images.mean().detach()
+        self.mean = 0.9 * self.mean + 0.1 * images.mean().detach() + len(self.seen) * self.last["mean"]
+        self.last["mean"] = self.mean.item()
+        self.seen.append(1)
         noise = random.random() + np.random.rand() + torch.rand(len(images), 3)  # noqa: NPY002
         return self.linear(F.dropout(self.normalised(images), 0.3).flatten(1)) + noise * self.scale + self.mean
 

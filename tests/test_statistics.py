@@ -182,4 +182,5 @@ def test_gradient_ratios_are_of_the_first_to_the_last_hidden_layer_by_run_and_mo
     runs = {"model": ["net-2"] * 6 + ["dead-2"] * 3, "seed": [0, 0, 0, 1, 1, 1, 0, 0, 0], "moment": "initial"}
     ratios = statistics.gradient_ratios(pd.DataFrame(runs | {"rms": [1.0, 4, 9, 2, 4, 9, 0, 0, 9]}))
     np.testing.assert_allclose(ratios["ratio"], [0.25, 0.5, math.nan])
+    assert statistics.gradient_ratios(pd.DataFrame(runs).groupby("model").head(1).assign(rms=1.0))["ratio"].isna().all()
     assert list(statistics.with_depth(ratios)["family"]) == ["net", "net", "dead"]

@@ -366,6 +366,33 @@ def test_momentum_is_zero_after_a_first_step_that_the_loss_scaler_of_fp16_skips(
     assert torch.equal(parameters_to_vector(trainer.model.parameters()), before - 0.5)
 
 
+class Averaging(TrainerCallback):
+    """Evaluates other weights than those that are trained."""
+
+    def on_epoch_end(self, args, state, control, model, **kwargs):
+        self.trained = copy.deepcopy(model.state_dict())
+        model.load_state_dict({name: weight / 2 for name, weight in self.trained.items()})
+
+    def on_evaluate(self, args, state, control, model, **kwargs):
+        model.load_state_dict(self.trained)
+
+
+def test_the_best_weights_are_those_that_were_evaluated_whatever_a_callback_does(build):
+    trainer = build(config(early_stopping_metric="loss"), callbacks=[Averaging()])
+    trainer.train()
+    best = min(row["val_loss"] for row in history(trainer.state.log_history))
+    assert trainer.evaluate()["eval_loss"] == best
+
+
+def test_a_learning_rate_that_a_callback_sets_is_refused(build):
+    class Decaying(TrainerCallback):
+        def on_epoch_end(self, args, state, control, optimizer, **kwargs):
+            optimizer.param_groups[0]["lr"] /= 10
+
+    with pytest.raises(ValueError, match=r"a callback set the learning rate, .* override create_scheduler"):
+        build(config(), callbacks=[Decaying()]).train()
+
+
 def test_a_checkpoint_of_fp16_resumes_in_another_precision(build, tmp_path):
     torch.save({"scale": 65536.0}, tmp_path / "scaler.pt")
     build(config())._load_scaler(str(tmp_path))  # upstream would look for a scaler
