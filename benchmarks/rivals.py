@@ -156,9 +156,9 @@ def lightning(gate: Gate, case: Case, images: int | None, workers: int, output_d
 
 def tight_loop(gate: Gate, case: Case, images: int | None, workers: int, output_dir: str):
     """What remains when all machinery is taken away: uint8 images in memory, batches by index, fused Adam."""
-    from lablib.hardware import keep_freed_memory
+    from lablib.hardware import keep_memory
 
-    keep_freed_memory()
+    keep_memory()
     device = _device()
     data = load(case, images)
     model = build(case, data).to(device)

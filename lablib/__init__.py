@@ -1,9 +1,9 @@
-"""The lab's machinery. What a notebook needs has its name here, and is loaded when it is asked for."""
+"""The lab's library. The names that a notebook needs are here; each is imported when it is first used."""
 
 import warnings
 from importlib import import_module
 
-# tqdm.auto, which comes in with transformers, wants ipywidgets for bars that the lab does not draw
+# transformers imports tqdm.auto, which asks for ipywidgets, to draw bars that the lab does not use
 warnings.filterwarnings("ignore", message="IProgress not found")
 
 _NAMES = {
@@ -22,7 +22,7 @@ __all__ = sorted(_MODULES)
 
 
 def __getattr__(name: str):
-    """PyTorch and transformers take seconds to import, which a list of runs or a wrong parameter need not wait for."""
+    """Import on first use: a list of runs or a wrong parameter need not wait seconds for PyTorch and transformers."""
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

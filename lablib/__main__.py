@@ -14,11 +14,11 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic import TypeAdapter, ValidationError
 
-import lablib  # its names import PyTorch when they are used, so that Ctrl-C ends those seconds too
+import lablib  # imports PyTorch only when a name is used: those seconds fall within main, which handles Ctrl-C
 from lablib.config import TrainingConfig, one_line
 
 MODELS = ("MLP", "ResidualMLP", "SimpleCNN", "ResidualCNN")
-_NOT_OPTIONS = ("telegram_bot_token", "training_arguments")  # others would see the one, and the other is a dict
+_NOT_OPTIONS = ("telegram_bot_token", "training_arguments")  # `ps` would show the token, and the other is a dict
 _NOT_OPTIONS += ("image_shape", "num_classes")  # given by the data
 _SETTINGS = inspect.signature(TrainingConfig).parameters
 _SEVERAL = {"hidden_sizes": int}  # the type of each value of an option that takes several

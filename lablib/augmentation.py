@@ -7,21 +7,20 @@ from torch.nn import functional as F
 def affine(
     images: torch.Tensor, angles: torch.Tensor, shifts: torch.Tensor, flips: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Rotate, shift and mirror each image about its centre; what comes in from outside is 0.
+    """Rotate, shift and mirror each image about its centre; pixels from outside the image are 0.
 
     images: float, batch × channels × height × width. angles: degrees anticlockwise, batch. shifts: pixels to the right
-    and down, batch × 2. flips: True mirrors left and right first, batch. Bilinear, as torchvision's `affine` by image.
+    and down, batch × 2. flips: True mirrors left and right first, batch. Bilinear, like torchvision's `affine` on each.
     """
     height, width = images.shape[-2:]
-    radians = torch.deg2rad(angles)
+    radians = torch.deg2rad(angles)[:, None, None]
     cos, sin = radians.cos(), radians.sin()
-    # grid_sample asks where an output pixel comes from: the inverse map, in coordinates from -1 to 1 a side.
+    # grid_sample asks where an output pixel comes from: the inverse map, in coordinates from -1 to 1 along each side.
     # Built by broadcasting, since F.affine_grid's batched product takes longer than the sampling.
     dx, dy = shifts[:, 0] * (2 / width), shifts[:, 1] * (2 / height)
     aspect = height / width
     x = torch.linspace(-1 + 1 / width, 1 - 1 / width, width, device=images.device) - dx[:, None]  # (batch, width)
     y = torch.linspace(-1 + 1 / height, 1 - 1 / height, height, device=images.device) - dy[:, None]  # (batch, height)
-    cos, sin = cos[:, None, None], sin[:, None, None]
     grid = images.new_empty(len(images), height, width, 2)
     torch.sub(cos * x[:, None, :], sin * aspect * y[:, :, None], out=grid[..., 0])
     torch.add(sin / aspect * x[:, None, :], cos * y[:, :, None], out=grid[..., 1])
@@ -56,8 +55,8 @@ def augment(
 
     images: float, batch × channels × height × width. The angle is uniform in ± `rotation_degrees`, the shift uniform in
     ± `translation_fraction` of the width and of the height, and one image in two is mirrored if `horizontal_flip`. Each
-    is then cropped as by torchvision's `RandomCrop(size, crop_padding)`. Without a generator PyTorch's own is used,
-    whose state a checkpoint holds.
+    is then cropped as by torchvision's `RandomCrop(size, crop_padding)`. Without a generator, PyTorch's global one
+    is used; checkpoints save its state.
     """
     batch, _, height, width = images.shape
     device = images.device
@@ -65,7 +64,7 @@ def augment(
         draws = torch.rand(4, batch, generator=generator, device=device)
         angles = (2 * draws[0] - 1) * rotation_degrees
         right, down = (2 * draws[1:3] - 1) * translation_fraction
-        shifts = torch.stack([right * width, down * height], 1)  # Python's numbers: a tensor would be copied each step
+        shifts = torch.stack([right * width, down * height], 1)  # Python numbers: a tensor would be copied every step
         images = affine(images, angles, shifts, draws[3] < 0.5 if horizontal_flip else None)
     elif horizontal_flip:
         flips = torch.rand(batch, generator=generator, device=device) < 0.5

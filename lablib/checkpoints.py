@@ -26,7 +26,7 @@ _MANIFEST, _LAB, _WEIGHTS, _BEST = "manifest.json", "lablib_0.json", "model.safe
 
 def write_atomically(path: Path, content: bytes, sync: bool = True):
     """Write a file that appears whole or not at all; `sync` waits until it is on the disk."""
-    partial = path.with_name(f"{path.name}.partial")  # always the same, so that a killed process leaves one at most
+    partial = path.with_name(f"{path.name}.partial")  # always this name, so that a killed process leaves one at most
     try:
         with open(partial, "wb") as file:
             file.write(content)
@@ -72,13 +72,12 @@ class Interruption:
     thread can handle signals; in another thread none is noted. Signals that are ignored (`nohup`) stay ignored.
     """
 
-    parent: int | None = None  # of a worker process, whose training ends with it
+    parent: int | None = None  # process ID of a worker's parent; the training ends when that process does
 
     def __init__(self, signals: Sequence[signal.Signals] = (signal.SIGINT, signal.SIGTERM)):
         self._signals, self._noted, self._before = signals, None, {}
 
     def __enter__(self):
-        self._noted = None
         if threading.current_thread() is threading.main_thread():
             for number in self._signals:
                 if signal.getsignal(number) not in (signal.SIG_IGN, None):
@@ -94,20 +93,19 @@ class Interruption:
 
     @property
     def asked(self) -> bool:
-        """Whether to leave."""
+        """Whether to stop: a signal came, `ask` was called, or the parent process ended."""
         if self._noted is None and self.parent is not None and os.getppid() != self.parent:
             self._noted = signal.SIGTERM
         return self._noted is not None
 
     def ask(self, number: int = signal.SIGINT, frame=None):
-        """Leave after this step, as if a signal had come."""
+        """Ask to stop after this step; also the handler of the signals."""
         self._noted = self._noted or signal.Signals(number)
         self._restore_handlers()
 
     def leave(self):
-        """Raise what ends the training if that was asked for."""
-        if self.asked:
-            raise KeyboardInterrupt if self._noted == signal.SIGINT else SystemExit(128 + self._noted)
+        """Raise what ends the training."""
+        raise KeyboardInterrupt if self._noted == signal.SIGINT else SystemExit(128 + self._noted)
 
     def _restore_handlers(self):
         while self._before:
@@ -121,7 +119,7 @@ def checkpoints_in(folder: Path) -> list[Path]:
 
 
 def seal(written: Path, target: Path):
-    """Make a checkpoint of a folder: with a manifest of checksums, in its place, one of the two newest there."""
+    """Turn a written folder into a checkpoint: add checksums, move it into place, keep only the newest two."""
     files = sorted(written.iterdir())
     for path in files:
         _sync(path)
@@ -142,27 +140,22 @@ def _fingerprint(path: Path) -> dict[str, int | str]:
 class ResumableTrainer:
     """Lets a trainer resume as if it had never stopped: `class Mine(ResumableTrainer, transformers.Trainer)`.
 
-    A checkpoint is written within an epoch every `checkpoint_seconds`, at its end if the last one is as old as
-    `seconds_between_epochs`, and on SIGINT and SIGTERM, which finish the step and exit. Each holds all that the
-    training depends on; the best weights are kept in memory, too. Nothing is unpickled.
+    A checkpoint is written every `checkpoint_seconds` within an epoch, at the end of an epoch if the last one is at
+    least `seconds_between_epochs` old, and on SIGINT and SIGTERM: the step is finished, then the process exits. Each
+    holds all that the training depends on; the best weights are also kept in memory. Nothing is unpickled.
 
-    `notes` lists what differs from the training that is resumed. A subclass has `before_training()`,
-    `training_failed(error)`, `progress()`, which gives what else is needed to resume within an epoch as JSON, the same
-    in every process, and `restore_progress(progress)`.
+    `notes` lists what differs from the training that is resumed. A subclass provides `before_training()`,
+    `training_failed(error)`, `progress()` (JSON, the same in every process: what else is needed to resume within an
+    epoch) and `restore_progress(progress)`.
     """
 
     checkpoint_seconds = 300.0
     seconds_between_epochs = 60.0
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.notes: list[str] = []
-        self._interruption = Interruption()
-
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """Train, or resume from a checkpoint: a path, or True for the newest usable one.
 
-        Raises OSError if the path cannot be loaded or the folder not be written to, and ValueError if True finds none.
+        Raises OSError if the path cannot be loaded or the folder is not writable, and ValueError if True finds none.
         """
         folder, path = Path(self.args.output_dir), resume_from_checkpoint
         check_writable(folder)
@@ -171,8 +164,8 @@ class ResumableTrainer:
         if path is True and not (path := self.newest_checkpoint()):
             raise ValueError(f"there is no checkpoint in {folder} to resume from; train without resuming")
         loaded = self._load(Path(path)) if path else None
-        self.notes, self._best_weights, self._saved_at, self._leaving = [], None, time.monotonic(), False
-        self._callbacks_before = self._unsaved_callbacks()
+        self.notes, self._best_weights, self._callbacks_before = [], None, self._unsaved_callbacks()
+        self._interruption, self._saved_at, self._leaving = Interruption(), time.monotonic(), False
         with self._interruption:
             try:
                 self.before_training()
@@ -266,7 +259,7 @@ class ResumableTrainer:
             args.output_dir = str(written.parent)
             super()._save_checkpoint(model, trial)
             saved = {"environment": self.environment, "notes": self.notes, "progress": self.progress()}
-            saved["forgotten"] = sorted(name for name, state in self._unsaved_callbacks() - self._callbacks_before)
+            saved["forgotten"] = sorted(name for name, _ in self._unsaved_callbacks() - self._callbacks_before)
             if first:
                 (written / _LAB).write_text(json.dumps(saved))
                 if self._best_weights:

@@ -33,7 +33,7 @@ _Seed = Annotated[int, Field(ge=0, lt=2**32)]
 _Patience = Annotated[Natural | None, AfterValidator(lambda epochs: epochs or None)]
 _Text = Annotated[str, Field(min_length=1)]
 _Folder = Annotated[_Text, BeforeValidator(lambda p: os.path.expanduser(p) if isinstance(p, (str, os.PathLike)) else p)]
-_Chat = Annotated[str, Field(pattern=r"^(-?\d+|@\w+)$")]  # a number or a name, and no token, which would be shown
+_Chat = Annotated[str, Field(pattern=r"^(-?\d+|@\w+)$")]  # a number or a name; it is shown, so a token is refused
 _CHECKED = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
 _TOKEN = re.compile(r"\d+(?::|%3[Aa])[\w-]{30,}")
 
@@ -56,7 +56,7 @@ class FurtherArguments(TypedDict, total=False):
 
 DATASET_NAMES = ("digits", "MNIST", "FashionMNIST", "KMNIST", "EMNIST", "CIFAR10", "CIFAR100", "SVHN", "STL10")
 
-# What has no influence on a run's outcome: where it runs, where its files lie, and who is told of it.
+# What has no influence on a run's outcome: where it runs, where its files lie, and who is notified.
 NOT_IDENTITY = (
     "output_dir", "checkpoint_seconds", "device", "use_wandb", "wandb_project", "wandb_group", "wandb_watch",
     "use_telegram_notifications", "telegram_additional_info", "telegram_bot_token", "telegram_chat_id",
@@ -68,7 +68,7 @@ _ALIASES |= {"bf16": "precision", "fp16": "precision"}
 _ALIASES |= dict.fromkeys(FurtherArguments.__annotations__, "training_arguments")
 
 _PRIVATE = ("telegram_bot_token", "telegram_chat_id", "training_arguments")  # no error shows what they hold
-_PLAINER = {  # one of pydantic's types of errors -> what the error says instead
+_PLAINER = {  # type of a pydantic error -> plainer words for it
     "bool_type": "should be True or False",
     "extra_forbidden": f"is none of {', '.join(FurtherArguments.__annotations__)}",
     "list_type": "should be a list; with papermill: -y '{name}: [{items}]'",
@@ -137,18 +137,18 @@ class TrainingConfig:
     warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of all steps, in which the rate rises linearly from 0
     max_grad_norm: Positive | None = None  # None: gradients are not clipped
     validation_split: Annotated[float, Field(gt=0, lt=1)] = 0.1  # of the training set, stratified by class
-    max_train_images: _Whole | None = None  # train on no more than this many of the rest, the classes' shares kept
+    max_train_images: _Whole | None = None  # train on at most this many of the rest, class proportions kept
     early_stopping_patience: _Patience = 10  # epochs without improvement; None or 0: never
-    early_stopping_metric: Literal["accuracy", "loss"] = "accuracy"  # of validation; it also chooses the best epoch
+    early_stopping_metric: Literal["accuracy", "loss"] = "accuracy"  # of validation; also selects the best epoch
     rotation_degrees: Annotated[float, Field(ge=0, le=180)] = 10.0  # each image by an angle from [-r, r]
-    translation_fraction: Share = 0.1  # a shift of up to this part of the height and of the width
+    translation_fraction: Share = 0.1  # shift by up to this fraction of the height and of the width
     horizontal_flip: bool = False
     crop_padding: Natural = 0  # zero padding in pixels, followed by a random crop to the original size
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 or fp16 for convolutions if faster here
     torch_compile: bool = False  # compile the network first, for seconds or minutes; it may pay off on a GPU
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda, else mps, else cpu
     seed: _Seed = 0  # split, initial weights, order of the images, augmentation, dropout
-    deterministic: bool = False  # the same bits each time on a GPU too, which takes longer; a CPU gives them anyway
+    deterministic: bool = False  # bitwise reproducible on a GPU too, but slower; a CPU always is
     output_dir: _Folder = "runs"  # the run store
     checkpoint_seconds: Positive = 300.0  # between checkpoints within an epoch; at the end of an epoch, 60 are enough
     use_wandb: bool = False
@@ -164,7 +164,7 @@ class TrainingConfig:
     def identity(self) -> dict[str, Any]:
         """The settings that change a run's outcome, without those that are off (None, False, 0 or empty).
 
-        So a setting that is added later, and off by default, changes no run's name.
+        Thus a setting that is added later and off by default changes no run's name.
         """
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in NOT_IDENTITY}
         return {name: value for name, value in values.items() if value}
@@ -191,7 +191,6 @@ class TrainingConfig:
                 raise ValueError(f"TrainingConfig: training_arguments[{name!r}] has no effect; {reason}")
         if num_processes() > 1:
             atexit.register(_leave_group)
-        warm_constant = self.lr_schedule == "constant" and self.warmup_fraction > 0
         return TrainingArguments(
             output_dir=output_dir,
             num_train_epochs=self.num_epochs,
@@ -199,7 +198,7 @@ class TrainingConfig:
             accelerator_config={"split_batches": True},
             learning_rate=self.learning_rate,
             weight_decay=self.weight_decay,
-            lr_scheduler_type="constant_with_warmup" if warm_constant else self.lr_schedule,
+            lr_scheduler_type="constant_with_warmup" if self.lr_schedule == "constant" else "cosine",
             warmup_steps=self.warmup_fraction,  # below 1 it is a fraction of all steps
             max_grad_norm=self.max_grad_norm or 0.0,
             seed=self.seed,
@@ -226,9 +225,9 @@ class TrainingConfig:
 def check_parameters(namespace: dict[str, Any]) -> None:
     """Refuse parameters that do not fit their annotation, or unknown ones; `namespace` is the notebook's `globals()`.
 
-    Unknown are names that papermill injected (`-p epoch 3`) and that no annotated line of the cell tagged `parameters`
-    has. Raises ValueError that lists every fault and says what is allowed; then for a `dataset` that `locate_data` does
-    not find in the `data_dir`.
+    A name is unknown if papermill injected it (`-p epoch 3`) and the cell tagged `parameters` does not annotate it.
+    Raises ValueError with every fault and what is allowed; if there is none, also for a `dataset` that `locate_data`
+    does not find in the `data_dir`.
     """
     annotations = namespace.get("__annotations__", {})
     if not annotations:
@@ -246,7 +245,7 @@ def check_parameters(namespace: dict[str, Any]) -> None:
 def locate_data(name: str | os.PathLike, data_dir: str | os.PathLike = "data") -> str | Path:
     """Which data set `lablib.load_data` would load: one of `DATASET_NAMES`, or a folder. Raises ValueError if none."""
     name, data_dir = os.path.expanduser(name), os.path.expanduser(data_dir)
-    known = {known.lower(): known for known in DATASET_NAMES}.get(name.lower().replace("-", "").replace("_", ""))
+    known = {each.lower(): each for each in DATASET_NAMES}.get(name.lower().replace("-", "").replace("_", ""))
     if known and Path(name, "train").is_dir():
         raise ValueError(f"{name!r} is a known data set and also a folder here; write './{name}' for the folder")
     folders = [folder for folder in (Path(name), Path(data_dir, name)) if name and folder.is_dir()]

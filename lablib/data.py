@@ -15,7 +15,7 @@ from sklearn.model_selection import train_test_split
 from torch.utils.data import Dataset, Sampler
 
 UNBALANCED = 5  # above this ratio of the largest to the smallest class, accuracy alone is misleading
-_warned = {}  # of unbalanced classes; Python's record of what it has shown
+_warned = {}  # where `warnings` notes that the one on unbalanced classes was shown
 _IMAGES = "torch.uint8 from 0 to 255, images × channels × height × width"
 
 
@@ -92,12 +92,12 @@ class ImageData:
     def channel_statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and standard deviation of the training images by channel, on the scale 0 to 1."""
         counts = torch.zeros(self.image_shape[0], 256, dtype=torch.float64)
-        for images in self.train_images.split(max(1, 2**21 // math.prod(self.image_shape))):  # they may be on the disk
+        for images in self.train_images.split(max(1, 2**21 // math.prod(self.image_shape))):  # they may be on disk
             counts += torch.stack([channel.flatten().bincount(minlength=256) for channel in images.unbind(1)])
         values = torch.arange(256, dtype=torch.float64) / 255
         mean = (counts * values).sum(1) / counts.sum(1)
         variance = (counts * (values - mean[:, None]) ** 2).sum(1) / counts.sum(1)
-        std = variance.sqrt().where(variance > 0, 1.0)  # a constant channel stays what it is
+        std = variance.sqrt().where(variance > 0, 1.0)  # a constant channel is shifted, not divided by 0
         return mean.float(), std.float()
 
     def normalise(self, images: torch.Tensor) -> torch.Tensor:
@@ -114,7 +114,7 @@ class ImageData:
     def fingerprint(self) -> str:
         """SHA-256 over every image, label and class name: two data sets with the same one are the same."""
         parts = self.train_images, self.train_labels, self.test_images, self.test_labels
-        state = [part._version for part in parts], self._samples()  # PyTorch counts its changes in place
+        state = [part._version for part in parts], self._samples()  # PyTorch counts its own in-place changes
         if self._hashed[0] != state:
             digest = hashlib.sha256(repr((self.image_shape, self.class_names)).encode())
             for array in self._arrays:
@@ -132,7 +132,7 @@ class ImageData:
         return [self.name, self.fingerprint]
 
     def __reduce__(self):
-        # joblib shares an array with its workers instead of copying it, and recognises by its identity one it has seen
+        # joblib shares an array with its workers instead of copying it, and knows by its `id` whether it has done so
         hashed = ([0] * 4, self._samples()), self.fingerprint
         known = {"_hashed": hashed, "channel_statistics": self.channel_statistics}
         return ImageData, (self.name, *self._arrays, self.class_names), known
@@ -162,7 +162,7 @@ class ShuffledBatches(Sampler):
 
     def __init__(self, length: int, batch_size: int, seed: int, device: torch.device):
         self.length, self.batch_size, self.seed, self.device, self.epoch = length, batch_size, seed, device, 0
-        self.drop_last, self.sampler = False, self  # what accelerate asks a batch sampler for
+        self.drop_last, self.sampler = False, self  # attributes that accelerate expects of a batch sampler
 
     def set_epoch(self, epoch: int):
         self.epoch = epoch
@@ -177,7 +177,7 @@ class ShuffledBatches(Sampler):
 
 
 def fixed_sample(length: int, number: int) -> torch.Tensor:
-    """At most `number` of the indices below `length`, sorted, always the same random ones: data may lie by class."""
+    """At most `number` indices below `length`, sorted; always the same random ones, as data may be sorted by class."""
     return torch.randperm(length, generator=torch.Generator().manual_seed(0))[:number].sort().values
 
 
@@ -190,7 +190,7 @@ def stratified_split(labels: torch.Tensor, validation_split: float, seed: int) -
     size = round(validation_split * len(labels))
     with suppress(ValueError):  # scikit-learn's, of a class with one image or a part with fewer images than classes
         parts = train_test_split(np.arange(len(labels)), test_size=size, stratify=labels.numpy(), random_state=seed)
-        absent = np.setdiff1d(classes, labels[parts[1]])  # from validation, as they are too small for the share
+        absent = np.setdiff1d(classes, labels[parts[1]])  # from validation: classes too small for their share
         moved = [np.random.default_rng(seed).choice(np.flatnonzero(labels == label)) for label in absent]
         parts = np.setdiff1d(parts[0], moved), np.union1d(parts[1], moved)
         train, validation = (torch.from_numpy(part).long() for part in parts)
@@ -213,7 +213,7 @@ def stratified_subset(indices: torch.Tensor, labels: torch.Tensor, size: int | N
     counts = labels[indices].bincount().tolist()
     shuffled = indices[torch.randperm(len(indices), generator=torch.Generator().manual_seed(seed))]
     by_class = shuffled[labels[shuffled].argsort(stable=True)]  # class after class, shuffled within each
-    # each image's place in its class, from 0 to 1: those with the lowest ones are of all classes in proportion
+    # each image's place in its class, from 0 to 1: the images with the lowest places have all classes in proportion
     places = torch.cat([(torch.arange(count) + 0.5) / count for count in counts])
     chosen = by_class[places.argsort(stable=True)[:size]].sort().values
     if len(labels[chosen].unique()) < len(counts):

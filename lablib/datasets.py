@@ -25,7 +25,7 @@ from torchvision.transforms import functional as F
 from lablib.config import locate_data
 from lablib.data import ImageData, stratified_split
 
-_PIXELS = "centre crop"  # in the key of a cache: change it when read_image makes other pixels of the same file
+_PIXELS = "centre crop"  # in the key of a cache: change it when read_image gives other pixels for the same file
 
 
 def load_data(
@@ -46,7 +46,7 @@ def load_data(
     side is scaled, the longer one cropped about its centre. The pixels are mapped from a file that is written to the
     folder and that `clean` deletes, or decoded into memory if the folder is not writable.
 
-    Raises ValueError for an argument, a folder or an image that does not fit, OSError for files that cannot be read.
+    Raises ValueError for an unsuitable argument, folder or image, OSError for files that cannot be read.
     """
     if channels not in (None, 1, 3):
         raise ValueError(f"channels = {channels!r}, but it must be None, 1 or 3")
@@ -129,9 +129,8 @@ def _from_folder(folder: Path, size, channels: int) -> ImageData:
         warnings.warn(f"{unread} is not read; part of train/ serves as the validation set", stacklevel=3)
     paths, labels = zip(*train, *test, strict=True)
     labels, number = np.array(labels, dtype=np.int64), len(train)
-    stats = map(os.stat, paths)
-    names = [path.removeprefix(str(folder)) for path in paths]
-    status = [(n, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for n, s in zip(names, stats, strict=True)]
+    stats = ((path.removeprefix(str(folder)), os.stat(path)) for path in paths)
+    status = [(name, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for name, s in stats]
     key = hashlib.sha256(repr((_PIXELS, status)).encode()).hexdigest()[:16]
     kind = f"{'x'.join(map(str, size)) if size else 'anysize'}-{'grey' if channels == 1 else 'rgb'}"
     images = _pixels(paths, size, channels, folder / f".lablib-{kind}-{key}.npy")
@@ -154,7 +153,7 @@ def _pixels(paths: Sequence[str], size, channels: int, cache: Path) -> np.ndarra
 
     def decoded() -> Iterator[np.ndarray]:
         with ThreadPoolExecutor() as pool:
-            for start in range(0, len(paths), 128):  # a pool that is given all paths would outrun the disk
+            for start in range(0, len(paths), 128):  # given all paths at once, the pool would outrun the disk
                 some = paths[start : start + 128]
                 yield from pool.map(lambda path: read_image(path, size, channels, image_shape), some)
 
@@ -216,7 +215,7 @@ def split(folder: str | os.PathLike, test: float = 0.2, seed: int = 0) -> None:
     if {"train", "test"} <= {*classes}:
         raise ValueError(f"{folder} is already split: it contains train/ and test/")
     training, tested = stratified_split(torch.tensor([label for _, label in images]), test, seed)
-    with TemporaryDirectory(prefix=".split-", dir=folder.parent) as scratch:  # so that it is never half full
+    with TemporaryDirectory(prefix=".split-", dir=folder.parent) as scratch:  # so that the target is never half full
         for part, indices in {"train": training, "test": tested}.items():
             for index in indices:
                 place = Path(scratch, target.name, part, os.path.relpath(images[index][0], folder))

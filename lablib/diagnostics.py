@@ -26,7 +26,7 @@ def gradient_norms(
     `outputs(model, images)` gives the logits, or a tuple that begins with them, where `model(images)` does not.
     Raises ValueError if the model has no such layer.
     """
-    # a projection is the shortcut's, not a layer on the way through F
+    # a projection belongs to the shortcut; it is not a layer of F
     shortcuts = [m.projection for m in model.modules() if isinstance(m, ResidualBlock)]
     shortcuts += [m.downsample[0] for m in model.modules() if isinstance(m, BasicBlock) and m.downsample]
     layers = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd))}
@@ -57,16 +57,16 @@ def calibration(confidence: Sequence[float], correct: Sequence[bool], bins: int 
 
 
 def expected_calibration_error(confidence: Sequence[float], correct: Sequence[bool], bins: int = 15) -> float:
-    """Mean distance of confidence and accuracy over bins, weighted by images (Guo et al. 2017,
+    """Mean distance between confidence and accuracy over bins, weighted by images (Guo et al. 2017,
     https://arxiv.org/abs/1706.04599): 0 for a classifier that is right as often as it says it will be."""
     table = calibration(confidence, correct, bins)
     return float(np.average((table["confidence"] - table["accuracy"]).abs(), weights=table["images"]))
 
 
 def multiply_adds(model: nn.Module, image_shape: Sequence[int]) -> int:
-    """Multiplications with an addition for one image of (channels, height, width), by `torch.utils.flop_counter`.
+    """Multiply-adds (each a multiplication and an addition) for one image of (channels, height, width).
 
-    Matrix products, convolutions and attention are counted; an LSTM, which a CPU computes in one piece, counts as 0.
+    `torch.utils.flop_counter` counts matrix products, convolutions and attention, but not an LSTM on a CPU.
     """
     from torch.utils.flop_counter import FlopCounterMode  # a quarter of a second to import
 
@@ -74,4 +74,4 @@ def multiply_adds(model: nn.Module, image_shape: Sequence[int]) -> int:
     # with gradients attention is not fused, and is counted
     with untouched(model), torch.enable_grad(), FlopCounterMode(display=False) as counter:
         model.eval()(torch.zeros(1, *image_shape, device=device))
-    return counter.get_total_flops() // 2  # it counts two operations
+    return counter.get_total_flops() // 2  # which counts a multiply-add as two

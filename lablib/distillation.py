@@ -85,7 +85,7 @@ class KnowledgeDistillationTrainer(StreamlinedTrainer):
         teacher_logits = next(self._remembered, None)  # none in training and in a data set's first evaluation
         if teacher_logits is None:
             with torch.no_grad(), self.accelerator.autocast():
-                teacher_logits = self.teacher(images.clone()).float()  # it may change them in place
+                teacher_logits = self.teacher(images.clone()).float()  # a teacher may change its input in place
             if not model.training:
                 self._recorded.append(teacher_logits)
         return model(images), teacher_logits

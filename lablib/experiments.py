@@ -76,7 +76,7 @@ class Experiment:
         return replace(self, seeds=tuple(sorted({*self.seeds, *other.seeds})), **joined)
 
     def values(self, model: str, key: str = "test_accuracy") -> dict[int, float]:
-        """One figure of a model's results, by seed."""
+        """One of a model's results, such as its test accuracy, by seed."""
         return {seed: run.result[key] for (name, seed), run in sorted(self.runs.items()) if name == model}
 
     def frame(self) -> pd.DataFrame:
@@ -255,7 +255,7 @@ class Comparison:
         return figures.save(figures.paired_differences(self.table, self.dataset, title), *paths)
 
     def verdicts(self) -> "Sentences":
-        """One sentence per comparison, which says no more than its interval does."""
+        """One sentence per comparison, which claims no more than its interval supports."""
         return Sentences(verdicts(self.table))
 
     def __or__(self, other: "Comparison") -> "Comparison":
@@ -293,12 +293,12 @@ def experiment(
 ) -> Experiment:
     """Train each model with each seed, or load the runs that are finished: here, or published with the lab.
 
-    `models` gives for each name a function without arguments that builds the network. `seeds=3` means 0, 1 and 2.
-    `jobs` runs go side by side through joblib, each with its share of the threads (-1: one a core);
+    `models` maps each name to a function without arguments that builds the network. `seeds=3` means 0, 1 and 2.
+    joblib trains `jobs` runs side by side, each with its share of the threads (-1: one run per core);
     `joblib.parallel_config("dask")` sends them to a cluster, whose workers need `output_dir` at the same path.
-    `trainer_class` is another trainer than StreamlinedTrainer: its class, or a `functools.partial` with what else it
-    needs, such as a teacher; or one by (model, seed). Each run gets its own copies of the `callbacks`.
-    With `weights` a published run, which has none, is trained all the same.
+    `trainer_class` replaces StreamlinedTrainer: a class, or a `functools.partial` with what else the class needs, such
+    as a teacher; or a dict of these by (model, seed). Each run gets its own copies of the `callbacks`.
+    With `weights`, a published run does not count, as it has no weights: it is trained here.
 
     A run that fails is reported by a warning and in the experiment's `failures`; the others continue. Raises
     RuntimeError if all fail, and TypeError or ValueError for arguments that cannot be used. Telegram gets one message
@@ -322,7 +322,7 @@ def experiment(
     result = Experiment(data, config, dict(models), _seeds(seeds), callbacks)
     keys = [*product(result.models, result.seeds)]
     if not keys:
-        raise ValueError(f"{len(result.models)} models and {len(result.seeds)} seeds, but there must be one of each")
+        raise ValueError(f"{len(result.models)} models and {len(result.seeds)} seeds, but at least one each is needed")
     trainers = trainer_class if isinstance(trainer_class, Mapping) else dict.fromkeys(keys, trainer_class)
     if missing := [key for key in keys if key not in trainers]:
         raise ValueError(f"trainer_class has no trainer for {missing}; it has some for {list(trainers)}")
@@ -370,7 +370,7 @@ def experiment(
 
 
 def _refuse_twins(names: dict[Key, str]):
-    """Raise ValueError if two models are one: each would look like a result of its own."""
+    """Raise ValueError if two names stand for one run, which would look like two independent results."""
     first = {}
     for key, name in names.items():
         if (twin := first.setdefault(name, key)) != key:
@@ -405,7 +405,7 @@ def _note_failure(result: Experiment, key: Key, line: str, trace: str):
 def _train_all(result: Experiment, tasks: list[tuple], paths: dict[Key, Path], jobs: int):
     jobs = min(joblib.effective_n_jobs(jobs), jobs if jobs > 0 else len(tasks), len(tasks))
     backend, _ = joblib.parallel.get_active_backend()
-    interruption = Interruption([signal.SIGINT] if jobs > 1 else [])  # workers get it too: wait for their checkpoints
+    interruption = Interruption([signal.SIGINT] if jobs > 1 else [])  # workers get Ctrl-C too: await their checkpoints
     ended = set()
     return_as = "generator_unordered" if backend.supports_return_generator else "list"  # Ray's has no generator
     # mmap_mode "c": the workers share the images' memory, and may write to their own copy

@@ -38,7 +38,7 @@ def save(figure: Figure, *paths: str | Path) -> Figure:
         path = Path(os.path.expanduser(path))
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
-        figure.set_layout_engine("none")  # it keeps the layout that it has, which takes long to find again
+        figure.set_layout_engine("none")  # keeps the present layout, which takes long to compute again
     return figure
 
 
@@ -167,7 +167,7 @@ def accuracy_by_cost(frame: pd.DataFrame, costs: pd.DataFrame, dataset: str) -> 
 
 
 def _with_place(frame: pd.DataFrame) -> pd.DataFrame:
-    """The finished runs with percentages, family (a category: it looks the same in each panel), depth and its place."""
+    """The finished runs with percentages, family (categorical: drawn alike in each panel), depth and its place."""
     table = with_depth(frame.dropna(subset="test_accuracy"))
     family = pd.Categorical(table["family"], table["family"].unique())
     place = table["depth"].rank(method="dense") - 1 + 0.09 * (family.codes - (len(family.categories) - 1) / 2)
@@ -176,7 +176,7 @@ def _with_place(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _line_per_family(axis: Axes, table: pd.DataFrame, x: str, y: str, **average):
-    """One point per run, and a line through averages. (Not yet on a logarithmic axis: there seaborn averages logs.)"""
+    """One point per run, and a line through averages. (Set a log scale afterwards: on one, seaborn averages logs.)"""
     look = {"x": x, "y": y, "hue": "family", "style": "family", "palette": "colorblind", "markers": True, "ax": axis}
     bars = {"err_style": "bars", "err_kws": {"capsize": 3}}
     sns.scatterplot(table, **look, legend=False, alpha=0.4, s=30)
@@ -364,9 +364,9 @@ def softened_predictions(
     """
     options = {"squeeze": False, "width_ratios": [1, 5], "layout": "constrained"}
     figure, axes = plt.subplots(len(images), 2, figsize=(9, 0.6 + 1.6 * len(images)), **options)
+    shown = [_short(name, 10) for name in names]
     for index, (picture, bars) in enumerate(axes):
         _show(picture, images[index], labels[index])
-        shown = [_short(name, 10) for name in names]
         table = pd.DataFrame({f"T = {T:g}": rows[index].tolist() for T, rows in softened.items()}, shown)
         table.nlargest(10, table.columns[0]).plot.bar(ax=bars, rot=0, fontsize="x-small", width=0.8, legend=False)
         bars.set(ylim=(0, 1), ylabel="probability")

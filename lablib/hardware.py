@@ -11,7 +11,7 @@ from torch import nn
 
 from lablib.config import TrainingConfig
 
-# for `deterministic`: PyTorch reads it once, at the first matrix product on a GPU, which may come long before
+# for `deterministic`: PyTorch reads it once, at the first matrix product on a GPU, perhaps long before a training
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
@@ -116,17 +116,15 @@ def algorithms(deterministic: bool) -> Iterator[None]:
 
 def fits(tensor: torch.Tensor, device: torch.device) -> bool:
     """Whether a tensor takes less than half of a GPU's free memory; True on any other device."""
-
-    def half() -> float:
-        return torch.cuda.mem_get_info(device)[0] / 2
-
-    if device.type == "cuda" and tensor.nbytes >= half():
+    if device.type != "cuda":
+        return True
+    if 2 * tensor.nbytes >= torch.cuda.mem_get_info(device)[0]:
         gc.collect()  # what an earlier training left behind
         torch.cuda.empty_cache()
-    return device.type != "cuda" or tensor.nbytes < half()
+    return 2 * tensor.nbytes < torch.cuda.mem_get_info(device)[0]
 
 
-def keep_freed_memory() -> None:
+def keep_memory() -> None:
     """Let glibc keep the memory of freed tensors for the next step; elsewhere this does nothing.
 
     By default it returns large blocks to the system, and every step pays for the page faults again: ten times the cost

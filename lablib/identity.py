@@ -28,21 +28,21 @@ from lablib.data import ImageData
 from lablib.hardware import resolve_precision
 
 _BEGAN = psutil.Process().create_time()  # a file that is written later may not be what was imported
-_SCHEME = 2  # raise it when a change to lablib makes the runs in a store answer another question
+_SCHEME = 2  # increase it when a change to lablib means that stored runs no longer answer the same question
 _OF_EVERY_MODULE = {*vars(nn.Module()), "_hub_mixin_config"}
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-_TOLD_BY_REPR = (bytes, complex, range, PurePath, np.dtype, torch.dtype, torch.device, torch.memory_format)
+_DESCRIBED_BY_REPR = (bytes, complex, range, PurePath, np.dtype, torch.dtype, torch.device, torch.memory_format)
 _NOT_THE_USERS = [os.path.realpath(path) for path in (sysconfig.get_path("stdlib"), Path(__file__).parent)]
 
 
 def run_identity(
     build_model: Callable[[], nn.Module], config: TrainingConfig, data: ImageData, trainer_class=None, callbacks=()
 ) -> dict[str, Any]:
-    """What is trained, on what, and how; not where it runs, nor who is told of it. None is StreamlinedTrainer.
+    """What is trained, on what, and how; not where, nor who is notified. `trainer_class=None`: StreamlinedTrainer.
 
     One of lablib's networks is known by its class, arguments and seed; any other by the source of the function that
     builds it, its layers, their attributes and its initial weights. A callback whose `__identity__` returns None only
-    watches, and makes no other run. Raises TypeError for what cannot be described by its content, and ValueError if two
+    watches: it changes no identity. Raises TypeError for what cannot be described by its content, and ValueError if two
     calls of `build_model` do not give two equal networks.
     """
     model, network = described_network(build_model, config.seed)
@@ -131,15 +131,15 @@ def describe(value: Any, where: str, _above: tuple[int, ...] = (), _code: dict |
     if isinstance(value, (FunctionType, type)):
         if id(value) in code:
             return {"described": code[id(value)][0]}
-        code[id(value)] = len(code), value  # which keeps it, and so its id
+        code[id(value)] = len(code), value  # the reference keeps the id from being reused
         return _class(value, inside) if isinstance(value, type) else _function(value, inside)
     if value is None or kind in (bool, int, str):
         return value
     if kind is float:
-        return int(value) if value.is_integer() else value  # 4 and 4.0 are one
+        return int(value) if value.is_integer() else value  # 4 and 4.0 are the same setting
     if isinstance(value, np.generic):
         return inside(value.item())
-    if isinstance(value, _TOLD_BY_REPR):
+    if isinstance(value, _DESCRIBED_BY_REPR):
         return {"repr": repr(value)}
     if kind in (np.ndarray, np.memmap) and not value.dtype.hasobject:
         return [str(value.dtype), list(value.shape), sha256(np.ascontiguousarray(value))]
@@ -201,7 +201,7 @@ def _class(cls: type, inside: Callable) -> Any:
     """The name of an installed class; of the user's own the bases and members."""
     if all(map(_installed, cls.__mro__)):
         return _installed(cls)
-    added = ("__", "_abc_", "_hub_mixin_")  # by Python and the Hub, unless the user wrote a method of such a name
+    added = ("__", "_abc_", "_hub_mixin_")  # by Python and the Hub, unless the user wrote a method so named
     members = {name: v for name, v in vars(cls).items() if not name.startswith(added) or _is_written(v)}
     if dataclasses.is_dataclass(cls):
         members["fields"] = [[f.name, f.default, f.default_factory] for f in dataclasses.fields(cls)]
@@ -247,7 +247,7 @@ def _codes(code: CodeType) -> list[CodeType]:
 def _is_current(code: CodeType) -> bool:
     """Whether a file that has been written since Python began still has the code that was imported from it."""
     file = Path(code.co_filename)
-    if not file.exists() or file.stat().st_mtime < _BEGAN:  # of a notebook's cell there is no file
+    if not file.exists() or file.stat().st_mtime < _BEGAN:  # a notebook's cell has no file
         return True
     return code in _codes(compile("".join(linecache.getlines(str(file))), str(file), "exec", dont_inherit=True))
 

@@ -64,17 +64,17 @@ class BatchMeter:
 
 
 def first_logits(outputs: Any) -> Any:
-    """The logits of a model that gives nothing else, or a tuple that begins with them."""
+    """The logits in a model's output, which is either the logits or a tuple that begins with them."""
     return outputs[0] if isinstance(outputs, tuple) else outputs
 
 
 def are_probabilities(logits: torch.Tensor) -> bool:
-    """Whether outputs (images × classes) are none below 0 and sum to 1 for each image, as after a softmax."""
+    """Whether outputs (images × classes) are non-negative and sum to 1 for each image, as after a softmax."""
     return bool((logits >= 0).all() and (logits.sum(1) - 1).abs().max() < 1e-3)
 
 
 def epoch_number(epochs: float) -> int:
-    """The number, from 1 on, of the epoch in which a training is after so many `epochs`."""
+    """Which epoch, counted from 1, a training is in after so many `epochs`: the second after 1.5."""
     return math.ceil(epochs - 1e-9)
 
 

@@ -15,9 +15,9 @@ from torchvision.ops import Conv2dNormActivation
 
 
 def _check(dropout: object = 0.0, shortcut: object = True, **sizes: object):
-    """Only positive whole numbers, since PyTorch would build layers of 0 or True units without a word.
+    """Accept only positive whole numbers: PyTorch would silently build layers of 0 or True units.
 
-    And no scalars of NumPy, since the Hub's mixin would remember the default in place of what JSON does not know.
+    NumPy scalars are refused too: the Hub's mixin would save the default in place of a value that JSON cannot hold.
     """
     for name, value in sizes.items():
         numbers = value if isinstance(value, (tuple, list)) else [value]
@@ -196,7 +196,7 @@ def export_onnx(model: nn.Module, path: str | Path, image_shape: Sequence[int]):
     exported = copy.deepcopy(model).cpu().float().eval()
     images = torch.zeros(2, *image_shape)  # a batch of 1 would be taken for a constant
     shapes = ({0: torch.export.Dim("batch")},)
-    # this refuses a model that needs one batch size; torch.onnx alone would write that size into the file in silence
+    # this refuses a model that needs one batch size; torch.onnx alone would silently write that size into the file
     program = torch.export.export(exported, (images,), dynamic_shapes=shapes)
     names = {"input_names": ["images"], "output_names": ["logits"], "dynamic_shapes": shapes}
     torch.onnx.export(program, f=path, **names, external_data=False, verbose=False)

@@ -39,12 +39,12 @@ Key = tuple[str, int]  # a run's model and seed
 
 PUBLISHED = Path(__file__).resolve().parents[1] / "results" / "runs"  # runs that every checkout has, without weights
 _WEIGHTS = "model.safetensors"
-_EPOCHS = "checkpoints/epochs"  # the number that an unfinished run has completed, with a fraction
+_EPOCHS = "checkpoints/epochs"  # a file: how many epochs an unfinished run has completed, such as 1.5
 _NOT_WHOLE = (
     "a new copy with the trained weights gives different logits, so it cannot be loaded. Whatever training changes "
     "must be in state_dict(), like parameters and persistent buffers"
 )
-_one_training = threading.Lock()  # of a process: PyTorch's random numbers are the process's, not a thread's
+_one_training = threading.Lock()  # at a time: PyTorch's random state belongs to the process, not a thread
 _COLUMNS = ["run", "state", "dataset", "seed", "epochs", "val_accuracy", "test_accuracy", "mib", "notes"]
 
 
@@ -54,7 +54,7 @@ class DamagedRunError(OSError):
 
 @dataclass(frozen=True)
 class Run:
-    """A finished training; in `path` is what was measured, and unless it was published, the best epoch's weights."""
+    """A finished training; `path` holds what was measured and, unless it was published, the best epoch's weights."""
 
     path: Path
     result: dict[str, Any]
@@ -125,9 +125,9 @@ def train_or_load(
 ) -> Run:
     """Load a finished run, from `output_dir` or from the published ones; resume an interrupted one; train a new one.
 
-    `build_model` builds the network anew at each call. `trainer_class` is another trainer than StreamlinedTrainer: its
-    class, or a `functools.partial` with what else it needs, such as a teacher. With `weights` a published run, which
-    has none, does not count. A damaged run is reported by a warning, set aside as `NAME.damaged`, and trained again.
+    `build_model` builds the network anew at each call. `trainer_class` replaces StreamlinedTrainer: a class, or a
+    `functools.partial` with what else the class needs, such as a teacher. With `weights`, a published run, which has
+    none, does not count. A damaged run is reported by a warning, set aside as `NAME.damaged`, and trained again.
     Where another process trains the same run, this one waits and loads what it finds. Raises as `run_identity` and the
     trainer do, and RuntimeError if `identity`, what `run_identity` gave before or in another process, is not that of
     the arguments here and now.
@@ -159,7 +159,7 @@ def train_or_load(
 
 
 def attempt(key: Key, build_model, config, data, trainer_class, identity, callbacks, weights: bool, parent: int, cells):
-    """Train one of an experiment's runs: its key, the run, and its error; neither if a worker was interrupted."""
+    """Train one of an experiment's runs: its key, and the run or its error; neither if a worker was interrupted."""
     Interruption.parent = parent if os.getppid() == parent else None  # a worker's training ends with its parent
     trainer_class, callbacks = copy.deepcopy((trainer_class, callbacks))  # as a worker has its own
     linecache.cache |= cells  # the source of a notebook's cells, to compare what is trained with what was asked for
@@ -189,16 +189,15 @@ def find_run(name: str, output_dir: str | Path, weights: bool = False) -> Run | 
     for folder in (output_dir,) if weights else (output_dir, PUBLISHED):
         try:
             if (run := load_run(Path(folder) / name)) and (run.has_weights or not weights):
-                shutil.rmtree(run.path / "checkpoints", ignore_errors=True)  # the process was ended before it could
+                shutil.rmtree(run.path / "checkpoints", ignore_errors=True)  # its process ended before deleting them
                 return run
         except DamagedRunError as error:
             warnings.warn(f"{error}. Another copy is loaded, or the run is set aside and trained again.", stacklevel=3)
     return None
 
 
-def load_run(path: str | Path) -> Run | None:
+def load_run(path: Path) -> Run | None:
     """A finished run, or None if it is not finished. Raises DamagedRunError if its files are not what was written."""
-    path = Path(path)
     file = path / "result.json"
     if not file.exists():
         return None
@@ -229,7 +228,7 @@ def _locked(path: Path):
 
 
 def _train(path: Path, described, build_model, config, data, trainer_class, callbacks) -> None:
-    from transformers import TrainerCallback  # seconds, which loading a run does without
+    from transformers import TrainerCallback  # takes seconds, which loading a run saves
 
     from lablib.trainer import SanityCheckError, StreamlinedTrainer
 
@@ -244,7 +243,7 @@ def _train(path: Path, described, build_model, config, data, trainer_class, call
 
         def on_step_end(self, args, state, control, **kwargs):
             if state.is_world_process_zero and time.monotonic() - self.reported > 1:
-                with suppress(OSError):  # a progress bar is not worth a training
+                with suppress(OSError):  # no training should fail for its progress bar
                     write_atomically(path / _EPOCHS, str(state.epoch).encode(), sync=False)
                 self.reported = time.monotonic()
 
@@ -400,7 +399,7 @@ def progress(paths: Mapping[Key, Path], num_epochs: int, ended: set[Key], file: 
     look = {"file": file, "miniters": 0, "mininterval": 0.1 if terminal else 10}
     look |= {"bar_format": "{percentage:3.0f}%|{bar:8}| {n:.1f}/{total_fmt} epochs [{elapsed}<{remaining}{postfix}]"}
     look |= {"ncols": shutil.get_terminal_size().columns} if terminal else {}  # 80 where the terminal does not say
-    look |= {"smoothing": 0}  # the mean speed so far: a recent one would leave out the checks that find no progress
+    look |= {"smoothing": 0}  # time left from the mean speed: tqdm's recent speed skips checks without progress
     bar = tqdm(total=num_epochs * len(paths), initial=so_far()[0], **look)
     stop, watcher = threading.Event(), threading.Thread(target=watch, daemon=True)
     watcher.start()
@@ -426,7 +425,7 @@ def _so_far(path: Path) -> tuple[float, dict]:
 
 
 def publish(run: Run, folder: Path | None = None) -> Path:
-    """Copy a finished run without its weights, unless it is there already; its new place.
+    """Copy a finished run without its weights, unless it is there already, and return its new path.
 
     Raises DamagedRunError if a file has changed since it was written.
     """
@@ -441,7 +440,7 @@ def publish(run: Run, folder: Path | None = None) -> Path:
 
 
 def runs_table(output_dir: str | Path) -> pd.DataFrame:
-    """One row a run of a store; accuracies are fractions.
+    """One row per run of a store; accuracies are fractions.
 
     The state is "finished", "published" (finished, without weights), "unfinished" (a process trains it, or it resumes
     when it is asked for again) or "damaged" (`notes` says why).
@@ -459,8 +458,7 @@ def _row(path: Path) -> dict[str, Any]:
     except DamagedRunError as error:
         return row | {"state": "damaged", "notes": str(error)}
     if run is None:
-        with suppress(OSError, ValueError, IndexError):  # in its first epoch
-            last = json.loads((path / "history.jsonl").read_text().splitlines()[-1])
+        if last := _so_far(path)[1]:  # none in its first epoch
             row |= {"epochs": last["epoch"], "val_accuracy": last["val_accuracy"]}
         return row | {"state": "unfinished"}
     return row | run.result | {"state": "finished" if run.has_weights else "published"}
@@ -478,7 +476,7 @@ def clean(output_dir: str | Path, finished: bool = False, ask: Callable[[str], s
     if len(table) and ask(f"Delete these {len(table)}? [y/N] ").strip().lower() in ("y", "yes"):
         for path in map(Path(output_dir).joinpath, table["run"]):
             with suppress(Timeout), FileLock(f"{path}.lock", blocking=False):
-                if _row(path)["state"] in unwanted:  # still
+                if _row(path)["state"] in unwanted:  # it may have changed meanwhile
                     shutil.rmtree(path)
                     gone.append(path.name)
         print(f"{len(gone)} of {len(table)} deleted")

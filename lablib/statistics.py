@@ -109,7 +109,7 @@ def _tested(comparisons: list[tuple[str, str, str, pd.Series]]) -> pd.DataFrame:
 
 
 def labels(comparison: pd.DataFrame) -> list[str]:
-    """Each row's label, after what the columns in front of it say: "reference recipe, depth 2"."""
+    """Each row's label, preceded by the values to its left: "reference recipe, depth 2"."""
     columns = comparison.columns[: comparison.columns.get_loc("first")]
     return [", ".join(row) for row in comparison[columns].itertuples(index=False)]
 
@@ -122,7 +122,7 @@ def points(row: Mapping) -> str:
 
 
 def verdict(row: Mapping, word: str = "better") -> str:
-    """A comparison as a sentence that says no more than its interval; `word` is what the larger value is."""
+    """A comparison as a sentence that claims no more than its interval supports; the larger value is `word`."""
     first, second = row["first"], row["second"]
     if math.isnan(row["ci95"]):
         why = "too few seeds to tell" if row["n"] < MIN_SEEDS else "the same with every seed, so there is no interval"
@@ -143,7 +143,7 @@ def verdicts(comparison: pd.DataFrame, word: str = "better") -> str:
 
 
 def effects_table(comparisons: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """Comparisons for people, in percentage points: one row per label, one column per comparison, * if significant."""
+    """Comparisons as text, in percentage points: one row per label, one column per comparison, * if significant."""
     columns = {}
     for name, table in comparisons.items():
         rows = table.itertuples()
@@ -183,7 +183,7 @@ def results_table(frame: pd.DataFrame, reference: Mapping[str, float] | None = N
 
 
 def readable_table(table: pd.DataFrame) -> pd.DataFrame:
-    """A `results_table` for people: texts, with percent, intervals and thousands separators."""
+    """A `results_table` as text to read, with percent signs, intervals and thousands separators."""
     rows = []
     for row in table.to_dict("records"):
         error = row.get("error") if isinstance(row.get("error"), str) else ""  # joined tables may lack the column
@@ -212,8 +212,8 @@ def recommend(table: pd.DataFrame) -> str:
     """The smallest model of a `results_table` within one standard error of the best, by validation accuracy.
 
     This is the one-standard-error rule (Breiman et al., Classification and Regression Trees, 1984). Models with fewer
-    than `MIN_SEEDS` finished runs are no candidates, nor those with failed runs where there are others. A text says if
-    there is none.
+    than `MIN_SEEDS` finished runs are not candidates, nor are those with failed runs, unless all have some.
+    If there is no candidate, the returned text says so.
     """
     finished = table[table["n"] >= MIN_SEEDS]
     if "error" in finished and len(whole := finished[finished["error"].fillna("") == ""]):
@@ -235,13 +235,13 @@ def save_table(table: pd.DataFrame, path: str | Path) -> pd.DataFrame:
 
 
 def with_depth(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows whose model is named as "ResidualMLP-8" is, with its family and depth (int) as further columns."""
+    """The rows whose model has a name like "ResidualMLP-8", with its family and depth (int) as further columns."""
     parts = table["model"].str.extract(r"^(?P<family>.+)-(?P<depth>\d+)$")
     return table.join(parts).dropna(subset="depth").astype({"depth": int})
 
 
 def with_knobs(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows whose model is named as "T = 4, α = 0.7" is, with temperature and alpha (float) as further columns."""
+    """The rows whose model has a name like "T = 4, α = 0.7", with temperature and alpha (float) as columns."""
     knobs = table["model"].str.extract(r"^T = (?P<temperature>.+), α = (?P<alpha>.+)$").astype(float)
     return table.join(knobs).dropna(subset="temperature")
 

@@ -68,7 +68,7 @@ class TelegramNotifier:
         self._call("sendMessage", text=text if len(text) <= 4000 else text[:4000] + "…")
 
     def _call(self, method: str, **fields: str) -> dict:
-        """The result of one of the Bot API's methods; what is temporary is tried again."""
+        """The result of one of the Bot API's methods; temporary failures are retried."""
         until, pause = time.monotonic() + self.deadline, self.pause
         while not (reply := self._attempt(method, fields, until - time.monotonic())).get("ok"):
             status, parameters = reply.get("error_code"), reply.get("parameters") or {}
@@ -87,7 +87,7 @@ class TelegramNotifier:
         return reply["result"]
 
     def _attempt(self, method: str, fields: dict[str, str], seconds: float) -> dict:
-        """The Bot API's reply to one request; other problems take the same form, as httpx's errors hold the URL."""
+        """The Bot API's reply to one request, or a failure in the same form: httpx's errors would show the URL."""
         url = f"{self.base_url}/bot{self._token.get_secret_value()}/{method}"
         content, timeout = {"chat_id": self.chat_id, **fields}, min(self.timeout, max(seconds, 0.01))
         reply = {"description": "no connection"}

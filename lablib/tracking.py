@@ -1,4 +1,4 @@
-"""Weights & Biases: each training becomes a run there. What goes wrong with an optional service harms no training."""
+"""Weights & Biases: each training becomes a run there. The failure of an optional service harms no training."""
 
 import contextlib
 import functools
@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from lablib.config import redacted
 from lablib.metrics import best_row, epoch_number, history
 
-# The fields of a TrainingConfig that are logged: a list of what may leave this machine, as others hold secrets.
+# The fields of a TrainingConfig that are logged: an allow-list of what may leave this machine; others hold secrets.
 LOGGED = [
     "num_epochs", "batch_size", "learning_rate", "optimizer", "weight_decay", "lr_schedule", "warmup_fraction",
     "max_grad_norm", "validation_split", "max_train_images", "early_stopping_patience", "early_stopping_metric",
@@ -34,7 +34,7 @@ _OFFLINE = "; WANDB_MODE=offline keeps the run on this machine and needs no acco
 
 
 class Harmless:
-    """Something optional: the first error in one of its `@harmless` methods is a warning, and then they do nothing."""
+    """An optional service: after the first error in a `@harmless` method, which is a warning, they all do nothing."""
 
     service = "the service"
     broken = False
@@ -44,7 +44,7 @@ class Harmless:
         if not self.broken:
             self.broken = True
             reason = redacted(str(error)) or type(error).__name__
-            # without a line of somebody else's source below the message
+            # warn_explicit prints no source line below the message; it would be of an unrelated file
             warnings.warn_explicit(f"{self.service}: {reason}; continuing without it", UserWarning, "lablib", 0)
 
 
@@ -95,7 +95,7 @@ class WandbCallback(Harmless, TrainerCallback):
 
     @harmless
     def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
-        self._steps = -(-len(train_dataloader) // args.gradient_accumulation_steps)  # an epoch
+        self._steps = -(-len(train_dataloader) // args.gradient_accumulation_steps)  # per epoch
         self._histograms, began = {}, time.perf_counter()
         try:
             self._begin(_mode(), Path(args.output_dir) / "wandb_run_id", resumed=state.global_step > 0)
@@ -115,7 +115,7 @@ class WandbCallback(Harmless, TrainerCallback):
             id=id_file.read_text(),
             resume="allow",
             reinit="create_new",
-            config=described(trainer),
+            config=wandb_config(trainer),
             dir=os.environ.get("WANDB_DIR") or str(Path(config.output_dir).resolve()),
             mode=mode,
             settings=_SETTINGS | {"init_timeout": _timeout()},
@@ -146,7 +146,7 @@ class WandbCallback(Harmless, TrainerCallback):
 
     @harmless
     def on_train_end(self, args, state, control, **kwargs):
-        self._finish(0, **final_result(self.trainer), error=None)  # where a resumed run was interrupted before
+        self._finish(0, **final_result(self.trainer), error=None)  # clears the one of an earlier interruption
 
     @harmless
     def on_train_failed(self, error: BaseException) -> None:
@@ -166,7 +166,7 @@ class WandbCallback(Harmless, TrainerCallback):
             run.finish(exit_code=exit_code)
 
 
-def described(trainer) -> dict:
+def wandb_config(trainer) -> dict:
     """The config of a W&B run."""
     config, model, data = trainer.config, trainer.model, trainer.data
     return {
@@ -207,7 +207,7 @@ def _mode() -> str:
         return "offline" if wandb.run.offline else mode
     if mode in ("offline", "dryrun", "disabled"):
         return mode
-    silent, settings.silent = settings.silent, True  # or it waits for the server to say who this is
+    silent, settings.silent = settings.silent, True  # otherwise it asks the server who this is, and waits
     try:
         logged_in = wandb.login(prompt=False, verify=False)
     finally:

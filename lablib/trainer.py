@@ -20,7 +20,7 @@ from accelerate.utils import broadcast, convert_outputs_to_fp32
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_convert
 from transformers import EarlyStoppingCallback, EvalPrediction, PrinterCallback, TrainerCallback
 from transformers.trainer_pt_utils import nested_numpify
 from transformers.trainer_utils import PredictionOutput
@@ -29,15 +29,7 @@ from lablib.augmentation import augment
 from lablib.checkpoints import ResumableTrainer, contiguous_weights
 from lablib.config import TrainingConfig
 from lablib.data import ImageBatches, ImageData, ShuffledBatches, stratified_split, stratified_subset
-from lablib.hardware import (
-    algorithms,
-    check_device,
-    fits,
-    keep_freed_memory,
-    memory_format,
-    resolve_precision,
-    untouched,
-)
+from lablib.hardware import algorithms, check_device, fits, keep_memory, memory_format, resolve_precision, untouched
 from lablib.metrics import BatchMeter, are_probabilities, first_logits
 
 Outputs = torch.Tensor | tuple[torch.Tensor, ...]  # logits (batch × classes), or a tuple that begins with them
@@ -81,9 +73,9 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
         checkpoint_dir: str | None = None,
         run_name: str | None = None,
     ):
-        _spare_overhead()  # before there is a trainer, which would never be collected
+        _avoid_overhead()  # first: a trainer that existed by then would never be collected
         check_device(config.device)
-        keep_freed_memory()
+        keep_memory()
         if hasattr(model, "config") and not isinstance(model, transformers.PreTrainedModel):
             raise ValueError("transformers would write to the model's attribute `config`; give it another name")
         self.config, self.data = config, data
@@ -93,10 +85,10 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
             weakref.finalize(self, shutil.rmtree, checkpoint_dir, ignore_errors=True)
         args = config.to_training_arguments(checkpoint_dir, precision=resolve_precision(config, model))
         args._n_gpu = min(args.n_gpu, 1)  # or Trainer multiplies the batch by the GPUs it sees
-        most = min(1000, 2**22 // data.train_images[0].numel())  # images of 4 million values together
+        most = min(1000, 2**22 // data.train_images[0].numel())  # as many images as hold 4 million values
         args.per_device_eval_batch_size = max(config.batch_size, most) // args.world_size * args.world_size
         images, labels = data.train_images, data.train_labels
-        if fits(images, args.device) and not args.dataloader_num_workers:  # which are forked and cannot use a GPU
+        if fits(images, args.device) and not args.dataloader_num_workers:  # forked workers cannot use a GPU
             images, labels = images.to(args.device), labels.to(args.device)
         train, validation = stratified_split(data.train_labels, config.validation_split, config.seed)
         train = stratified_subset(train, data.train_labels, config.max_train_images, config.seed)
@@ -108,7 +100,7 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
             args=args,
             train_dataset=ImageBatches(images, labels, train),
             eval_dataset=ImageBatches(images, labels, validation),
-            data_collator=_as_it_is,
+            data_collator=default_convert,
             compute_metrics=self._evaluated,
             callbacks=[*([EarlyStoppingCallback(patience)] if patience else []), *callbacks],
         )
@@ -138,7 +130,7 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
             nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         if self.config.torch_compile:  # in place: transformers would also compile all later runs of this process
             self.model.compile()
-        transformers.set_seed((self.args.seed + self.args.process_index * 2_654_435_761) % 2**32)  # not a seed nearby
+        transformers.set_seed((self.args.seed + self.args.process_index * 2_654_435_761) % 2**32)  # not a nearby seed
         self._since_last_log = BatchMeter(self.args.world_size)
         self._clock = time.perf_counter()
 
@@ -171,11 +163,11 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
             return super().get_train_dataloader()
         data, seed = self.train_dataset, self.args.data_seed
         batches = ShuffledBatches(len(data), self._train_batch_size, seed, data.indices.device)
-        return self.accelerator.prepare(DataLoader(data, batch_sampler=batches, collate_fn=_as_it_is))
+        return self.accelerator.prepare(DataLoader(data, batch_sampler=batches, collate_fn=default_convert))
 
     def prepare_images(self, images: torch.Tensor, training: bool) -> torch.Tensor:
         """uint8 images -> the model's input: augmented if training, normalised by the training set's statistics."""
-        config, pixels = self.config, images.to(torch.float32)
+        config, pixels = self.config, images.float()
         if training:
             knobs = config.rotation_degrees, config.translation_fraction, config.horizontal_flip, config.crop_padding
             pixels = augment(pixels, *knobs)
@@ -264,10 +256,10 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
         return super()._get_grad_norm(model, grad_norm) if is_last else grad_norm
 
     def _training_metrics(self) -> dict[str, float]:
-        losses = self._since_last_log.state()["losses"]["loss"]  # the only time in an epoch to wait for the device
+        losses = self._since_last_log.state()["losses"]["loss"]  # the only wait for the device in an epoch
         wrong = [number for number, loss in enumerate(losses) if not math.isfinite(loss)]
         if wrong and not (self.args.fp16 and len(wrong) < len(losses)):  # the loss scaler of fp16 skips such a step
-            batches = self.args.gradient_accumulation_steps  # a step
+            batches = self.args.gradient_accumulation_steps  # per step
             step = self.state.global_step - math.ceil(len(losses) / batches) + wrong[0] // batches + 1
             raise self._not_finite(f"training loss is {losses[wrong[0]]}", f", step {step}")
         means, now = self._since_last_log.means(), time.perf_counter()
@@ -279,10 +271,10 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
     @torch.no_grad()
     def _evaluated(self, prediction: EvalPrediction) -> dict[str, float]:
         """Losses and accuracy over all images at once, since a weighted loss is not a mean over batches."""
-        arrays, device = (prediction.predictions, prediction.label_ids), self.args.device  # of tensors in `losses` too
+        arrays, device = (prediction.predictions, prediction.label_ids), self.args.device  # that of `losses`' tensors
         outputs, labels = tree_map(lambda array: torch.from_numpy(array).to(device), arrays)
         metrics = {name: value.item() for name, value in self._losses(outputs, labels).items()}
-        if self.is_in_train and not math.isfinite(metrics["loss"]):  # a test's may be: nothing is lost then
+        if self.is_in_train and not math.isfinite(metrics["loss"]):  # on test data it may be: training is over
             raise self._not_finite(f"evaluation loss is {metrics['loss']}")
         return metrics | {"accuracy": (first_logits(outputs).argmax(1) == labels).sum().item() / len(labels)}
 
@@ -299,7 +291,7 @@ def sanity_check(trainer: StreamlinedTrainer) -> None:
     An evaluation, whose outputs must be logits, one for each class; a full batch and the last batch of an epoch
     (forward and backward); and the weights, saved and loaded. It leaves no trace (see `untouched`) and needs no other
     process.
-    Raises SanityCheckError: which of these fails, what the network was given, and the original error.
+    Raises SanityCheckError, which says what failed, what the network was given, and the original error.
     """
     args, model, images = trainer.args, trainer.model, len(trainer.train_dataset)
     batch, full = args.train_batch_size, min(images, args.train_batch_size // args.world_size)
@@ -365,15 +357,11 @@ def _try(trainer: StreamlinedTrainer, what: str, dataset: ImageBatches, size: in
         raise SanityCheckError(words + advice) from error
 
 
-def _as_it_is(batch):
-    return batch
-
-
 @functools.cache
-def _spare_overhead() -> None:
+def _avoid_overhead() -> None:
     """Avoid two costs in accelerate: a garbage collection over all imported modules at the start of each training
     (0.3 s), and a search of the disk for an optional package twice per step (6 to 10 % of an MLP's step)."""
-    with contextlib.suppress(AttributeError):  # in another version
+    with contextlib.suppress(AttributeError):  # absent in another version
         accelerate.optimizer.is_lomo_available = functools.cache(accelerate.optimizer.is_lomo_available)
     gc.collect()
     gc.freeze()
