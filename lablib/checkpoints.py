@@ -164,7 +164,7 @@ class ResumableTrainer:
         if path is True and not (path := self.newest_checkpoint()):
             raise ValueError(f"there is no checkpoint in {folder} to resume from; train without resuming")
         loaded = self._load(Path(path)) if path else None
-        self.notes, self._best_weights, self._callbacks_before = [], None, self._unsaved_callbacks()
+        self.notes, self._best_weights, self._state_before = [], None, self._unsaved_state()
         self._interruption, self._saved_at, self._leaving = Interruption(), time.monotonic(), False
         with self._interruption:
             try:
@@ -204,11 +204,15 @@ class ResumableTrainer:
             "processes": str(self.args.world_size),
         }
 
-    def _unsaved_callbacks(self) -> set[tuple[str, str]]:
-        """The user's callbacks that a checkpoint does not keep, each with its attributes as text."""
-        found = [c for c in self.callback_handler.callbacks if not hasattr(c, "from_state")]  # no ExportableState
-        users = [c for c in found if not type(c).__module__.startswith(("lablib.", "transformers."))]
-        return {(type(c).__name__, repr(vars(c))) for c in users}
+    def _unsaved_state(self) -> set[tuple[str, str]]:
+        """The user's callbacks and layers, each with its attributes, as text, that a checkpoint does not keep."""
+        callbacks = [c for c in self.callback_handler.callbacks if not hasattr(c, "from_state")]  # no ExportableState
+        held = [(callback, vars(callback)) for callback in callbacks]
+        for layer in self.model.modules():
+            numbers = {name: value for name, value in vars(layer).items() if isinstance(value, (int, float))}
+            held.append((layer, numbers | {"training": True, "_is_accelerate_prepared": True}))  # these two do change
+        libraries = ("lablib.", "transformers.", "torch.")
+        return {(type(of).__name__, repr(state)) for of, state in held if not type(of).__module__.startswith(libraries)}
 
     def _maybe_log_save_evaluate(self, *args, **kwargs):  # after each step, and once more after an epoch's last one
         state, control, saved_at = self.state, self.control, self._saved_at
@@ -259,7 +263,7 @@ class ResumableTrainer:
             args.output_dir = str(written.parent)
             super()._save_checkpoint(model, trial)
             saved = {"environment": self.environment, "notes": self.notes, "progress": self.progress()}
-            saved["forgotten"] = sorted(name for name, _ in self._unsaved_callbacks() - self._callbacks_before)
+            saved["forgotten"] = sorted(name for name, _ in self._unsaved_state() - self._state_before)
             if first:
                 (written / _LAB).write_text(json.dumps(saved))
                 if self._best_weights:
@@ -302,7 +306,8 @@ class ResumableTrainer:
             was, now_is = (", ".join(f"{name} {values.get(name)}" for name in changed) for values in (before, now))
             notes.append(f"started with {was}, {resumed} with {now_is}")
         if forgotten := ", ".join(saved.get("forgotten", [])):
-            notes.append(f"{resumed} without the state of {forgotten}; derive it from transformers' ExportableState")
+            advice = "derive a callback from transformers' ExportableState, and keep a network's state in buffers"
+            notes.append(f"{resumed} without the state of {forgotten}; {advice}")
         for note in notes:
             warnings.warn(f"{self.args.output_dir}: {note}; the result will carry this note", stacklevel=3)
         self.notes = [*saved["notes"], *notes]

@@ -344,12 +344,20 @@ class Counting(TrainerCallback):
         self.steps += self.parameter
 
 
-def test_a_callback_whose_state_is_lost_is_named_and_noted_in_the_result(config, tiny_data, recwarn):
-    counting = [Counting(1), Counting(0)]
+class CountingMLP(MLP):
+    passes = 0
+
+    def forward(self, images):
+        self.passes += 1
+        return super().forward(images)
+
+
+def test_a_callback_and_a_network_whose_state_is_lost_are_named_and_noted_in_the_result(config, tiny_data, recwarn):
+    train = partial(train_or_load, partial(CountingMLP, **tiny_mlp.keywords), config(), tiny_data)
     with pytest.raises(KeyboardInterrupt):
-        train_or_load(tiny_mlp, config(), tiny_data, callbacks=[*counting, At(2, press_ctrl_c)])
-    (note,) = train_or_load(tiny_mlp, config(), tiny_data, callbacks=[Counting(1), Counting(0)]).result["notes"]
-    assert note.startswith("resumed at step 2 without the state of Counting; ")
+        train(callbacks=[Counting(1), Counting(0), At(2, press_ctrl_c)])
+    (note,) = train(callbacks=[Counting(1), Counting(0)]).result["notes"]
+    assert note.startswith("resumed at step 2 without the state of Counting, CountingMLP; ")
     assert note in str(recwarn.pop(UserWarning).message)
 
 
