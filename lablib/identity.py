@@ -89,6 +89,10 @@ def described_network(build_model: Callable[[], nn.Module], seed: int) -> tuple[
     model = build_seeded(build_model, seed)
     if not isinstance(model, nn.Module):
         raise TypeError(f"the function that builds the model returned {model!r}, which is not a torch.nn.Module")
+    if hasattr(model, "_orig_mod"):
+        raise TypeError(
+            "the model is compiled; build it without torch.compile and write TrainingConfig(torch_compile=True)"
+        )
     cls, name, known = type(model), type(model).__name__, None
     if cls.__module__ == "lablib.models" and hasattr(model, "_hub_mixin_config"):
         arguments = {key: value for key, value in model._hub_mixin_config.items() if value is not None}

@@ -227,6 +227,7 @@ def constant(weights: torch.Tensor) -> nn.Module:
         (lambda: nn.Sequential(nn.Flatten(), SHARED), ValueError, "networks that share no weights"),
         (lambda: nn.Embedding.from_pretrained(TABLE, freeze=False), ValueError, "networks that share no weights"),
         (lambda: nn.Linear(1, 1).state_dict(), TypeError, "not a torch.nn.Module"),
+        (lambda: torch.compile(tiny_mlp()), TypeError, r"write TrainingConfig\(torch_compile=True\)"),
         (lambda: constant(torch.from_numpy(np.random.rand(2))), ValueError, "not with NumPy or random"),
         (lambda: nn.Dropout(np.random.rand()), ValueError, "not with NumPy or random"),
     ],
