@@ -51,9 +51,9 @@ def hang(handler: "_Handler"):
 class BotApi:
     """A server at `url`, as a context manager, with the `requests` that came; `script` answers the next ones."""
 
-    def __init__(self, *script: Answer):
+    def __init__(self):
         self.requests: list[SimpleNamespace] = []
-        self.script = list(script)
+        self.script: list[Answer] = []
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
         self._server.daemon_threads = True
         self._server.api, self._server.closing = self, threading.Event()

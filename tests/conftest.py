@@ -7,9 +7,11 @@ from pathlib import Path
 import matplotlib
 import pytest
 import torch
+from bot_api import BotApi
 
 from lablib import ImageData, load_data
 from lablib.checkpoints import ResumableTrainer
+from lablib.telegram import TelegramNotifier
 
 matplotlib.use("Agg")
 torch.set_num_threads(1)  # the tests' batches are too small to share out
@@ -61,6 +63,17 @@ def tiny_data() -> ImageData:
         return images, labels
 
     return ImageData("tiny", *part(12), *part(6), ("top", "middle", "bottom"))
+
+
+@pytest.fixture
+def api(monkeypatch):
+    """A Bot API on loopback to which those talk who do not say otherwise, with short pauses and no credentials."""
+    for name in ("TELEGRAM_BOT_TOKEN", "TELEGRAM_CHAT_ID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(TelegramNotifier, "pause", 0.01)
+    with BotApi() as api:
+        monkeypatch.setattr(TelegramNotifier.__init__, "__defaults__", (None, None, api.url, 10))
+        yield api
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -14,6 +14,8 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from outcomes import findings
+from scripted import At, Scripted, press_ctrl_c
 from torch import nn
 from transformers import TrainerCallback
 
@@ -49,29 +51,6 @@ def build(request, config, tiny_data, tmp_path):
 after_each_epoch = pytest.mark.parametrize("build", [0.0], indirect=True)
 
 
-class At(TrainerCallback):
-    """Does something at the end of a step, or of each (None); part of no run's identity."""
-
-    def __init__(self, step: int | None, action):
-        self.step, self.action = step, action
-
-    def __identity__(self):
-        return None
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if self.step in (None, state.global_step):
-            self.action()
-
-
-def press_ctrl_c():
-    os.kill(os.getpid(), signal.SIGINT)
-
-
-def findings(trainer) -> tuple:
-    rows = [{k: v for k, v in row.items() if k != "seconds"} for row in history(trainer.state.log_history)]
-    return rows, {name: tensor.tolist() for name, tensor in trainer.model.state_dict().items()}
-
-
 def stopped(build, *steps: int, **more) -> list[Path]:
     """Interrupt one training at steps, one after another; its checkpoints, newest first."""
     for number, step in enumerate(steps):
@@ -102,13 +81,6 @@ class Repeated(nn.Module):
         for block in self.blocks:
             x = x + block(x).relu()
         return x @ self.classifier
-
-
-class Scripted(StreamlinedTrainer):
-    """Its validation accuracy is best in the second epoch."""
-
-    def _evaluated(self, prediction):
-        return super()._evaluated(prediction) | {"accuracy": 0.9 if round(self.state.epoch) == 2 else 0.5}
 
 
 class Scaled(StreamlinedTrainer):
@@ -283,18 +255,10 @@ def test_the_seconds_of_a_resumed_training_do_not_include_the_pause(build):
     assert seconds[1] < seconds[2] <= elapsed - 0.3
 
 
-class Malicious:
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
-
-
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
 def test_a_planted_pickle_is_not_executed(name, build, tmp_path):
-    (planted,) = stopped(build, 1)
-    torch.save(Malicious(tmp_path / "executed"), planted / name)
+    (planted,), touch = stopped(build, 1), (Path.touch, (tmp_path / "executed",))
+    torch.save(type("Malicious", (), {"__reduce__": lambda self: touch})(), planted / name)
     (planted / "manifest.json").unlink()
     seal(planted.rename(planted.parent / UNFINISHED / planted.name), planted)
     with pytest.raises(Exception, match="Weights only load failed"):

@@ -48,16 +48,15 @@ def test_a_normalised_weight_has_the_gradient_of_the_plain_weight_that_it_stands
     np.testing.assert_allclose(one["rms"], other["rms"], rtol=1e-5)
 
 
-class WithUnused(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.unused, self.projection = nn.Linear(2, 2), nn.Conv2d(1, 3, 4)
-
-    def forward(self, images):
-        return self.projection(images).flatten(1)
-
-
 def test_convolutions_are_layers_too_but_a_shortcuts_projection_is_none(batch):
+    class WithUnused(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.unused, self.projection = nn.Linear(2, 2), nn.Conv2d(1, 3, 4)
+
+        def forward(self, images):
+            return self.projection(images).flatten(1)
+
     names = gradient_norms(build(ResidualMLP, hidden_sizes=(6, 6, 5)), batch)["name"].tolist()
     assert names == [f"blocks.{block}.residual.{layer}" for block in range(3) for layer in (0, 3)] + ["classifier"]
     table = gradient_norms(WithUnused(), batch)

@@ -109,28 +109,20 @@ def test_the_teachers_remembered_answers_are_those_of_the_images_that_are_evalua
         assert loss == pytest.approx(distillation_loss(*logits, true, 4.0, 0.7)[1].item(), rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
+def test_what_does_not_fit_is_refused(tiny_data):
+    student, four = network(1), network(2, num_classes=4)
+    pair = type("Pair", (MLP,), {"forward": lambda self, images: (images, images)})()
+    wrong = [
         ({"alpha": -0.1}, "alpha = -0.1, but it must be a number from 0 (labels only) to 1 (teacher only)"),
         ({"temperature": float("inf")}, "temperature = inf, but it must be above 0 and at most 1000"),
-    ],
-)
-def test_a_wrong_alpha_or_temperature_is_refused(tiny_data, arguments, words):
-    with pytest.raises(ValueError, match=re.escape(words)):
-        KnowledgeDistillationTrainer(network(1), network(2), config(), tiny_data, **arguments)
-
-
-def test_a_teacher_or_student_that_does_not_fit_is_refused(tiny_data):
-    student = network(1)
-    with pytest.raises(ValueError, match="the teacher is the student; give a network of its own"):
-        KnowledgeDistillationTrainer(student, student, config(), tiny_data)
-    pair = type("Pair", (MLP,), {"forward": lambda self, images: (images, images)})()
-    wrong = {"returns a tuple, not logits": pair, "has 4 outputs, but tiny has 3 classes": network(2, num_classes=4)}
-    wrong["returns probabilities"] = torch.nn.Sequential(network(2), torch.nn.Softmax(1))
-    for words, teacher in wrong.items():
-        with pytest.raises(ValueError, match=f"the teacher {words}"):
-            KnowledgeDistillationTrainer(student, teacher, config(), tiny_data)
-    four = KnowledgeDistillationTrainer(network(1, num_classes=4), network(2), config(), tiny_data)
+        ({"teacher": student}, "the teacher is the student; give a network of its own"),
+        ({"teacher": pair}, "the teacher returns a tuple, not logits"),
+        ({"teacher": four}, "the teacher has 4 outputs, but tiny has 3 classes"),
+        ({"teacher": torch.nn.Sequential(network(2), torch.nn.Softmax(1))}, "the teacher returns probabilities"),
+    ]
+    for arguments, words in wrong:
+        right = {"teacher": network(2), "config": config(), "data": tiny_data}
+        with pytest.raises(ValueError, match=re.escape(words)):
+            KnowledgeDistillationTrainer(student, **right | arguments)
     with pytest.raises(SanityCheckError, match="the network has 4 outputs, but tiny has 3 classes"):
-        four.train()
+        KnowledgeDistillationTrainer(four, network(2), config(), tiny_data).train()

@@ -11,7 +11,6 @@ import joblib
 import numpy as np
 import pytest
 import torch
-from bot_api import BotApi
 from outcomes import timeless
 from sklearn.metrics import balanced_accuracy_score
 from transformers import TrainerCallback
@@ -19,7 +18,6 @@ from transformers import TrainerCallback
 from lablib import MLP, Experiment, KnowledgeDistillationTrainer, StreamlinedTrainer, TrainingConfig, experiment
 from lablib.data import ImageData
 from lablib.runs import TrainedModel, load_run, publish, train_or_load
-from lablib.telegram import TelegramNotifier
 
 tiny_mlp = partial(MLP, image_shape=(1, 6, 6), num_classes=3)
 MODELS = {"narrow": partial(tiny_mlp, (4,)), "wide": lambda: tiny_mlp((8,))}
@@ -40,15 +38,6 @@ def config(tmp_path):
 def finished(tiny_data, tmp_path_factory) -> Experiment:
     """Two models × two seeds, trained one after the other."""
     return experiment(MODELS, config_in(tmp_path_factory.mktemp("finished")), tiny_data, SEEDS)
-
-
-@pytest.fixture
-def telling(config, monkeypatch):
-    """A config with a bot, and the API that gets its messages."""
-    token = {"telegram_bot_token": "123456789:AAq7Zk-Wm3xVt9Rb_Ls5Yc2Hd8Fg4Jn6PqE", "telegram_chat_id": 42}
-    with BotApi() as api:
-        monkeypatch.setattr(TelegramNotifier.__init__, "__defaults__", (None, None, api.url, 10))
-        yield replace(config, use_telegram_notifications=True, **token), api
 
 
 @pytest.fixture
@@ -212,14 +201,13 @@ class Counting(TrainerCallback):
         print(f"epochs: {self.epochs}")
 
 
-class Leaking(TrainerCallback):
-    epochs = []  # noqa: RUF012
-
-    def on_epoch_end(self, *args, **kwargs):
-        self.epochs.append(1)
-
-
 def test_a_run_that_an_earlier_one_has_changed_or_that_another_process_builds_differently_is_refused(config, tiny_data):
+    class Leaking(TrainerCallback):
+        epochs = []  # noqa: RUF012
+
+        def on_epoch_end(self, *args, **kwargs):
+            self.epochs.append(1)
+
     with pytest.warns(UserWarning, match="RuntimeError: the callbacks would not be what was asked for; restart Python"):
         result = experiment(NARROW, config, tiny_data, SEEDS, callbacks=[Leaking()])
     assert list(result.runs) == [("narrow", 0)]
@@ -249,7 +237,7 @@ def distilled(finished) -> Experiment:
 def test_a_student_in_a_grid_is_the_one_trained_alone_with_its_teacher(distilled, finished, tiny_data, tmp_path):
     cells = ["T = 1, α = 0.5", "T = 1, α = 1", "T = 4, α = 0.5", "T = 4, α = 1"]
     assert list(distilled.runs) == [(name, seed) for name in cells for seed in SEEDS]
-    assert len({timeless(run)[1] for run in distilled.runs.values()}) == 8
+    assert len({timeless(run)["weights"] for run in distilled.runs.values()}) == 8
     teacher = TrainedModel(finished.runs["wide", 1], MODELS["wide"])
     trainer = partial(KnowledgeDistillationTrainer, teacher=teacher, temperature=4, alpha=0.5)
     alone = train_or_load(MODELS["narrow"], replace(config_in(tmp_path), seed=1), tiny_data, trainer_class=trainer)
@@ -338,7 +326,7 @@ def test_arguments_that_cannot_be_used_are_refused(arguments, error, words, conf
         experiment(**({"models": MODELS, "config": config, "data": tiny_data, "seeds": [0]} | arguments))
 
 
-def test_an_interruption_says_where_and_keeps_what_is_finished(telling, config, tiny_data, capsys):
+def test_an_interruption_says_where_and_keeps_what_is_finished(api, config, tiny_data, capsys):
     class Interrupted(StreamlinedTrainer):
         def train(self, *args, **kwargs):
             assert not self.config.use_telegram_notifications  # the experiment tells, and keeps the token to itself
@@ -348,10 +336,11 @@ def test_an_interruption_says_where_and_keeps_what_is_finished(telling, config, 
             state.trained.append(self.config.seed)
             return super().train(*args, **kwargs)
 
-    state = Notes(trained=[], resumed=False)
+    state, token = Notes(trained=[], resumed=False), "123456789:AAq7Zk-Wm3xVt9Rb_Ls5Yc2Hd8Fg4Jn6PqE"
+    bot = {"use_telegram_notifications": True, "telegram_bot_token": token, "telegram_chat_id": 42}
     with pytest.raises(KeyboardInterrupt):
-        experiment(NARROW, telling[0], tiny_data, [0, 1, 2], trainer_class=Interrupted)
-    (message,) = telling[1].messages()
+        experiment(NARROW, replace(config, **bot), tiny_data, [0, 1, 2], trainer_class=Interrupted)
+    (message,) = api.messages()
     assert message.text.startswith("Experiment on tiny: interrupted\nruns: 1 of 3 finished (0 loaded), 0 failed\n")
     assert "\nKeyboardInterrupt\n" in message.text
     assert capsys.readouterr().out.count("\ninterrupted at epoch 2 of 6; run again to resume\n") == 1
@@ -427,12 +416,11 @@ def test_two_processes_that_want_the_same_run_train_it_once(config, tiny_data, t
     assert one == other == load_run(one.path)
 
 
-class Dies(MLP):
-    def forward(self, images):
-        os._exit(1)
-
-
 def test_a_worker_that_dies_ends_the_experiment_and_finished_runs_are_loaded_by_the_next(config, tiny_data):
+    class Dies(MLP):
+        def forward(self, images):
+            os._exit(1)
+
     models = {**NARROW, "dies": lambda: Dies((4,), image_shape=(1, 6, 6), num_classes=3)}
     before = experiment(NARROW, config, tiny_data, [0]).runs["narrow", 0]
     with pytest.raises(joblib.externals.loky.process_executor.TerminatedWorkerError):

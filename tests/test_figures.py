@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from scipy import stats
+from scripted import frame_of
 
 from lablib import figures
 from lablib.diagnostics import calibration
@@ -34,15 +35,6 @@ def drawn(figure: Figure) -> list[Axes]:
         for axis in figure.axes if legend else []:
             assert not legend.get_window_extent().overlaps(axis.get_window_extent())
     return figure.axes
-
-
-def frame_of(accuracies: dict[str, list[float]]) -> pd.DataFrame:
-    rows = [
-        {"model": model, "seed": seed, "test_accuracy": value, "parameters": 12_345 * place}
-        for place, (model, values) in enumerate(accuracies.items(), 1)
-        for seed, value in enumerate(values)
-    ]
-    return pd.DataFrame(rows)
 
 
 def histories_of(models: dict[str, list[int]]) -> pd.DataFrame:
@@ -229,7 +221,7 @@ def test_distillation_has_bars_from_0_and_a_line_per_seed_with_the_gain_in_the_t
     assert f"{means[2] - means[1]:+.2f}" in figure.get_suptitle()
     for axis in (left, right):
         text = axis.get_xticklabels()[0].get_text()
-        assert "12,345 parameters" in text
+        assert "1,000 parameters" in text
         assert f"{means[0]:.2f}" in text
 
 

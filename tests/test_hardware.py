@@ -5,9 +5,9 @@ from functools import partial
 
 import pytest
 import torch
+from scripted import At
 from torch import nn
 from torch.nn import functional as F
-from transformers import TrainerCallback
 
 from lablib import MLP, KnowledgeDistillationTrainer, StreamlinedTrainer, TrainingConfig
 from lablib.hardware import fits, memory_format, resolve_precision
@@ -57,15 +57,11 @@ def test_auto_takes_half_precision_for_convolutions_where_there_are_units_for_it
 
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_a_training_is_deterministic_on_request_and_leaves_the_settings_as_they_were(deterministic, tiny_data):
-    during = []
-
-    class Look(TrainerCallback):
-        def on_step_end(self, *args, **kwargs):
-            during.append((torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark))
-
-    StreamlinedTrainer(small_mlp(), config(deterministic=deterministic), tiny_data, callbacks=[Look()]).train()
-    assert {*during} == {(deterministic, not deterministic)}
-    assert (torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark) == (False, False)
+    seen, look = [], lambda: seen.append((torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark))
+    StreamlinedTrainer(small_mlp(), config(deterministic=deterministic), tiny_data, callbacks=[At(None, look)]).train()
+    look()
+    assert {*seen[:-1]} == {(deterministic, not deterministic)}
+    assert seen[-1] == (False, False)
 
 
 @pytest.mark.parametrize(("width", "expected"), [(8, torch.contiguous_format), (16, torch.channels_last)])

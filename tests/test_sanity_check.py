@@ -3,15 +3,16 @@
 import copy
 import random
 from functools import partial
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
+from outcomes import findings
 from torch import nn
 from torch.nn import functional as F
 
 from lablib import MLP, ResidualCNN, StreamlinedTrainer, TrainingConfig
-from lablib.metrics import history
 from lablib.trainer import SanityCheckError, sanity_check
 
 
@@ -50,14 +51,6 @@ class Linear(nn.Module):
         return self.answer(self.linear(images.flatten(1)))
 
 
-class WrongWhenEvaluated(StreamlinedTrainer):
-    """Its loss fails only in an evaluation."""
-
-    def losses(self, outputs, labels):
-        weight = None if torch.is_grad_enabled() else torch.ones(2)
-        return {"loss": F.cross_entropy(outputs, labels, weight)}
-
-
 class Expanded(Linear):
     def __init__(self):
         super().__init__()
@@ -72,13 +65,6 @@ class Late(Linear):
     def forward(self, images):
         self.scale = torch.ones(3)
         return super().forward(images)
-
-
-def out_of_memory(error: Exception):
-    def answer(logits):
-        raise error
-
-    return Linear(answer)
 
 
 def batch_normed() -> nn.Module:
@@ -101,39 +87,42 @@ NO_MEMORY = "(9 images) does not fit into memory: use a smaller batch_size or im
         (Linear(torch.detach), "a full batch (9 of 27 images) fails with RuntimeError: element 0"),
         (Expanded(), "no checkpoint of Expanded can be loaded: its state_dict() must hold ordinary tensors"),
         (Late(), "the state_dict() of Late changes in training; make all buffers first"),
-        (out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate")), NO_MEMORY),
-        (out_of_memory(torch.OutOfMemoryError("CUDA out of memory.")), NO_MEMORY),
-        (out_of_memory(MemoryError()), NO_MEMORY),
+        (Linear(Mock(side_effect=RuntimeError("DefaultCPUAllocator: can't allocate"))), NO_MEMORY),
+        (Linear(Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory."))), NO_MEMORY),
+        (Linear(Mock(side_effect=MemoryError())), NO_MEMORY),
     ],
 )
 def test_what_would_fail_in_a_training_is_refused_before_it(model, words, tiny_data):
     assert words in refused(model, tiny_data)
 
 
-@pytest.mark.parametrize("losses", [F.cross_entropy, lambda logits, labels: {"loss": logits}])
-def test_losses_that_are_no_dict_of_scalars_are_refused_before_a_training(losses, tiny_data, monkeypatch):
-    monkeypatch.setattr(StreamlinedTrainer, "losses", staticmethod(losses))
-    assert "`losses` must return a dict of scalar tensors" in refused(Linear(lambda logits: logits), tiny_data)
+def fails_when_evaluated(logits, labels):
+    return {"loss": F.cross_entropy(logits, labels, None if torch.is_grad_enabled() else torch.ones(2))}
 
 
-def test_a_loss_that_fails_in_an_evaluation_alone_is_refused(tiny_data):
-    words = "an evaluation (9 of 9 images) fails with RuntimeError: weight tensor"
-    assert words in refused(Linear(), tiny_data, WrongWhenEvaluated)
+def penalised(logits, labels):
+    return {"loss": F.cross_entropy(logits, labels), "penalty": logits.mean()}
 
 
-class OwnComputeLoss(StreamlinedTrainer):
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        return F.cross_entropy(model(inputs["images"].float()), inputs["labels"])
+def own_compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    return F.cross_entropy(model(inputs["images"].float()), inputs["labels"])
 
 
-class Unnamed(StreamlinedTrainer):
-    def losses(self, outputs, labels):
-        return super().losses(outputs, labels) | {"penalty": outputs.mean()}
+NO_DICT = "`losses` must return a dict of scalar tensors"
 
 
-def test_a_loss_that_would_not_be_recorded_is_refused(tiny_data):
-    assert "override `losses`" in refused(Linear(), tiny_data, OwnComputeLoss)
-    assert "gave 'penalty'; the names" in refused(Linear(), tiny_data, Unnamed)
+@pytest.mark.parametrize(
+    ("method", "own", "words"),
+    [
+        ("losses", staticmethod(F.cross_entropy), NO_DICT),
+        ("losses", staticmethod(lambda logits, labels: {"loss": logits}), NO_DICT),
+        ("losses", staticmethod(penalised), "gave 'penalty'; the names"),
+        ("losses", staticmethod(fails_when_evaluated), "an evaluation (9 of 9 images) fails with RuntimeError: weight"),
+        ("compute_loss", own_compute_loss, "override `losses`"),
+    ],
+)
+def test_a_loss_that_would_fail_or_not_be_recorded_is_refused(method, own, words, tiny_data):
+    assert words in refused(Linear(), tiny_data, type("Own", (StreamlinedTrainer,), {method: own}))
 
 
 @pytest.mark.parametrize("batch_size", [13, 26])  # of 27 images
@@ -144,15 +133,12 @@ def test_a_last_batch_that_fails_is_refused_with_a_batch_size_that_trains(batch_
     train(batch_normed(), tiny_data, batch_size=int(words.partition("Use batch_size = ")[2].partition(",")[0]))
 
 
-class Keeping(Linear):
-    """Keeps what it made of its images, with its history: PyTorch does not copy such a model."""
-
-    def forward(self, images):
-        self.kept = super().forward(images)
-        return self.kept
-
-
 def test_a_model_that_cannot_be_copied_is_checked_and_trained(tiny_data):
+    class Keeping(Linear):  # what it made of its images, with its history
+        def forward(self, images):
+            self.kept = super().forward(images)
+            return self.kept
+
     model = Keeping()
     model(torch.zeros(2, 1, 6, 6))
     with pytest.raises(RuntimeError, match="deepcopy"):
@@ -188,6 +174,5 @@ def test_a_training_is_bitwise_the_same_with_and_without_the_check(build, precis
         monkeypatch.setattr("lablib.trainer.sanity_check", check)
         torch.manual_seed(0)
         trainer = train(build(), tiny_data, precision=precision, horizontal_flip=True, batch_size=10)
-        rows = [{k: v for k, v in row.items() if k != "seconds"} for row in history(trainer.state.log_history)]
-        ends.append((rows, {name: tensor.tolist() for name, tensor in trainer.model.state_dict().items()}))
+        ends.append(findings(trainer))
     assert ends[0] == ends[1]

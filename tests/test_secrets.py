@@ -9,13 +9,14 @@ import tempfile
 import traceback
 import warnings
 from functools import partial
+from unittest.mock import Mock
 
 import pytest
 import torch
-from bot_api import BotApi, closed_port, error, hang, reply, reset
+from bot_api import closed_port, error, hang, reply, reset
 from IPython.lib.pretty import pretty
 from pydantic import SecretStr
-from transformers import TrainerCallback
+from scripted import At
 
 from lablib import MLP, TrainingConfig, experiment, train_or_load
 from lablib.telegram import TelegramError, TelegramNotifier
@@ -32,12 +33,9 @@ tiny_mlp = partial(MLP, (4,), image_shape=(1, 6, 6), num_classes=3)
 
 
 @pytest.fixture(autouse=True)
-def _quick_and_alone(monkeypatch, tmp_path):
-    """No credentials of whoever runs the tests, short waits, and every file below tmp_path."""
-    for name in ("TELEGRAM_BOT_TOKEN", "TELEGRAM_CHAT_ID"):
-        monkeypatch.delenv(name, raising=False)
+def _quick_and_alone(api, monkeypatch, tmp_path):
+    """Short waits, and every file below tmp_path."""
     monkeypatch.setattr(TelegramNotifier, "deadline", 0.5)
-    monkeypatch.setattr(TelegramNotifier, "pause", 0.01)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.chdir(tmp_path)
 
@@ -85,20 +83,6 @@ def trace(capfd, tmp_path, monkeypatch):
         yield places
 
 
-class Fails(TrainerCallback):
-    """Ends a training in its second epoch, with an error that has seen the token."""
-
-    def __init__(self, problem: BaseException | None):
-        self.problem = problem
-
-    def __identity__(self) -> str:
-        return type(self.problem).__name__
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if self.problem and state.global_step == 6:
-            raise self.problem
-
-
 AT = f"/bot{TOKEN}/sendMessage"
 NO_API = "200 not a Bot API response"
 FAULTS = {  # what Telegram answers, what the error says, and whether there was another attempt
@@ -123,18 +107,17 @@ FAULTS = {  # what Telegram answers, what the error says, and whether there was 
     ("fault", "ends"),
     [*((fault, "well") for fault in ("all well", "400", "hang", "refused")), ("401", "badly"), ("all well", "badly")],
 )
-def test_a_training_leaves_no_trace_of_the_token(fault, ends, tiny_data, tmp_path, trace, monkeypatch):
+def test_a_training_leaves_no_trace_of_the_token(fault, ends, api, tiny_data, tmp_path, trace, monkeypatch):
     problem = None if ends == "well" else ArithmeticError(f"no GET https://api.telegram.org/bot{TOKEN}/getMe")
-    with BotApi() as api:
-        url = closed_port() if fault == "refused" else api.url
-        api.script = [FAULTS[fault][0]] * 99 if fault not in ("all well", "refused") else []
-        monkeypatch.setattr(TelegramNotifier.__init__, "__defaults__", (None, None, url, 10))
-        config = TrainingConfig(**KNOBS, output_dir=tmp_path / "runs", telegram_bot_token=TOKEN, telegram_chat_id=42)
-        print(config)
-        with contextlib.suppress(ArithmeticError) if problem else contextlib.nullcontext():
-            train_or_load(tiny_mlp, config, tiny_data, callbacks=(Fails(problem),))
-        assert fault == "refused" or {request.token for request in api.requests} == {TOKEN}  # it was used
-        assert not any(leaks(request.body) for request in api.requests)  # not even the chat sees it
+    if fault == "refused":
+        monkeypatch.setattr(TelegramNotifier.__init__, "__defaults__", (None, None, closed_port(), 10))
+    api.script = [FAULTS[fault][0]] * 99 if fault not in ("all well", "refused") else []
+    config = TrainingConfig(**KNOBS, output_dir=tmp_path / "runs", telegram_bot_token=TOKEN, telegram_chat_id=42)
+    print(config)
+    with contextlib.suppress(ArithmeticError) if problem else contextlib.nullcontext():
+        train_or_load(tiny_mlp, config, tiny_data, callbacks=(At(6, Mock(name=TOKEN, side_effect=problem)),))
+    assert fault == "refused" or {request.token for request in api.requests} == {TOKEN}  # it was used
+    assert not any(leaks(request.body) for request in api.requests)  # not even the chat sees it
     reasons = [str(warning.message) for warning in trace.warned if "Telegram: " in str(warning.message)]
     assert len(reasons) == (fault != "all well"), reasons
     assert len(trace.logged) > 10
@@ -154,11 +137,11 @@ def test_the_search_finds_a_token_in_each_place(tmp_path, trace):
 
 
 @pytest.mark.parametrize(("answer", "problem", "again"), FAULTS.values(), ids=FAULTS)
-def test_an_error_says_what_is_wrong_and_has_the_token_neither_in_its_text_nor_causes(answer, problem, again, trace):
-    with BotApi(*[answer] * 99) as api:
-        with pytest.raises(TelegramError, match=f"^({problem})") as caught:
-            TelegramNotifier(TOKEN, 42, api.url if answer else closed_port()).send_message("text")
-        assert again is None or (len(api.requests) > 1) == again
+def test_an_error_says_what_is_wrong_and_has_the_token_in_neither_text_nor_causes(answer, problem, again, api, trace):
+    api.script = [answer] * 99
+    with pytest.raises(TelegramError, match=f"^({problem})") as caught:
+        TelegramNotifier(TOKEN, 42, api.url if answer else closed_port()).send_message("text")
+    assert again is None or (len(api.requests) > 1) == again
     assert not leaks(shown(caught.value))
     assert isinstance(caught.value.__context__, TelegramError | None)  # and no error of httpx, which holds the URL
     assert trace() == []
@@ -198,18 +181,17 @@ def test_no_view_of_what_holds_the_token_shows_it(thing):
     assert [text for text in seen if leaks(text)] == []
 
 
-def test_an_experiment_leaves_no_trace_of_the_token(tiny_data, tmp_path, trace, monkeypatch):
+def test_an_experiment_leaves_no_trace_of_the_token(api, tiny_data, tmp_path, trace, monkeypatch):
     def broken():
         raise ValueError(f"no model from https://api.telegram.org/bot{TOKEN}/getFile")
 
-    with BotApi(error(500, f"at /bot{TOKEN}")) as api:
-        monkeypatch.setattr(TelegramNotifier.__init__, "__defaults__", (None, None, api.url, 10))
-        monkeypatch.setenv("TELEGRAM_BOT_TOKEN", TOKEN)
-        monkeypatch.setenv("TELEGRAM_CHAT_ID", "42")
-        config = TrainingConfig(**KNOBS, output_dir=tmp_path / "runs")
-        print(experiment({"tiny": tiny_mlp, "broken": broken}, config, tiny_data, [0]))
-        assert "failed: broken, seed 0: ValueError: no model from" in api.requests[-1].text
-        assert not any(leaks(request.body) for request in api.requests)
+    api.script = [error(500, f"at /bot{TOKEN}")]
+    monkeypatch.setenv("TELEGRAM_BOT_TOKEN", TOKEN)
+    monkeypatch.setenv("TELEGRAM_CHAT_ID", "42")
+    config = TrainingConfig(**KNOBS, output_dir=tmp_path / "runs")
+    print(experiment({"tiny": tiny_mlp, "broken": broken}, config, tiny_data, [0]))
+    assert "failed: broken, seed 0: ValueError: no model from" in api.requests[-1].text
+    assert not any(leaks(request.body) for request in api.requests)
     (failed,) = trace.warned
     assert "the run of 'broken' with seed 0 failed" in str(failed.message)
     assert trace() == []

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats
+from scripted import frame_of
 
 from lablib import statistics
 from lablib.statistics import compare, compare_effects, results_table, summarise
@@ -17,24 +18,9 @@ NONE = "No significant difference between A and B"
 GAIN = "+1.00 ± 0.25 points (n = 3, adjusted p = 0.0033)"
 
 
-def frame_of(accuracies: dict[str, list[float]], **columns) -> pd.DataFrame:
-    """One row per run, with seeds from 0; a validation accuracy is 0.01 above the test accuracy."""
-    rows = [
-        {"model": model, "seed": seed, "dataset": "tiny", "parameters": 1000 * place, "val_accuracy": value + 0.01}
-        | {"test_accuracy": value, "epochs": 10 + seed, "seconds": 1000.0 + seed}
-        for place, (model, values) in enumerate(accuracies.items(), 1)
-        for seed, value in enumerate(values)
-    ]
-    return pd.DataFrame(rows).assign(**columns)
-
-
 def only(comparison: pd.DataFrame) -> dict:
     (row,) = comparison.to_dict("records")
     return row
-
-
-def compared(first: list[float], second: list[float]) -> dict:
-    return only(compare(frame_of({"A": first, "B": second}), {"it": ("A", "B")}))
 
 
 @pytest.mark.parametrize("n", [3, 5])
@@ -120,7 +106,8 @@ def test_effects_are_compared_by_seed_where_both_tables_have_the_label():
     ],
 )
 def test_a_verdict_says_no_more_than_the_interval(first, second, text):
-    assert statistics.verdict(compared(first, second)) == text
+    row = only(compare(frame_of({"A": first, "B": second}), {"it": ("A", "B")}))
+    assert statistics.verdict(row) == text
 
 
 def test_a_table_has_one_row_per_model_with_what_pandas_finds_in_its_runs(tmp_path, monkeypatch):

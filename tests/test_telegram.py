@@ -7,11 +7,12 @@ from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from types import ModuleType, SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
-from bot_api import BotApi, closed_port, error, reply, reset
+from bot_api import closed_port, error, reply, reset
 from pydantic import SecretStr
-from transformers import TrainerCallback
+from scripted import At
 
 from lablib import MLP, StreamlinedTrainer, TrainingConfig, experiment, train_or_load
 from lablib.telegram import ExperimentMessages, TelegramError, TelegramNotifier
@@ -25,12 +26,9 @@ MODELS = {"narrow": partial(tiny_mlp, (4,)), "wide": partial(tiny_mlp, (8,))}
 
 
 @pytest.fixture(autouse=True)
-def _alone(monkeypatch):
-    """No credentials of whoever runs the tests, short waits, and no thread that outlives its test."""
-    monkeypatch.delenv("TELEGRAM_BOT_TOKEN", raising=False)
-    monkeypatch.delenv("TELEGRAM_CHAT_ID", raising=False)
+def _alone(api, monkeypatch):
+    """No proxy, short waits, and no thread that outlives its test."""
     monkeypatch.setenv("HTTP_PROXY", closed_port())  # which no message with a token may pass
-    monkeypatch.setattr(TelegramNotifier, "pause", 0.01)
     monkeypatch.setattr(TelegramNotifier, "deadline", 5.0)
     yield
     for thread in threading.enumerate():
@@ -39,22 +37,14 @@ def _alone(monkeypatch):
 
 
 @pytest.fixture
-def api():
-    with BotApi() as api:
-        yield api
-
-
-@pytest.fixture
 def notifier(api):
     return TelegramNotifier(TOKEN, CHAT, api.url)
 
 
 @pytest.fixture
-def in_environment(api, monkeypatch):
-    """Credentials in the environment; whoever does not say otherwise talks to the loopback."""
+def in_environment(monkeypatch):
     monkeypatch.setenv("TELEGRAM_BOT_TOKEN", TOKEN)
     monkeypatch.setenv("TELEGRAM_CHAT_ID", CHAT)
-    monkeypatch.setattr(TelegramNotifier.__init__, "__defaults__", (None, None, api.url, 10))
 
 
 @pytest.fixture
@@ -150,12 +140,8 @@ def test_a_finished_training_sends_the_figures_of_its_best_epoch(api, config, ti
     ],
 )
 def test_a_training_that_fails_or_is_interrupted_sends_where_and_why(error, outcome, line, api, config, tiny_data):
-    class Raising(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step == STEPS + 2:
-                raise error
-
-    trainer = StreamlinedTrainer(MODELS["narrow"](), config, tiny_data, callbacks=[Raising()], run_name="it")
+    raising = At(STEPS + 2, Mock(side_effect=error))
+    trainer = StreamlinedTrainer(MODELS["narrow"](), config, tiny_data, callbacks=[raising], run_name="it")
     with pytest.raises(type(error)) as caught:
         trainer.train()
     assert caught.value is error
@@ -189,8 +175,7 @@ def test_an_experiment_sends_one_message_at_its_end_and_none_if_all_was_loaded(a
 
 
 @pytest.mark.parametrize("token", [None, "malformed", TOKEN])
-def test_an_experiment_with_bad_credentials_says_so_once_at_its_start(token, api, config, monkeypatch):
-    monkeypatch.setattr(TelegramNotifier.__init__, "__defaults__", (None, None, api.url, 10))
+def test_an_experiment_with_bad_credentials_says_so_once_at_its_start(token, api, config):
     knobs = replace(config, telegram_bot_token=token, telegram_chat_id=42)
     api.script = [error(401, "Unauthorized")]
 

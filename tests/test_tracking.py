@@ -7,18 +7,21 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import ANY
+from unittest.mock import ANY, MagicMock, Mock
 
 import numpy as np
 import pytest
 import torch
 import wandb
+from scripted import At
 from transformers import TrainerCallback
 from wandb.util import get_core_path
 
 from lablib import MLP, KnowledgeDistillationTrainer, StreamlinedTrainer, TrainingConfig, experiment, train_or_load
+from lablib.identity import build_seeded
 from lablib.metrics import history
 from lablib.tracking import LOGGED
 
@@ -69,9 +72,7 @@ def config(folder: Path, **knobs) -> TrainingConfig:
 
 
 def small_mlp(seed: int = 0) -> MLP:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return MLP((8,), image_shape=(1, 6, 6), num_classes=3)
+    return build_seeded(partial(MLP, (8,), image_shape=(1, 6, 6), num_classes=3), seed)
 
 
 def distilling(knobs: TrainingConfig, data, **more) -> KnowledgeDistillationTrainer:
@@ -93,15 +94,6 @@ class Talkative(TrainerCallback):
         print(TOKEN)
         self.last = {f"parameters/{name}": p.detach().clone() for name, p in model.named_parameters()}
         self.last |= {f"gradients/{name}": p.grad.clone() for name, p in model.named_parameters()}
-
-
-class InterruptAtEpoch(TrainerCallback):
-    def __init__(self, epoch: int):
-        self.epoch = epoch
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        if round(state.epoch) + 1 == self.epoch:
-            raise KeyboardInterrupt(f"with {TOKEN}")
 
 
 @pytest.fixture(scope="module")
@@ -175,9 +167,9 @@ def test_two_trainings_are_two_runs_and_the_users_own_is_left_alone(tracked):
 
 
 def test_an_interrupted_training_is_marked_so_and_continues_its_own_run(tmp_path, tiny_data):
-    knobs = config(tmp_path, num_epochs=3)
+    knobs, in_epoch_3 = config(tmp_path, num_epochs=3), At(9, Mock(side_effect=KeyboardInterrupt(f"with {TOKEN}")))
     with pytest.raises(KeyboardInterrupt):
-        train_or_load(small_mlp, knobs, tiny_data, callbacks=(InterruptAtEpoch(3),))
+        train_or_load(small_mlp, knobs, tiny_data, callbacks=(in_epoch_3,))
     folder, *_ = tmp_path.glob("MLP-*/checkpoints")
     trainer = StreamlinedTrainer(small_mlp(), knobs, tiny_data, checkpoint_dir=str(folder), run_name="resumed")
     trainer.train(resume_from_checkpoint=True)
@@ -188,30 +180,19 @@ def test_an_interrupted_training_is_marked_so_and_continues_its_own_run(tmp_path
     assert (interrupted.summary["error"], resumed.summary["error"]) == ("KeyboardInterrupt", None)
 
 
-class FailingRun:
-    """Stands for a run whose connection breaks: one of its methods raises, the others do nothing."""
-
-    def __init__(self, failing: str):
-        self.failing, self.finished, self.summary = failing, 0, {}
-
-    def _call(self, method: str, *args, **more):
-        torch.rand(3)
-        self.finished += method == "finish"
-        if method == self.failing:
-            raise ConnectionError(f"broken in {method}")
-        return self
-
-    def __getattr__(self, method: str):
-        return lambda *args, **more: self._call(method)
+METHODS = ["init", "define_metric", "log", "finish"]
 
 
-@pytest.mark.parametrize("failing", ["init", "define_metric", "log", "finish"])
+@pytest.mark.parametrize("failing", METHODS)
 def test_one_that_fails_gives_one_warning_and_the_same_weights(failing, tmp_path, tiny_data, tracked, monkeypatch):
-    run = FailingRun(failing)
+    run = MagicMock()  # each of whose methods draws random numbers
+    for method in METHODS:
+        getattr(run, method).side_effect = lambda *args, **more: (run, torch.rand(3))[0]
+    getattr(run, failing).side_effect = ConnectionError(f"broken in {failing}")
     monkeypatch.setattr(wandb, "init", run.init)
     trainer = distilling(dataclasses.replace(tracked.trainer.config, output_dir=str(tmp_path)), tiny_data)
     assert one_warning(trainer.train) == f"Weights & Biases: broken in {failing}; continuing without it"
-    assert run.finished == (failing != "init")
+    assert run.finish.call_count == (failing != "init")
     first, other = (each.model.state_dict().values() for each in (trainer, tracked.trainer))
     assert all(map(torch.equal, first, other))
 

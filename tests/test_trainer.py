@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from outcomes import findings, timeless_rows
+from scripted import Scripted
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parameters_to_vector
@@ -42,10 +44,6 @@ def same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> b
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def timeless(trainer: StreamlinedTrainer) -> list[dict]:
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in history(trainer.state.log_history)]
-
-
 def normalised(images: torch.Tensor, data: ImageData) -> np.ndarray:
     """In double precision with NumPy, from the definition."""
     train = data.train_images.numpy() / 255
@@ -69,32 +67,11 @@ def unchecked(monkeypatch):
     monkeypatch.setattr("lablib.trainer.sanity_check", lambda trainer: None)
 
 
-class ScriptedTrainer(StreamlinedTrainer):
-    """Its validation metric is written in advance, and it keeps the weights of each epoch."""
-
-    def __init__(self, *args, script: list[float], **kwargs):
-        super().__init__(*args, **kwargs)
-        self.script, self.weights = script, []
-
-    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        if metric_key_prefix == "eval":
-            epoch = round(self.state.epoch)
-            output.metrics[f"eval_{self.config.early_stopping_metric}"] = self.script[epoch - 1]
-            self.weights.append(copy.deepcopy(self.model.state_dict()))
-        return output
-
-
-class InputsKept(MLP):
-    """Remembers what it was shown, in training and outside."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.shown = {True: [], False: []}
-
-    def forward(self, images):
-        self.shown[self.training].append(images.detach().clone())
-        return super().forward(images)
+def watched_mlp() -> tuple[MLP, dict[bool, list]]:
+    """A network, and what it is shown in training (True) and outside."""
+    model, shown = small_mlp(), {True: [], False: []}
+    model.register_forward_pre_hook(lambda _, inputs: shown[model.training].append(inputs[0].detach().clone()))
+    return model, shown
 
 
 class BadLogits(MLP):
@@ -112,18 +89,23 @@ class BadLogits(MLP):
     ("metric", "script"), [("accuracy", [0.3, 0.9, 0.5, 0.9, 0.7]), ("loss", [0.9, 0.2, 0.5, 0.2, 0.7])]
 )
 def test_the_first_best_epoch_is_restored_and_tested_and_the_test_set_not_seen_before(metric, script, build, tiny_data):
-    sealed = copy.copy(tiny_data)
+    class Keeping(TrainerCallback):
+        def on_evaluate(self, args, state, control, model, **kwargs):
+            weights.append(copy.deepcopy(model.state_dict()))
+
+    sealed, weights = copy.copy(tiny_data), []
     del sealed.__dict__["test_images"], sealed.__dict__["test_labels"]
     knobs = config(num_epochs=5, early_stopping_patience=None, early_stopping_metric=metric)
-    trainer = build(knobs, data=sealed, trainer_class=ScriptedTrainer, script=script)
+    trainer = build(knobs, data=sealed, trainer_class=Scripted, callbacks=[Keeping()])
+    trainer.script = script
     trainer.train()
-    assert [same_bits(trainer.model.state_dict(), weights) for weights in trainer.weights] == [0, 1, 0, 0, 0]
+    assert [same_bits(trainer.model.state_dict(), of_epoch) for of_epoch in weights] == [0, 1, 0, 0, 0]
     with pytest.raises(AttributeError, match="has no attribute 'test_images'"):
         trainer.test()
     trainer.data = tiny_data
 
     by_hand = small_mlp().eval()
-    by_hand.load_state_dict(trainer.weights[1])
+    by_hand.load_state_dict(weights[1])
     with torch.no_grad():
         logits = by_hand(torch.from_numpy(normalised(tiny_data.test_images, tiny_data)).float())
     np.testing.assert_allclose(trainer.predict_test().predictions, logits.numpy(), rtol=1e-4, atol=1e-5)
@@ -142,7 +124,7 @@ def test_training_images_alone_are_augmented_each_of_them_once_an_epoch(build, t
         return pixels + 255
 
     monkeypatch.setattr("lablib.trainer.augment", brighten)
-    model = small_mlp(model_class=InputsKept)
+    model, shown = watched_mlp()
     knobs = {"rotation_degrees": 7.0, "translation_fraction": 0.3, "horizontal_flip": True, "crop_padding": 1}
     trainer = build(config(**knobs), model)
     trainer.train()
@@ -150,15 +132,14 @@ def test_training_images_alone_are_augmented_each_of_them_once_an_epoch(build, t
     assert calls == [(size, tuple(knobs.values())) for size in (8, 8, 8, 3, 8, 8, 8, 3)]
 
     train, validation = stratified_split(tiny_data.train_labels, VALIDATION_SPLIT, seed=0)
-    for epoch in (model.shown[True][:STEPS], model.shown[True][STEPS:]):
+    for epoch in (shown[True][:STEPS], shown[True][STEPS:]):
         sums = np.sort(torch.cat(epoch).double().sum((1, 2, 3)).numpy())
         expected = normalised(tiny_data.train_images[train] + 255.0, tiny_data).sum((1, 2, 3))
         np.testing.assert_allclose(sums, np.sort(expected), atol=1e-3)
     expected = normalised(tiny_data.train_images[validation], tiny_data)
-    for shown, images in zip(
-        model.shown[False], (expected, expected, normalised(tiny_data.test_images, tiny_data)), strict=True
-    ):
-        np.testing.assert_allclose(shown.numpy(), images, rtol=1e-4, atol=1e-5)
+    expected = expected, expected, normalised(tiny_data.test_images, tiny_data)
+    for evaluated, images in zip(shown[False], expected, strict=True):
+        np.testing.assert_allclose(evaluated.numpy(), images, rtol=1e-4, atol=1e-5)
 
 
 def test_a_limit_on_the_training_images_leaves_a_stratified_part_of_them_and_all_of_the_validation(build, tiny_data):
@@ -168,30 +149,23 @@ def test_a_limit_on_the_training_images_leaves_a_stratified_part_of_them_and_all
     assert torch.equal(trainer.eval_dataset.indices, validation)
 
 
-class Weighted(StreamlinedTrainer):
-    criterion = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 5.0]))
-
-    def losses(self, outputs, labels):
-        return {"loss": self.criterion(outputs, labels)}
-
-
 def test_a_loss_that_holds_tensors_is_evaluated_over_all_images_at_once(build, tiny_data):
-    trainer = build(config(num_epochs=1, batch_size=4), trainer_class=Weighted)
+    criterion = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 5.0]))
+    weighted = type("Weighted", (StreamlinedTrainer,), {"losses": lambda self, *batch: {"loss": criterion(*batch)}})
+    trainer = build(config(num_epochs=1, batch_size=4), trainer_class=weighted)
     trainer.args.per_device_eval_batch_size = 4  # batches of 4, 4 and 1, whose class weights differ
     trainer.train()
     _, validation = stratified_split(tiny_data.train_labels, VALIDATION_SPLIT, seed=0)
     with torch.no_grad():
         logits = trainer.model.eval()(tiny_data.normalise(tiny_data.train_images[validation]))
-    expected = F.cross_entropy(logits, tiny_data.train_labels[validation], Weighted.criterion.weight)
-    assert timeless(trainer)[0]["val_loss"] == pytest.approx(expected.item(), abs=1e-6)
+    expected = F.cross_entropy(logits, tiny_data.train_labels[validation], criterion.weight)
+    assert timeless_rows(trainer)[0]["val_loss"] == pytest.approx(expected.item(), abs=1e-6)
 
 
-class WithKwargs(MLP):
-    def forward(self, images, **kwargs):
-        return super().forward(images)
+WITH_KWARGS = type("WithKwargs", (MLP,), {"forward": lambda self, images, **kwargs: MLP.forward(self, images)})
 
 
-@pytest.mark.parametrize("model_class", [MLP, WithKwargs])
+@pytest.mark.parametrize("model_class", [MLP, WITH_KWARGS])
 def test_accumulated_gradients_make_the_step_of_the_whole_batch(model_class, build):
     steps = []
     for batch_size, accumulated in ((27, 1), (9, 3)):
@@ -222,13 +196,14 @@ def test_a_model_whose_attribute_transformers_would_write_to_is_refused(build):
 )
 def test_early_stopping_stops_after_patience_epochs_without_improvement(metric, patience, script, epochs, build):
     knobs = config(num_epochs=7, batch_size=32, early_stopping_metric=metric, early_stopping_patience=patience)
-    trainer = build(knobs, trainer_class=ScriptedTrainer, script=script)
+    trainer = build(knobs, trainer_class=Scripted)
+    trainer.script = script
     trainer.train()
-    before = timeless(trainer)
+    before = timeless_rows(trainer)
     assert [row[f"val_{metric}"] for row in before] == script[:epochs]
     trainer.script = [0.0] * epochs
     trainer.evaluate()  # of the best epoch's weights
-    assert timeless(trainer) == before
+    assert timeless_rows(trainer) == before
 
 
 @pytest.mark.parametrize(
@@ -256,9 +231,9 @@ def test_a_test_loss_that_is_not_finite_loses_no_training(build):
 
 
 def test_augmentation_draws_again_in_each_epoch(build, unchecked):
-    model = small_mlp(model_class=InputsKept)
+    model, shown = watched_mlp()
     build(config(batch_size=27, rotation_degrees=30.0), model).train()
-    first, second = model.shown[True]
+    first, second = shown[True]
     assert not np.isin(first.sum((1, 2, 3)).numpy(), second.sum((1, 2, 3)).numpy()).any()
 
 
@@ -278,13 +253,12 @@ for event in [name for name in dir(TrainerCallback) if name.startswith("on_")]:
     setattr(Noting, event, note)
 
 
-class OwnLoss(MLP):
-    def forward(self, images, labels):
-        logits = super().forward(images.float())
-        return {"loss": F.cross_entropy(logits, labels), "logits": logits}
-
-
 def test_a_callback_is_called_as_by_a_plain_trainer_event_by_event(build, tmp_path):
+    class OwnLoss(MLP):
+        def forward(self, images, labels):
+            logits = super().forward(images.float())
+            return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
     in_lab, in_plain = Noting(), Noting()
     trainer = build(config(), callbacks=[in_lab])
     trainer.train()
@@ -366,18 +340,15 @@ def test_momentum_is_zero_after_a_first_step_that_the_loss_scaler_of_fp16_skips(
     assert torch.equal(parameters_to_vector(trainer.model.parameters()), before - 0.5)
 
 
-class Averaging(TrainerCallback):
-    """Evaluates other weights than those that are trained."""
-
-    def on_epoch_end(self, args, state, control, model, **kwargs):
-        self.trained = copy.deepcopy(model.state_dict())
-        model.load_state_dict({name: weight / 2 for name, weight in self.trained.items()})
-
-    def on_evaluate(self, args, state, control, model, **kwargs):
-        model.load_state_dict(self.trained)
-
-
 def test_the_best_weights_are_those_that_were_evaluated_whatever_a_callback_does(build):
+    class Averaging(TrainerCallback):  # so that other weights are evaluated than those that are trained
+        def on_epoch_end(self, args, state, control, model, **kwargs):
+            self.trained = copy.deepcopy(model.state_dict())
+            model.load_state_dict({name: weight / 2 for name, weight in self.trained.items()})
+
+        def on_evaluate(self, args, state, control, model, **kwargs):
+            model.load_state_dict(self.trained)
+
     trainer = build(config(early_stopping_metric="loss"), callbacks=[Averaging()])
     trainer.train()
     best = min(row["val_loss"] for row in history(trainer.state.log_history))
@@ -415,7 +386,7 @@ def test_the_learning_rate_of_each_step_is_the_schedules(schedule, fraction, war
     after = {"constant": 1.0, "cosine": (1 + np.cos(np.pi * (steps - warmup) / (len(steps) - warmup))) / 2}
     expected = 0.02 * np.where(steps < warmup, steps / max(warmup, 1), after[schedule])
     assert rates == pytest.approx(expected, rel=1e-9)
-    assert [row["learning_rate"] for row in timeless(trainer)] == pytest.approx(expected[STEPS - 1 :: STEPS])
+    assert [row["learning_rate"] for row in timeless_rows(trainer)] == pytest.approx(expected[STEPS - 1 :: STEPS])
 
 
 @pytest.mark.parametrize(("limit", "more"), [(None, {}), (0.05, {}), (None, {"max_steps": 1})])  # ends in mid-epoch
@@ -426,7 +397,7 @@ def test_gradients_are_clipped_only_on_request_and_their_norm_is_kept(limit, mor
     trainer = build(config(num_epochs=1, training_arguments=more, **knobs), model)
     trainer.train()
     update = (torch.cat([p.detach().flatten() for p in model.parameters()]) - before).norm().item()
-    (row,) = timeless(trainer)
+    (row,) = timeless_rows(trainer)
     assert row["grad_norm"] > 0.1  # so that a limit of 0.05 has something to clip
     assert update == pytest.approx(0.5 * min(row["grad_norm"], limit or math.inf), rel=1e-3)
 
@@ -456,8 +427,7 @@ def test_a_compiled_network_trains_as_the_plain_one_and_later_ones_are_not_compi
         captured.append(counters["stats"]["calls_captured"])
     assert captured[0] > 0 == captured[1]
     compiled, plain = trainers
-    assert same_bits(plain.model.state_dict(), compiled.model.state_dict())
-    assert timeless(plain) == timeless(compiled)
+    assert findings(plain) == findings(compiled)
 
 
 def test_without_a_checkpoint_folder_each_trainer_has_one_that_goes_with_it(build):
@@ -482,7 +452,7 @@ def test_an_epoch_that_a_callback_breaks_off_and_evaluations_within_one_rewrite_
     whole.train()
     broken_off.asks = False
     broken_off.train()
-    assert timeless(broken_off)[:2] == timeless(whole)
+    assert timeless_rows(broken_off)[:2] == timeless_rows(whole)
     broken_off.asks = True
     with pytest.raises(ValueError, match="a callback asks to evaluate or to log within an epoch"):
         broken_off.train()

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
+from outcomes import timeless
 
 from lablib import MLP, KnowledgeDistillationTrainer, ResidualCNN, StreamlinedTrainer, TrainingConfig
 from lablib.checkpoints import UNFINISHED, ResumableTrainer, checkpoints_in
@@ -178,17 +179,9 @@ class Case:
         return [name for name in self.expected if found[name] != self.expected[name]]
 
 
-def outcome(store: Path) -> dict[str, bytes]:
-    """All that a run found out, byte by byte, without what a clock adds."""
+def outcome(store: Path) -> dict:
     (path,) = [path for path in store.glob("*/") if (path / "result.json").exists() and path.suffix != ".damaged"]
-    run = load_run(path)
-    timeless = [{k: v for k, v in row.items() if k != "seconds"} for row in (*run.history, run.result)]
-    return {
-        "weights": (path / "model.safetensors").read_bytes(),
-        "history": json.dumps(timeless[:-1]).encode(),
-        "result": json.dumps(timeless[-1]).encode(),
-        "measured": (path / "measured.npz").read_bytes(),
-    }
+    return timeless(load_run(path))
 
 
 def killed_often(case: Case, kills: int) -> dict:
