@@ -20,6 +20,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
+_OF_EVERY_LAYER = {*vars(nn.Module()), "_is_accelerate_prepared"}
 UNFINISHED = "unfinished"  # the folder in which a checkpoint is written before it gets its place
 _MANIFEST, _LAB, _WEIGHTS, _BEST = "manifest.json", "lablib_0.json", "model.safetensors", "best_model.safetensors"
 
@@ -104,7 +105,7 @@ class Interruption:
         self._restore_handlers()
 
     def leave(self):
-        """Raise what ends the training."""
+        """Raise what ends the training, if `asked`."""
         raise KeyboardInterrupt if self._noted == signal.SIGINT else SystemExit(128 + self._noted)
 
     def _restore_handlers(self):
@@ -166,6 +167,7 @@ class ResumableTrainer:
         loaded = self._load(Path(path)) if path else None
         self.notes, self._best_weights, self._state_before = [], None, self._unsaved_state()
         self._interruption, self._saved_at, self._leaving = Interruption(), time.monotonic(), False
+        self._evaluated_weights = None
         with self._interruption:
             try:
                 self.before_training()
@@ -209,8 +211,8 @@ class ResumableTrainer:
         callbacks = [c for c in self.callback_handler.callbacks if not hasattr(c, "from_state")]  # no ExportableState
         held = [(callback, vars(callback)) for callback in callbacks]
         for layer in self.model.modules():
-            numbers = {name: value for name, value in vars(layer).items() if isinstance(value, (int, float))}
-            held.append((layer, numbers | {"training": True, "_is_accelerate_prepared": True}))  # these two do change
+            own = {name: value for name, value in vars(layer).items() if name not in _OF_EVERY_LAYER}
+            held.append((layer, {name: value for name, value in own.items() if isinstance(value, (int, float))}))
         libraries = ("lablib.", "transformers.", "torch.")
         return {(type(of).__name__, repr(state)) for of, state in held if not type(of).__module__.startswith(libraries)}
 
@@ -227,18 +229,21 @@ class ResumableTrainer:
             self._interruption.ask()  # it may be another process that got the signal
             self._interruption.leave()
 
+    def _evaluate(self, *args, **kwargs):
+        self._evaluated_weights = None
+        return super()._evaluate(*args, **kwargs)
+
     def evaluation_loop(self, *args, **kwargs):
         """As upstream; the weights are kept, since a callback may change them before they are found to be the best."""
         output = super().evaluation_loop(*args, **kwargs)
-        if self.is_in_train:
+        if self.is_in_train and not self._evaluated_weights:  # not of a callback's own evaluation, which comes later
             self._evaluated_weights = contiguous_weights(self.model)
         return output
 
     def _determine_best_metric(self, metrics, trial):
         better = super()._determine_best_metric(metrics, trial)
         if better:
-            self._best_weights = self._evaluated_weights
-        self._evaluated_weights = None
+            self._best_weights = self._evaluated_weights or contiguous_weights(self.model)
         self.control.should_save = self._is_due(self.seconds_between_epochs)  # upstream would save after every epoch
         return better
 

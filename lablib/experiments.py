@@ -4,6 +4,7 @@ import json
 import linecache
 import os
 import signal
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext, suppress
@@ -23,7 +24,7 @@ from lablib import figures
 from lablib.checkpoints import Interruption
 from lablib.config import TrainingConfig, num_processes
 from lablib.data import UNBALANCED, ImageData
-from lablib.identity import described_network, run_identity, run_name
+from lablib.identity import described_callbacks, described_network, run_identity, run_name
 from lablib.runs import Key, Run, TrainedModel, attempt, find_run, line_and_trace, progress
 from lablib.statistics import compare, compare_effects, readable_table, results_table, save_table, verdicts
 
@@ -72,7 +73,8 @@ class Experiment:
         joined["failures"] = {key: error for key, error in joined["failures"].items() if key not in joined["runs"]}
         same = self.config and other.config and self.config.identity() == other.config.identity()
         joined["config"] = self.config if same else None
-        joined["callbacks"] = self.callbacks if list(self.callbacks) == list(other.callbacks) else None
+        acting = [e.callbacks if e.callbacks is None else described_callbacks(e.callbacks) for e in (self, other)]
+        joined["callbacks"] = self.callbacks if acting[0] == acting[1] else None
         return replace(self, seeds=tuple(sorted({*self.seeds, *other.seeds})), **joined)
 
     def values(self, model: str, key: str = "test_accuracy") -> dict[int, float]:
@@ -334,7 +336,9 @@ def experiment(
     # the experiment speaks for its runs, and the token stays in this process
     config = replace(config, use_telegram_notifications=False, telegram_bot_token=None)
     more = {"callbacks": callbacks, "weights": weights, "parent": os.getpid()}
-    more["cells"] = {name: entry for name, entry in linecache.cache.items() if len(entry) == 4 and entry[1] is None}
+    more["sources"] = {name: entry for name, entry in linecache.cache.items() if len(entry) == 4 and entry[1] is None}
+    if script := getattr(sys.modules["__main__"], "__file__", None):
+        more["sources"][script] = (0, None, linecache.getlines(script), script)
     tasks, paths = [], {}
     with telling as messages:
         for key in keys:

@@ -46,7 +46,7 @@ def resolve_precision(config: TrainingConfig, model: nn.Module) -> str:
 def memory_format(model: nn.Module, device: torch.device, image_shape: Sequence[int]) -> torch.memory_format:
     """The fastest memory format for a model's images of (channels, height, width): channels last for convolutions.
 
-    On a GPU the weights take the same format, since its convolutions go by both. There are two exceptions. On a
+    On a GPU the weights take the same format, since its convolutions choose by both. There are two exceptions. On a
     processor, strided 1 × 1 convolutions of fewer than 16 channels make oneDNN (up to 3.13 at least) write past its
     workspace, which ruins gradients or ends the process (https://github.com/uxlfoundation/oneDNN/issues/6035). And some
     models fail on such images, for instance where they flatten features with `view`; this is tried out.
@@ -57,16 +57,16 @@ def memory_format(model: nn.Module, device: torch.device, image_shape: Sequence[
     if device.type not in ("cpu", "cuda") or not convolutions or overflows:
         return torch.contiguous_format
     images = torch.zeros(2, *image_shape, device=convolutions[0].weight.device)
-    with untouched(model), torch.no_grad():
-        try:
-            if device.type == "cuda":
-                model.to(memory_format=torch.channels_last)
+    try:
+        if device.type == "cuda":
+            model.to(memory_format=torch.channels_last)
+        with untouched(model), torch.no_grad():
             model.eval()(images.contiguous(memory_format=torch.channels_last))
-        except Exception:  # if something else is wrong with the model, the sanity check says so
-            if device.type == "cuda":
-                model.to(memory_format=torch.contiguous_format)
-            return torch.contiguous_format
-    return torch.channels_last
+        return torch.channels_last
+    except Exception:  # if something else is wrong with the model, the sanity check says so
+        if device.type == "cuda":
+            model.to(memory_format=torch.contiguous_format)
+        return torch.contiguous_format
 
 
 @contextlib.contextmanager
@@ -88,13 +88,19 @@ def untouched(owner: object) -> Iterator[None]:
         yield
     finally:
         for place, content in before:
-            place.clear()
-            place.update(content)
+            if _differ([*place, *place.values()], [*content, *content.values()]):
+                place.clear()
+                place.update(content)
         for place, content in lists:
-            place[:] = content
+            if _differ(place, content):
+                place[:] = content
         for tensor, value in values.items():
             if not torch.equal(tensor, value):  # an expanded tensor cannot be written to
                 tensor.data.copy_(value)
+
+
+def _differ(one: list, other: list) -> bool:
+    return len(one) != len(other) or any(a is not b for a, b in zip(one, other, strict=True))
 
 
 @contextlib.contextmanager

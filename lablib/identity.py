@@ -10,7 +10,7 @@ import linecache
 import os
 import sys
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from enum import Enum
 from functools import cache, lru_cache, partial
@@ -46,14 +46,18 @@ def run_identity(
     calls of `build_model` do not give two equal networks.
     """
     model, network = described_network(build_model, config.seed)
-    acting = [content for content in describe(list(callbacks), "callbacks") if content is not None]
     return {
         "scheme": _SCHEME,
         "model": network,
         "data": describe(data, "data"),
         "config": describe(config, "config") | {"precision": resolve_precision(config, model)},
         "trainer": describe(trainer_class or "lablib.StreamlinedTrainer", "trainer_class"),
-    } | ({"callbacks": acting} if acting else {})
+    } | ({"callbacks": effects} if (effects := described_callbacks(callbacks)) else {})
+
+
+def described_callbacks(callbacks: Sequence) -> list:
+    """The callbacks that do more than watch, by their content. Raises TypeError as `describe` does."""
+    return [content for content in describe(list(callbacks), "callbacks") if content is not None]
 
 
 def run_name(described: dict[str, Any]) -> str:

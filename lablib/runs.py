@@ -133,9 +133,13 @@ def train_or_load(
     the arguments here and now.
     """
     described = run_identity(build_model, config, data, trainer_class, callbacks)
-    if changed := [part for part in described if identity and described[part] != identity.get(part)]:
-        advice = "restart Python if a module was changed, and keep what a training changes out of classes and globals"
-        raise RuntimeError(f"the {' and '.join(changed)} would not be what was asked for; {advice}")
+    asked = identity or described
+    if changed := [part for part in asked | described if asked.get(part) != described.get(part)]:
+        raise RuntimeError(
+            f"the {' and '.join(changed)} of this run no longer match what was asked for: restart Python if a module "
+            "was changed; keep what a training changes out of classes and global variables; and give a callback that "
+            "only watches a method `__identity__` that returns None"
+        )
     path, together = Path(config.output_dir) / run_name(described), num_processes() > 1
     if not together and (run := find_run(path.name, config.output_dir, weights)):
         return run
@@ -158,11 +162,13 @@ def train_or_load(
     return run or load_run(path)
 
 
-def attempt(key: Key, build_model, config, data, trainer_class, identity, callbacks, weights: bool, parent: int, cells):
+def attempt(
+    key: Key, build_model, config, data, trainer_class, identity, callbacks, weights: bool, parent: int, sources
+):
     """Train one of an experiment's runs: its key, and the run or its error; neither if a worker was interrupted."""
     Interruption.parent = parent if os.getppid() == parent else None  # a worker's training ends with its parent
     trainer_class, callbacks = copy.deepcopy((trainer_class, callbacks))  # as a worker has its own
-    linecache.cache |= cells  # the source of a notebook's cells, to compare what is trained with what was asked for
+    linecache.cache |= sources  # of a notebook's cells, or a script: to compare what is trained with what was asked for
     more = {"callbacks": callbacks, "weights": weights, "identity": identity}
     try:
         with _one_training:

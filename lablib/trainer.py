@@ -19,6 +19,7 @@ import transformers
 from accelerate.utils import broadcast, convert_outputs_to_fp32
 from torch import nn
 from torch.nn import functional as F
+from torch.optim.lr_scheduler import LambdaLR  # the config's schedules are
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader, default_convert
 from transformers import EarlyStoppingCallback, EvalPrediction, PrinterCallback, TrainerCallback
@@ -197,10 +198,10 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
 
     def training_step(self, *args, **kwargs):
         """As upstream. Raises ValueError if a callback set the learning rate, which would not last."""
-        if [group["lr"] for group in self.optimizer.param_groups] != self.lr_scheduler.get_last_lr():
-            raise ValueError(
-                "a callback set the learning rate, but the schedule sets it in each step; override create_scheduler"
-            )
+        rates, schedule = [group["lr"] for group in self.optimizer.param_groups], self.lr_scheduler
+        if isinstance(schedule, LambdaLR) and rates != schedule.get_last_lr():
+            advice = "which overwrites it after each step; override create_scheduler"
+            raise ValueError(f"the learning rate was set outside the schedule, {advice}")
         return super().training_step(*args, **kwargs)
 
     @torch.no_grad()
@@ -227,7 +228,7 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
                 options |= {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
             parameters = [*(model or self.model).parameters()]
             self.optimizer = _OPTIMIZERS[config.optimizer](parameters, **options)
-            if config.optimizer == "sgd":  # or they hold anything if the loss scaler of fp16 skips the first step
+            if config.optimizer == "sgd":  # or it stays uninitialised if fp16's loss scaler skips the first step
                 self.optimizer.state |= {p: {"momentum_buffer": torch.zeros_like(p)} for p in parameters}
         return self.optimizer
 
@@ -301,7 +302,7 @@ def sanity_check(trainer: StreamlinedTrainer) -> None:
         trainer._since_last_log = BatchMeter()
         if args.bf16 or args.fp16:  # accelerate does this when the training begins
             model.forward = convert_outputs_to_fp32(trainer.accelerator.autocast()(model.forward))
-        shapes = {name: weight.shape for name, weight in model.state_dict().items()}
+        shapes = {name: getattr(weight, "shape", None) for name, weight in model.state_dict().items()}
         _try(trainer, "an evaluation", trainer.eval_dataset, min(evaluated, 16))
         _try(trainer, "a full batch", trainer.train_dataset, full)
         if not len(trainer._since_last_log):
@@ -311,9 +312,9 @@ def sanity_check(trainer: StreamlinedTrainer) -> None:
             fuller = max(nearby, key=lambda size: _in_last_batch(images, size) / size)
             advice = f". Use batch_size = {fuller}, whose last batch has {_in_last_batch(images, fuller)} images"
             _try(trainer, "the last batch of an epoch", trainer.train_dataset, last, advice)
-        if shapes != {name: weight.shape for name, weight in model.state_dict().items()}:
+        if shapes != {name: getattr(weight, "shape", None) for name, weight in model.state_dict().items()}:
             raise SanityCheckError(
-                f"the state_dict() of {type(model).__name__} changes in training; make all buffers first"
+                f"the state_dict() of {type(model).__name__} changes in training; create all buffers in __init__"
             )
         try:
             model.load_state_dict(safetensors.torch.load(safetensors.torch.save(contiguous_weights(model))))

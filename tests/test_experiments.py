@@ -157,7 +157,9 @@ def test_experiments_can_be_divided_and_joined_if_they_agree_on_the_data_and_wha
     with pytest.raises(ValueError, match="different configs; pass config="):
         (longer | finished).distil("narrow", "wide", 4, 0.5)
     with pytest.raises(ValueError, match="different callbacks; call distil on one of them"):
-        (replace(narrow, callbacks=[Counting()]) | wide).distil("narrow", "wide", 4, 0.5)
+        (replace(narrow, callbacks=[Counting()]) | wide | finished).distil("narrow", "wide", 4, 0.5)
+    counted = [replace(part, callbacks=[Counting()]) for part in (narrow, wide)]
+    assert (counted[0] | counted[1]).callbacks == counted[0].callbacks
     for seed in (0, 7):
         with pytest.raises(ValueError, match="'narrow' differently, or with other seeds"):
             finished | replace(narrow, runs={("narrow", seed): finished.runs["wide", 0]})
@@ -208,11 +210,11 @@ def test_a_run_that_an_earlier_one_has_changed_or_that_another_process_builds_di
         def on_epoch_end(self, *args, **kwargs):
             self.epochs.append(1)
 
-    with pytest.warns(UserWarning, match="RuntimeError: the callbacks would not be what was asked for; restart Python"):
+    with pytest.warns(UserWarning, match="RuntimeError: the callbacks of this run no longer match"):
         result = experiment(NARROW, config, tiny_data, SEEDS, callbacks=[Leaking()])
     assert list(result.runs) == [("narrow", 0)]
     identity = result.runs["narrow", 0].identity | {"model": {}}
-    with pytest.raises(RuntimeError, match="the model and callbacks would not be what was asked for"):
+    with pytest.raises(RuntimeError, match="the model and callbacks of this run no longer match"):
         train_or_load(NARROW["narrow"], config, tiny_data, callbacks=[Leaking()], identity=identity)
 
 
