@@ -46,7 +46,7 @@ def resolve_precision(config: TrainingConfig, model: nn.Module) -> str:
 def memory_format(model: nn.Module, device: torch.device, image_shape: Sequence[int]) -> torch.memory_format:
     """The fastest memory format for a model's images of (channels, height, width): channels last for convolutions.
 
-    On a GPU the weights take the same format, since its convolutions choose by both. There are two exceptions. On a
+    On a GPU the weights are converted too, since the kernel depends on both formats. There are two exceptions. On a
     processor, strided 1 × 1 convolutions of fewer than 16 channels make oneDNN (up to 3.13 at least) write past its
     workspace, which ruins gradients or ends the process (https://github.com/uxlfoundation/oneDNN/issues/6035). And some
     models fail on such images, for instance where they flatten features with `view`; this is tried out.

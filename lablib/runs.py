@@ -137,8 +137,8 @@ def train_or_load(
     if changed := [part for part in asked | described if asked.get(part) != described.get(part)]:
         raise RuntimeError(
             f"the {' and '.join(changed)} of this run no longer match what was asked for: restart Python if a module "
-            "was changed; keep what a training changes out of classes and global variables; and give a callback that "
-            "only watches a method `__identity__` that returns None"
+            "was changed; keep what training changes out of classes and global variables; and for a callback that "
+            "only watches, define `__identity__` so that it returns None"
         )
     path, together = Path(config.output_dir) / run_name(described), num_processes() > 1
     if not together and (run := find_run(path.name, config.output_dir, weights)):

@@ -314,7 +314,8 @@ def sanity_check(trainer: StreamlinedTrainer) -> None:
             _try(trainer, "the last batch of an epoch", trainer.train_dataset, last, advice)
         if shapes != {name: getattr(weight, "shape", None) for name, weight in model.state_dict().items()}:
             raise SanityCheckError(
-                f"the state_dict() of {type(model).__name__} changes in training; create all buffers in __init__"
+                f"names or shapes in the state_dict() of {type(model).__name__} change in training; "
+                "create all buffers in __init__"
             )
         try:
             model.load_state_dict(safetensors.torch.load(safetensors.torch.save(contiguous_weights(model))))

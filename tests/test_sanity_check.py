@@ -86,7 +86,7 @@ NO_MEMORY = "(9 images) does not fit into memory: use a smaller batch_size or im
         (Linear(nn.Softmax(1)), "the network returns probabilities, but the loss takes logits"),
         (Linear(torch.detach), "a full batch (9 of 27 images) fails with RuntimeError: element 0"),
         (Expanded(), "no checkpoint of Expanded can be loaded: its state_dict() must hold ordinary tensors"),
-        (Late(), "the state_dict() of Late changes in training; create all buffers in __init__"),
+        (Late(), "names or shapes in the state_dict() of Late change in training; create all buffers in __init__"),
         (Linear(Mock(side_effect=RuntimeError("DefaultCPUAllocator: can't allocate"))), NO_MEMORY),
         (Linear(Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory."))), NO_MEMORY),
         (Linear(Mock(side_effect=MemoryError())), NO_MEMORY),
