@@ -338,6 +338,7 @@ def experiment(
     more = {"callbacks": callbacks, "weights": weights, "parent": os.getpid()}
     more["sources"] = {name: entry for name, entry in linecache.cache.items() if len(entry) == 4 and entry[1] is None}
     if script := getattr(sys.modules["__main__"], "__file__", None):
+        linecache.checkcache(script)
         more["sources"][script] = (0, None, linecache.getlines(script), script)
     tasks, paths = [], {}
     with telling as messages:

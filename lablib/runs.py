@@ -168,7 +168,8 @@ def attempt(
     """Train one of an experiment's runs: its key, and the run or its error; neither if a worker was interrupted."""
     Interruption.parent = parent if os.getppid() == parent else None  # a worker's training ends with its parent
     trainer_class, callbacks = copy.deepcopy((trainer_class, callbacks))  # as a worker has its own
-    linecache.cache |= sources  # of a notebook's cells, or a script: to compare what is trained with what was asked for
+    if os.getpid() != parent:
+        linecache.cache |= sources  # of cells and a script, to compare this process's code with the parent's
     more = {"callbacks": callbacks, "weights": weights, "identity": identity}
     try:
         with _one_training:
