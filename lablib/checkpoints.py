@@ -244,6 +244,7 @@ class ResumableTrainer:
         better = super()._determine_best_metric(metrics, trial)
         if better:
             self._best_weights = self._evaluated_weights or contiguous_weights(self.model)
+        self._evaluated_weights = None
         self.control.should_save = self._is_due(self.seconds_between_epochs)  # upstream would save after every epoch
         return better
 
