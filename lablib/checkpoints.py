@@ -105,7 +105,7 @@ class Interruption:
         self._restore_handlers()
 
     def leave(self):
-        """Raise what ends the training, if `asked`."""
+        """Raise what ends the training, once a signal or `ask` has come."""
         raise KeyboardInterrupt if self._noted == signal.SIGINT else SystemExit(128 + self._noted)
 
     def _restore_handlers(self):
@@ -211,8 +211,8 @@ class ResumableTrainer:
         callbacks = [c for c in self.callback_handler.callbacks if not hasattr(c, "from_state")]  # no ExportableState
         held = [(callback, vars(callback)) for callback in callbacks]
         for layer in self.model.modules():
-            own = {name: value for name, value in vars(layer).items() if name not in _OF_EVERY_LAYER}
-            held.append((layer, {name: value for name, value in own.items() if isinstance(value, (int, float))}))
+            own = vars(layer).keys() - _OF_EVERY_LAYER
+            held.append((layer, {n: v for n, v in vars(layer).items() if n in own and isinstance(v, (int, float))}))
         libraries = ("lablib.", "transformers.", "torch.")
         return {(type(of).__name__, repr(state)) for of, state in held if not type(of).__module__.startswith(libraries)}
 

@@ -218,6 +218,13 @@ def test_a_run_that_an_earlier_one_has_changed_or_that_another_process_builds_di
         train_or_load(NARROW["narrow"], config, tiny_data, callbacks=[Leaking()], identity=identity)
 
 
+def test_a_run_has_the_precision_that_was_resolved_for_its_name_wherever_it_is_trained(config, tiny_data, monkeypatch):
+    here = lambda config, model: "bf16" if config.precision == "auto" else config.precision  # noqa: E731
+    monkeypatch.setattr("lablib.identity.resolve_precision", here)  # the trainer's own would give fp32
+    run = experiment(NARROW, config, tiny_data, [0]).runs["narrow", 0]
+    assert run.result["precision"] == run.identity["config"]["precision"] == "bf16"
+
+
 def test_callbacks_are_called_each_run_with_its_own_copy(config, tiny_data, capsys):
     result = experiment(NARROW, config, tiny_data, SEEDS, callbacks=[Counting()])
     assert capsys.readouterr().out.count("epochs: 2\n") == 2
