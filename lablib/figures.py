@@ -227,7 +227,8 @@ def paired_differences(comparison: pd.DataFrame, dataset: str, title: str) -> Fi
     figure, axis = plt.subplots(figsize=(width, 0.6 * len(names) + 1.8), layout="constrained")
     axis.axvline(0, color="0.4", linewidth=1)
     for place, row in enumerate(comparison.itertuples()):
-        axis.plot([100 * value for value in row.by_seed.values()], [place - 0.1] * row.n, "o", color="C0", alpha=0.5)
+        heights = place - np.linspace(0.3, 0, row.n)  # one for each seed, or equal differences would hide one another
+        axis.plot([100 * value for value in row.by_seed.values()], heights, "o", color="C0", alpha=0.5)
         face = "black" if row.significant else "white"
         axis.errorbar(100 * row.mean, place + 0.15, xerr=100 * row.ci95, fmt="kD", mfc=face, ms=5, capsize=3)
     axis.set_yticks(range(len(names)), labels=names)
