@@ -138,6 +138,10 @@ def _fingerprint(path: Path) -> dict[str, int | str]:
     return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
+def _is_library(cls: type) -> bool:
+    return cls.__module__.startswith(("lablib.", "transformers.", "torch."))
+
+
 class ResumableTrainer:
     """Lets a trainer resume as if it had never stopped: `class Mine(ResumableTrainer, transformers.Trainer)`.
 
@@ -207,14 +211,14 @@ class ResumableTrainer:
         }
 
     def _unsaved_state(self) -> set[tuple[str, str]]:
-        """The user's callbacks and layers, each with its attributes, as text, that a checkpoint does not keep."""
+        """The user's callbacks, layers and trainer with their attributes, as text, that a checkpoint does not keep."""
         callbacks = [c for c in self.callback_handler.callbacks if not hasattr(c, "from_state")]  # no ExportableState
         held = [(callback, vars(callback)) for callback in callbacks]
-        for layer in self.model.modules():
-            own = vars(layer).keys() - _OF_EVERY_LAYER
-            held.append((layer, {n: v for n, v in vars(layer).items() if n in own and isinstance(v, (int, float))}))
-        libraries = ("lablib.", "transformers.", "torch.")
-        return {(type(of).__name__, repr(state)) for of, state in held if not type(of).__module__.startswith(libraries)}
+        methods = [method for cls in type(self).__mro__ if not _is_library(cls) for method in vars(cls).values()]
+        used = {name for method in methods for name in getattr(getattr(method, "__code__", None), "co_names", ())}
+        for owner, names in [(self, used), *((m, vars(m).keys() - _OF_EVERY_LAYER) for m in self.model.modules())]:
+            held.append((owner, {n: v for n, v in vars(owner).items() if n in names and isinstance(v, (int, float))}))
+        return {(type(of).__name__, repr(state)) for of, state in held if not _is_library(type(of))}
 
     def _maybe_log_save_evaluate(self, *args, **kwargs):  # after each step, and once more after an epoch's last one
         state, control, saved_at = self.state, self.control, self._saved_at
@@ -312,7 +316,7 @@ class ResumableTrainer:
             was, now_is = (", ".join(f"{name} {values.get(name)}" for name in changed) for values in (before, now))
             notes.append(f"started with {was}, {resumed} with {now_is}")
         if forgotten := ", ".join(saved.get("forgotten", [])):
-            advice = "derive a callback from transformers' ExportableState, and keep a network's state in buffers"
+            advice = "keep it in a callback derived from transformers' ExportableState, or in a network's buffers"
             notes.append(f"{resumed} without the state of {forgotten}; {advice}")
         for note in notes:
             warnings.warn(f"{self.args.output_dir}: {note}; the result will carry this note", stacklevel=3)

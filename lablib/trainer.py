@@ -19,7 +19,7 @@ import transformers
 from accelerate.utils import broadcast, convert_outputs_to_fp32
 from torch import nn
 from torch.nn import functional as F
-from torch.optim.lr_scheduler import LambdaLR  # the config's schedules are
+from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau  # the config's schedules are LambdaLR
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader, default_convert
 from transformers import EarlyStoppingCallback, EvalPrediction, PrinterCallback, TrainerCallback
@@ -131,6 +131,7 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
             nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         if self.config.torch_compile:  # in place: transformers would also compile all later runs of this process
             self.model.compile()
+        self.optimizer = self.create_optimizer() or self.optimizer  # an override may only return it, or only set it
         transformers.set_seed((self.args.seed + self.args.process_index * 2_654_435_761) % 2**32)  # not a nearby seed
         self._since_last_log = BatchMeter(self.args.world_size)
         self._clock = time.perf_counter()
@@ -197,8 +198,14 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
         return (losses["loss"], outputs) if return_outputs else losses["loss"]
 
     def training_step(self, *args, **kwargs):
-        """As upstream. Raises ValueError if a callback set the learning rate, which would not last."""
-        rates, schedule = [group["lr"] for group in self.optimizer.param_groups], self.lr_scheduler
+        """As upstream. Raises TypeError or ValueError for a learning rate that would not be what its author meant."""
+        schedule, best = self.lr_scheduler, "max" if self.args.greater_is_better else "min"
+        if schedule is None:
+            raise TypeError("create_scheduler must set self.lr_scheduler, and return it")
+        if isinstance(schedule, ReduceLROnPlateau) and schedule.mode != best:
+            metric = self.config.early_stopping_metric
+            raise ValueError(f"ReduceLROnPlateau is given the validation {metric}; write mode={best!r}")
+        rates = [group["lr"] for group in self.optimizer.param_groups]
         if isinstance(schedule, LambdaLR) and rates != schedule.get_last_lr():
             advice = "which overwrites it after each step; override create_scheduler"
             raise ValueError(f"the learning rate was set outside the schedule, {advice}")

@@ -316,12 +316,19 @@ class CountingMLP(MLP):
         return super().forward(images)
 
 
-def test_a_callback_and_a_network_whose_state_is_lost_are_named_and_noted_in_the_result(config, tiny_data, recwarn):
-    train = partial(train_or_load, partial(CountingMLP, **tiny_mlp.keywords), config(), tiny_data)
+class CountingTrainer(StreamlinedTrainer):
+    def losses(self, outputs, labels):
+        self.batches = getattr(self, "batches", 0) + 1
+        return super().losses(outputs, labels)
+
+
+def test_what_loses_its_state_is_named_and_noted_in_the_result(config, tiny_data, recwarn):
+    build = partial(CountingMLP, **tiny_mlp.keywords)
+    train = partial(train_or_load, build, config(), tiny_data, trainer_class=CountingTrainer)
     with pytest.raises(KeyboardInterrupt):
         train(callbacks=[Counting(1), Counting(0), At(2, press_ctrl_c)])
     (note,) = train(callbacks=[Counting(1), Counting(0)]).result["notes"]
-    assert note.startswith("resumed at step 2 without the state of Counting, CountingMLP; ")
+    assert note.startswith("resumed at step 2 without the state of Counting, CountingMLP, CountingTrainer; ")
     assert note in str(recwarn.pop(UserWarning).message)
 
 

@@ -17,6 +17,7 @@ from scripted import Scripted
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parameters_to_vector
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers import TrainerCallback
 
 from lablib import MLP, ImageData, StreamlinedTrainer, TrainingConfig, stratified_split
@@ -365,6 +366,29 @@ def test_a_learning_rate_that_a_callback_sets_is_refused(build):
         ValueError, match=r"the learning rate was set outside the schedule, .* override create_scheduler"
     ):
         build(config(), callbacks=[Decaying()]).train()
+
+
+class OwnSchedule(StreamlinedTrainer):
+    def create_optimizer(self, model=None):
+        return torch.optim.Adagrad(self.model.parameters())
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        self.lr_scheduler = ReduceLROnPlateau(self.optimizer, mode="max")
+
+
+class ForgottenSchedule(StreamlinedTrainer):
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        return ReduceLROnPlateau(self.optimizer, mode="max")
+
+
+def test_an_optimizer_and_a_schedule_of_ones_own_are_used_or_refused(build):
+    trainer = build(config(), trainer_class=OwnSchedule)
+    trainer.train()
+    assert isinstance(trainer.optimizer.optimizer, torch.optim.Adagrad)
+    with pytest.raises(TypeError, match=r"create_scheduler must set self\.lr_scheduler"):
+        build(config(), trainer_class=ForgottenSchedule).train()
+    with pytest.raises(ValueError, match="ReduceLROnPlateau is given the validation loss; write mode='min'"):
+        build(config(early_stopping_metric="loss"), trainer_class=OwnSchedule).train()
 
 
 def test_a_checkpoint_of_fp16_resumes_in_another_precision(build, tmp_path):
