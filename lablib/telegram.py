@@ -39,7 +39,7 @@ class TelegramNotifier:
     get through within `deadline` seconds.
     """
 
-    deadline = 60.0  # seconds for a request with all its attempts
+    deadline = 60.0  # seconds for a request with all its attempts; 10 once there was no connection
     pause = 1.0  # seconds before the second attempt; doubled for each further one
 
     def __init__(
@@ -79,6 +79,8 @@ class TelegramNotifier:
             wait = max(pause, parameters.get("retry_after", 0))
             temporary = status in (None, 429) or status >= 500
             if not temporary or time.monotonic() + wait > until:
+                if status is None:  # nobody should wait a minute for each of several messages
+                    type(self).deadline = min(self.deadline, 10.0)
                 hint = "; is TELEGRAM_BOT_TOKEN right?" if status in (401, 404) else ""
                 said = redacted(reply["description"].replace(self._token.get_secret_value(), "…"))[:200]
                 raise TelegramError(f"{status or ''} {said}{hint}".strip(), status)

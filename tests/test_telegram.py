@@ -112,6 +112,14 @@ def test_what_is_temporary_is_tried_again_with_longer_and_longer_pauses(api, not
     assert [pause >= least for pause, least in zip(pauses, (0.05, 0.1, 0.2, 0.5), strict=True)] == [True] * 4
 
 
+def test_without_a_connection_later_messages_are_given_up_sooner(monkeypatch):
+    monkeypatch.setattr(TelegramNotifier, "deadline", 60.0)
+    monkeypatch.setattr(TelegramNotifier, "pause", 61.0)
+    with pytest.raises(TelegramError, match="no connection"):
+        TelegramNotifier(TOKEN, CHAT, closed_port()).send_message("text")
+    assert TelegramNotifier.deadline == 10
+
+
 @pytest.mark.usefixtures("in_environment")
 def test_a_finished_training_sends_the_figures_of_its_best_epoch(api, config, tiny_data):
     run = train_or_load(MODELS["narrow"], replace(config, telegram_additional_info="on the <old> laptop"), tiny_data)
