@@ -22,6 +22,7 @@ _NOT_OPTIONS = ("telegram_bot_token", "training_arguments")  # `ps` would show t
 _NOT_OPTIONS += ("image_shape", "num_classes")  # given by the data
 _SETTINGS = inspect.signature(TrainingConfig).parameters
 _SEVERAL = {"hidden_sizes": int}  # the type of each value of an option that takes several
+_IS_FIRST_PROCESS = os.environ.get("RANK", "0") == "0"  # of those that torchrun starts
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -29,7 +30,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     Exits with status 2 for an invalid option, 1 if the training cannot begin or fails, and 130 after Ctrl-C.
     """
-    is_first_process = os.environ.get("RANK", "0") == "0"  # of those that torchrun starts
     try:
         parser = _parser()
         options = vars(parser.parse_args(arguments))
@@ -39,37 +39,37 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 scale = {name: options.pop(name) for name in ("image_size", "channels")}
                 data = lablib.load_data(options.pop("data"), options.pop("data_dir"), **scale)
             fitting = {"image_shape": data.image_shape, "num_classes": data.num_classes}
-            build_model = partial(getattr(lablib, options.pop("model")), **options, **fitting)
+            build_model = partial(getattr(lablib, options.pop("model")), **options, **fitting)  # those that are left
             build_model()
         except (ValueError, OSError) as error:
             parser.error(str(error))
-        run = _train(build_model, config, data, is_first_process)
+        run = _train(build_model, config, data)
     except KeyboardInterrupt:
-        if is_first_process:
+        if _IS_FIRST_PROCESS:
             print("interrupted before training began", file=sys.stderr)
         sys.exit(130)
-    if is_first_process:
+    if _IS_FIRST_PROCESS:
         print(json.dumps({"path": str(run.path), **run.result}))
 
 
-def _train(build_model: partial, config: TrainingConfig, data: "lablib.ImageData", shown: bool) -> "lablib.Run":
+def _train(build_model: partial, config: TrainingConfig, data: "lablib.ImageData") -> "lablib.Run":
     """Train a run with a progress bar, or load it."""
     from lablib import identity, runs, trainer  # with PyTorch
 
     try:
-        name, ended = identity.run_name(identity.run_identity(build_model, config, data)), set()
-        key = build_model.func.__name__, config.seed
-        watched = shown and not runs.find_run(name, config.output_dir)
-        paths = {key: Path(config.output_dir, name)}
-        if shown:
+        name = identity.run_name(identity.run_identity(build_model, config, data))
+        key, ended = (build_model.func.__name__, config.seed), set()
+        watched = _IS_FIRST_PROCESS and not runs.find_run(name, config.output_dir)
+        if _IS_FIRST_PROCESS:
             data.warn_if_unbalanced()
-        with runs.progress(paths, config.num_epochs, ended, sys.stderr) if watched else nullcontext():
+        bar = runs.progress({key: Path(config.output_dir, name)}, config.num_epochs, ended, sys.stderr)
+        with bar if watched else nullcontext():
             run = runs.train_or_load(build_model, config, data)
             ended.add(key)
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, OSError, trainer.SanityCheckError, trainer.NonFiniteLossError) as error:
-        sys.exit(f"python -m lablib: {one_line(error)}" if shown else 1)
+        sys.exit(f"python -m lablib: {one_line(error)}" if _IS_FIRST_PROCESS else 1)
     return run
 
 

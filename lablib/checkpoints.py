@@ -214,11 +214,12 @@ class ResumableTrainer:
         """The user's callbacks, layers and trainer with their attributes, as text, that a checkpoint does not keep."""
         callbacks = [c for c in self.callback_handler.callbacks if not hasattr(c, "from_state")]  # no ExportableState
         held = [(callback, vars(callback)) for callback in callbacks]
-        methods = [method for cls in type(self).__mro__ if not _is_library(cls) for method in vars(cls).values()]
-        used = {name for method in methods for name in getattr(getattr(method, "__code__", None), "co_names", ())}
-        for owner, names in [(self, used), *((m, vars(m).keys() - _OF_EVERY_LAYER) for m in self.model.modules())]:
+        own = [member for cls in type(self).__mro__ if not _is_library(cls) for member in vars(cls).values()]
+        used = {name for member in own if hasattr(member, "__code__") for name in member.__code__.co_names}
+        layers = [(layer, vars(layer).keys() - _OF_EVERY_LAYER) for layer in self.model.modules()]
+        for owner, names in [(self, used), *layers]:
             held.append((owner, {n: v for n, v in vars(owner).items() if n in names and isinstance(v, (int, float))}))
-        return {(type(of).__name__, repr(state)) for of, state in held if not _is_library(type(of))}
+        return {(type(owner).__name__, repr(state)) for owner, state in held if not _is_library(type(owner))}
 
     def _maybe_log_save_evaluate(self, *args, **kwargs):  # after each step, and once more after an epoch's last one
         state, control, saved_at = self.state, self.control, self._saved_at
@@ -253,10 +254,11 @@ class ResumableTrainer:
         return better
 
     def _is_due(self, seconds: float) -> bool:
+        """Whether to write a checkpoint; notes in `_leaving` whether the training ends with it."""
         reasons = [self._interruption.asked, time.monotonic() - self._saved_at >= seconds]
         if self.args.world_size > 1:
             reasons = self.accelerator.gather(torch.tensor([reasons], device=self.args.device)).any(0).tolist()
-        self._leaving = reasons[0]  # all processes after the same step
+        self._leaving, _ = reasons  # all processes after the same step
         return any(reasons)
 
     def _finalize_training(self, *args, **kwargs):

@@ -185,9 +185,9 @@ class TrainingConfig:
             raise ValueError(f"TrainingConfig: batch_size = {self.batch_size}, but {reason}")
         idle = dict.fromkeys(("adam_beta1", "adam_beta2", "adam_epsilon"), ("optimizer", "sgd"))
         idle["lr_scheduler_kwargs"] = "lr_schedule", "constant"
-        for name in idle.keys() & self.training_arguments.keys():
-            if getattr(self, idle[name][0]) == idle[name][1]:
-                reason = "{} = {!r} does not use it".format(*idle[name])
+        for name, (setting, value) in idle.items():
+            if name in self.training_arguments and getattr(self, setting) == value:
+                reason = f"{setting} = {value!r} does not use it"
                 raise ValueError(f"TrainingConfig: training_arguments[{name!r}] has no effect; {reason}")
         if num_processes() > 1:
             atexit.register(_leave_group)

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset, Sampler
 UNBALANCED = 5  # above this ratio of the largest to the smallest class, accuracy alone is misleading
 _warned = {}  # where `warnings` notes that the one on unbalanced classes was shown
 _IMAGES = "torch.uint8 from 0 to 255, images × channels × height × width"
+_TENSORS = "train_images", "train_labels", "test_images", "test_labels"  # the fields of ImageData that hold tensors
 
 
 @dataclass(frozen=True, repr=False)
@@ -36,8 +37,7 @@ class ImageData:
     class_names: tuple[str, ...]
 
     def __post_init__(self):
-        names = "train_images", "train_labels", "test_images", "test_labels"
-        arrays = {name: np.asanyarray(getattr(self, name)) for name in names}
+        arrays = {name: np.asanyarray(getattr(self, name)) for name in _TENSORS}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
             tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
@@ -46,9 +46,8 @@ class ImageData:
             raise ValueError(f"{self.name} has {self.num_classes} class; a classifier needs at least two")
         for part in ("train", "test"):
             images, labels = getattr(self, f"{part}_images"), getattr(self, f"{part}_labels")
-            fits = images.ndim == 4 and images.shape[1:] == self.train_images.shape[1:]
-            fits = fits and not images.shape[1] > 4 >= images.shape[3]  # channels last
-            if images.dtype != torch.uint8 or not fits:
+            channels_last = images.ndim == 4 and images.shape[1] > 4 >= images.shape[3]
+            if images.dtype != torch.uint8 or images.ndim != 4 or channels_last or images.shape[1:] != self.image_shape:
                 raise ValueError(
                     f"{self.name}: the {part} images are {images.dtype} of shape {tuple(images.shape)}; they must be "
                     f"{_IMAGES}, the last three as in training"
@@ -113,8 +112,7 @@ class ImageData:
     @property
     def fingerprint(self) -> str:
         """SHA-256 over every image, label and class name: two data sets with the same one are the same."""
-        parts = self.train_images, self.train_labels, self.test_images, self.test_labels
-        state = [part._version for part in parts], self._samples()  # PyTorch counts its own in-place changes
+        state = [getattr(self, name)._version for name in _TENSORS], self._samples()  # PyTorch counts its own changes
         if self._hashed[0] != state:
             digest = hashlib.sha256(repr((self.image_shape, self.class_names)).encode())
             for array in self._arrays:
@@ -133,8 +131,8 @@ class ImageData:
 
     def __reduce__(self):
         # joblib shares an array with its workers instead of copying it, and knows by its `id` whether it has done so
-        hashed = ([0] * 4, self._samples()), self.fingerprint
-        known = {"_hashed": hashed, "channel_statistics": self.channel_statistics}
+        unchanged = [0] * len(_TENSORS), self._samples()  # PyTorch has counted no change of the copy's new tensors
+        known = {"_hashed": (unchanged, self.fingerprint), "channel_statistics": self.channel_statistics}
         return ImageData, (self.name, *self._arrays, self.class_names), known
 
 
@@ -187,12 +185,12 @@ def stratified_split(labels: torch.Tensor, validation_split: float, seed: int) -
     Raises ValueError if a class has a single image, or if a part would have fewer images than there are classes.
     """
     classes, counts = labels.unique(return_counts=True)
-    size = round(validation_split * len(labels))
+    options = {"test_size": round(validation_split * len(labels)), "stratify": labels.numpy(), "random_state": seed}
     with suppress(ValueError):  # scikit-learn's, of a class with one image or a part with fewer images than classes
-        parts = train_test_split(np.arange(len(labels)), test_size=size, stratify=labels.numpy(), random_state=seed)
-        absent = np.setdiff1d(classes, labels[parts[1]])  # from validation: classes too small for their share
+        train, validation = train_test_split(np.arange(len(labels)), **options)
+        absent = np.setdiff1d(classes, labels[validation])  # from validation: classes too small for their share
         moved = [np.random.default_rng(seed).choice(np.flatnonzero(labels == label)) for label in absent]
-        parts = np.setdiff1d(parts[0], moved), np.union1d(parts[1], moved)
+        parts = np.setdiff1d(train, moved), np.union1d(validation, moved)
         train, validation = (torch.from_numpy(part).long() for part in parts)
         if all(len(labels[part].unique()) == len(classes) for part in (train, validation)):
             return train, validation

@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torchvision import datasets
-from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension, make_dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from torchvision.transforms import functional as F
 
 from lablib.config import locate_data
@@ -107,8 +107,8 @@ def _listed(folder: Path) -> tuple[list[str], list[tuple[str, int]]]:
         raise ValueError(f"{folder} needs a folder of images for each class, at least two; it has {classes}")
     labels = {name: label for label, name in enumerate(classes)}
     files = make_dataset(folder, labels, is_valid_file=lambda path: True, allow_empty=True)
-    files = [file for file in files if os.sep + "." not in file[0].removeprefix(str(folder))]  # hidden
-    images = [file for file in files if has_file_allowed_extension(file[0], (*IMG_EXTENSIONS, ".jfif", ".gif"))]
+    files = [(path, label) for path, label in files if os.sep + "." not in path.removeprefix(str(folder))]  # not hidden
+    images = [(path, label) for path, label in files if path.lower().endswith((*IMG_EXTENSIONS, ".jfif", ".gif"))]
     if empty := labels.keys() - {classes[label] for _, label in images}:
         raise ValueError(f"no image in {folder / min(empty)}; add some or delete the folder")
     if others := {*files} - {*images}:
@@ -128,17 +128,17 @@ def _from_folder(folder: Path, size, channels: int) -> ImageData:
     for unread in (path for path in folder.iterdir() if path.name in ("val", "valid", "validation")):
         warnings.warn(f"{unread} is not read; part of train/ serves as the validation set", stacklevel=3)
     paths, labels = zip(*train, *test, strict=True)
-    labels, number = np.array(labels, dtype=np.int64), len(train)
-    stats = ((path.removeprefix(str(folder)), os.stat(path)) for path in paths)
-    status = [(name, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for name, s in stats]
-    key = hashlib.sha256(repr((_PIXELS, status)).encode()).hexdigest()[:16]
+    labels = np.array(labels, dtype=np.int64)
+    files = ((path.removeprefix(str(folder)), os.stat(path)) for path in paths)
+    versions = [(name, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for name, s in files]
+    key = hashlib.sha256(repr((_PIXELS, versions)).encode()).hexdigest()[:16]
     kind = f"{'x'.join(map(str, size)) if size else 'anysize'}-{'grey' if channels == 1 else 'rgb'}"
     images = _pixels(paths, size, channels, folder / f".lablib-{kind}-{key}.npy")
-    seen = {hash(image.tobytes()) for image in images[:number]}
-    if leaked := sum(hash(image.tobytes()) in seen for image in images[number:]):
-        text = f"{leaked:,} of {len(images) - number:,} test images are also in train/, which inflates test accuracy"
+    seen = {hash(image.tobytes()) for image in images[: len(train)]}
+    if leaked := sum(hash(image.tobytes()) in seen for image in images[len(train) :]):
+        text = f"{leaked:,} of {len(test):,} test images are also in train/, which inflates test accuracy"
         warnings.warn(f"{folder}: {text}", stacklevel=3)
-    arrays = images[:number], labels[:number], images[number:], labels[number:]
+    arrays = images[: len(train)], labels[: len(train)], images[len(train) :], labels[len(train) :]
     return ImageData(Path(os.path.abspath(folder)).name, *arrays, tuple(classes))
 
 

@@ -29,8 +29,8 @@ def gradient_norms(
     # a projection belongs to the shortcut; it is not a layer of F
     shortcuts = [m.projection for m in model.modules() if isinstance(m, ResidualBlock)]
     shortcuts += [m.downsample[0] for m in model.modules() if isinstance(m, BasicBlock) and m.downsample]
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd))}
-    layers = {name: layer for name, layer in layers.items() if layer not in shortcuts}
+    kinds = (nn.Linear, nn.modules.conv._ConvNd)
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, kinds) and m not in shortcuts}
     if not layers:
         raise ValueError(f"{type(model).__name__} has no linear or convolutional layers to measure")
     images, labels = batch

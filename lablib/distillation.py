@@ -53,7 +53,7 @@ class KnowledgeDistillationTrainer(StreamlinedTrainer):
     ):
         if not isinstance(alpha, numbers.Real) or not 0 <= alpha <= 1:
             raise ValueError(f"alpha = {alpha!r}, but it must be a number from 0 (labels only) to 1 (teacher only)")
-        # above, float32 would round the soft loss away
+        # beyond 1000, float32 would round the soft loss away
         if not isinstance(temperature, numbers.Real) or not 0 < temperature <= 1000:
             raise ValueError(f"temperature = {temperature!r}, but it must be above 0 and at most 1000, such as 4")
         if teacher is student:

@@ -1,10 +1,8 @@
 """An experiment: some models × some seeds -> their runs, trained side by side where there are cores for it."""
 
 import json
-import linecache
 import os
 import signal
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext, suppress
@@ -24,8 +22,8 @@ from lablib import figures
 from lablib.checkpoints import Interruption
 from lablib.config import TrainingConfig, num_processes
 from lablib.data import UNBALANCED, ImageData
-from lablib.identity import described_callbacks, described_network, run_identity, run_name
-from lablib.runs import Key, Run, TrainedModel, attempt, find_run, line_and_trace, progress
+from lablib.identity import described_callbacks, described_network, json_digest, run_identity, run_name
+from lablib.runs import Key, Run, TrainedModel, attempt, find_run, line_and_trace, local_sources, progress
 from lablib.statistics import compare, compare_effects, readable_table, results_table, save_table, verdicts
 
 TrainerClass = type | partial | None  # a StreamlinedTrainer; None is that itself
@@ -45,14 +43,15 @@ class Experiment:
     fingerprint: str = ""
 
     def __post_init__(self):
-        # kept, as changing the data in place changes theirs
+        # as it is now: the data may be changed in place later
         self.fingerprint = self.fingerprint or self.data.fingerprint
 
     def select(self, *models: str) -> "Experiment":
         """The same experiment with some of its models only. Raises KeyError for a model that it does not have."""
         if unknown := [name for name in models if name not in self.models]:
             raise KeyError(f"no model {unknown[0]!r}; there are {', '.join(self.models)}")
-        runs, failures = ({k: v for k, v in of.items() if k[0] in models} for of in (self.runs, self.failures))
+        runs = {key: run for key, run in self.runs.items() if key[0] in models}
+        failures = {key: error for key, error in self.failures.items() if key[0] in models}
         return replace(self, models={name: self.models[name] for name in models}, runs=runs, failures=failures)
 
     def __or__(self, other: "Experiment") -> "Experiment":
@@ -60,22 +59,23 @@ class Experiment:
 
         Raises ValueError for two data sets, and for a model of both unless a seed's run shows that it is the same.
         """
-        if len({fingerprint for e in (self, other) for fingerprint in (e.fingerprint, e.data.fingerprint)}) > 1:
+        if len({self.fingerprint, self.data.fingerprint, other.fingerprint, other.data.fingerprint}) > 1:
             names = f"{self.data.name} and {other.data.name}"
             raise ValueError(f"experiments on {names} have different data, or data changed in place")
         for name in self.models.keys() & other.models.keys():
             mine, theirs = ({k: run.path.name for k, run in e.runs.items() if k[0] == name} for e in (self, other))
-            same = {mine[key] == theirs[key] for key in mine.keys() & theirs.keys()}
-            if False in same or (mine and theirs and not same):
+            shared = mine.keys() & theirs.keys()
+            if any(mine[key] != theirs[key] for key in shared) or (mine and theirs and not shared):
                 advice = "rename it in one, or give both the same settings and seeds (in a notebook, run all cells)"
                 raise ValueError(f"the experiments trained {name!r} differently, or with other seeds; {advice}")
-        joined = {name: getattr(self, name) | getattr(other, name) for name in ("models", "runs", "failures")}
-        joined["failures"] = {key: error for key, error in joined["failures"].items() if key not in joined["runs"]}
-        same = self.config and other.config and self.config.identity() == other.config.identity()
-        joined["config"] = self.config if same else None
+        same_config = self.config and other.config and self.config.identity() == other.config.identity()
+        config = self.config if same_config else None
         acting = [e.callbacks if e.callbacks is None else described_callbacks(e.callbacks) for e in (self, other)]
-        joined["callbacks"] = self.callbacks if acting[0] == acting[1] else None
-        return replace(self, seeds=tuple(sorted({*self.seeds, *other.seeds})), **joined)
+        callbacks = self.callbacks if acting[0] == acting[1] else None
+        models, runs = self.models | other.models, self.runs | other.runs
+        failures = {key: error for key, error in (self.failures | other.failures).items() if key not in runs}
+        seeds = tuple(sorted({*self.seeds, *other.seeds}))
+        return Experiment(self.data, config, models, seeds, callbacks, runs, failures, self.fingerprint)
 
     def values(self, model: str, key: str = "test_accuracy") -> dict[int, float]:
         """One of a model's results, such as its test accuracy, by seed."""
@@ -217,7 +217,7 @@ class Experiment:
         """Refuse a student's own trainer, and a teacher's own inputs, which distillation would silently replace."""
         for (model, _), run in self.runs.items():
             trainer = json.dumps(run.identity["trainer"])
-            own = not trainer.removeprefix('{"partial": ').startswith('"lablib.')
+            own = not trainer.startswith(('"lablib.', '{"partial": "lablib.'))
             other_inputs = any(f'"{method}"' in trainer for method in ("outputs", "prepare_images"))
             if (model == student and own) or (model == teacher and other_inputs):
                 why = "has a trainer of its own, but distil uses KnowledgeDistillationTrainer"
@@ -230,17 +230,16 @@ class Experiment:
         """
         return self._trained(model, self.seeds[0] if seed is None else seed).load()
 
-    def _trained(self, *key: str | int) -> TrainedModel:
+    def _trained(self, model: str, seed: int) -> TrainedModel:
+        key = (model, seed)
         if key not in self.runs:
             raise KeyError(f"no finished run {key}: {self.failures.get(key) or f'there are {sorted(self.runs)}'}")
-        run, build = self.runs[key], self.models[key[0]]
-        trained = run.identity["model"]
+        run, build = self.runs[key], self.models[model]
         with suppress(TypeError):  # its source is no longer there
-            now = described_network(build, key[1])[1]
-            now, before = (json.dumps(of.get("content", of), sort_keys=True) for of in (now, trained))
-            if now != before:
+            before, (_, now) = run.identity["model"], described_network(build, seed)
+            if json_digest(now.get("content", now)) != json_digest(before.get("content", before)):
                 advice = "a lambda sees the latest values of its variables; use functools.partial(Network, width)"
-                raise ValueError(f"{key[0]!r} now stands for a different network from the one trained ({advice})")
+                raise ValueError(f"{model!r} now stands for a different network from the one trained ({advice})")
         return TrainedModel(run, build)
 
 
@@ -335,35 +334,36 @@ def experiment(
         telling = ExperimentMessages(result)
     # the experiment speaks for its runs, and the token stays in this process
     config = replace(config, use_telegram_notifications=False, telegram_bot_token=None)
-    more = {"callbacks": callbacks, "weights": weights, "parent": os.getpid()}
-    more["sources"] = {name: entry for name, entry in linecache.cache.items() if len(entry) == 4 and entry[1] is None}
-    if script := getattr(sys.modules["__main__"], "__file__", None):
-        linecache.checkcache(script)
-        more["sources"][script] = (0, None, linecache.getlines(script), script)
-    tasks, paths = [], {}
+    missing = {}  # the identity of each run that is to be trained
     with telling as messages:
-        for key in keys:
-            build, knobs, trainer = result.models[key[0]], replace(config, seed=key[1]), trainers[key]
+        for name, seed in keys:
+            seeded = replace(config, seed=seed)
             try:
-                identity = run_identity(build, knobs, data, trainer, callbacks)
+                identity = run_identity(result.models[name], seeded, data, trainers[name, seed], callbacks)
                 if run := find_run(run_name(identity), config.output_dir, weights):
-                    result.runs[key] = run
+                    result.runs[name, seed] = run
                 else:
-                    if config.use_wandb and not tasks:  # asked once, for all runs
-                        from lablib.tracking import is_available  # with transformers
-
-                        config = replace(config, use_wandb=is_available())
-                    precision = identity["config"]["precision"]  # as resolved here: another machine has to follow
-                    knobs = replace(knobs, use_wandb=config.use_wandb, precision=precision)
-                    tasks.append(joblib.delayed(attempt)(key, build, knobs, data, trainer, identity, **more))
-                    paths[key] = Path(config.output_dir, run_name(identity))
+                    missing[name, seed] = identity
             except Exception as error:
-                _note_failure(result, key, *line_and_trace(error))
-        _refuse_twins({key: run.path.name for key, run in result.runs.items()} | {k: p.name for k, p in paths.items()})
+                _note_failure(result, (name, seed), *line_and_trace(error))
+        paths = {key: Path(config.output_dir, run_name(identity)) for key, identity in missing.items()}
+        _refuse_twins({key: run.path for key, run in result.runs.items()} | paths)
+        if missing and config.use_wandb:  # asked once, for all runs
+            from lablib.tracking import is_available  # with transformers
+
+            config = replace(config, use_wandb=is_available())
         _announce(result, paths, len(keys))
-        if tasks:
+        if missing:
             if messages:
                 messages.begin(paths)
+            shared = {"callbacks": callbacks, "weights": weights, "parent": os.getpid(), "sources": local_sources()}
+            tasks = []
+            for (name, seed), identity in missing.items():
+                precision = identity["config"]["precision"]  # as resolved here: another machine has to follow
+                seeded = replace(config, seed=seed, precision=precision)
+                own = {"trainer_class": trainers[name, seed], "identity": identity}
+                task = joblib.delayed(attempt)((name, seed), result.models[name], seeded, data, **own, **shared)
+                tasks.append(task)
             _train_all(result, tasks, paths, jobs)
             result.runs = {key: result.runs[key] for key in keys if key in result.runs}
     if result.failures:
@@ -374,11 +374,11 @@ def experiment(
     return result
 
 
-def _refuse_twins(names: dict[Key, str]):
+def _refuse_twins(paths: dict[Key, Path]):
     """Raise ValueError if two names stand for one run, which would look like two independent results."""
     first = {}
-    for key, name in names.items():
-        if (twin := first.setdefault(name, key)) != key:
+    for key, path in paths.items():
+        if (twin := first.setdefault(path.name, key)) != key:
             advice = "a lambda in a loop sees the last value only; write functools.partial(Network, width) there"
             raise ValueError(f"the models {twin[0]!r} and {key[0]!r} are the same network, trained alike ({advice})")
 

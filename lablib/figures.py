@@ -54,8 +54,7 @@ def loss_curves(
         axis.set(title=title, yscale="log")
     axes[0].set_ylabel(f"{what} (cross-entropy, nats)")
     _label_log(axes[0].yaxis)
-    n = _n(histories.groupby("model")["seed"].nunique())
-    figure.suptitle(f"{dataset}: {what} ({n})\n{LINES}")
+    figure.suptitle(f"{dataset}: {what} ({_seeds(histories, 'model')})\n{LINES}")
     return figure
 
 
@@ -72,13 +71,13 @@ def loss_terms(histories: pd.DataFrame, dataset: str, alpha: float) -> Figure:
         _line_per_seed(axis, histories[keys].assign(**terms).melt(keys, var_name="term"), "value", "term")
         axis.set_title(title)
     axes[0].set(ylabel="contribution to the loss (nats)", ylim=(0, None))
-    n = _n(histories.groupby("model")["seed"].nunique())
-    figure.suptitle(f"{dataset}: the distilled student's loss, α = {alpha:g} ({n})\n{LINES}")
+    figure.suptitle(f"{dataset}: the distilled student's loss, α = {alpha:g} ({_seeds(histories, 'model')})\n{LINES}")
     return figure
 
 
-def _n(counts: pd.Series) -> str:
-    """Numbers of seeds in the tables' words; "n = 3 to 5" where they differ."""
+def _seeds(table: pd.DataFrame, *by: str) -> str:
+    """Numbers of seeds by these columns, or of a comparison, in the tables' words; "n = 3 to 5" where they differ."""
+    counts = table.groupby([*by])["seed"].nunique() if by else table["n"]
     if counts.empty:
         return "no runs to show"
     low, high = counts.min(), counts.max()
@@ -122,9 +121,9 @@ def accuracy_by_depth(frames: pd.DataFrame | Mapping[str, pd.DataFrame], dataset
     for axis, title in zip(axes, frames, strict=True):
         _line_per_family(axis, table[table["panel"] == title], "place", "error", errorbar=_interval)
         axis.set_title(title)
-    for axis in axes:
+    for axis in axes:  # once all are drawn, as they share a scale
         _label_errors(axis, table)
-    figure.suptitle(f"{dataset}: test error by depth ({_n(table.groupby(['panel', 'model']).size())})\n{DOTS}")
+    figure.suptitle(f"{dataset}: test error by depth ({_seeds(table, 'panel', 'model')})\n{DOTS}")
     return figure
 
 
@@ -145,7 +144,7 @@ def gradient_ratio(gradients: pd.DataFrame, frame: pd.DataFrame, dataset: str, c
     below.axhline(100 * (1 - chance), color="0.4", linewidth=1, linestyle=":", label="guessing")
     _line_per_family(below, table, "place", "error", errorbar=_interval)
     _label_errors(below, table)
-    what = f"gradients before training, test error after it, by depth ({_n(table.groupby('model').size())})"
+    what = f"gradients before training, test error after it, by depth ({_seeds(table, 'model')})"
     figure.suptitle(f"{dataset}: {what}\none point per run; geometric means above, means and 95 % intervals below")
     return figure
 
@@ -157,19 +156,19 @@ def accuracy_by_cost(frame: pd.DataFrame, costs: pd.DataFrame, dataset: str) -> 
     for axis, cost in zip(axes, costs, strict=True):
         _line_per_family(axis, table, cost, "accuracy", errorbar=_interval)
         means = table.groupby([table["family"].cat.codes, cost, "depth"])["accuracy"].mean()
-        for (family, x, depth), value in means.items():  # every other family's numbers stand above
-            place = (7, 5 if family % 2 else -12)
+        for (code, x, depth), value in means.items():  # every other family's numbers stand above
+            place = (7, 5 if code % 2 else -12)
             axis.annotate(str(depth), (x, value), place, textcoords="offset points", fontsize="small")
         axis.set(xscale="log", ylabel="test accuracy (%)")
         axis.margins(y=0.1)
         _label_log(axis.xaxis)
-    what = f"test accuracy by cost (numbers: depth; {_n(table.groupby('model').size())})"
+    what = f"test accuracy by cost (numbers: depth; {_seeds(table, 'model')})"
     figure.suptitle(f"{dataset}: {what}\n{DOTS}")
     return figure
 
 
 def _with_place(frame: pd.DataFrame) -> pd.DataFrame:
-    """The finished runs with percentages, family (categorical: drawn alike in each panel), depth and its place."""
+    """The finished runs with percentages, family (categorical: alike in each panel), depth and place on the x axis."""
     table = with_depth(frame.dropna(subset="test_accuracy"))
     family = pd.Categorical(table["family"], table["family"].unique())
     place = table["depth"].rank(method="dense") - 1 + 0.09 * (family.codes - (len(family.categories) - 1) / 2)
@@ -208,16 +207,15 @@ def gradient_norms(gradients: pd.DataFrame, dataset: str) -> Figure:
     """
     table = with_depth(gradients)
     table["position"] = (table["layer"] - 1) / (table.groupby("model")["layer"].transform("max") - 1)
-    table["rms"] = np.log(table["rms"].where(table["rms"] > 0))
+    table["log_rms"] = np.log(table["rms"].where(table["rms"] > 0))
     by = ["family", "moment", "depth", "position"]  # averaged here, as seaborn takes twice as long
-    means = np.exp(table.groupby(by, sort=False)["rms"].mean()).reset_index()
+    means = np.exp(table.groupby(by, sort=False)["log_rms"].mean()).rename("rms").reset_index()
     look = {"x": "position", "y": "rms", "col": "family", "row": "moment", "hue": "depth", "style": "depth"}
     look |= {"palette": sns.color_palette("viridis", means["depth"].nunique())}
     grid = sns.relplot(means, kind="line", **look, errorbar=None, legend="full", height=2.9)
     grid.set(yscale="log").set_titles("{col_name}, {row_name}")
     grid.set_axis_labels("layer (0: first, 1: last)", "gradient (RMS)")
-    n = _n(table.groupby("model")["seed"].nunique())
-    grid.figure.suptitle(f"{dataset}: loss gradient by layer, geometric mean over seeds ({n})")
+    grid.figure.suptitle(f"{dataset}: loss gradient by layer, geometric mean over seeds ({_seeds(table, 'model')})")
     grid.tight_layout()
     return grid.figure
 
@@ -237,7 +235,7 @@ def paired_differences(comparison: pd.DataFrame, dataset: str, title: str) -> Fi
     axis.set_ylim(len(names) - 0.5, -0.5)
     legend = "circle: one seed; diamond: mean, filled if significant; bar: 95 % interval"
     axis.set_xlabel(f"difference in test accuracy (percentage points)\n{legend}", fontsize="small")
-    figure.suptitle(f"{dataset}: {title} ({_n(comparison['n'])})")
+    figure.suptitle(f"{dataset}: {title} ({_seeds(comparison)})")
     return figure
 
 
@@ -285,8 +283,7 @@ def distillation_grid(frame: pd.DataFrame, dataset: str, used: tuple[float, floa
     bar = {"label": "validation accuracy (%)"}
     sns.heatmap(table, annot=texts, fmt="", cmap="Blues", linewidths=1, cbar_kws=bar, ax=axis)
     axis.tick_params(axis="y", rotation=0)
-    n = _n(frame.groupby(["temperature", "alpha"])["seed"].nunique())
-    title = f"{dataset}, {n}; without a teacher: {100 * alone:.2f} %"
+    title = f"{dataset}, {_seeds(frame, 'temperature', 'alpha')}; without a teacher: {100 * alone:.2f} %"
     axis.set(xlabel="α, the weight of the teacher's term", ylabel="temperature T", title=title)
     return figure
 
@@ -341,9 +338,9 @@ def _short(text: str, length: int) -> str:
 
 def confusion_matrix(matrix: np.ndarray, class_names: Sequence[str], title: str) -> Figure:
     """Images by true class (rows) and predicted class (columns), counted up to 25 classes; colours show mistakes."""
-    side, few = np.clip(0.5 * len(class_names) + 1, 4, 14), len(class_names) <= 25
+    side = np.clip(0.5 * len(class_names) + 1, 4, 14)
     figure, axis = plt.subplots(figsize=(side + 0.8, side), layout="constrained")
-    counts = {"annot": matrix if few else False, "fmt": "d", "annot_kws": {"fontsize": "x-small"}}
+    counts = {"annot": matrix if len(class_names) <= 25 else False, "fmt": "d", "annot_kws": {"fontsize": "x-small"}}
     bar = {"label": "misclassified images", "ticks": MaxNLocator(integer=True)}
     names = [_short(name, 25) for name in class_names]
     mistakes = pd.DataFrame(matrix - np.diag(np.diag(matrix)), names, names)
@@ -356,20 +353,20 @@ def confusion_matrix(matrix: np.ndarray, class_names: Sequence[str], title: str)
 
 def softened_predictions(
     images: torch.Tensor,
-    labels: Sequence[str],
+    titles: Sequence[str],
     softened: Mapping[float, torch.Tensor],
     names: Sequence[str],
     title: str,
 ) -> Figure:
     """A teacher's probabilities of the ten likeliest classes of each image, a bar for each temperature.
 
-    `labels` are the true classes, `names` all classes; `softened` has probabilities (images × classes) by temperature.
+    `titles` are the true classes, `names` all classes; `softened` has probabilities (images × classes) by temperature.
     """
     options = {"squeeze": False, "width_ratios": [1, 5], "layout": "constrained"}
     figure, axes = plt.subplots(len(images), 2, figsize=(9, 0.6 + 1.6 * len(images)), **options)
     shown = [_short(name, 10) for name in names]
     for index, (picture, bars) in enumerate(axes):
-        _show(picture, images[index], labels[index])
+        _show(picture, images[index], titles[index])
         table = pd.DataFrame({f"T = {T:g}": rows[index].tolist() for T, rows in softened.items()}, shown)
         table.nlargest(10, table.columns[0]).plot.bar(ax=bars, rot=0, fontsize="x-small", width=0.8, legend=False)
         bars.set(ylim=(0, 1), ylabel="probability")

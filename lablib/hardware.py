@@ -76,27 +76,27 @@ def untouched(owner: object) -> Iterator[None]:
     Restores weights, buffers, modes, and what lists and dicts hold. Only tensors are copied, since a model as a whole
     may not be.
     """
-    models = [held for held in (owner, *vars(owner).values()) if isinstance(held, nn.Module)]
+    models = [value for value in (owner, *vars(owner).values()) if isinstance(value, nn.Module)]
     modules = {module for model in models for module in model.modules()}
-    places = [vars(held) for held in (owner, *modules)]
-    held = [value for place in places for value in place.values()]
-    places += [value for value in held if isinstance(value, dict)]
-    before = [(place, dict(place)) for place in places]
-    lists = [(value, list(value)) for value in held if isinstance(value, list)]
-    values = {t: t.detach().clone() for _, content in before for t in content.values() if isinstance(t, torch.Tensor)}
+    dicts = [vars(holder) for holder in (owner, *modules)]
+    attributes = [value for holder in dicts for value in holder.values()]
+    dicts += [value for value in attributes if isinstance(value, dict)]
+    old_dicts = [(now, dict(now)) for now in dicts]
+    old_lists = [(now, list(now)) for now in attributes if isinstance(now, list)]
+    old_tensors = {t: t.detach().clone() for now in dicts for t in now.values() if isinstance(t, torch.Tensor)}
     try:
         yield
     finally:
-        for place, content in before:
-            if _differ([*place, *place.values()], [*content, *content.values()]):
-                place.clear()
-                place.update(content)
-        for place, content in lists:
-            if _differ(place, content):
-                place[:] = content
-        for tensor, value in values.items():
-            if not torch.equal(tensor, value):  # an expanded tensor cannot be written to
-                tensor.data.copy_(value)
+        for now, old in old_dicts:
+            if _differ([*now, *now.values()], [*old, *old.values()]):
+                now.clear()
+                now.update(old)
+        for now, old in old_lists:
+            if _differ(now, old):
+                now[:] = old
+        for now, old in old_tensors.items():
+            if not torch.equal(now, old):  # an expanded tensor cannot be written to
+                now.data.copy_(old)
 
 
 def _differ(one: list, other: list) -> bool:
@@ -109,15 +109,15 @@ def algorithms(deterministic: bool) -> Iterator[None]:
 
     https://pytorch.org/docs/stable/notes/randomness.html
     """
-    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    mode, benchmark = torch.get_deterministic_debug_mode(), torch.backends.cudnn.benchmark
     if deterministic:
         torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before[0])
-        torch.backends.cudnn.benchmark = before[1]
+        torch.set_deterministic_debug_mode(mode)
+        torch.backends.cudnn.benchmark = benchmark
 
 
 def fits(tensor: torch.Tensor, device: torch.device) -> bool:

@@ -46,13 +46,14 @@ def run_identity(
     calls of `build_model` do not give two equal networks.
     """
     model, network = described_network(build_model, config.seed)
+    effects = described_callbacks(callbacks)
     return {
         "scheme": _SCHEME,
         "model": network,
         "data": describe(data, "data"),
         "config": describe(config, "config") | {"precision": resolve_precision(config, model)},
         "trainer": describe(trainer_class or "lablib.StreamlinedTrainer", "trainer_class"),
-    } | ({"callbacks": effects} if (effects := described_callbacks(callbacks)) else {})
+    } | ({"callbacks": effects} if effects else {})
 
 
 def described_callbacks(callbacks: Sequence) -> list:
@@ -60,10 +61,9 @@ def described_callbacks(callbacks: Sequence) -> list:
     return [content for content in describe(list(callbacks), "callbacks") if content is not None]
 
 
-def run_name(described: dict[str, Any]) -> str:
+def run_name(identity: dict[str, Any]) -> str:
     """`<model class>-<hash of the identity>`, the name of a run's folder."""
-    digest = sha256(json.dumps(described, sort_keys=True).encode())
-    return f"{described['model']['class'].rpartition('.')[2]}-{digest[:12]}"
+    return f"{identity['model']['class'].rpartition('.')[2]}-{json_digest(identity)[:12]}"
 
 
 def build_seeded(build_model: Callable[[], nn.Module], seed: int) -> nn.Module:
@@ -76,11 +76,16 @@ def build_seeded(build_model: Callable[[], nn.Module], seed: int) -> nn.Module:
 def weights_digest(model: nn.Module) -> str:
     """SHA-256 over the names, types and bytes of a model's parameters and buffers, unsaved buffers included."""
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    return sha256(json.dumps([[name, *_tensor(tensor)] for name, tensor in tensors]).encode())
+    return json_digest([[name, *_tensor(tensor)] for name, tensor in tensors])
 
 
 def sha256(content: bytes | np.ndarray) -> str:
     return hashlib.sha256(content).hexdigest()
+
+
+def json_digest(content: Any) -> str:
+    """SHA-256 over a value as JSON, whatever the order of its keys."""
+    return sha256(json.dumps(content, sort_keys=True).encode())
 
 
 def _tensor(tensor: torch.Tensor) -> list:
@@ -104,17 +109,17 @@ def described_network(build_model: Callable[[], nn.Module], seed: int) -> tuple[
         builder = build_model.func if type(build_model) is partial else build_model
         if builder is cls:
             return model, known  # as the class itself built it
-    described, second = describe(model, name), build_seeded(build_model, seed)
-    if _trained_parts(model) & _trained_parts(second) or described != describe(second, name):
+    content, second = describe(model, name), build_seeded(build_model, seed)
+    if _trained_parts(model) & _trained_parts(second) or content != describe(second, name):
         raise ValueError(
             f"two calls of the function that builds the {name} must give two equal networks that share no weights. "
             "Build the network in the function, or return copy.deepcopy(network); and draw what is random with torch, "
             "which has the run's seed, not with NumPy or random"
         )
-    if known and described == describe(build_seeded(partial(cls, **arguments), seed), name):
+    if known and content == describe(build_seeded(partial(cls, **arguments), seed), name):
         return model, known  # nothing was changed
-    builder = describe(build_model, "the function that builds the model")
-    return model, {"class": name, "built_by": builder, "content": described}
+    built_by = describe(build_model, "the function that builds the model")
+    return model, {"class": name, "built_by": built_by, "content": content}
 
 
 def _trained_parts(model: nn.Module) -> set[int]:
@@ -123,23 +128,24 @@ def _trained_parts(model: nn.Module) -> set[int]:
     return modules | {p.untyped_storage().data_ptr() for p in model.parameters() if p.requires_grad} - {0}
 
 
-def describe(value: Any, where: str, _above: tuple[int, ...] = (), _code: dict | None = None) -> Any:
+def describe(value: Any, where: str, _above: tuple[int, ...] = (), _seen: dict | None = None) -> Any:
     """A value as JSON, by its content: the same for equal values in every process and on Python 3.11 to 3.13.
 
     `where` names the value in an error. An object with a method `__identity__` is described by what that returns.
     Raises TypeError where the content cannot be told.
     """
-    kind, code = type(value), {} if _code is None else _code  # the functions and classes so far: each described once
+    kind, seen = type(value), {} if _seen is None else _seen  # the functions and classes so far: each described once
 
+    # the order of these calls numbers functions and classes, so it is part of the runs' names
     def inside(part: Any, name: str = "") -> Any:
-        return describe(part, where + name, (*_above, id(value)), code)
+        return describe(part, where + name, (*_above, id(value)), seen)
 
     if hasattr(kind, "__identity__"):
         return inside(value.__identity__())
     if isinstance(value, (FunctionType, type)):
-        if id(value) in code:
-            return {"described": code[id(value)][0]}
-        code[id(value)] = len(code), value  # the reference keeps the id from being reused
+        if id(value) in seen:
+            return {"described": seen[id(value)][0]}
+        seen[id(value)] = len(seen), value  # the reference keeps the id from being reused
         return _class(value, inside) if isinstance(value, type) else _function(value, inside)
     if value is None or kind in (bool, int, str):
         return value
@@ -188,7 +194,7 @@ def describe(value: Any, where: str, _above: tuple[int, ...] = (), _code: dict |
 
 def _layers(model: nn.Module, inside: Callable) -> dict[str, Any]:
     """Classes and attributes of all modules, in order, their hooks, what is frozen or tied, and the weights' digest."""
-    layers, frozen, marked, first = [], [], {}, {}
+    layers, marked, first = [], {}, {}
     for name, module in model.named_modules(remove_duplicate=False):
         own, place = not all(map(_installed, type(module).__mro__)), f".{name}" if name else ""
         held = {n: v for n, v in vars(module).items() if n not in _OF_EVERY_MODULE and (own or n[0] != "_")}
@@ -197,8 +203,9 @@ def _layers(model: nn.Module, inside: Callable) -> dict[str, Any]:
         layers.append([name, inside(type(module), place), held])
     for name, parameter in model.named_parameters():
         hooks = [*(parameter._backward_hooks or {}).values(), *(parameter._post_accumulate_grad_hooks or {}).values()]
-        frozen += [] if parameter.requires_grad else [name]
-        marked |= {name: inside([hooks, vars(parameter)], f".{name}")} if hooks or vars(parameter) else {}
+        if hooks or vars(parameter):
+            marked[name] = inside([hooks, vars(parameter)], f".{name}")
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     parameters = model.named_parameters(remove_duplicate=False)
     tied = [[name, first[p]] for name, p in parameters if first.setdefault(p, name) != name]
     told = {"layers": layers, "frozen": frozen, "marked": marked, "weights": weights_digest(model)}
@@ -263,9 +270,9 @@ def _is_current(code: CodeType) -> bool:
 def _definition(code: CodeType) -> ast.AST | None:
     """The syntax tree of the function or lambda that a code object was compiled from."""
     linecache.checkcache(code.co_filename)
-    found = _functions("".join(linecache.getlines(code.co_filename)))
-    found = [n for n in found if getattr(n, "name", "<lambda>") == code.co_name]
-    found = [n for n in found if min(p.lineno for p in (n, *getattr(n, "decorator_list", ()))) == code.co_firstlineno]
+    functions = _functions("".join(linecache.getlines(code.co_filename)))
+    named = [n for n in functions if getattr(n, "name", "<lambda>") == code.co_name]
+    found = [n for n in named if min(p.lineno for p in (n, *getattr(n, "decorator_list", ()))) == code.co_firstlineno]
     if len(found) > 1:  # lambdas on one line
         places = [(line, column) for line, _, column, end in code.co_positions() if end]
         found = [n for n in found if (n.body.lineno, n.body.col_offset) == min(places, default=None)]

@@ -88,18 +88,18 @@ def history(log: list[dict]) -> list[dict]:
     rows: dict[int, dict] = {}
     for entry in log:
         row = rows.setdefault(epoch_number(entry.get("epoch", 0)), {})
-        if "eval_loss" in entry and "train_loss" in row and "val_loss" not in row:  # not an earlier or later one
-            row |= _measured(entry, "eval_", "val_")
+        if "eval_loss" in entry and "train_loss" in row and "val_loss" not in row:  # the epoch's own, not a callback's
+            row |= _renamed(entry, "eval_", "val_")
         elif "accuracy" in entry:
-            row |= _measured(entry, "", "train_")
+            row |= _renamed(entry, "", "train_")
             row |= {key: entry.get(key) for key in ("learning_rate", "grad_norm", "seconds")}
-    return [{"epoch": epoch, **row} for epoch, row in sorted(rows.items()) if "train_loss" in row and "val_loss" in row]
+    return [{"epoch": epoch, **row} for epoch, row in sorted(rows.items()) if "val_loss" in row]
 
 
-def _measured(entry: dict, prefix: str, part: str) -> dict[str, float]:
+def _renamed(entry: dict, old: str, new: str) -> dict[str, float]:
     """The loss, its terms and the accuracy, always in the same order, also after a resume."""
-    terms = {name.removeprefix(prefix) for name in entry if name.startswith(prefix) and name.endswith("loss")}
-    return {part + name: entry[prefix + name] for name in ("loss", *sorted(terms - {"loss"}), "accuracy")}
+    terms = {name.removeprefix(old) for name in entry if name.startswith(old) and name.endswith("loss")}
+    return {new + name: entry[old + name] for name in ("loss", *sorted(terms - {"loss"}), "accuracy")}
 
 
 def best_row(rows: list[dict], metric: str) -> dict:

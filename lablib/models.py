@@ -58,14 +58,14 @@ class MLP(nn.Module, _Saved):
             raise ValueError(f'initialisation = {initialisation!r}, but it must be None or "he"')
         _check(dropout, hidden_sizes=hidden_sizes, image_shape=image_shape, num_classes=num_classes)
         sizes = [math.prod(image_shape), *hidden_sizes]
-        layers = []
+        self.hidden = nn.Sequential()
         for in_features, out_features in pairwise(sizes):
-            layers += [nn.Linear(in_features, out_features), nn.ReLU(), nn.Dropout(dropout)]
-        self.hidden = nn.Sequential(*layers)
+            self.hidden.extend([nn.Linear(in_features, out_features), nn.ReLU(), nn.Dropout(dropout)])
         self.classifier = nn.Linear(sizes[-1], num_classes)
-        for layer in (*self.hidden[::3], self.classifier) if initialisation == "he" else ():
-            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-            nn.init.zeros_(layer.bias)
+        if initialisation == "he":
+            for layer in (*self.hidden[::3], self.classifier):
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+                nn.init.zeros_(layer.bias)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.classifier(self.hidden(images.flatten(1)))  # (batch, classes)
@@ -124,9 +124,9 @@ class _CNN(nn.Module):
     def __init__(self, stage: Callable, depth: int, width: int, image_shape: Sequence[int], num_classes: int):
         super().__init__()
         _check(depth=depth, width=width, image_shape=image_shape, num_classes=num_classes)
-        if min(image_shape[1:]) < 2**depth:
-            size, least = "images of {1} × {2} pixels".format(*image_shape), 2**depth
-            raise ValueError(f"{size} are too small for depth {depth}; the smallest are {least} × {least}")
+        if min(image_shape[1:]) < (least := 2**depth):
+            images = f"images of {' × '.join(map(str, image_shape[1:]))} pixels"
+            raise ValueError(f"{images} are too small for depth {depth}; the smallest are {least} × {least}")
         channels = [width * 2**number for number in range(depth + 1)]
         stages = [stage(i, o) for i, o in pairwise(channels)]  # before the stem: a seed's weights depend on the order
         self.stem = Conv2dNormActivation(image_shape[0], width)  # 3 × 3 convolution without bias, batch norm, ReLU

@@ -32,7 +32,7 @@ from lablib.config import TrainingConfig, num_processes, one_line, redacted
 from lablib.data import ImageData, fixed_sample
 from lablib.diagnostics import gradient_norms
 from lablib.hardware import untouched
-from lablib.identity import build_seeded, run_identity, run_name, sha256
+from lablib.identity import build_seeded, json_digest, run_identity, run_name, sha256
 from lablib.metrics import best_row, first_logits, history
 
 Key = tuple[str, int]  # a run's model and seed
@@ -40,12 +40,11 @@ Key = tuple[str, int]  # a run's model and seed
 PUBLISHED = Path(__file__).resolve().parents[1] / "results" / "runs"  # runs that every checkout has, without weights
 _WEIGHTS = "model.safetensors"
 _EPOCHS = "checkpoints/epochs"  # a file: how many epochs an unfinished run has completed, such as 1.5
-_NOT_WHOLE = (
+_NOT_WHOLE = (  # the notes in stored results are known by these words
     "a new copy with the trained weights gives different logits, so it cannot be loaded. Whatever training changes "
     "must be in state_dict(), like parameters and persistent buffers"
 )
 _one_training = threading.Lock()  # at a time: PyTorch's random state belongs to the process, not a thread
-_COLUMNS = ["run", "state", "dataset", "seed", "epochs", "val_accuracy", "test_accuracy", "mib", "notes"]
 
 
 class DamagedRunError(OSError):
@@ -74,8 +73,8 @@ class Run:
 
         Raises ValueError if the run was published without its weights, or they are not all of the network.
         """
-        if note := [note for note in self.result.get("notes", []) if note.endswith(_NOT_WHOLE)]:
-            raise ValueError(note[0])
+        if lost := [note for note in self.result.get("notes", []) if note.endswith(_NOT_WHOLE)]:
+            raise ValueError(lost[0])
         if not self.has_weights:
             which = "{model} on {dataset}, seed {seed}".format(**self.result)
             raise ValueError(
@@ -132,48 +131,55 @@ def train_or_load(
     trainer do, and RuntimeError if `identity`, what `run_identity` gave before or in another process, is not that of
     the arguments here and now.
     """
-    described = run_identity(build_model, config, data, trainer_class, callbacks)
-    asked = identity or described
-    if changed := [part for part in asked | described if asked.get(part) != described.get(part)]:
+    now = run_identity(build_model, config, data, trainer_class, callbacks)
+    asked = identity or now
+    if changed := [part for part in asked | now if asked.get(part) != now.get(part)]:
         raise RuntimeError(
             f"the {' and '.join(changed)} of this run no longer match what was asked for: restart Python if a module "
             "was changed; keep what training changes out of classes and global variables; and for a callback that "
             "only watches, define `__identity__` so that it returns None"
         )
-    path, together = Path(config.output_dir) / run_name(described), num_processes() > 1
+    path, together = Path(config.output_dir) / run_name(now), num_processes() > 1
     if not together and (run := find_run(path.name, config.output_dir, weights)):
         return run
     # of several processes (`torchrun`) the first looks after the store; the arguments make them a group
     first = not together or config.to_training_arguments(str(path)).process_index == 0
     with _locked(path) if first else nullcontext():
         run = find_run(path.name, config.output_dir, weights) if first else None  # another process may have been faster
-        if first and not run and _row(path)["state"] == "damaged":
-            shutil.rmtree(aside := f"{path}.damaged", ignore_errors=True)
-            path.rename(aside)
         if first and not run:
+            if _row(path)["state"] == "damaged":
+                shutil.rmtree(aside := f"{path}.damaged", ignore_errors=True)
+                path.rename(aside)
             (path / "result.json").unlink(missing_ok=True)  # of a run without its weights
         if together:
-            torch.distributed.broadcast_object_list(shared := [run])
+            shared = [run]
+            torch.distributed.broadcast_object_list(shared)  # in place: all get the first one's
             run = shared[0]
         if not run:
-            _train(path, described, build_model, config, data, trainer_class, callbacks)
+            _train(path, now, build_model, config, data, trainer_class, callbacks)
         if together:
             torch.distributed.barrier()
     return run or load_run(path)
 
 
-def attempt(
-    key: Key, build_model, config, data, trainer_class, identity, callbacks, weights: bool, parent: int, sources
-):
+def local_sources() -> dict[str, tuple]:
+    """What `linecache` holds of notebook cells and of the script, which another process cannot read as it is now."""
+    sources = {name: entry for name, entry in linecache.cache.items() if len(entry) == 4 and entry[1] is None}
+    if script := getattr(sys.modules["__main__"], "__file__", None):
+        linecache.checkcache(script)
+        sources[script] = (0, None, linecache.getlines(script), script)
+    return sources
+
+
+def attempt(key: Key, build_model, config, data, parent: int, sources: dict[str, tuple], **options):
     """Train one of an experiment's runs: its key, and the run or its error; neither if a worker was interrupted."""
     Interruption.parent = parent if os.getppid() == parent else None  # a worker's training ends with its parent
-    trainer_class, callbacks = copy.deepcopy((trainer_class, callbacks))  # as a worker has its own
+    options = copy.deepcopy(options)  # a trainer and callbacks of its own, as a run in a worker has
     if os.getpid() != parent:
-        linecache.cache |= sources  # of cells and a script, to compare this process's code with the parent's
-    more = {"callbacks": callbacks, "weights": weights, "identity": identity}
+        linecache.cache |= sources  # to compare this process's code with the parent's
     try:
         with _one_training:
-            return key, train_or_load(build_model, config, data, trainer_class=trainer_class, **more), None
+            return key, train_or_load(build_model, config, data, **options), None
     except Exception as error:
         return key, None, line_and_trace(error)
     except KeyboardInterrupt:
@@ -211,7 +217,7 @@ def load_run(path: Path) -> Run | None:
     try:
         result = json.loads(file.read_bytes())
         sums = result.pop("sha256")
-        if sums.pop("result") != sha256(_json(result)):  # all of result.json but the checksums
+        if sums.pop("result") != json_digest(result):  # all of result.json but the checksums
             raise ValueError("it does not match its checksum")
         for name, digest in sums.items():
             file = path / name
@@ -234,7 +240,7 @@ def _locked(path: Path):
         return lock.acquire()
 
 
-def _train(path: Path, described, build_model, config, data, trainer_class, callbacks) -> None:
+def _train(path: Path, identity, build_model, config, data, trainer_class, callbacks) -> None:
     from transformers import TrainerCallback  # takes seconds, which loading a run saves
 
     from lablib.trainer import SanityCheckError, StreamlinedTrainer
@@ -264,16 +270,16 @@ def _train(path: Path, described, build_model, config, data, trainer_class, call
     try:
         trainer.train(resume_from_checkpoint=trainer.newest_checkpoint())
     except SanityCheckError:
-        for empty in (path / "checkpoints", path):  # unless it had been trained before
+        for folder in (path / "checkpoints", path):  # empty, unless it had been trained before
             with suppress(OSError):
-                empty.rmdir()
+                folder.rmdir()
         raise
     rows, prediction = history(trainer.state.log_history), trainer.predict_test()
     if trainer.is_world_process_zero():
         files = {
             _WEIGHTS: safetensors.torch.save(contiguous_weights(trainer.model)),
             "history.jsonl": _json_lines(rows),
-            "identity.json": json.dumps(described, indent=1).encode(),
+            "identity.json": json.dumps(identity, indent=1).encode(),
             "measured.npz": _measured(trainer, prediction.predictions, build_seeded(build_model, config.seed)),
         }
         _write(path, _result(trainer, rows, prediction.metrics), files)
@@ -301,7 +307,8 @@ def _result(trainer, rows: list[dict], test: dict[str, float]) -> dict[str, Any]
     } | ({"notes": trainer.notes} if trainer.notes else {})
 
 
-def _measured(trainer, logits, initial_model: nn.Module) -> bytes:
+def _measured(trainer, logits, twin: nn.Module) -> bytes:
+    """The file of `Run.measured`; `twin`, the network with its initial weights, is given the trained ones."""
     device, train, validation = trainer.args.device, trainer.train_dataset, trainer.eval_dataset
     confidence, predicted = torch.from_numpy(first_logits(logits)).double().softmax(1).max(1)
     shown = fixed_sample(len(validation), max(8, 1000 // trainer.data.num_classes))
@@ -312,37 +319,34 @@ def _measured(trainer, logits, initial_model: nn.Module) -> bytes:
         "validation_images": shown.numpy(),
         "validation_logits": answers.cpu().numpy().astype(np.float16),
     }
-    batch = train.__getitems__(fixed_sample(len(train), 256))
-    batch = trainer.prepare_images(batch["images"].to(device), training=False), batch["labels"].to(device)
-    model = initial_model.to(device)  # in float32, unlike the trained one after bf16 or fp16
+    chosen = train.__getitems__(fixed_sample(len(train), 256))
+    batch = trainer.prepare_images(chosen["images"].to(device), training=False), chosen["labels"].to(device)
+    twin.to(device)  # in float32, unlike the trained one after bf16 or fp16
     with suppress(Exception):  # a model without layers to measure
-        arrays["gradient_initial"] = gradient_norms(model, batch, trainer.outputs)["rms"].to_numpy(np.float32)
-    if _is_saved_whole(trainer, model, shown, answers):
+        arrays["gradient_initial"] = gradient_norms(twin, batch, trainer.outputs)["rms"].to_numpy(np.float32)
+    if _loads_whole(trainer, twin, shown, answers):
         with suppress(Exception):
-            arrays["gradient_trained"] = gradient_norms(model, batch, trainer.outputs)["rms"].to_numpy(np.float32)
+            arrays["gradient_trained"] = gradient_norms(twin, batch, trainer.outputs)["rms"].to_numpy(np.float32)
     else:
         arrays.pop("gradient_initial", None)  # both or neither
-        trainer.notes.append(f"{type(model).__name__}: {_NOT_WHOLE}")
+        trainer.notes.append(f"{type(twin).__name__}: {_NOT_WHOLE}")
         warnings.warn(trainer.notes[-1], stacklevel=2)
     np.savez_compressed(content := io.BytesIO(), **arrays)
     return content.getvalue()
 
 
-def _is_saved_whole(trainer, twin: nn.Module, shown: torch.Tensor, answers: torch.Tensor) -> bool:
-    """Whether a new copy of the network gives the logits of the trained one once it has its weights.
+def _loads_whole(trainer, twin: nn.Module, shown: torch.Tensor, answers: torch.Tensor) -> bool:
+    """Load the trained weights into an untrained copy of the network; whether it then gives the trained one's logits.
 
     In half precision a tenth of their size is allowed, else a hundredth: rounding is far less. A network may draw
     random numbers in evaluation.
     """
-    from accelerate.utils import convert_outputs_to_fp32
-
     try:
         twin.load_state_dict(trainer.model.state_dict())
         with untouched(twin):
-            if trainer.args.bf16 or trainer.args.fp16:
-                twin.forward = convert_outputs_to_fp32(trainer.accelerator.autocast()(twin.forward))
-            logits = (_logits(trainer, model, shown) for model in (twin.eval(), trainer.model))
-            off, noise = ((each - answers).abs().mean() for each in logits)
+            trainer.use_precision(twin)
+            off = (_logits(trainer, twin.eval(), shown) - answers).abs().mean()
+            noise = (_logits(trainer, trainer.model, shown) - answers).abs().mean()
             allowed = 0.1 if trainer.args.bf16 or trainer.args.fp16 else 0.01
             return not off > max(allowed * answers.abs().mean(), 2 * noise)
     except Exception:
@@ -360,12 +364,8 @@ def _write(path: Path, result: dict[str, Any], files: dict[str, bytes]) -> None:
     path.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         write_atomically(path / name, content)
-    sums = {"result": sha256(_json(result))} | {name: sha256(content) for name, content in files.items()}
+    sums = {"result": json_digest(result)} | {name: sha256(content) for name, content in files.items()}
     write_atomically(path / "result.json", json.dumps(result | {"sha256": sums}, indent=1).encode())
-
-
-def _json(result: dict[str, Any]) -> bytes:
-    return json.dumps(result, sort_keys=True).encode()
 
 
 def _json_lines(rows: list[dict]) -> bytes:
@@ -382,9 +382,9 @@ def progress(paths: Mapping[Key, Path], num_epochs: int, ended: set[Key], file: 
 
     def so_far() -> tuple[float, str]:
         over = set(ended)  # a run that stopped early counts in full
-        running = {key: _so_far(path) for key, path in paths.items() if key not in over}
-        epochs = num_epochs * len(over) + sum(epochs for epochs, _ in running.values())
-        (model, seed), (_, last) = max(running.items(), key=lambda run: run[1][0], default=(("", 0), (0, {})))
+        running = [(*_reached(path), key) for key, path in paths.items() if key not in over]
+        epochs = num_epochs * len(over) + sum(epochs for epochs, _, _ in running)
+        _, last, (model, seed) = max(running, key=lambda run: run[0], default=(0, {}, ("", 0)))
         if not last:
             return epochs, ""
         metrics = f"loss {last['train_loss']:.3f}, validation {100 * last['val_accuracy']:.1f} %"
@@ -421,7 +421,7 @@ def progress(paths: Mapping[Key, Path], num_epochs: int, ended: set[Key], file: 
             print(f"\ninterrupted at epoch {int(bar.n)} of {bar.total}; run again to resume", file=file, flush=True)
 
 
-def _so_far(path: Path) -> tuple[float, dict]:
+def _reached(path: Path) -> tuple[float, dict]:
     """The epochs that an unfinished run has completed, and the metrics of the last full one."""
     epochs, rows, last = 0.0, [], {}
     with suppress(OSError, ValueError):  # not written yet, already deleted, or cut off when the power failed
@@ -453,7 +453,8 @@ def runs_table(output_dir: str | Path) -> pd.DataFrame:
     when it is asked for again) or "damaged" (`notes` says why).
     """
     paths = sorted(Path(output_dir).glob(f"*-{'[0-9a-f]' * 12}*/"))
-    return pd.DataFrame([_row(path) for path in paths], columns=_COLUMNS)
+    columns = ["run", "state", "dataset", "seed", "epochs", "val_accuracy", "test_accuracy", "mib", "notes"]
+    return pd.DataFrame([_row(path) for path in paths], columns=columns)
 
 
 def _row(path: Path) -> dict[str, Any]:
@@ -465,7 +466,7 @@ def _row(path: Path) -> dict[str, Any]:
     except DamagedRunError as error:
         return row | {"state": "damaged", "notes": str(error)}
     if run is None:
-        if last := _so_far(path)[1]:  # none in its first epoch
+        if last := _reached(path)[1]:  # none in its first epoch
             row |= {"epochs": last["epoch"], "val_accuracy": last["val_accuracy"]}
         return row | {"state": "unfinished"}
     return row | run.result | {"state": "finished" if run.has_weights else "published"}

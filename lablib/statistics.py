@@ -72,8 +72,8 @@ def compare(frame: pd.DataFrame, pairs: Mapping[str, tuple[str, str]], metric: s
     by_seed ({seed: difference}). Pairs without a common seed are left out.
     """
     values = frame.dropna(subset=metric).pivot(index="seed", columns="model", values=metric)
-    known = [(label, *pair) for label, pair in pairs.items() if {*pair} <= {*values}]
-    return _tested([(label, one, other, values[one] - values[other]) for label, one, other in known])
+    known = {label: pair for label, pair in pairs.items() if {*pair} <= {*values}}
+    return _tested([(label, one, other, values[one] - values[other]) for label, (one, other) in known.items()])
 
 
 def compare_effects(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:

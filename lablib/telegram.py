@@ -72,7 +72,7 @@ class TelegramNotifier:
         until, pause = time.monotonic() + self.deadline, self.pause
         while not (reply := self._attempt(method, fields, until - time.monotonic())).get("ok"):
             status, parameters = reply.get("error_code"), reply.get("parameters") or {}
-            if (new := str(parameters.get("migrate_to_chat_id", ""))) and self.chat_id != new:
+            if (new := str(parameters.get("migrate_to_chat_id", self.chat_id))) != self.chat_id:
                 warnings.warn(f"Telegram: the group has a new chat ID; set TELEGRAM_CHAT_ID to {new}", stacklevel=3)
                 self.chat_id = new
                 continue

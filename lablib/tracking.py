@@ -94,8 +94,7 @@ class WandbCallback(Harmless, TrainerCallback):
         self.trainer, self.broken = trainer, not trainer.is_world_process_zero()
 
     @harmless
-    def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
-        self._steps = -(-len(train_dataloader) // args.gradient_accumulation_steps)  # per epoch
+    def on_train_begin(self, args, state, control, **kwargs):
         self._histograms, began = {}, time.perf_counter()
         try:
             self._begin(_mode(), Path(args.output_dir) / "wandb_run_id", resumed=state.global_step > 0)
@@ -124,8 +123,7 @@ class WandbCallback(Harmless, TrainerCallback):
         self.run.define_metric("*", step_metric="epoch")
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        step = state.global_step + 1
-        if self.run and self.trainer.config.wandb_watch and (step % self._steps == 0 or step == state.max_steps):
+        if self.run and self.trainer.config.wandb_watch and self.trainer.is_last_step():
             self._watch()
 
     @harmless
@@ -188,9 +186,9 @@ def is_available() -> bool:
     try:
         _mode()
     except Exception as error:
-        caller = Harmless()
-        caller.service = WandbCallback.service
-        caller.fail(error)
+        service = Harmless()
+        service.service = WandbCallback.service
+        service.fail(error)
         return False
     return True
 

@@ -175,6 +175,11 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
             pixels = augment(pixels, *knobs)
         return (pixels * self._scale + self._offset).contiguous(memory_format=self._memory_format)
 
+    def use_precision(self, model: nn.Module) -> None:
+        """Let a model compute in the run's precision, as accelerate does when a training begins."""
+        if self.args.bf16 or self.args.fp16:
+            model.forward = convert_outputs_to_fp32(self.accelerator.autocast()(model.forward))
+
     def outputs(self, model: nn.Module, images: torch.Tensor) -> Outputs:
         """The model's logits (batch × classes), or a tuple that begins with them, as `losses` needs."""
         return model(images)
@@ -183,7 +188,7 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
         """The "loss" to minimise and other terms to record by epoch, each a mean over the batch."""
         return {"loss": F.cross_entropy(outputs, labels)}
 
-    def _losses(self, outputs: Outputs, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _checked_losses(self, outputs: Outputs, labels: torch.Tensor) -> dict[str, torch.Tensor]:
         losses = self.losses(outputs, labels)
         if not isinstance(losses, dict) or "loss" not in losses or any(value.ndim for value in losses.values()):
             raise TypeError('`losses` must return a dict of scalar tensors with the key "loss"')
@@ -192,7 +197,7 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The loss of one batch, augmented in training."""
         outputs = self.outputs(model, self.prepare_images(inputs["images"], model.training))
-        losses = self._losses(outputs, inputs["labels"])
+        losses = self._checked_losses(outputs, inputs["labels"])
         if model.training:
             self._since_last_log.add(losses, first_logits(outputs), inputs["labels"])
         return (losses["loss"], outputs) if return_outputs else losses["loss"]
@@ -256,19 +261,22 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
             logs |= self._training_metrics()
         super().log(logs, start_time)
 
-    def _get_grad_norm(self, model, grad_norm=None):
-        # Upstream computes the norm in every step (a tenth of a small MLP's time) and logs it once per epoch.
+    def is_last_step(self) -> bool:
+        """Whether the step that is being made is the last one of an epoch."""
         steps = math.ceil(len(self.callback_handler.train_dataloader) / self.args.gradient_accumulation_steps)
         step = self.state.global_step + 1
-        is_last = step % steps == 0 or step == self.state.max_steps
-        return super()._get_grad_norm(model, grad_norm) if is_last else grad_norm
+        return step % steps == 0 or step == self.state.max_steps
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        # Upstream computes the norm in every step (a tenth of a small MLP's time) and logs it once per epoch.
+        return super()._get_grad_norm(model, grad_norm) if self.is_last_step() else grad_norm
 
     def _training_metrics(self) -> dict[str, float]:
         losses = self._since_last_log.state()["losses"]["loss"]  # the only wait for the device in an epoch
         wrong = [number for number, loss in enumerate(losses) if not math.isfinite(loss)]
         if wrong and not (self.args.fp16 and len(wrong) < len(losses)):  # the loss scaler of fp16 skips such a step
-            batches = self.args.gradient_accumulation_steps  # per step
-            step = self.state.global_step - math.ceil(len(losses) / batches) + wrong[0] // batches + 1
+            per_step = self.args.gradient_accumulation_steps
+            step = self.state.global_step - math.ceil(len(losses) / per_step) + wrong[0] // per_step + 1
             raise self._not_finite(f"training loss is {losses[wrong[0]]}", f", step {step}")
         means, now = self._since_last_log.means(), time.perf_counter()
         self._since_last_log = BatchMeter(self.args.world_size)
@@ -281,7 +289,7 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
         """Losses and accuracy over all images at once, since a weighted loss is not a mean over batches."""
         arrays, device = (prediction.predictions, prediction.label_ids), self.args.device  # that of `losses`' tensors
         outputs, labels = tree_map(lambda array: torch.from_numpy(array).to(device), arrays)
-        metrics = {name: value.item() for name, value in self._losses(outputs, labels).items()}
+        metrics = {name: value.item() for name, value in self._checked_losses(outputs, labels).items()}
         if self.is_in_train and not math.isfinite(metrics["loss"]):  # on test data it may be: training is over
             raise self._not_finite(f"evaluation loss is {metrics['loss']}")
         return metrics | {"accuracy": (first_logits(outputs).argmax(1) == labels).sum().item() / len(labels)}
@@ -301,23 +309,22 @@ def sanity_check(trainer: StreamlinedTrainer) -> None:
     process.
     Raises SanityCheckError, which says what failed, what the network was given, and the original error.
     """
-    args, model, images = trainer.args, trainer.model, len(trainer.train_dataset)
-    batch, full = args.train_batch_size, min(images, args.train_batch_size // args.world_size)
-    last = _in_last_batch(images, batch)
+    args, model, number = trainer.args, trainer.model, len(trainer.train_dataset)
+    batch_size, full = args.train_batch_size, min(number, args.train_batch_size // args.world_size)
+    last = _in_last_batch(number, batch_size)
     evaluated = _in_last_batch(len(trainer.eval_dataset), args.eval_batch_size)
     with untouched(trainer):
         trainer._since_last_log = BatchMeter()
-        if args.bf16 or args.fp16:  # accelerate does this when the training begins
-            model.forward = convert_outputs_to_fp32(trainer.accelerator.autocast()(model.forward))
+        trainer.use_precision(model)
         shapes = {name: getattr(weight, "shape", None) for name, weight in model.state_dict().items()}
         _try(trainer, "an evaluation", trainer.eval_dataset, min(evaluated, 16))
         _try(trainer, "a full batch", trainer.train_dataset, full)
         if not len(trainer._since_last_log):
             raise SanityCheckError("compute_loss recorded nothing; override `losses` or `outputs` instead of it")
         if last < full and args.world_size == 1:  # several processes fill it up
-            nearby = range(max(last + 1, batch - 8), batch + 9)
-            fuller = max(nearby, key=lambda size: _in_last_batch(images, size) / size)
-            advice = f". Use batch_size = {fuller}, whose last batch has {_in_last_batch(images, fuller)} images"
+            nearby = range(max(last + 1, batch_size - 8), batch_size + 9)
+            fuller = max(nearby, key=lambda size: _in_last_batch(number, size) / size)
+            advice = f". Use batch_size = {fuller}, whose last batch has {_in_last_batch(number, fuller)} images"
             _try(trainer, "the last batch of an epoch", trainer.train_dataset, last, advice)
         if shapes != {name: getattr(weight, "shape", None) for name, weight in model.state_dict().items()}:
             raise SanityCheckError(

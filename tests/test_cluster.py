@@ -95,7 +95,7 @@ def test_threads_of_one_worker_train_one_after_the_other(monkeypatch):
         running.remove(threading.get_ident())
 
     monkeypatch.setattr("lablib.runs.train_or_load", training)
-    arguments = [None] * 7  # model, config, data, trainer, identity, callbacks, weights
+    arguments = [None] * 3  # model, config, data
     with joblib.parallel_config("threading"):
         joblib.Parallel(n_jobs=4)(joblib.delayed(attempt)(i, *arguments, 1, {}) for i in range(20))
     assert most == [1] * 20
