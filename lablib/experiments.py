@@ -325,8 +325,8 @@ def experiment(
     if not keys:
         raise ValueError(f"{len(result.models)} models and {len(result.seeds)} seeds, but at least one each is needed")
     trainers = trainer_class if isinstance(trainer_class, Mapping) else dict.fromkeys(keys, trainer_class)
-    if missing := [key for key in keys if key not in trainers]:
-        raise ValueError(f"trainer_class has no trainer for {missing}; it has some for {list(trainers)}")
+    if lacking := [key for key in keys if key not in trainers]:
+        raise ValueError(f"trainer_class has no trainer for {lacking}; it has some for {list(trainers)}")
     telling = nullcontext()
     if config.use_telegram_notifications:
         from lablib.telegram import ExperimentMessages  # with transformers
