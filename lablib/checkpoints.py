@@ -169,7 +169,7 @@ class ResumableTrainer:
         if path is True and not (path := self.newest_checkpoint()):
             raise ValueError(f"there is no checkpoint in {folder} to resume from; train without resuming")
         loaded = self._load(Path(path)) if path else None
-        self.notes, self._best_weights, self._state_before = [], None, self._unsaved_state()
+        self.notes, self._best_weights, self._state_before = [], None, None
         self._interruption, self._saved_at, self._leaving = Interruption(), time.monotonic(), False
         self._evaluated_weights = None
         with self._interruption:
@@ -220,6 +220,12 @@ class ResumableTrainer:
         for owner, names in [(self, used), *layers]:
             held.append((owner, {n: v for n, v in vars(owner).items() if n in names and isinstance(v, (int, float))}))
         return {(type(owner).__name__, repr(state)) for owner, state in held if not _is_library(type(owner))}
+
+    def training_step(self, *args, **kwargs):
+        """As upstream; the first one notes what a checkpoint will not keep."""
+        if self._state_before is None:
+            self._state_before = self._unsaved_state()
+        return super().training_step(*args, **kwargs)
 
     def _maybe_log_save_evaluate(self, *args, **kwargs):  # after each step, and once more after an epoch's last one
         state, control, saved_at = self.state, self.control, self._saved_at

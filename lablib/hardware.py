@@ -109,14 +109,15 @@ def algorithms(deterministic: bool) -> Iterator[None]:
 
     https://pytorch.org/docs/stable/notes/randomness.html
     """
-    mode, benchmark = torch.get_deterministic_debug_mode(), torch.backends.cudnn.benchmark
+    enabled, benchmark = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     if deterministic:
         torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
     try:
         yield
     finally:
-        torch.set_deterministic_debug_mode(mode)
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
         torch.backends.cudnn.benchmark = benchmark
 
 

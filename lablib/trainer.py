@@ -131,7 +131,6 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
             nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         if self.config.torch_compile:  # in place: transformers would also compile all later runs of this process
             self.model.compile()
-        self.optimizer = self.create_optimizer() or self.optimizer  # an override may only return it, or only set it
         transformers.set_seed((self.args.seed + self.args.process_index * 2_654_435_761) % 2**32)  # not a nearby seed
         self._since_last_log = BatchMeter(self.args.world_size)
         self._clock = time.perf_counter()

@@ -370,7 +370,7 @@ def test_a_learning_rate_that_a_callback_sets_is_refused(build):
 
 class OwnSchedule(StreamlinedTrainer):
     def create_optimizer(self, model=None):
-        return torch.optim.Adagrad(self.model.parameters())
+        self.optimizer = torch.optim.Adagrad(self.model.parameters())
 
     def create_scheduler(self, num_training_steps, optimizer=None):
         self.lr_scheduler = ReduceLROnPlateau(self.optimizer, mode="max")
