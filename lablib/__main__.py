@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 scale = {name: options.pop(name) for name in ("image_size", "channels")}
                 data = lablib.load_data(options.pop("data"), options.pop("data_dir"), **scale)
             fitting = {"image_shape": data.image_shape, "num_classes": data.num_classes}
-            build_model = partial(getattr(lablib, options.pop("model")), **options, **fitting)  # those that are left
+            build_model = partial(getattr(lablib, options.pop("model")), **options, **fitting)  # the rest are its own
             build_model()
         except (ValueError, OSError) as error:
             parser.error(str(error))

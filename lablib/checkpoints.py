@@ -211,7 +211,7 @@ class ResumableTrainer:
         }
 
     def _unsaved_state(self) -> set[tuple[str, str]]:
-        """The user's callbacks, layers and trainer with their attributes, as text, that a checkpoint does not keep."""
+        """What a checkpoint does not keep: the attributes, as text, of the user's callbacks, layers and trainer."""
         callbacks = [c for c in self.callback_handler.callbacks if not hasattr(c, "from_state")]  # no ExportableState
         held = [(callback, vars(callback)) for callback in callbacks]
         own = [member for cls in type(self).__mro__ if not _is_library(cls) for member in vars(cls).values()]

@@ -155,9 +155,10 @@ def accuracy_by_cost(frame: pd.DataFrame, costs: pd.DataFrame, dataset: str) -> 
     figure, axes = _row_of_axes(len(costs.columns))
     for axis, cost in zip(axes, costs, strict=True):
         _line_per_family(axis, table, cost, "accuracy", errorbar=_interval)
-        means = table.groupby([table["family"].cat.codes, cost, "depth"])["accuracy"].mean()
-        for (code, x, depth), value in means.items():  # every other family's numbers stand above
-            place = (7, 5 if code % 2 else -12)
+        means = table.groupby(["family", cost, "depth"], observed=True)["accuracy"].mean()
+        best = means.groupby("depth").transform("max")
+        for ((_, x, depth), value), top in zip(means.items(), best, strict=True):  # the best one's number stands above
+            place = (7, 5 if value == top else -12)
             axis.annotate(str(depth), (x, value), place, textcoords="offset points", fontsize="small")
         axis.set(xscale="log", ylabel="test accuracy (%)")
         axis.margins(y=0.1)

@@ -40,7 +40,7 @@ Key = tuple[str, int]  # a run's model and seed
 PUBLISHED = Path(__file__).resolve().parents[1] / "results" / "runs"  # runs that every checkout has, without weights
 _WEIGHTS = "model.safetensors"
 _EPOCHS = "checkpoints/epochs"  # a file: how many epochs an unfinished run has completed, such as 1.5
-_NOT_WHOLE = (  # the notes in stored results are known by these words
+_NOT_WHOLE = (  # stored results are recognised by these words: do not change them
     "a new copy with the trained weights gives different logits, so it cannot be loaded. Whatever training changes "
     "must be in state_dict(), like parameters and persistent buffers"
 )

@@ -243,6 +243,12 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
                 self.optimizer.state |= {p: {"momentum_buffer": torch.zeros_like(p)} for p in parameters}
         return self.optimizer
 
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        """As upstream. Raises TypeError if an override of `create_optimizer` has not set the optimizer."""
+        if self.optimizer is None:
+            raise TypeError("create_optimizer must set self.optimizer, and return it")
+        return super().create_scheduler(num_training_steps, optimizer)
+
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
         for parameter, state in self.optimizer.state.items():  # fused optimizers mix up values in another memory format

@@ -185,6 +185,7 @@ def test_accuracy_by_cost_puts_each_network_at_its_cost():
     assert [text.get_text() for text in axis.texts] == ["2", "8", "2", "8"]
     (axis,) = drawn(figures.accuracy_by_cost(frame_of(ACCURACIES), costs.assign(parameters=10), "cifar10-jpeg"))
     assert len(axis.texts) == 4  # not one for two families
+    assert sorted(text.xyann[1] > 0 for text in axis.texts) == [False, False, True, True]  # nor one on another
 
 
 @pytest.mark.parametrize("n", [2, 5])

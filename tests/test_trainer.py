@@ -376,17 +376,14 @@ class OwnSchedule(StreamlinedTrainer):
         self.lr_scheduler = ReduceLROnPlateau(self.optimizer, mode="max")
 
 
-class ForgottenSchedule(StreamlinedTrainer):
-    def create_scheduler(self, num_training_steps, optimizer=None):
-        return ReduceLROnPlateau(self.optimizer, mode="max")
-
-
 def test_an_optimizer_and_a_schedule_of_ones_own_are_used_or_refused(build):
     trainer = build(config(), trainer_class=OwnSchedule)
     trainer.train()
     assert isinstance(trainer.optimizer.optimizer, torch.optim.Adagrad)
-    with pytest.raises(TypeError, match=r"create_scheduler must set self\.lr_scheduler"):
-        build(config(), trainer_class=ForgottenSchedule).train()
+    for method, kept in {"create_optimizer": "optimizer", "create_scheduler": "lr_scheduler"}.items():
+        forgetful = type("Forgetful", (StreamlinedTrainer,), {method: lambda self, *args, **more: "not kept"})
+        with pytest.raises(TypeError, match=rf"{method} must set self\.{kept}"):
+            build(config(), trainer_class=forgetful).train()
     with pytest.raises(ValueError, match="ReduceLROnPlateau is given the validation loss; write mode='min'"):
         build(config(early_stopping_metric="loss"), trainer_class=OwnSchedule).train()
 
