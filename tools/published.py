@@ -88,11 +88,11 @@ def blocks(lab: "Lab", together: int = 5) -> Iterator[Block]:
     middle = [f"{family}-{depth}" for family in ("ResidualCNN", "NoShortcut") for depth in lab.depths[1:-1]]
     yield cnns("E", "cosine", middle, three)
     yield cnns("E", "reference", middle, three)
-    grid = {f"T = {T:g}, α = {a:g}": (T, a) for T, a in product(TEMPERATURES, ALPHAS)}
-    yield students("F", "cosine", grid, three, lab.grid_images)
-    alone = replace(lab.cifar_recipes["cosine"], max_train_images=lab.grid_images)
-    yield Block("F/cosine", lab.cifar, alone, {"no teacher": student}, three)
-    if best := lab.best_of_grid(students("F", "cosine", grid, three, lab.grid_images)):
+    cells = {f"T = {T:g}, α = {a:g}": (T, a) for T, a in product(TEMPERATURES, ALPHAS)}
+    yield (grid := students("F", "cosine", cells, three, lab.grid_images))
+    yield replace(grid, networks={"no teacher": student}, seeds=five, teacher=None, distillation={})
+    if best := lab.best_of_grid(grid):
+        yield students("F", "cosine", {"best cell": best}, five, lab.grid_images)
         yield students("G", "cosine", {f"Distilled-{lab.depths[0]}, tuned": best}, five)
     yield cnns("E", "reference", middle, five[3:])
     yield cnns("B", "reference", others, five[3:])
