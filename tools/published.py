@@ -56,6 +56,7 @@ class Block:
     seeds: tuple[int, ...]
     teacher: str | None = None
     distillation: dict[str, tuple[float, float]] = field(default_factory=dict)  # network -> temperature, alpha
+    teacher_images: int | None = None  # that the teacher was trained on; None: all
 
 
 def blocks(lab: "Lab", together: int = 5) -> Iterator[Block]:
@@ -69,15 +70,16 @@ def blocks(lab: "Lab", together: int = 5) -> Iterator[Block]:
         networks = {name: network for name, network in lab.cnns(width).items() if name in names}
         return Block(f"{group}/{recipe}", lab.cifar, lab.cifar_recipes[recipe], networks, seeds)
 
-    def students(group: str, recipe: str, knobs: dict, seeds: tuple[int, ...], images: int | None = None) -> Block:
-        config = replace(lab.cifar_recipes[recipe], max_train_images=images)
-        return Block(f"{group}/{recipe}", lab.cifar, config, dict.fromkeys(knobs, student), seeds, teacher, knobs)
+    def students(group: str, recipe: str, knobs: dict, seeds: tuple[int, ...], images=None, teachers=None) -> Block:
+        config, networks = replace(lab.cifar_recipes[recipe], max_train_images=images), dict.fromkeys(knobs, student)
+        return Block(f"{group}/{recipe}", lab.cifar, config, networks, seeds, teacher, knobs, teachers)
 
     for recipe, seeds in product(("cosine", "reference"), some):  # a student right after its teacher
         yield cnns("A", recipe, [teacher], seeds)
         yield students("A", recipe, {distilled: (4, 0.7)}, seeds)
         yield cnns("A", recipe, [shallow], seeds)
-    others = [name for name in narrow if name.startswith("SimpleCNN") or name in _at_ends("NoShortcut", lab.depths)]
+    middle = [f"{family}-{depth}" for family in ("ResidualCNN", "NoShortcut") for depth in lab.depths[1:-1]]
+    others = [name for name in narrow if not name.startswith("ResidualCNN") and name not in middle]
     yield cnns("B", "cosine", others, five)
     yield cnns("B", "reference", others, three)
     for recipe in ("reference", "cosine"):
@@ -85,23 +87,20 @@ def blocks(lab: "Lab", together: int = 5) -> Iterator[Block]:
     yield Block("C/depth", lab.mnist, lab.mnist_recipes["reference"], lab.deep_mlps(), five)
     wide = [name for name in narrow if not name.startswith("NoShortcut") and name != teacher]
     yield cnns("D", "cosine", wide, (0,), lab.wide)
-    middle = [f"{family}-{depth}" for family in ("ResidualCNN", "NoShortcut") for depth in lab.depths[1:-1]]
     yield cnns("E", "cosine", middle, three)
     yield cnns("E", "reference", middle, three)
     cells = {f"T = {T:g}, α = {a:g}": (T, a) for T, a in product(TEMPERATURES, ALPHAS)}
     yield (grid := students("F", "cosine", cells, three, lab.grid_images))
-    yield replace(grid, networks={"no teacher": student}, seeds=five, teacher=None, distillation={})
+    alone = {"no teacher": student, teacher: narrow[teacher]}
+    yield replace(grid, networks=alone, seeds=five, teacher=None, distillation={})
     if best := lab.best_of_grid(grid):
         yield students("F", "cosine", {"best cell": best}, five, lab.grid_images)
+        yield students("F", "cosine", {"grid teacher": best}, five, lab.grid_images, lab.grid_images)
         yield students("G", "cosine", {f"Distilled-{lab.depths[0]}, tuned": best}, five)
     yield cnns("E", "reference", middle, five[3:])
     yield cnns("B", "reference", others, five[3:])
     yield cnns("E", "cosine", middle, five[3:])
     yield cnns("H", "reference", wide, (0,), lab.wide)
-
-
-def _at_ends(family: str, depths: tuple[int, ...]) -> list[str]:
-    return [f"{family}-{depths[0]}", f"{family}-{depths[-1]}"]
 
 
 @dataclass(frozen=True)
@@ -157,7 +156,7 @@ class Lab:
         if block.teacher is None:
             return {}
         build = self.cnns(self.width)[block.teacher]
-        config = replace(block.config, seed=seed, max_train_images=None)
+        config = replace(block.config, seed=seed, max_train_images=block.teacher_images)
         name = run_name(run_identity(build, config, self.data(block.data)))
         run = runs.load_run(Path(self.output_dir, name)) or (None if weights else runs.load_run(self.published / name))
         if run is None:
@@ -197,7 +196,7 @@ class Lab:
 
     def _with_weights(self, block: Block, seeds: tuple[int, ...], jobs: int) -> Experiment:
         """A published teacher has no weights; then it is trained again."""
-        config = replace(block.config, output_dir=self.output_dir, max_train_images=None)
+        config = replace(block.config, output_dir=self.output_dir, max_train_images=block.teacher_images)
         teacher = {block.teacher: self.cnns(self.width)[block.teacher]}
         return experiment(teacher, config, self.data(block.data), seeds, jobs=jobs, weights=True)
 
