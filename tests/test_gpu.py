@@ -1,18 +1,64 @@
-"""What only a CUDA GPU can show; skipped elsewhere."""
+"""Training on a CUDA GPU: what PyTorch's fake tensors show of it anywhere, and what only a GPU shows."""
 
 from functools import partial
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import TrainerCallback
 
 from lablib import MLP, KnowledgeDistillationTrainer, ResidualCNN, StreamlinedTrainer, TrainingConfig
-from lablib.metrics import history
+from lablib.data import ImageBatches, ShuffledBatches
+from lablib.metrics import BatchMeter, history
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 BATCH = 128
 STEPS = 11  # an epoch: nine tenths of digits' 1,437 training images
 cnn = partial(ResidualCNN, 2, 16, (1, 28, 28))
+CASES = {
+    "mlp": (MLP, StreamlinedTrainer, {}),
+    "cnn": (cnn, StreamlinedTrainer, {"precision": "bf16", "horizontal_flip": True, "lr_schedule": "cosine"}),
+    "crops": (cnn, StreamlinedTrainer, {"precision": "bf16", "rotation_degrees": 0, "crop_padding": 2}),
+    "distillation": (cnn, partial(KnowledgeDistillationTrainer, teacher=cnn()), {"precision": "bf16"}),
+    "deterministic": (cnn, StreamlinedTrainer, {"deterministic": True}),  # after others, which have used cuBLAS
+}
+every_case = pytest.mark.parametrize(("network", "trainer_class", "more"), CASES.values(), ids=CASES)
+
+
+class Transfers(TorchDispatchMode):
+    """Counts the copies from one device to another."""
+
+    number = 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        result = operator(*args, **(kwargs or {}))
+        devices = {leaf.device for leaf in tree_leaves((args, result)) if isinstance(leaf, torch.Tensor)}
+        self.number += "copy" in operator.__name__ and len(devices) > 1
+        return result
+
+
+@every_case
+def test_an_epoch_sends_the_gpu_its_order_and_asks_for_nothing(network, trainer_class, more, digits, monkeypatch):
+    trainer = trainer_class(network(), config=TrainingConfig(device="cpu", **more), data=digits)
+    trainer._since_last_log = BatchMeter()
+    monkeypatch.setattr(type(trainer.args), "device", gpu := torch.device("cuda"))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:  # refuses to mix devices, and to tell a value
+
+        def moved(tensor):
+            return mode.from_tensor(tensor).to(gpu)
+
+        for model in filter(None, (trainer.model, getattr(trainer, "teacher", None))):
+            model._apply(moved)
+        trainer._scale, trainer._offset = moved(trainer._scale), moved(trainer._offset)
+        images = ImageBatches(moved(digits.train_images), moved(digits.train_labels), trainer.train_dataset.indices)
+        with Transfers() as transfers:
+            for positions in ShuffledBatches(len(images), BATCH, 0, images.indices.device):
+                batch = images.__getitems__(positions)
+                assert trainer.compute_loss(trainer.model.train(), batch).device.type == "cuda"
+        assert transfers.number == 1
+        trainer.prediction_step(trainer.model.eval(), batch, prediction_loss_only=False)
 
 
 class NoWaiting(TrainerCallback):
@@ -27,17 +73,8 @@ class NoWaiting(TrainerCallback):
             torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize(
-    ("network", "trainer_class", "more"),
-    [
-        (MLP, StreamlinedTrainer, {}),
-        (cnn, StreamlinedTrainer, {"precision": "bf16", "horizontal_flip": True, "lr_schedule": "cosine"}),
-        (cnn, StreamlinedTrainer, {"precision": "bf16", "rotation_degrees": 0, "crop_padding": 2}),
-        (cnn, partial(KnowledgeDistillationTrainer, teacher=cnn()), {"precision": "bf16"}),
-        (cnn, StreamlinedTrainer, {"deterministic": True}),  # after others, which have used cuBLAS
-    ],
-    ids=["mlp", "cnn", "crops", "distillation", "deterministic"],
-)
+@needs_gpu
+@every_case
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_no_step_within_an_epoch_waits_for_the_gpu(network, trainer_class, more, digits):
     config = TrainingConfig(num_epochs=2, batch_size=BATCH, device="cuda", **more)
@@ -49,6 +86,7 @@ def test_no_step_within_an_epoch_waits_for_the_gpu(network, trainer_class, more,
     assert trainer.state.global_step == 2 * STEPS
 
 
+@needs_gpu
 def test_fp16_scales_the_loss_and_learns_what_fp32_learns(digits):
     accuracies = []
     for precision in ("fp32", "fp16"):

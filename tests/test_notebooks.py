@@ -97,13 +97,6 @@ def test_a_wrong_parameter_stops_it_before_anything_is_trained(notebook, paramet
     assert not (tmp_path / "runs").exists()
 
 
-def test_papermill_shows_what_is_wrong_with_a_parameter(tmp_path):
-    command = [sys.executable, "-m", "papermill", MLPS, str(tmp_path / "out.ipynb"), "-p", "epoch", "3"]
-    failed = subprocess.run([*command, "--kernel", "python3"], cwd=ROOT, capture_output=True, text=True)
-    assert failed.returncode != 0
-    assert "there is no parameter 'epoch'. Did you mean 'epochs'?" in failed.stderr
-
-
 @pytest.mark.parametrize("notebook", NOTEBOOKS)
 def test_papermill_reads_every_parameter_and_none_is_a_secret(notebook):
     cells = nbformat.read(ROOT / notebook, as_version=4).cells

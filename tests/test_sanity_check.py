@@ -89,7 +89,6 @@ NO_MEMORY = "(9 images) does not fit into memory: use a smaller batch_size or im
         (Late(), "names or shapes in the state_dict() of Late change in training; create all buffers in __init__"),
         (Linear(Mock(side_effect=RuntimeError("DefaultCPUAllocator: can't allocate"))), NO_MEMORY),
         (Linear(Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory."))), NO_MEMORY),
-        (Linear(Mock(side_effect=MemoryError())), NO_MEMORY),
     ],
 )
 def test_what_would_fail_in_a_training_is_refused_before_it(model, words, tiny_data):

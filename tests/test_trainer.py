@@ -7,7 +7,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import accelerate.optimizer
 import numpy as np
 import pytest
 import torch
@@ -480,8 +479,3 @@ def test_an_epoch_that_a_callback_breaks_off_and_evaluations_within_one_rewrite_
     broken_off.asks = True
     with pytest.raises(ValueError, match="a callback asks to evaluate or to log within an epoch"):
         broken_off.train()
-
-
-def test_accelerate_looks_for_an_optional_package_only_once(build):
-    build(config())
-    assert accelerate.optimizer.is_lomo_available.cache_info()  # twice a step otherwise
