@@ -79,10 +79,10 @@ def imported(module: str) -> set[str]:
     return {lablib._MODULES.get(part, part) for part in parts} & MODULES - {module}
 
 
-def test_the_readme_lists_every_module_once_and_each_imports_only_from_rows_above():
+def test_the_readme_lists_every_module_once_and_each_imports_only_from_those_above():
     """So no imports go in a circle either."""
     text = (ROOT / "README.md").read_text("utf-8")
-    rows = re.findall(r"^\| `(\w+)\.py` \|", text[text.index("## The code") :], re.MULTILINE)
+    rows = re.findall(r"^- `(\w+)\.py`: ", text[text.index("## The code") :], re.MULTILINE)
     assert sorted(rows) == sorted(MODULES)
     pairs = [(name, other) for name in rows for other in imported(name)]
     assert len(pairs) > 25
