@@ -281,8 +281,8 @@ def distillation_grid(frame: pd.DataFrame, dataset: str, used: tuple[float, floa
         if temperature in table.index and alpha in table.columns:
             texts.loc[temperature, alpha] += f"\n{mark}"
     figure, axis = plt.subplots(layout="constrained")
-    bar = {"label": "validation accuracy (%)"}
-    sns.heatmap(table, annot=texts, fmt="", cmap="Blues", linewidths=1, cbar_kws=bar, ax=axis)
+    look = {"cmap": "Blues", "linewidths": 1, "cbar_kws": {"label": "validation accuracy (%)"}}
+    sns.heatmap(table.rename(index="{:g}".format), annot=texts, fmt="", **look, ax=axis)
     axis.tick_params(axis="y", rotation=0)
     title = f"{dataset}, {_seeds(frame, 'temperature', 'alpha')}; without a teacher: {100 * alone:.2f} %"
     axis.set(xlabel="α, the weight of the teacher's term", ylabel="temperature T", title=title)
