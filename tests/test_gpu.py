@@ -28,14 +28,14 @@ every_case = pytest.mark.parametrize(("network", "trainer_class", "more"), CASES
 
 
 class Transfers(TorchDispatchMode):
-    """Counts the copies from one device to another."""
+    """Counts what uses two devices: copies, and indices that lie on another one."""
 
     number = 0
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         result = operator(*args, **(kwargs or {}))
         tensors = [leaf for leaf in tree_leaves((args, result)) if isinstance(leaf, torch.Tensor)]
-        self.number += len({t.device for t in tensors if t.ndim or "copy" in operator.__name__}) > 1  # or an index
+        self.number += len({t.device for t in tensors if t.ndim or "copy" in operator.__name__}) > 1
         return result
 
 
