@@ -23,14 +23,13 @@ class Named(SimpleNamespace):  # a data set or a teacher of which no more than t
 
 def described_again(stored: dict) -> dict:
     """The identity of the run that a stored identity describes, made by today's classes."""
-    network = getattr(models, stored["model"]["class"].removeprefix("lablib."))
     off = {f.name: type(f.default)() if isinstance(f.default, (bool, int, float)) else None for f in fields()}
     config = TrainingConfig(**({f.name: off[f.name] for f in fields() if f.default} | stored["config"]))
     trainer = None
     if isinstance(stored["trainer"], dict):
         _, knobs = stored["trainer"]["with"]
         trainer = partial(KnowledgeDistillationTrainer, **knobs | {"teacher": Named(identity=knobs["teacher"])})
-    network = partial(network, **stored["model"]["arguments"])
+    network = partial(getattr(models, stored["model"]["class"].removeprefix("lablib.")), **stored["model"]["arguments"])
     return run_identity(network, config, Named(identity=stored["data"]), trainer)
 
 
@@ -51,13 +50,14 @@ def test_what_is_missing_is_trained_published_and_found_without_its_weights(caps
     # the whole list on digits, with one seed and one epoch
     recipes = {"mnist_recipes": MNIST_RECIPES, "cifar_recipes": CIFAR_RECIPES}
     short = {name: {k: replace(v, **SHORT) for k, v in knobs.items()} for name, knobs in recipes.items()}
-    sizes = {"seeds": 1, "width": 2, "wide": 3, "grid_images": 100}
-    lab = Lab("digits", "digits", str(tmp_path / "runs"), tmp_path / "published", **sizes, **short)
+    sizes = {"seeds": 1, "width": 2, "wide": 3, "grid_images": 100, "published": tmp_path / "published"}
+    lab = Lab("digits", "digits", str(tmp_path / "runs"), **sizes, **short)
     asked = ["--only", "A/cosine", "SimpleCNN-2"]
     assert main(["--list", *asked], lab) == 1
     assert "7 missing" in capsys.readouterr().out
     assert main(asked, lab) == 0
     assert "nothing missing" in capsys.readouterr().out
+    assert "SimpleCNN-2,digits,1063,1," in (tmp_path / "cnns_wide_cosine.csv").read_text()
     elsewhere = replace(lab, output_dir=str(tmp_path / "another machine"))
     assert main(["--list", *asked], elsewhere) == 0
     students = next(block for block in blocks(elsewhere) if block.teacher and block.name == "A/reference")

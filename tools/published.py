@@ -5,7 +5,8 @@
     python tools/published.py --only ResidualCNN-2 A/cosine   some networks, groups, or recipes of a group
 
 Trained runs lie in runs/, whole; what is finished is copied to results/runs/, without the weights. It can be
-interrupted at any time and resumes where it was. Neither a notebook nor an installed lablib is needed.
+interrupted at any time and resumes where it was. Neither a notebook nor an installed lablib is needed. The tables of
+the wide networks, which no notebook asks for, are written too.
 """
 
 import argparse
@@ -18,7 +19,6 @@ from itertools import product
 from pathlib import Path
 
 import pandas as pd
-import torch
 from torch import nn
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,12 +28,13 @@ os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPAT
 from lablib import MLP, ResidualCNN, ResidualMLP, SimpleCNN, TrainingConfig, experiment, load_data, runs  # noqa: E402
 from lablib.data import ImageData  # noqa: E402
 from lablib.distillation import KnowledgeDistillationTrainer  # noqa: E402
-from lablib.experiments import Experiment  # noqa: E402
 from lablib.identity import run_identity, run_name  # noqa: E402
 
 SIZES = {2: (128, 64), 4: (128, 64, 64, 32), 8: (128, 128, 64, 64, 32, 32, 16, 16)}
 DEPTHS = (2, 4, 8, 16, 32, 64)  # of the depth study
 TEMPERATURES, ALPHAS = (2, 4, 8), (0.5, 0.7, 0.9)
+WIDE_REFERENCE = {"SimpleCNN-2": 0.7503, "SimpleCNN-3": 0.8017, "SimpleCNN-4": 0.8287}  # one author's single runs
+WIDE_REFERENCE |= {"ResidualCNN-2": 0.8745, "ResidualCNN-3": 0.8689}
 
 MNIST = TrainingConfig(num_epochs=60, batch_size=256, precision="fp32")
 MNIST_RECIPES = {"reference": MNIST, "cosine": replace(MNIST, lr_schedule="cosine", early_stopping_patience=None)}
@@ -57,6 +58,7 @@ class Block:
     teacher: str | None = None
     distillation: dict[str, tuple[float, float]] = field(default_factory=dict)  # network -> temperature, alpha
     teacher_images: int | None = None  # that the teacher was trained on; None: all
+    table: str | None = None  # its name in results/, unless a notebook writes it
 
 
 def blocks(lab: "Lab", together: int = 5) -> Iterator[Block]:
@@ -84,9 +86,9 @@ def blocks(lab: "Lab", together: int = 5) -> Iterator[Block]:
     yield cnns("B", "reference", others, three)
     for recipe in ("reference", "cosine"):
         yield Block(f"C/{recipe}", lab.mnist, lab.mnist_recipes[recipe], lab.mlps(), five)
-    yield Block("C/depth", lab.mnist, lab.mnist_recipes["reference"], lab.deep_mlps(), five)
+    yield Block("C/depth", lab.mnist, lab.mnist_recipes["reference"], lab.mlps(deep=True), five)
     wide = [name for name in narrow if not name.startswith("NoShortcut") and name != teacher]
-    yield cnns("D", "cosine", wide, (0,), lab.wide)
+    yield replace(cnns("D", "cosine", wide, (0,), lab.wide), table="cnns_wide_cosine")
     yield cnns("E", "cosine", middle, three)
     yield cnns("E", "reference", middle, three)
     cells = {f"T = {T:g}, α = {a:g}": (T, a) for T, a in product(TEMPERATURES, ALPHAS)}
@@ -100,7 +102,7 @@ def blocks(lab: "Lab", together: int = 5) -> Iterator[Block]:
     yield cnns("E", "reference", middle, five[3:])
     yield cnns("B", "reference", others, five[3:])
     yield cnns("E", "cosine", middle, five[3:])
-    yield cnns("H", "reference", wide, (0,), lab.wide)
+    yield replace(cnns("H", "reference", wide, (0,), lab.wide), table="cnns_wide")
 
 
 @dataclass(frozen=True)
@@ -128,16 +130,12 @@ class Lab:
         shape = _shape(self.data(self.cifar))
         return {f"{f}-{d}": partial(families[f], d, width, **shape) for f, d in product(families, self.depths)}
 
-    def mlps(self) -> dict[str, Callable[[], nn.Module]]:
-        shape = _shape(self.data(self.mnist))
-        families = {"MLP": MLP, "ResidualMLP": ResidualMLP}
-        return {f"{f}-{d}": partial(families[f], SIZES[d], **shape) for f, d in product(families, SIZES)}
-
-    def deep_mlps(self) -> dict[str, Callable[[], nn.Module]]:
-        shape = _shape(self.data(self.mnist))
-        families = {"MLP": MLP, "NoShortcut": partial(ResidualMLP, shortcut=False)}
-        families |= {"HeMLP": partial(MLP, initialisation="he"), "ResidualMLP": ResidualMLP}
-        sizes = {depth: SIZES.get(depth, (64,) * depth) for depth in DEPTHS}
+    def mlps(self, deep: bool = False) -> dict[str, Callable[[], nn.Module]]:
+        shape, families = _shape(self.data(self.mnist)), {"MLP": MLP, "ResidualMLP": ResidualMLP}
+        if deep:
+            he, plain = partial(MLP, initialisation="he"), partial(ResidualMLP, shortcut=False)
+            families = {"MLP": MLP, "NoShortcut": plain, "HeMLP": he, "ResidualMLP": ResidualMLP}
+        sizes = {depth: SIZES.get(depth, (64,) * depth) for depth in (DEPTHS if deep else SIZES)}
         return {f"{f}-{d}": partial(families[f], sizes[d], **shape) for f, d in product(families, sizes)}
 
     def names(self, block: Block) -> dict[tuple[str, int], str | None]:
@@ -194,11 +192,18 @@ class Lab:
         for run in done.runs.values():
             runs.publish(run, self.published)
 
-    def _with_weights(self, block: Block, seeds: tuple[int, ...], jobs: int) -> Experiment:
+    def _with_weights(self, block: Block, seeds: tuple[int, ...], jobs: int) -> None:
         """A published teacher has no weights; then it is trained again."""
         config = replace(block.config, output_dir=self.output_dir, max_train_images=block.teacher_images)
         teacher = {block.teacher: self.cnns(self.width)[block.teacher]}
-        return experiment(teacher, config, self.data(block.data), seeds, jobs=jobs, weights=True)
+        experiment(teacher, config, self.data(block.data), seeds, jobs=jobs, weights=True)
+
+    def save_table(self, block: Block) -> None:
+        """Write a block's table from the runs that are there; without any, nothing."""
+        config, missing = replace(block.config, output_dir=self.output_dir), {name for name, _ in self.missing(block)}
+        if networks := {name: build for name, build in block.networks.items() if name not in missing}:
+            done = experiment(networks, config, self.data(block.data), block.seeds)
+            done.table(WIDE_REFERENCE, self.published.parent / f"{block.table}.csv")
 
 
 @cache
@@ -214,13 +219,11 @@ def main(arguments: list[str] | None = None, lab: Lab | None = None) -> int:
     """0; 1 if something of what was asked for is missing afterwards."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--list", action="store_true", help="train nothing")
-    parser.add_argument(
-        "--only", nargs="+", default=[], metavar="NAME", help="networks (ResidualCNN-2), groups (A, A/cosine)"
-    )
+    names = "networks (ResidualCNN-2), groups (A, A/cosine)"
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help=names)
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side (1)")
     options = parser.parse_args(arguments)
-    lab, torch_threads = lab or Lab(), torch.get_num_threads()
-    still = 0
+    lab, still = lab or Lab(), 0
     for block in blocks(lab, lab.seeds if options.list else options.jobs):
         group_wanted = not options.only or {block.name, block.name.partition("/")[0]} & {*options.only}
         networks = [name for name in block.networks if group_wanted or name in options.only]
@@ -228,15 +231,13 @@ def main(arguments: list[str] | None = None, lab: Lab | None = None) -> int:
             continue
         if not options.list:
             lab.train(block, {*networks}, options.jobs)
+            if block.table:
+                lab.save_table(block)
         missing = [key for key in lab.missing(block) if key[0] in networks]
         still += len(missing)
-        total = len(networks) * len(block.seeds)
-        seeds = ", ".join(map(str, block.seeds))
-        print(
-            f"{block.name:<12} {total - len(missing):>3} of {total:<3} seeds {seeds:<14} {', '.join(networks)}",
-            flush=True,
-        )
-    torch.set_num_threads(torch_threads)
+        total, seeds = len(networks) * len(block.seeds), ", ".join(map(str, block.seeds))
+        there = f"{block.name:<12} {total - len(missing):>3} of {total:<3} seeds {seeds:<14}"
+        print(there, ", ".join(networks), flush=True)
     print(f"{still} missing" if still else "nothing missing")
     return int(still > 0)
 
