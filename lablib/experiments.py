@@ -105,12 +105,12 @@ class Experiment:
         return self._of_each_run(lambda run: pd.DataFrame(run.history))
 
     def gradients(self) -> pd.DataFrame:
-        """Every run's gradient by layer: model, seed, layer, moment ("initial" or "trained"), rms."""
+        """Every run's gradient by layer: model, seed, layer, when ("initial" or "trained"), rms."""
 
         def gradients(run: Run) -> pd.DataFrame:
             measured = run.measured()
             table = pd.DataFrame({m: measured.get(f"gradient_{m}", []) for m in ("initial", "trained")})
-            return table.assign(layer=table.index + 1).melt("layer", var_name="moment", value_name="rms")
+            return table.assign(layer=table.index + 1).melt("layer", var_name="when", value_name="rms")
 
         return self._of_each_run(gradients)
 
@@ -150,8 +150,8 @@ class Experiment:
         """Paired differences in test accuracy over the seeds: the first model minus the second.
 
         Two models, or several pairs by name: {"the shortcut": ("ResidualCNN", "NoShortcut")}. With `by`, the depths,
-        they are families ("ResidualCNN-2"). All pairs share one correction of the p-values; a pair of a model with
-        itself is left out. Raises KeyError for a model that the experiment does not have.
+        they are families ("ResidualCNN-2"). The p-values are corrected over the depths of a pair; without `by`, over
+        all pairs. A pair of a model with itself is left out. Raises KeyError for an unknown model.
         """
         pairs = first if isinstance(first, Mapping) else {"": (first, second)}
         if by is not None:
@@ -318,6 +318,8 @@ def experiment(
         raise ValueError(f"the config has seed = {config.seed}; write seeds = [{config.seed}] instead")
     if num_processes() > 1:
         raise ValueError("under torchrun, use train_or_load: an experiment trains each run in one process")
+    if odd := [name for name in models if not isinstance(name, str) or name.startswith("_") or "$" in name]:
+        raise ValueError(f"models: the name {odd[0]!r} must be a text without $ that does not begin with _")
     if built := [name for name, build in models.items() if isinstance(build, nn.Module)]:
         raise TypeError(f"models: {built[0]!r} is a network; give a function that builds one, such as lambda: Net()")
     result = Experiment(data, config, dict(models), _seeds(seeds), callbacks)

@@ -68,8 +68,9 @@ def compare(frame: pd.DataFrame, pairs: Mapping[str, tuple[str, str]], metric: s
     """Paired differences, first − second, over the seeds that both models have: one row per pair.
 
     `pairs` gives for each label its two models. Columns: label, first, second, n, mean, std, ci95, p_value (paired
-    t-test), p_adjusted (Benjamini and Hochberg's correction over the table), significant (adjusted p < 0.05), and
-    by_seed ({seed: difference}). Pairs without a common seed are left out.
+    t-test), p_adjusted (Benjamini and Hochberg's correction over the rows of one question), significant (adjusted
+    p < 0.05), and by_seed ({seed: difference}). Labels such as "the shortcut, depth 2" that differ only in depth are
+    one question, all others another. Pairs without a common seed are left out.
     """
     values = frame.dropna(subset=metric).pivot(index="seed", columns="model", values=metric)
     known = {label: pair for label, pair in pairs.items() if {*pair} <= {*values}}
@@ -102,8 +103,8 @@ def _tested(comparisons: list[tuple[str, str, str, pd.Series]]) -> pd.DataFrame:
             names = {"label": label, "first": first, "second": second}
             rows.append(names | vars(summary) | {"p_value": p, "by_seed": by_seed})
     table = pd.DataFrame(rows, columns=_COLUMNS)
-    known = table["p_value"].dropna().astype(float)
-    table["p_adjusted"] = pd.Series(stats.false_discovery_control(known), known.index, dtype=float)
+    known, questions = table["p_value"].dropna().astype(float), table["label"].str.extract(r"^(.*), depth \d+$")[0]
+    table["p_adjusted"] = known.groupby(questions.fillna("")).transform(stats.false_discovery_control)
     table["significant"] = table["p_adjusted"] < SIGNIFICANT
     return table
 
@@ -156,10 +157,12 @@ def results_table(frame: pd.DataFrame, reference: Mapping[str, float] | None = N
     """One row per model, in order of appearance; accuracies are fractions, `n` counts the finished runs.
 
     `reference` gives published test accuracies by model. Where runs failed, `error` says why. Raises ValueError for
-    reference accuracies that are not fractions.
+    reference accuracies that are not fractions, and for two runs of a model with one seed.
     """
     if wrong := [accuracy for accuracy in (reference or {}).values() if not 0 <= accuracy <= 1]:
         raise ValueError(f"the reference accuracy {wrong[0]} is not a fraction; write 0.983 for 98.3 %")
+    if len(twice := frame["model"][frame.duplicated(["model", "seed"])]):
+        raise ValueError(f"two runs of {twice.iloc[0]!r} have the same seed; give one of the models another name")
     by_model = frame.groupby("model", sort=False)
     table = by_model.agg(
         dataset=("dataset", "first"),
@@ -209,7 +212,8 @@ def readable_table(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def recommend(table: pd.DataFrame) -> str:
-    """The smallest model of a `results_table` within one standard error of the best, by validation accuracy.
+    """The smallest model of a `results_table` within one standard error of the best, by validation accuracy, which also
+    decides between models of one size.
 
     This is the one-standard-error rule (Breiman et al., Classification and Regression Trees, 1984). Models with fewer
     than `MIN_SEEDS` finished runs are not candidates, nor are those with failed runs, unless all have some.
@@ -223,7 +227,7 @@ def recommend(table: pd.DataFrame) -> str:
     best = finished.loc[finished["val_accuracy_mean"].idxmax()]
     lowest = best["val_accuracy_mean"] - best["val_accuracy_std"] / math.sqrt(best["n"])
     close = finished[finished["val_accuracy_mean"] >= lowest]
-    return close.loc[close["parameters"].astype(int).idxmin(), "model"]
+    return close.sort_values(["parameters", "val_accuracy_mean"], ascending=[True, False])["model"].iloc[0]
 
 
 def save_table(table: pd.DataFrame, path: str | Path) -> pd.DataFrame:
@@ -247,11 +251,11 @@ def with_knobs(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def gradient_ratios(gradients: pd.DataFrame) -> pd.DataFrame:
-    """The first layer's gradient over the last hidden one's, for each run: model, seed, moment, ratio.
+    """The first layer's gradient over the last hidden one's, for each run: model, seed, when, ratio.
 
-    `gradients` has one row per layer, in order: model, seed, moment, layer (the last is the classifier), rms. The ratio
+    `gradients` has one row per layer, in order: model, seed, when, layer (the last is the classifier), rms. The ratio
     is NaN where the last hidden layer has no gradient, or there is none.
     """
-    layers = gradients.groupby(["model", "seed", "moment"], sort=False)["rms"]
+    layers = gradients.groupby(["model", "seed", "when"], sort=False)["rms"]
     ratios = layers.agg(lambda rms: rms.iloc[0] / rms.iloc[-2] if len(rms) > 1 and rms.iloc[-2] else math.nan)
     return ratios.rename("ratio").reset_index()

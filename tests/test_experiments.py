@@ -109,9 +109,9 @@ def test_histories_and_gradients_are_tables_of_what_each_run_has(finished):
     ]
     row = histories[(histories.model == "wide") & (histories.seed == 1) & (histories.epoch == 2)].iloc[0]
     assert row.drop(["model", "seed"]).to_dict() == finished.runs["wide", 1].history[1]
-    for (model, seed, moment), layers in gradients.groupby(["model", "seed", "moment"]):
+    for (model, seed, when), layers in gradients.groupby(["model", "seed", "when"]):
         measured = finished.runs[model, seed].measured()
-        assert layers["rms"].tolist() == measured[f"gradient_{moment}"].tolist()
+        assert layers["rms"].tolist() == measured[f"gradient_{when}"].tolist()
         assert layers["layer"].tolist() == [1, 2]
     assert len(gradients) == 4 * 2 * 2
     assert replace(finished, runs={}).gradients().empty
@@ -324,6 +324,7 @@ def test_a_run_that_fails_loses_no_other_and_its_traceback_is_shown_once(broken,
         ({"seeds": 1.5}, TypeError, "seeds = 1.5"),
         ({"models": {}}, ValueError, "0 models and 1 seeds"),
         ({"models": dict.fromkeys("ab", MODELS["wide"])}, ValueError, "the models 'a' and 'b' are the same network"),
+        ({"models": {8: tiny_mlp}}, ValueError, "the name 8 must be a text"),
         ({"models": [tiny_mlp]}, TypeError, "but it must be a dict that gives for each name a function"),
         ({"models": {"net": tiny_mlp()}}, TypeError, "'net' is a network; give a function that builds one"),
         ({"seeds": []}, ValueError, "2 models and 0 seeds"),

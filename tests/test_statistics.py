@@ -55,19 +55,20 @@ def test_only_seeds_that_both_models_finished_are_compared_by_scipys_paired_t_te
     assert only(compare(frame, {"it": ("A", "B")}, metric="val_accuracy"))["n"] == 4
 
 
-def test_the_p_values_of_a_table_are_corrected_for_their_number_as_benjamini_and_hochberg_do():
+def test_the_p_values_of_a_question_are_corrected_for_their_number_as_benjamini_and_hochberg_do():
     # effects of 0.02, 0.012 and 0.001, with the same spread
     spread = np.array([-0.01, -0.005, 0, 0.005, 0.01])
     accuracies = {"base": [0.9] * 5} | {f"net-{i}": 0.9 + m + spread for i, m in enumerate((0.02, 0.012, 0.001))}
-    table = compare(frame_of(accuracies), {f"net {i}": (f"net-{i}", "base") for i in range(3)})
+    pairs = {name: (f"net-{name[-1]}", "base") for name in ("net 0", "net 1", "net 2", "it, depth 0", "it, depth 2")}
+    table = compare(frame_of(accuracies), pairs)
     p = table["p_value"].to_numpy()
-    assert (p[:-1] < p[1:]).all()
-    by_hand = [min(3 * p[0], 3 / 2 * p[1], p[2]), min(3 / 2 * p[1], p[2]), p[2]]
+    assert p[0] < p[1] < p[2]
+    by_hand = [min(3 * p[0], 3 / 2 * p[1], p[2]), min(3 / 2 * p[1], p[2]), p[2], min(2 * p[0], p[2]), p[2]]
     np.testing.assert_allclose(table["p_adjusted"], by_hand)
-    assert list(table["significant"]) == [True, p[1] * 3 / 2 < 0.05, False]
+    assert list(table["significant"]) == [True, p[1] * 3 / 2 < 0.05, False, True, False]
     assert statistics.points(table.loc[0]).endswith(f"adjusted p = {by_hand[0]:.2g})")
     table.insert(0, "recipe", "ours")
-    assert statistics.labels(table) == ["ours, net 0", "ours, net 1", "ours, net 2"]
+    assert statistics.labels(table) == [f"ours, {name}" for name in pairs]
 
 
 def test_pairs_whose_models_or_common_seeds_are_missing_are_left_out():
@@ -133,6 +134,8 @@ def test_a_table_has_one_row_per_model_with_what_pandas_finds_in_its_runs(tmp_pa
     assert "reference" not in statistics.readable_table(results_table(frame))
     with pytest.raises(ValueError, match=r"98.71 is not a fraction; write 0.983 for 98.3 %"):
         results_table(frame, {"residual": 98.71})
+    with pytest.raises(ValueError, match="two runs of 'plain' have the same seed"):
+        results_table(pd.concat([frame, frame]))
 
 
 def test_failed_and_missing_runs_show_in_the_tables_and_the_others_count():
@@ -154,6 +157,7 @@ def test_failed_and_missing_runs_show_in_the_tables_and_the_others_count():
     [  # model, parameters, validation mean and standard deviation, n; the standard error of the best is 0.005
         ([("large", 900, 0.95, 0.01, 4), ("small", 100, 0.9451, 0.3, 4), ("tiny", 10, 0.9, 0.2, 4)], "small"),
         ([("large", 900, 0.95, 0.01, 4), ("small", 100, 0.9449, 0.3, 4), ("tiny", 10, 0.9, 0.2, 4)], "large"),
+        ([("large", 100, 0.949, 0.01, 4), ("better", 100, 0.95, 0.01, 4)], "better"),
         ([("steady", 100, 0.94, 0.01, 3), ("lucky", 10, 0.95, math.nan, 1)], "steady"),
         ([("two", 100, 0.94, 0.01, 2), ("one", 1000, 0.95, math.nan, 1)], "none, as no candidate has 3 finished runs"),
     ],
@@ -166,7 +170,7 @@ def test_the_smallest_model_within_a_standard_error_of_the_best_is_recommended(r
 
 
 def test_gradient_ratios_are_of_the_first_to_the_last_hidden_layer_by_run_and_moment():
-    runs = {"model": ["net-2"] * 6 + ["dead-2"] * 3, "seed": [0, 0, 0, 1, 1, 1, 0, 0, 0], "moment": "initial"}
+    runs = {"model": ["net-2"] * 6 + ["dead-2"] * 3, "seed": [0, 0, 0, 1, 1, 1, 0, 0, 0], "when": "initial"}
     ratios = statistics.gradient_ratios(pd.DataFrame(runs | {"rms": [1.0, 4, 9, 2, 4, 9, 0, 0, 9]}))
     np.testing.assert_allclose(ratios["ratio"], [0.25, 0.5, math.nan])
     assert statistics.gradient_ratios(pd.DataFrame(runs).groupby("model").head(1).assign(rms=1.0))["ratio"].isna().all()
