@@ -161,7 +161,7 @@ def describe(value: Any, where: str, _above: tuple[int, ...] = (), _seen: dict |
         return _tensor(value)
     if id(value) in _above:
         return {"above": len(_above) - _above.index(id(value))}
-    if kind is list or isinstance(value, tuple):
+    if kind in (list, tuple) or (isinstance(value, tuple) and _installed(kind)):
         return [inside(item, f"[{number}]") for number, item in enumerate(value)]
     if kind is dict and all(isinstance(key, str) for key in value):
         return {key: inside(item, f"[{key!r}]") for key, item in sorted(value.items())}
@@ -226,7 +226,8 @@ def _class(cls: type, inside: Callable) -> Any:
 
 def _is_written(member: Any) -> bool:
     function = inspect.unwrap(member)
-    return isinstance(function, FunctionType) and not _installed(function) and bool(_definition(function.__code__))
+    code = getattr(function, "__code__", None)  # a dataclass's generated methods are from "<string>"
+    return isinstance(function, FunctionType) and not _installed(function) and code.co_filename != "<string>"
 
 
 def _function(function: FunctionType, inside: Callable) -> Any:
@@ -245,7 +246,11 @@ def _function(function: FunctionType, inside: Callable) -> Any:
         raise TypeError(f"{code.co_filename} was changed after {function.__qualname__} was imported; restart Python")
     looked_up = {name for part in _codes(code) for name in part.co_names}  # global names, and those of attributes
     names = looked_up & {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
-    known = {name: value for name, value in function.__globals__.items() if name in names and name[-2:] != "__"}
+    known = {n: v for n, v in function.__globals__.items() if n in names and not n[:2] == n[-2:] == "__"}
+    for part in ast.walk(node):
+        if isinstance(part, (ast.Import, ast.ImportFrom)):  # within the function
+            with suppress(ImportError):
+                exec(compile(ast.Module([part], []), code.co_filename, "exec"), dict(function.__globals__), known)
     return {
         "source": sha256(repr(_canonical(node)).encode()),
         "uses": {name: inside(value, f" -> {name}") for name, value in sorted((known | held).items())},

@@ -72,7 +72,8 @@ ANOTHER = {  # what stands for … in the code makes another run
     "one's own decorator": ("it = scaled(torch.relu, …)", "1", "2"),
     "global variable of a nested function": ("W = …\ndef it(): return lambda x: x * W", "1", "2"),
     "global variable of a helper": ("W = …\ndef f(x): return x * W\ndef it(x): return f(x)", "1", "2"),
-    "variable whose name begins with __": ("__W = …\ndef it(x): return x * __W", "1", "2"),
+    "variables whose names have __": ("__W = 1\nW__ = …\ndef it(x): return x * __W * W__", "1", "2"),
+    "import within a function": ("def it(x):\n from math import … as f\n return f(x)", "sin", "cos"),
     "tied weights": ("it = nn.Sequential(nn.LayerNorm(2), nn.LayerNorm(2))\nit[1].weight = it[…].weight", "0", "1"),
     "module behind a name": ("import torch.… as F\ndef it(x): return F.softmax(x)", "nn.functional", "special"),
     "closure": ("def make(w): return lambda x: x * w\nit = make(…)", "1", "2"),
@@ -136,6 +137,7 @@ REFUSED = {
     "torch.Generator()": "it.held is a torch",
     "collections.deque([1])": "it.held is a collections.deque",
     "type('Mine', (dict,), {})(a=1)": "it.held is a Mine",
+    "collections.namedtuple('Mine', 'a')(1)": "it.held is a Mine",
     "np.array([1, 'a'], dtype=object)": "it.held is a numpy.ndarray",
     "np.ma.masked_array([1, 2], mask=[1, 0])": "it.held is a numpy.*MaskedArray",
     "functools.cache(lambda: 1)": "it.held is a functools._lru_cache_wrapper",
@@ -186,7 +188,8 @@ def test_a_description_is_the_same_on_each_version_of_python_and_in_each_process
 
 def test_a_file_that_is_changed_after_its_import_is_refused(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "mine.py").write_text("W = 1\ndef double(x): return x * 2\n")
+    half = "class Half:\n def __call__(self): return 1\n"
+    (tmp_path / "mine.py").write_text(f"W = 1\ndef double(x): return x * 2\n{half}")
     mine = importlib.import_module("mine")
     [mine.double(1) for _ in range(99)]  # Python may rewrite its code
     before = describe(mine.double, "it")
@@ -194,6 +197,8 @@ def test_a_file_that_is_changed_after_its_import_is_refused(tmp_path, monkeypatc
     for about in (identity, importlib.reload(identity)):  # lablib may be imported later than the change
         with pytest.raises(TypeError, match=r"mine.py was changed after double was imported; restart Python"):
             about.describe(mine.double, "it")
+        with pytest.raises(TypeError, match=r"__call__ is not found in .*restart Python if the file was changed"):
+            about.describe(mine.Half(), "it")
     (tmp_path / "mine.py").write_text("W = 2\ndef double(x): return x * 2\n")
     assert describe(mine.double, "it") == before
 
