@@ -30,12 +30,12 @@ def _head(measured: dict) -> str:
         f"{machine['python']}, {versions}. `make bench` repeats the measurement.\n\n"
         "Every method trains the same network from the same weights with Adam (learning rate 0.001) on the same "
         "images, each rotated by up to 10 degrees and, on MNIST, shifted by up to a tenth of its size or, on CIFAR, "
-        "mirrored with probability 1/2. Each method has its own process. They take turns, one epoch each, for "
+        "mirrored with probability 1/2. lablib computes convolutions in half precision where that is faster, all "
+        "others in fp32. Each method has its own process. They take turns, one epoch each, for "
         f"{measured['rounds']} rounds; each round begins with a different method. An epoch covers part of the training "
         "set, as many images as the column *images* says. Each number is the median over the rounds, with minimum and "
-        "maximum. *Training* ends with the last step; *whole epoch* also includes validation (a ninth as many images) "
-        "and whatever else the method does at the end of an epoch. Both count training images only. They exclude "
-        "start-up and the first epoch, in which memory and kernels are set up; these are reported separately."
+        "maximum. *Training* ends with the last step; *whole epoch* also includes validation (a ninth as many images). "
+        "Both count training images only, without start-up and first epoch, which are reported separately."
     )
 
 

@@ -133,7 +133,7 @@ def gradient_ratio(gradients: pd.DataFrame, frame: pd.DataFrame, dataset: str, c
     The lines go through geometric means above and means below. A ratio of 0 leaves a gap. `chance` is the accuracy of
     guessing (a fraction).
     """
-    ratios = gradient_ratios(gradients[gradients["moment"] == "initial"])
+    ratios = gradient_ratios(gradients[gradients["when"] == "initial"])
     table = _with_place(frame).merge(ratios, "left", ["model", "seed"])
     figure, (above, below) = plt.subplots(2, 1, figsize=(6.8, 7.4), sharex=True, layout="constrained")
     _line_per_family(above, table, "place", "ratio", estimator=gmean, errorbar=None)
@@ -202,16 +202,16 @@ def _label_errors(axis: Axes, table: pd.DataFrame):
 
 
 def gradient_norms(gradients: pd.DataFrame, dataset: str) -> Figure:
-    """Gradient by relative position of the layer: a column per family, a row per moment, a line per depth.
+    """Gradient by relative position of the layer: a column per family, a row per when, a line per depth.
 
-    `gradients` has one row per layer: model ("ResidualMLP-8"), seed, moment, layer (from 1), rms.
+    `gradients` has one row per layer: model ("ResidualMLP-8"), seed, when, layer (from 1), rms.
     """
     table = with_depth(gradients)
     table["position"] = (table["layer"] - 1) / (table.groupby("model")["layer"].transform("max") - 1)
     table["log_rms"] = np.log(table["rms"].where(table["rms"] > 0))
-    by = ["family", "moment", "depth", "position"]  # averaged here, as seaborn takes twice as long
+    by = ["family", "when", "depth", "position"]  # averaged here, as seaborn takes twice as long
     means = np.exp(table.groupby(by, sort=False)["log_rms"].mean()).rename("rms").reset_index()
-    look = {"x": "position", "y": "rms", "col": "family", "row": "moment", "hue": "depth", "style": "depth"}
+    look = {"x": "position", "y": "rms", "col": "family", "row": "when", "hue": "depth", "style": "depth"}
     look |= {"palette": sns.color_palette("viridis", means["depth"].nunique())}
     grid = sns.relplot(means, kind="line", **look, errorbar=None, legend="full", height=2.9)
     grid.set(yscale="log").set_titles("{col_name}, {row_name}")
@@ -275,6 +275,7 @@ def distillation_grid(frame: pd.DataFrame, dataset: str, used: tuple[float, floa
 
     `frame` has temperature, alpha, seed and val_accuracy; `alone` is the accuracy without a teacher (a fraction).
     """
+    frame = frame.dropna(subset="val_accuracy")  # failed runs
     table = 100 * frame.pivot_table(index="temperature", columns="alpha", values="val_accuracy")
     texts = table.map("{:.2f}".format)
     for mark, (temperature, alpha) in (("best", table.stack().idxmax()), ("used", used)):
@@ -299,13 +300,15 @@ def reliability(tables: Mapping[str, pd.DataFrame], errors: Mapping[str, Sequenc
     for (above, below), (name, table) in zip(axes.T, tables.items(), strict=True):
         bars = {"width": table["high"] - table["low"], "align": "edge", "edgecolor": "white"}
         below.bar(table["low"], table["images"] / table["images"].sum(), color="0.6", **bars)
-        above.bar(table["low"], table["accuracy"].where(table["images"] >= MIN_IMAGES), **bars)
+        accuracy = table["accuracy"].where(table["images"] >= MIN_IMAGES)
+        above.bar(table["low"], accuracy, **bars)
         above.plot([0, 1], [0, 1], color="0.2", linestyle=":", linewidth=1)
+        above.plot(table["confidence"], accuracy, "ko", markersize=3, clip_on=False)
         above.set_title(f"{name}\ncalibration error {summarise(errors[name]).percent()}", fontsize="small")
         below.set(xlabel="confidence")
     axes[0, 0].set(xlim=(0, 1), ylim=(0, 1), xticks=(0, 0.5, 1), ylabel="accuracy")
     axes[1, 0].set_ylabel("share of\nimages")
-    what = f"a bar below the dotted line is overconfident\n(bins of {MIN_IMAGES} images or more)"
+    what = f"below the dotted line, a bin is overconfident\n(dot: mean confidence; bins of {MIN_IMAGES} images or more)"
     figure.suptitle(f"{dataset}, test set: {what}")
     return figure
 

@@ -97,7 +97,7 @@ def blocks(lab: "Lab", together: int = 5) -> Iterator[Block]:
     yield replace(grid, networks=alone, seeds=five, teacher=None, distillation={})
     if best := lab.best_of_grid(grid):
         yield students("F", "cosine", {"best cell": best}, five, lab.grid_images)
-        yield students("F", "cosine", {"grid teacher": best}, five, lab.grid_images, lab.grid_images)
+        yield students("F", "cosine", {"subset teacher": best}, five, lab.grid_images, lab.grid_images)
         yield students("G", "cosine", {f"Distilled-{lab.depths[0]}, tuned": best}, five)
     yield cnns("E", "reference", middle, five[3:])
     yield cnns("B", "reference", others, five[3:])
@@ -134,7 +134,7 @@ class Lab:
         shape, families = _shape(self.data(self.mnist)), {"MLP": MLP, "ResidualMLP": ResidualMLP}
         if deep:
             he, plain = partial(MLP, initialisation="he"), partial(ResidualMLP, shortcut=False)
-            families = {"MLP": MLP, "NoShortcut": plain, "HeMLP": he, "ResidualMLP": ResidualMLP}
+            families |= {"NoShortcut": plain, "HeMLP": he, "HeNoDropout": partial(he, dropout=0.0)}
         sizes = {depth: SIZES.get(depth, (64,) * depth) for depth in (DEPTHS if deep else SIZES)}
         return {f"{f}-{d}": partial(families[f], sizes[d], **shape) for f, d in product(families, sizes)}
 
