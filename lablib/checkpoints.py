@@ -20,6 +20,8 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from lablib.config import NOT_IDENTITY
+
 _OF_EVERY_LAYER = {*vars(nn.Module()), "_is_accelerate_prepared"}
 UNFINISHED = "unfinished"  # the folder in which a checkpoint is written before it gets its place
 _MANIFEST, _LAB, _WEIGHTS, _BEST = "manifest.json", "lablib_0.json", "model.safetensors", "best_model.safetensors"
@@ -149,7 +151,7 @@ class ResumableTrainer:
     least `seconds_between_epochs` old, and on SIGINT and SIGTERM: the step is finished, then the process exits. Each
     holds all that the training depends on; the best weights are also kept in memory. Nothing is unpickled.
 
-    `notes` lists what differs from the training that is resumed. A subclass provides `before_training()`,
+    `notes` lists what differs from the training that is resumed. A subclass provides `config`, `before_training()`,
     `training_failed(error)`, `progress()` (JSON, the same in every process: what else is needed to resume within an
     epoch) and `restore_progress(progress)`.
     """
@@ -171,7 +173,7 @@ class ResumableTrainer:
         loaded = self._load(Path(path)) if path else None
         self.notes, self._best_weights, self._state_before = [], None, None
         self._interruption, self._saved_at, self._leaving = Interruption(), time.monotonic(), False
-        self._evaluated_weights = None
+        self._evaluated_weights, self._epochs_own = None, False
         with self._interruption:
             try:
                 self.before_training()
@@ -201,8 +203,9 @@ class ResumableTrainer:
 
     @cached_property
     def environment(self) -> dict[str, str]:
-        """What a resumed training should find unchanged: versions, precision, device, number of processes."""
+        """What a resumed training should find unchanged: settings, versions, device, number of processes."""
         return {
+            **{name: str(value) for name, value in vars(self.config).items() if name not in NOT_IDENTITY},
             **{name: version(name) for name in ("torch", "transformers")},
             "python": platform.python_version(),
             "precision": "bf16" if self.args.bf16 else "fp16" if self.args.fp16 else "fp32",
@@ -213,7 +216,9 @@ class ResumableTrainer:
     def _unsaved_state(self) -> set[tuple[str, str]]:
         """What a checkpoint does not keep: the attributes, as text, of the user's callbacks, layers and trainer."""
         callbacks = [c for c in self.callback_handler.callbacks if not hasattr(c, "from_state")]  # no ExportableState
-        held = [(callback, vars(callback)) for callback in callbacks]
+        held, known = [(callback, vars(callback)) for callback in callbacks], {*self.model.parameters()}
+        networks = [(c, v) for c in callbacks for v in vars(c).values() if isinstance(v, nn.Module)]  # by weights
+        held += [(c, [p.cpu().double().sum().item() for p in n.parameters() if p not in known]) for c, n in networks]
         own = [member for cls in type(self).__mro__ if not _is_library(cls) for member in vars(cls).values()]
         used = {name for member in own if hasattr(member, "__code__") for name in member.__code__.co_names}
         layers = [(layer, vars(layer).keys() - _OF_EVERY_LAYER) for layer in self.model.modules()]
@@ -229,26 +234,35 @@ class ResumableTrainer:
 
     def _maybe_log_save_evaluate(self, *args, **kwargs):  # after each step, and once more after an epoch's last one
         state, control, saved_at = self.state, self.control, self._saved_at
-        epoch_ends = control.should_training_stop or control.should_epoch_stop or state.epoch == int(state.epoch)
-        if not epoch_ends and (control.should_evaluate or control.should_log):
-            raise ValueError("a callback asks to evaluate or to log within an epoch; let it ask in on_epoch_end")
+        within = state.epoch != int(state.epoch) and not control.should_training_stop  # an epoch
+        if within and (control.should_evaluate or control.should_log or control.should_epoch_stop):
+            advice = "let it ask in on_epoch_end, or set max_train_images for shorter epochs"
+            raise ValueError(f"a callback asks to evaluate, to log or to stop within an epoch; {advice}")
+        control.should_evaluate &= control.should_log or within  # the epoch's own, which follows, asks for both
         asks = self.args.world_size == 1 or state.global_step % 50 == 0  # it takes time until all processes agree
-        if not epoch_ends and asks and self._is_due(self.checkpoint_seconds):
-            control.should_save = True
+        control.should_save = within and ((asks and self._is_due(self.checkpoint_seconds)) or control.should_save)
         super()._maybe_log_save_evaluate(*args, **kwargs)
         if self._saved_at != saved_at and self._leaving:
             self._interruption.ask()  # it may be another process that got the signal
             self._interruption.leave()
 
     def _evaluate(self, *args, **kwargs):
-        self._evaluated_weights = None
+        self._epochs_own = True  # until it is evaluated; what a callback evaluates in a training must not change it
         return super()._evaluate(*args, **kwargs)
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """As upstream; for a callback in a training it only measures: upstream would take it for the epoch's own."""
+        if not self.is_in_train or self._epochs_own:
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        return self.predict(dataset, ignore_keys, metric_key_prefix).metrics
 
     def evaluation_loop(self, *args, **kwargs):
         """As upstream; the weights are kept, since a callback may change them before they are found to be the best."""
-        output = super().evaluation_loop(*args, **kwargs)
-        if self.is_in_train and not self._evaluated_weights:  # not of a callback's own evaluation, which comes later
-            self._evaluated_weights = contiguous_weights(self.model)
+        with torch.random.fork_rng(devices=[], enabled=self.is_in_train and not self._epochs_own):
+            output = super().evaluation_loop(*args, **kwargs)
+        if self.is_in_train and self._epochs_own:
+            self._evaluated_weights, self._epochs_own = contiguous_weights(self.model), False
         return output
 
     def _determine_best_metric(self, metrics, trial):
@@ -279,6 +293,8 @@ class ResumableTrainer:
         written = target.parent / UNFINISHED / target.name
         try:
             args.output_dir = str(written.parent)
+            stateful = [c for c in (*self.callback_handler.callbacks, self.control) if hasattr(c, "from_state")]
+            state.stateful_callbacks = type(state)(stateful_callbacks=stateful).stateful_callbacks  # as they are now
             super()._save_checkpoint(model, trial)
             saved = {"environment": self.environment, "notes": self.notes, "progress": self.progress()}
             saved["forgotten"] = sorted(name for name, _ in self._unsaved_state() - self._state_before)
@@ -320,7 +336,7 @@ class ResumableTrainer:
     def _restore(self, state: dict, saved: dict, best: dict[str, torch.Tensor]):
         before, now = saved["environment"], self.environment
         notes, resumed = [], f"resumed at step {state['global_step']}"
-        if changed := [name for name in now if now[name] != before.get(name)]:
+        if changed := [name for name in before if before[name] != now.get(name)]:  # an older lablib wrote fewer
             was, now_is = (", ".join(f"{name} {values.get(name)}" for name in changed) for values in (before, now))
             notes.append(f"started with {was}, {resumed} with {now_is}")
         if forgotten := ", ".join(saved.get("forgotten", [])):
@@ -329,8 +345,7 @@ class ResumableTrainer:
         for note in notes:
             warnings.warn(f"{self.args.output_dir}: {note}; the result will carry this note", stacklevel=3)
         self.notes = [*saved["notes"], *notes]
-        if state["best_global_step"]:
-            self._best_weights = best
+        self._best_weights = best if state["best_global_step"] else None
         if state["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"]:
             self.args.num_train_epochs, self.args.max_steps = int(state["epoch"]), -1  # or another step would be made
         self.restore_progress(saved["progress"])

@@ -25,9 +25,10 @@ Natural = Annotated[int, Field(ge=0)]
 Counts = Annotated[list[Count], Field(min_length=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Shares = Annotated[list[Share], Field(min_length=1)]
-Positive = Annotated[float, Field(gt=0)]
-Temperatures = Annotated[list[Annotated[float, Field(gt=0, le=1000)]], Field(min_length=1)]
+Positive = Annotated[float, Field(gt=0, le=1000)]  # beyond it no rate or temperature makes sense
+Temperatures = Annotated[list[Positive], Field(min_length=1)]
 
+_Above0 = Annotated[float, Field(gt=0)]
 _Whole = Annotated[int, Field(ge=1)]
 _Seed = Annotated[int, Field(ge=0, lt=2**32)]
 _Patience = Annotated[Natural | None, AfterValidator(lambda epochs: epochs or None)]
@@ -135,7 +136,7 @@ class TrainingConfig:
     weight_decay: Annotated[float, Field(ge=0)] = 0.0  # L2 for adam and sgd, decoupled for adamw
     lr_schedule: Literal["constant", "cosine"] = "constant"  # cosine falls to 0 over num_epochs
     warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of all steps, in which the rate rises linearly from 0
-    max_grad_norm: Positive | None = None  # None: gradients are not clipped
+    max_grad_norm: _Above0 | None = None  # None: gradients are not clipped
     validation_split: Annotated[float, Field(gt=0, lt=1)] = 0.1  # of the training set, stratified by class
     max_train_images: _Whole | None = None  # train on at most this many of the rest, class proportions kept
     early_stopping_patience: _Patience = 10  # epochs without improvement; None or 0: never
@@ -150,7 +151,7 @@ class TrainingConfig:
     seed: _Seed = 0  # split, initial weights, order of the images, augmentation, dropout
     deterministic: bool = False  # bitwise reproducible on a GPU too, but slower; a CPU always is
     output_dir: _Folder = "runs"  # the run store
-    checkpoint_seconds: Positive = 300.0  # between checkpoints within an epoch; at the end of an epoch, 60 are enough
+    checkpoint_seconds: _Above0 = 300.0  # between checkpoints within an epoch; at the end of an epoch, 60 are enough
     use_wandb: bool = False
     wandb_project: _Text = "residual-and-distillation-lab"
     wandb_group: _Text | None = None  # None: the data set's name
@@ -246,13 +247,13 @@ def locate_data(name: str | os.PathLike, data_dir: str | os.PathLike = "data") -
     """Which data set `lablib.load_data` would load: one of `DATASET_NAMES`, or a folder. Raises ValueError if none."""
     name, data_dir = os.path.expanduser(name), os.path.expanduser(data_dir)
     known = {each.lower(): each for each in DATASET_NAMES}.get(name.lower().replace("-", "").replace("_", ""))
-    if known and Path(name, "train").is_dir():
-        raise ValueError(f"{name!r} is a known data set and also a folder here; write './{name}' for the folder")
-    folders = [folder for folder in (Path(name), Path(data_dir, name)) if name and folder.is_dir()]
+    folders = [os.path.join(place, name) for place in (".", data_dir) if name and Path(place, name).is_dir()]
+    if same := [folder for folder in folders if known and Path(folder, "train").is_dir()]:
+        raise ValueError(f"{name!r} is a known data set and also a folder here; write {same[0]!r} for the folder")
     if not known and not folders:
         names = ", ".join(DATASET_NAMES).lower()
         raise ValueError(f"dataset = {name!r} is neither a known name ({names}) nor a folder with train/ and test/")
-    return known or folders[0]
+    return known or Path(folders[0])
 
 
 def enter_project_root() -> None:

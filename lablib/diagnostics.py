@@ -35,7 +35,8 @@ def gradient_norms(
         raise ValueError(f"{type(model).__name__} has no linear or convolutional layers to measure")
     images, labels = batch
     with untouched(model), torch.enable_grad(), parametrize.cached():  # or a parametrised weight is new at each access
-        loss = F.cross_entropy(first_logits(outputs(model.eval(), images)), labels)
+        model.eval()
+        loss = F.cross_entropy(first_logits(outputs(model, images)), labels)
         weights = [layer.weight for layer in layers.values()]
         gradients = torch.autograd.grad(loss, weights, materialize_grads=True)
     rms = [gradient.cpu().double().norm().item() / gradient.numel() ** 0.5 for gradient in gradients]
@@ -73,5 +74,6 @@ def multiply_adds(model: nn.Module, image_shape: Sequence[int]) -> int:
     device = next(model.parameters()).device
     # with gradients attention is not fused, and is counted
     with untouched(model), torch.enable_grad(), FlopCounterMode(display=False) as counter:
-        model.eval()(torch.zeros(1, *image_shape, device=device))
+        model.eval()
+        model(torch.zeros(1, *image_shape, device=device))
     return counter.get_total_flops() // 2  # which counts a multiply-add as two

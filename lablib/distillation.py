@@ -24,8 +24,8 @@ def distillation_loss(
 
     total = alpha · soft + (1 − alpha) · hard; some libraries swap the two. soft = temperature² · KL(teacher ‖ student),
     both softened by the temperature; hard = cross-entropy with the labels; means over the batch. The factor
-    temperature² keeps the soft term's gradient the same size at all temperatures. Logits are batch × classes, labels
-    batch.
+    temperature² keeps the soft term's gradient about the same size at all temperatures. Logits are batch × classes,
+    labels batch.
     """
     student, teacher = (F.log_softmax(logits / temperature, dim=1) for logits in (student_logits, teacher_logits))
     soft = temperature**2 * F.kl_div(student, teacher, log_target=True, reduction="batchmean")
@@ -60,7 +60,8 @@ class KnowledgeDistillationTrainer(StreamlinedTrainer):
             raise ValueError("the teacher is the student; give a network of its own, trained before, as the teacher")
         self.temperature, self.alpha = float(temperature), float(alpha)
         super().__init__(student, config, data, **trainer_arguments)
-        self.teacher = copy.deepcopy(teacher).requires_grad_(False).eval().to(self.args.device)
+        self.teacher = self._unprepared(copy.deepcopy(teacher)).requires_grad_(False).to(self.args.device)
+        self.teacher.eval()
         if memory_format(self.teacher, self.args.device, data.image_shape) == torch.contiguous_format:
             self._memory_format = torch.contiguous_format  # the student sees what the teacher sees
         with torch.no_grad():
@@ -71,14 +72,14 @@ class KnowledgeDistillationTrainer(StreamlinedTrainer):
             raise ValueError("the teacher returns probabilities, not logits; remove its final softmax")
         if (classes := logits.shape[1]) != data.num_classes:
             raise ValueError(f"the teacher has {classes} outputs, but {data.name} has {data.num_classes} classes")
-
         self._answers = WeakKeyDictionary()  # data set that was evaluated -> the teacher's logits for each batch
         self._remembered, self._recorded = iter(()), []  # of the evaluation that is running
 
     @cached_property
     def environment(self) -> dict[str, str]:
-        """As `ResumableTrainer.environment`, with the teacher's weights, which should not change on resume."""
-        return super().environment | {"teacher": weights_digest(self.teacher)[:12]}
+        """As `ResumableTrainer.environment`, with the loss and the teacher's weights."""
+        loss = {"temperature": str(self.temperature), "alpha": str(self.alpha)}
+        return super().environment | loss | {"teacher": weights_digest(self.teacher)[:12]}
 
     def outputs(self, model: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Student's and teacher's logits (batch × classes each) for the same images, in the same precision."""

@@ -61,7 +61,8 @@ def memory_format(model: nn.Module, device: torch.device, image_shape: Sequence[
         if device.type == "cuda":
             model.to(memory_format=torch.channels_last)
         with untouched(model), torch.no_grad():
-            model.eval()(images.contiguous(memory_format=torch.channels_last))
+            model.eval()
+            model(images.contiguous(memory_format=torch.channels_last))
         return torch.channels_last
     except Exception:  # if something else is wrong with the model, the sanity check says so
         if device.type == "cuda":

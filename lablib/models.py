@@ -193,7 +193,8 @@ def export_onnx(model: nn.Module, path: str | Path, image_shape: Sequence[int]):
     """
     if len(image_shape) != 3:
         raise ValueError(f"{image_shape = }, but it must be (channels, height, width)")
-    exported = copy.deepcopy(model).cpu().float().eval()
+    exported = copy.deepcopy(model).cpu().float()
+    exported.eval()
     images = torch.zeros(2, *image_shape)  # a batch of 1 would be taken for a constant
     shapes = ({0: torch.export.Dim("batch")},)
     # this refuses a model that needs one batch size; torch.onnx alone would silently write that size into the file

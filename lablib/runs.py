@@ -82,7 +82,8 @@ class Run:
                 "experiment or train_or_load with weights=True for this network and seed"
             )
         model.load_state_dict(safetensors.torch.load_file(self.path / _WEIGHTS))
-        return model.eval()
+        model.eval()  # which a user's class may let return nothing
+        return model
 
     def measured(self) -> dict[str, np.ndarray]:
         """What was measured with the best weights.
@@ -345,7 +346,8 @@ def _loads_whole(trainer, twin: nn.Module, shown: torch.Tensor, answers: torch.T
         twin.load_state_dict(trainer.model.state_dict())
         with untouched(twin):
             trainer.use_precision(twin)
-            off = (_logits(trainer, twin.eval(), shown) - answers).abs().mean()
+            twin.eval()
+            off = (_logits(trainer, twin, shown) - answers).abs().mean()
             noise = (_logits(trainer, trainer.model, shown) - answers).abs().mean()
             allowed = 0.1 if trainer.args.bf16 or trainer.args.fp16 else 0.01
             return not off > max(allowed * answers.abs().mean(), 2 * noise)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import accelerate.optimizer
+import numpy as np
 import safetensors.torch
 import torch
 import transformers
@@ -29,7 +30,7 @@ from transformers.trainer_utils import PredictionOutput
 from lablib.augmentation import augment
 from lablib.checkpoints import ResumableTrainer, contiguous_weights
 from lablib.config import TrainingConfig
-from lablib.data import ImageBatches, ImageData, ShuffledBatches, stratified_split, stratified_subset
+from lablib.data import ImageBatches, ImageData, ShuffledBatches, fixed_sample, stratified_split, stratified_subset
 from lablib.hardware import algorithms, check_device, fits, keep_memory, memory_format, resolve_precision, untouched
 from lablib.metrics import BatchMeter, are_probabilities, first_logits
 
@@ -95,7 +96,7 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
         train = stratified_subset(train, data.train_labels, config.max_train_images, config.seed)
         patience = config.early_stopping_patience
         self.checkpoint_seconds = config.checkpoint_seconds
-        self._memory_format = memory_format(model, args.device, data.image_shape)
+        self._memory_format = memory_format(self._unprepared(model), args.device, data.image_shape)
         super().__init__(
             model=model,
             args=args,
@@ -126,6 +127,8 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
 
     def before_training(self) -> None:
         """Run the sanity check, then seed and start the clock. Raises SanityCheckError."""
+        if self.model_wrapped is self.model:  # an earlier training among several processes wrapped it for this one too
+            self._unprepared(self.model)
         sanity_check(self)
         if self.args.world_size > 1 and self.args.device.type == "cuda":
             nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
@@ -179,6 +182,13 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
         if self.args.bf16 or self.args.fp16:
             model.forward = convert_outputs_to_fp32(self.accelerator.autocast()(model.forward))
 
+    def _unprepared(self, model: nn.Module) -> nn.Module:
+        """Undo what accelerate did to a model for a training or an evaluation, perhaps in another precision."""
+        vars(model).pop("_is_accelerate_prepared", None)
+        if original := vars(model).pop("_original_forward", None):
+            model.forward = original
+        return model
+
     def outputs(self, model: nn.Module, images: torch.Tensor) -> Outputs:
         """The model's logits (batch × classes), or a tuple that begins with them, as `losses` needs."""
         return model(images)
@@ -209,10 +219,11 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
         if isinstance(schedule, ReduceLROnPlateau) and schedule.mode != best:
             metric = self.config.early_stopping_metric
             raise ValueError(f"ReduceLROnPlateau is given the validation {metric}; write mode={best!r}")
-        rates = [group["lr"] for group in self.optimizer.param_groups]
-        if isinstance(schedule, LambdaLR) and rates != schedule.get_last_lr():
-            advice = "which overwrites it after each step; override create_scheduler"
-            raise ValueError(f"the learning rate was set outside the schedule, {advice}")
+        groups = self.optimizer.param_groups
+        if isinstance(schedule, LambdaLR) and [group["lr"] for group in groups] != schedule.get_last_lr():
+            raise ValueError("a learning rate was set outside the schedule, which resets it; override create_scheduler")
+        if self._state_before is None and {p for g in groups for p in g["params"]} - {*self.model.parameters()}:
+            raise ValueError("the optimizer has parameters that are not the network's; register them in the network")
         return super().training_step(*args, **kwargs)
 
     @torch.no_grad()
@@ -233,10 +244,8 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
         if self.optimizer is None:
             config, args = self.config, self.args
             options = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "fused": True}
-            if config.optimizer == "sgd":
-                options |= {"momentum": 0.9}
-            else:
-                options |= {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+            adams = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+            options |= {"momentum": 0.9} if config.optimizer == "sgd" else adams
             parameters = [*(model or self.model).parameters()]
             self.optimizer = _OPTIMIZERS[config.optimizer](parameters, **options)
             if config.optimizer == "sgd":  # or it stays uninitialised if fp16's loss scaler skips the first step
@@ -250,7 +259,8 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
         return super().create_scheduler(num_training_steps, optimizer)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
-        super()._load_optimizer_and_scheduler(checkpoint)
+        with torch.serialization.safe_globals([np.dtype, np.double().__reduce__()[0], *map(type, map(np.dtype, "fd"))]):
+            super()._load_optimizer_and_scheduler(checkpoint)  # which may hold rates that NumPy computed
         for parameter, state in self.optimizer.state.items():  # fused optimizers mix up values in another memory format
             for name, value in state.items():
                 if torch.is_tensor(value) and value.shape == parameter.shape:
@@ -295,15 +305,13 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
         arrays, device = (prediction.predictions, prediction.label_ids), self.args.device  # that of `losses`' tensors
         outputs, labels = tree_map(lambda array: torch.from_numpy(array).to(device), arrays)
         metrics = {name: value.item() for name, value in self._checked_losses(outputs, labels).items()}
-        if self.is_in_train and not math.isfinite(metrics["loss"]):  # on test data it may be: training is over
+        if self.is_in_train and self._epochs_own and not math.isfinite(metrics["loss"]):  # on other data it may be
             raise self._not_finite(f"evaluation loss is {metrics['loss']}")
         return metrics | {"accuracy": (first_logits(outputs).argmax(1) == labels).sum().item() / len(labels)}
 
     def _not_finite(self, what: str, where: str = "") -> NonFiniteLossError:
-        return NonFiniteLossError(
-            f"the {what} at epoch {math.ceil(self.state.epoch or 0)}{where}; "
-            f"a smaller learning_rate than {self.config.learning_rate:g} or max_grad_norm=1.0 may help"
-        )
+        advice = f"a smaller learning_rate than {self.config.learning_rate:g} or max_grad_norm=1.0 may help"
+        return NonFiniteLossError(f"the {what} at epoch {math.ceil(self.state.epoch or 0)}{where}; {advice}")
 
 
 def sanity_check(trainer: StreamlinedTrainer) -> None:
@@ -317,12 +325,14 @@ def sanity_check(trainer: StreamlinedTrainer) -> None:
     args, model, number = trainer.args, trainer.model, len(trainer.train_dataset)
     batch_size, full = args.train_batch_size, min(number, args.train_batch_size // args.world_size)
     last = _in_last_batch(number, batch_size)
-    evaluated = _in_last_batch(len(trainer.eval_dataset), args.eval_batch_size)
+    evaluated = len(trainer.eval_dataset), len(trainer.data.test_labels)
+    smallest = min(16, *(_in_last_batch(images, args.eval_batch_size) for images in evaluated))
     with untouched(trainer):
         trainer._since_last_log = BatchMeter()
         trainer.use_precision(model)
         shapes = {name: getattr(weight, "shape", None) for name, weight in model.state_dict().items()}
-        _try(trainer, "an evaluation", trainer.eval_dataset, min(evaluated, 16))
+        for size in sorted({min(evaluated[0], 16), smallest}, reverse=True):
+            _try(trainer, "an evaluation", trainer.eval_dataset, size)
         _try(trainer, "a full batch", trainer.train_dataset, full)
         if not len(trainer._since_last_log):
             raise SanityCheckError("compute_loss recorded nothing; override `losses` or `outputs` instead of it")
@@ -332,10 +342,8 @@ def sanity_check(trainer: StreamlinedTrainer) -> None:
             advice = f". Use batch_size = {fuller}, whose last batch has {_in_last_batch(number, fuller)} images"
             _try(trainer, "the last batch of an epoch", trainer.train_dataset, last, advice)
         if shapes != {name: getattr(weight, "shape", None) for name, weight in model.state_dict().items()}:
-            raise SanityCheckError(
-                f"names or shapes in the state_dict() of {type(model).__name__} change in training; "
-                "create all buffers in __init__"
-            )
+            what = f"names or shapes in the state_dict() of {type(model).__name__} change in training"
+            raise SanityCheckError(f"{what}; create all buffers in __init__")
         try:
             model.load_state_dict(safetensors.torch.load(safetensors.torch.save(contiguous_weights(model))))
         except Exception as error:
@@ -348,16 +356,17 @@ def _in_last_batch(images: int, batch_size: int) -> int:
 
 
 def _try(trainer: StreamlinedTrainer, what: str, dataset: ImageBatches, size: int, advice: str = "") -> None:
-    """Evaluate the first images of a data set, or compute the gradients of a training step."""
+    """Evaluate some images of a data set, or compute the gradients of a training step."""
     model, data = trainer.model, trainer.data
     try:
-        batch = trainer._prepare_inputs(dataset.__getitems__(range(size)))
+        batch = trainer._prepare_inputs(dataset.__getitems__(fixed_sample(len(dataset), size)))
+        model.train(dataset is trainer.train_dataset)
         if dataset is trainer.train_dataset:
             with trainer.compute_loss_context_manager():
-                loss = trainer.compute_loss(model.train(), batch)
+                loss = trainer.compute_loss(model, batch)
             loss.backward()
             return
-        _, outputs, labels = trainer.prediction_step(model.eval(), batch, prediction_loss_only=False)
+        _, outputs, labels = trainer.prediction_step(model, batch, prediction_loss_only=False)
         logits = first_logits(outputs)
         if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
             raise TypeError("a network must return logits (images × classes), or a tuple that begins with them")
@@ -367,9 +376,8 @@ def _try(trainer: StreamlinedTrainer, what: str, dataset: ImageBatches, size: in
             raise ValueError(f"the network has {number} outputs, but {data.name} has {data.num_classes} classes")
         if type(trainer).losses.__module__.startswith("lablib.") and are_probabilities(logits):
             raise ValueError("the network returns probabilities, but the loss takes logits; remove its final softmax")
-        trainer._evaluated(EvalPrediction(*nested_numpify((outputs, labels))))
-    except NonFiniteLossError:  # statistics of batch norm that are not trained may give any loss
-        pass
+        if size == min(len(dataset), 16):  # the loss of a set's small last batch is never computed alone
+            trainer._evaluated(EvalPrediction(*nested_numpify((outputs, labels))))
     except Exception as error:
         network = f"{type(model).__name__} was given float32 {(size, *data.image_shape)}"
         words = f"{what} ({size} of {len(dataset)} images) fails with {type(error).__name__}: {error}. {network}"

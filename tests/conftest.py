@@ -43,10 +43,7 @@ def digits() -> ImageData:
 def mnist() -> ImageData:
     """MNIST from data/; nothing is downloaded for a test."""
     if not (DATA_DIR / "MNIST" / "raw").is_dir():
-        pytest.skip(
-            "MNIST is not in data/MNIST/raw, and a test downloads nothing; "
-            "python -c \"import lablib; lablib.load_data('mnist')\" in the repository's root gets it"
-        )
+        pytest.skip("no MNIST in data/MNIST/raw; python -c \"import lablib; lablib.load_data('mnist')\" gets it")
     return load_data("mnist", DATA_DIR)
 
 

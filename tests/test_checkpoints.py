@@ -12,12 +12,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 from outcomes import findings
 from scripted import At, Scripted, press_ctrl_c
 from torch import nn
-from transformers import TrainerCallback
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 from lablib import MLP, ResidualCNN, SimpleCNN, StreamlinedTrainer, TrainingConfig, checkpoints, train_or_load
 from lablib.checkpoints import UNFINISHED, Interruption, checkpoints_in, seal
@@ -35,20 +37,17 @@ def config(tmp_path):
     return partial(TrainingConfig, **knobs, device="cpu", output_dir=str(tmp_path / "runs"))
 
 
-@pytest.fixture(params=[60.0])
-def build(request, config, tiny_data, tmp_path):
+@pytest.fixture
+def build(config, tiny_data, tmp_path):
     """A trainer whose checkpoints lie in `tmp_path / name`."""
 
-    def build(name: str, *callbacks, trainer_class=StreamlinedTrainer, model=tiny_mlp, **knobs):
+    def build(name: str, *callbacks, trainer_class=StreamlinedTrainer, model=tiny_mlp, between=60.0, **knobs):
         more = {"callbacks": callbacks, "checkpoint_dir": str(tmp_path / name)}
         trainer = trainer_class(build_seeded(model, 0), config=config(**knobs), data=tiny_data, **more)
-        trainer.seconds_between_epochs = request.param
+        trainer.seconds_between_epochs = between
         return trainer
 
     return build
-
-
-after_each_epoch = pytest.mark.parametrize("build", [0.0], indirect=True)
 
 
 def stopped(build, *steps: int, **more) -> list[Path]:
@@ -98,6 +97,17 @@ class OnceInfinite(Scaled):
         return {"loss": super().losses(outputs, labels)["loss"] * (math.inf if is_second_step else 1)}
 
 
+class TwicePatient(Scripted):
+    """Has a second early stopping, and a schedule that computes with NumPy."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.add_callback(EarlyStoppingCallback(4))
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        self.lr_scheduler = LambdaLR(self.optimizer, lambda step: (np.float32, np.float64)[step % 2](0.9**step))
+
+
 def test_a_step_that_loss_scaling_skips_changes_no_weights_and_is_no_non_finite_loss(build):
     weights = []
     noting = At(None, lambda: weights.append(trainer.model.classifier.weight.tolist()))
@@ -122,6 +132,7 @@ PATIENT = {"num_epochs": 6, "early_stopping_patience": 2, "trainer_class": Scrip
         ((STEPS + 2,), {"trainer_class": Scaled}),
         ((STEPS + 1, 3 * STEPS + 2), PATIENT),
         ((4 * STEPS,), PATIENT),
+        ((STEPS + 1, 3 * STEPS + 2), PATIENT | {"trainer_class": TwicePatient}),
         *[((step,), {"training_arguments": {"max_steps": 10}}) for step in (7, 10)],
     ],
 )
@@ -145,6 +156,7 @@ def test_checkpoints_are_written_by_the_clock_and_at_an_epochs_end_after_a_minut
     written, clock = [], SimpleNamespace(seconds=0, monotonic=lambda: clock.seconds)
     monkeypatch.setattr(checkpoints, "time", clock)
     callback = At(None, lambda: setattr(clock, "seconds", clock.seconds + 10))
+    callback.on_optimizer_step = lambda _, state, control, **kw: setattr(control, "should_save", state.epoch % 1 > 0.7)
     callback.on_save = lambda args, state, control, **kwargs: written.append(state.global_step)
     trainer = trained(build, "undisturbed", callback, checkpoint_seconds=within)
     assert written == expected
@@ -202,7 +214,6 @@ def test_an_ignored_signal_stays_ignored_and_another_thread_handles_none(monkeyp
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-@after_each_epoch
 @pytest.mark.parametrize(
     ("name", "damage", "words"),
     [
@@ -212,11 +223,8 @@ def test_an_ignored_signal_stays_ignored_and_another_thread_handles_none(monkeyp
     ],
 )
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_used(name, damage, words, build):
-    newest, before = stopped(build, STEPS + 1)
-    content = (newest / name).read_bytes()
-    (newest / name).unlink()
-    if damage:
-        (newest / name).write_bytes(damage(content))
+    newest, before = stopped(build, STEPS + 1, between=0.0)
+    (newest / name).write_bytes(damage((newest / name).read_bytes())) if damage else (newest / name).unlink()
     with pytest.raises(OSError, match=rf"checkpoint-5 cannot be loaded: {words}"):
         build("interrupted").train(resume_from_checkpoint=str(newest))
     with pytest.warns(UserWarning, match=rf"checkpoint-5 cannot be used: .*{words}.* aside as .*damaged-checkpoint-5"):
@@ -248,11 +256,9 @@ def test_the_seconds_of_a_resumed_training_do_not_include_the_pause(build):
     with pytest.raises(KeyboardInterrupt):
         build("interrupted", slow, At(STEPS + 2, press_ctrl_c)).train()
     time.sleep(0.3)
-    resumed = trained(build, "interrupted")
-    elapsed = time.perf_counter() - began
-    seconds = [row["seconds"] for row in history(resumed.state.log_history)]
+    seconds = [row["seconds"] for row in history(trained(build, "interrupted").state.log_history)]
     assert seconds[1] - seconds[0] >= 0.2
-    assert seconds[1] < seconds[2] <= elapsed - 0.3
+    assert seconds[1] < seconds[2] <= time.perf_counter() - began - 0.3
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
@@ -283,11 +289,18 @@ def test_a_folder_that_cannot_be_written_to_is_named_with_the_reason(monkeypatch
 
 
 class Counting(TrainerCallback):
-    def __init__(self, parameter):
-        self.parameter, self.steps = parameter, 0
+    steps = 0
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.steps += self.parameter
+        self.steps += 1
+
+
+class Averaging(TrainerCallback):
+    def on_train_begin(self, args, state, control, model, **kwargs):
+        self.average = torch.optim.swa_utils.AveragedModel(model)
+
+    def on_step_end(self, args, state, control, model, **kwargs):
+        self.average.update_parameters(model)
 
 
 class CountingMLP(MLP):
@@ -307,11 +320,24 @@ class CountingTrainer(StreamlinedTrainer):
 def test_what_loses_its_state_is_named_and_noted_in_the_result(config, tiny_data, recwarn):
     build = partial(CountingMLP, **tiny_mlp.keywords)
     train = partial(train_or_load, build, config(), tiny_data, trainer_class=CountingTrainer)
+    stop = At(2, press_ctrl_c)
+    stop.on_train_begin = lambda args, state, control, model, **more: setattr(stop, "network", model)  # it is kept
     with pytest.raises(KeyboardInterrupt):
-        train(callbacks=[Counting(1), Counting(0), At(2, press_ctrl_c)])
-    (note,) = train(callbacks=[Counting(1), Counting(0)]).result["notes"]
-    assert note.startswith("resumed at step 2 without the state of Counting, CountingMLP, CountingTrainer; ")
+        train(callbacks=[Counting(), Averaging(), stop])
+    (note,) = train(callbacks=[Counting(), Averaging()]).result["notes"]
+    assert note.startswith("resumed at step 2 without the state of Averaging, Counting, CountingMLP, CountingTrainer; ")
     assert note in str(recwarn.pop(UserWarning).message)
+
+
+def test_another_setting_is_named_unless_the_checkpoint_is_of_a_lablib_that_noted_none(build, config, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "NOT_IDENTITY", vars(config()))
+        stopped(build, 1)
+    with pytest.raises(KeyboardInterrupt):
+        build("interrupted", At(2, press_ctrl_c), num_epochs=2, weight_decay=0.1).train(resume_from_checkpoint=True)
+    words = "started with num_epochs 2, weight_decay 0.1, resumed at step 2 with num_epochs 3, weight_decay 0.0;"
+    with pytest.warns(UserWarning, match=words):
+        trained(build, "interrupted")
 
 
 def test_another_version_is_said_once_and_noted_in_the_result(config, tiny_data, monkeypatch):

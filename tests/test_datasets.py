@@ -97,10 +97,12 @@ def test_an_unknown_name_and_other_sizes_and_numbers_of_channels_are_refused(arg
 
 def test_a_folder_that_is_named_as_a_data_set_is_asked_for_by_its_path(folder, monkeypatch):
     monkeypatch.chdir(folder.parent)
-    folder.rename("digits")
-    with pytest.raises(ValueError, match="'digits' is a known data set and also a folder"):
-        load_data("digits")
-    assert load_data("./digits").class_names == ("cat", "dog")
+    Path("data").mkdir()
+    for place in ("./digits", "data/digits"):
+        folder = folder.rename(place)
+        with pytest.raises(ValueError, match=f"'digits' is a known data set and also a folder here; write '{place}'"):
+            load_data("digits")
+        assert load_data(place).class_names == ("cat", "dog")
 
 
 def test_a_folder_is_read_as_torchvisions_image_folder_reads_it(folder, tmp_path):
@@ -310,15 +312,12 @@ def test_a_split_copies_each_image_to_one_part_and_each_class_in_proportion(unsp
     assert drawn[0] == drawn[1] != drawn[2]
 
 
-RENAMED = [("cat", "train"), ("dog", "test")]
-
-
 @pytest.mark.parametrize(
     ("change", "share", "words"),
     [
         (lambda folder: folder.with_name(f"{folder.name}-split").mkdir(), "0.2", "exists; rename or delete it first"),
         (lambda folder: shutil.rmtree(folder / "dog"), "0.2", r"at least two; it has \['cat'\]"),
-        (lambda folder: [(folder / a).rename(folder / b) for a, b in RENAMED], "0.2", "already"),
+        (lambda f: [(f / a).rename(f / b) for a, b in (("cat", "train"), ("dog", "test"))], "0.2", "already"),
         (lambda folder: None, "0.03", "cannot be split with a share of 0.03"),
     ],
 )

@@ -7,19 +7,12 @@ import pytest
 import torch
 from scipy.special import log_softmax
 
-from lablib import MLP, TrainingConfig
+from lablib import MLP, StreamlinedTrainer, TrainingConfig
 from lablib.data import stratified_split
 from lablib.distillation import KnowledgeDistillationTrainer, distillation_loss
 from lablib.metrics import history
 from lablib.models import ResidualCNN
 from lablib.trainer import SanityCheckError
-
-
-@pytest.fixture
-def batch():
-    generator = torch.Generator().manual_seed(0)
-    student, teacher = torch.randn(2, 32, 10, generator=generator, dtype=torch.float64) * 3
-    return student, teacher, torch.randint(0, 10, (32,), generator=generator)
 
 
 def config(**knobs) -> TrainingConfig:
@@ -32,7 +25,10 @@ def network(seed: int = 0, **arguments) -> MLP:
 
 
 @pytest.mark.parametrize(("temperature", "alpha"), [(0.5, 0.3), (1.0, 1.0), (4.0, 0.7), (20.0, 0.0)])
-def test_the_loss_is_that_of_numpy_in_float64(batch, temperature, alpha):
+def test_the_loss_is_that_of_numpy_in_float64(temperature, alpha):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 32, 10, generator=generator, dtype=torch.float64) * 3
+    batch = *logits, torch.randint(0, 10, (32,), generator=generator)
     student, teacher, labels = (tensor.numpy() for tensor in batch)
     p, q = (log_softmax(logits / temperature, axis=1) for logits in (teacher, student))
     soft = temperature**2 * (np.exp(p) * (p - q)).sum() / len(labels)
@@ -80,9 +76,11 @@ def test_the_teacher_stays_what_it_was_down_to_its_batch_norm_statistics(tiny_da
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in trainer.teacher.parameters())
 
 
-def test_teacher_and_student_see_the_same_augmented_images_in_the_same_precision(tiny_data):
+@pytest.mark.parametrize(("precision", "expected"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
+def test_teacher_and_student_see_the_same_augmented_images_in_the_same_precision(precision, expected, tiny_data):
     student, teacher = network(1), network(2)
-    trainer = KnowledgeDistillationTrainer(student, teacher, config(precision="bf16"), tiny_data)
+    StreamlinedTrainer(teacher, config(precision="bf16"), tiny_data).train()
+    trainer = KnowledgeDistillationTrainer(student, teacher, config(precision=precision), tiny_data)
     seen = [], []
     for watched, noted in zip((student, trainer.teacher), seen, strict=True):
         watched.hidden.register_forward_hook(
@@ -91,7 +89,8 @@ def test_teacher_and_student_see_the_same_augmented_images_in_the_same_precision
     trainer.train()
     students, teachers = ({tuple(images.flatten().tolist()) for images, _ in noted} for noted in seen)
     assert students == teachers
-    assert {dtype for noted in seen for _, dtype in noted} == {torch.bfloat16}
+    assert {dtype for noted in seen for _, dtype in noted} == {expected}
+    assert "_original_forward" in vars(teacher)  # which stays in bf16
     assert len(seen[0]) - len(seen[1]) == 1  # the second epoch's validation
 
 

@@ -12,7 +12,8 @@ from outcomes import findings
 from torch import nn
 from torch.nn import functional as F
 
-from lablib import MLP, ResidualCNN, StreamlinedTrainer, TrainingConfig
+from lablib import MLP, ImageData, ResidualCNN, SimpleCNN, StreamlinedTrainer, TrainingConfig
+from lablib.distillation import KnowledgeDistillationTrainer
 from lablib.trainer import SanityCheckError, sanity_check
 
 
@@ -24,18 +25,10 @@ def train(model, data, trainer_class=StreamlinedTrainer, **knobs) -> Streamlined
 
 
 def refused(model, data, trainer_class=StreamlinedTrainer, **knobs) -> str:
-    """The error's words; no step has been taken and the weights are the initial ones."""
+    """The error's words; no step has been taken, so the weights are the initial ones."""
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    steps = []
-
-    class Noting(trainer_class):
-        def training_step(self, *args, **kwargs):
-            steps.append(1)
-            return super().training_step(*args, **kwargs)
-
     with pytest.raises(SanityCheckError) as caught:
-        train(model, data, Noting, **knobs)
-    assert not steps
+        train(model, data, trainer_class, **knobs)
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
     return str(caught.value)
 
@@ -72,6 +65,7 @@ def batch_normed() -> nn.Module:
 
 
 NO_LOGITS = "a network must return logits (images × classes), or a tuple that begins with them"
+NO_DICT = "`losses` must return a dict of scalar tensors"
 NO_MEMORY = "(9 images) does not fit into memory: use a smaller batch_size or image_size"
 
 
@@ -99,25 +93,14 @@ def fails_when_evaluated(logits, labels):
     return {"loss": F.cross_entropy(logits, labels, None if torch.is_grad_enabled() else torch.ones(2))}
 
 
-def penalised(logits, labels):
-    return {"loss": F.cross_entropy(logits, labels), "penalty": logits.mean()}
-
-
-def own_compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-    return F.cross_entropy(model(inputs["images"].float()), inputs["labels"])
-
-
-NO_DICT = "`losses` must return a dict of scalar tensors"
-
-
 @pytest.mark.parametrize(
     ("method", "own", "words"),
     [
         ("losses", staticmethod(F.cross_entropy), NO_DICT),
         ("losses", staticmethod(lambda logits, labels: {"loss": logits}), NO_DICT),
-        ("losses", staticmethod(penalised), "gave 'penalty'; the names"),
+        ("losses", staticmethod(lambda x, _: {"loss": x.mean(), "penalty": x.mean()}), "gave 'penalty'; the names"),
         ("losses", staticmethod(fails_when_evaluated), "an evaluation (9 of 9 images) fails with RuntimeError: weight"),
-        ("compute_loss", own_compute_loss, "override `losses`"),
+        ("compute_loss", lambda self, model, batch: model(batch["images"].float()).mean(), "override `losses`"),
     ],
 )
 def test_a_loss_that_would_fail_or_not_be_recorded_is_refused(method, own, words, tiny_data):
@@ -132,17 +115,36 @@ def test_a_last_batch_that_fails_is_refused_with_a_batch_size_that_trains(batch_
     train(batch_normed(), tiny_data, batch_size=int(words.partition("Use batch_size = ")[2].partition(",")[0]))
 
 
-def test_a_model_that_cannot_be_copied_is_checked_and_trained(tiny_data):
-    class Keeping(Linear):  # what it made of its images, with its history
+def test_the_check_is_of_several_classes_and_of_as_few_images_as_the_last_test_batch_has(tiny_data):
+    class Margin(StreamlinedTrainer):
+        def losses(self, logits, labels):
+            between = torch.cdist(logits, logits)[labels[:, None] != labels]
+            return {"loss": F.cross_entropy(logits, labels) + F.relu(1 - between.min())}
+
+    order, one_alone = tiny_data.train_labels.argsort(stable=True), torch.arange(1001) % 18  # as folders are sorted
+    train_set = tiny_data.train_images[order], tiny_data.train_labels[order]
+    test_set = tiny_data.test_images[one_alone], tiny_data.test_labels[one_alone]
+    data = ImageData("sorted", *train_set, *test_set, tiny_data.class_names)
+    assert train(Linear(), data, Margin).state.global_step == 6
+    words = refused(Linear(torch.squeeze), data)
+    assert words.startswith("an evaluation (1 of 9 images) fails with TypeError: a network must return logits")
+
+
+def test_a_model_that_cannot_be_copied_and_whose_train_returns_nothing_is_checked_and_trained(tiny_data):
+    class Keeping(SimpleCNN):  # what it made of its images, with its history
         def forward(self, images):
             self.kept = super().forward(images)
             return self.kept
 
-    model = Keeping()
+        def train(self, mode=True):
+            super().train(mode)
+
+    model, teacher = (Keeping(1, 4, (1, 6, 6), 3) for _ in range(2))
     model(torch.zeros(2, 1, 6, 6))
     with pytest.raises(RuntimeError, match="deepcopy"):
         copy.deepcopy(model)
-    assert train(model, tiny_data).state.global_step == 6
+    trainer = train(model, tiny_data, lambda *given: KnowledgeDistillationTrainer(model, teacher, *given[1:]))
+    assert (trainer.state.global_step, trainer._memory_format) == (6, torch.channels_last)
 
 
 class Drawing(nn.Module):

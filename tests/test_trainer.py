@@ -40,10 +40,6 @@ def small_mlp(dropout: float = 0.1, seed: int = 0, model_class=MLP) -> MLP:
     return build_seeded(lambda: model_class((8,), dropout, image_shape=(1, 6, 6), num_classes=3), seed)
 
 
-def same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
 def normalised(images: torch.Tensor, data: ImageData) -> np.ndarray:
     """In double precision with NumPy, from the definition."""
     train = data.train_images.numpy() / 255
@@ -61,10 +57,11 @@ def build(tiny_data):
     return build
 
 
-@pytest.fixture
-def unchecked(monkeypatch):
-    """No sanity check, where a test counts what a network sees."""
-    monkeypatch.setattr("lablib.trainer.sanity_check", lambda trainer: None)
+def on(event: str, action) -> TrainerCallback:
+    """A callback that does one thing."""
+    callback = TrainerCallback()
+    setattr(callback, event, lambda args, state, control, **given: action(state, control))
+    return callback
 
 
 def watched_mlp() -> tuple[MLP, dict[bool, list]]:
@@ -89,42 +86,33 @@ class BadLogits(MLP):
     ("metric", "script"), [("accuracy", [0.3, 0.9, 0.5, 0.9, 0.7]), ("loss", [0.9, 0.2, 0.5, 0.2, 0.7])]
 )
 def test_the_first_best_epoch_is_restored_and_tested_and_the_test_set_not_seen_before(metric, script, build, tiny_data):
-    class Keeping(TrainerCallback):
-        def on_evaluate(self, args, state, control, model, **kwargs):
-            weights.append(copy.deepcopy(model.state_dict()))
-
     sealed, weights = copy.copy(tiny_data), []
-    del sealed.__dict__["test_images"], sealed.__dict__["test_labels"]
+    del sealed.__dict__["test_images"]
+    sealed.__dict__["test_labels"] = range(18)  # their number only
+    keeping = on("on_evaluate", lambda state, control: weights.append(findings(trainer)[1]))
     knobs = config(num_epochs=5, early_stopping_patience=None, early_stopping_metric=metric)
-    trainer = build(knobs, data=sealed, trainer_class=Scripted, callbacks=[Keeping()])
+    trainer = build(knobs, data=sealed, trainer_class=Scripted, callbacks=[keeping])
     trainer.script = script
     trainer.train()
-    assert [same_bits(trainer.model.state_dict(), of_epoch) for of_epoch in weights] == [0, 1, 0, 0, 0]
+    assert [findings(trainer)[1] == of_epoch for of_epoch in weights] == [0, 1, 0, 0, 0]
     with pytest.raises(AttributeError, match="has no attribute 'test_images'"):
         trainer.test()
     trainer.data = tiny_data
 
-    by_hand = small_mlp().eval()
-    by_hand.load_state_dict(weights[1])
+    by_hand = copy.deepcopy(trainer.model).eval()
     with torch.no_grad():
         logits = by_hand(torch.from_numpy(normalised(tiny_data.test_images, tiny_data)).float())
     np.testing.assert_allclose(trainer.predict_test().predictions, logits.numpy(), rtol=1e-4, atol=1e-5)
-    expected_loss = F.cross_entropy(logits, tiny_data.test_labels).item()
-    expected_accuracy = (logits.argmax(1) == tiny_data.test_labels).double().mean().item()
-    result = trainer.test()
-    assert result["test_loss"] == pytest.approx(expected_loss, rel=1e-5)
-    assert result["test_accuracy"] == pytest.approx(expected_accuracy)
+    result, accuracy = trainer.test(), (logits.argmax(1) == tiny_data.test_labels).double().mean().item()
+    assert result["test_loss"] == pytest.approx(F.cross_entropy(logits, tiny_data.test_labels).item(), rel=1e-5)
+    assert result["test_accuracy"] == pytest.approx(accuracy)
 
 
-def test_training_images_alone_are_augmented_each_of_them_once_an_epoch(build, tiny_data, monkeypatch, unchecked):
-    calls = []
-
-    def brighten(pixels, *knobs):
-        calls.append((len(pixels), knobs))
-        return pixels + 255
-
-    monkeypatch.setattr("lablib.trainer.augment", brighten)
-    model, shown = watched_mlp()
+def test_training_images_alone_are_augmented_each_of_them_once_an_epoch(build, tiny_data, monkeypatch):
+    calls, (model, shown) = [], watched_mlp()
+    add = "lablib.trainer.augment", lambda pixels, *knobs: calls.append((len(pixels), knobs)) or pixels + 255
+    monkeypatch.setattr(*add)
+    monkeypatch.setattr("lablib.trainer.sanity_check", lambda trainer: None)  # which shows images too
     knobs = {"rotation_degrees": 7.0, "translation_fraction": 0.3, "horizontal_flip": True, "crop_padding": 1}
     trainer = build(config(**knobs), model)
     trainer.train()
@@ -142,20 +130,14 @@ def test_training_images_alone_are_augmented_each_of_them_once_an_epoch(build, t
         np.testing.assert_allclose(evaluated.numpy(), images, rtol=1e-4, atol=1e-5)
 
 
-def test_a_limit_on_the_training_images_leaves_a_stratified_part_of_them_and_all_of_the_validation(build, tiny_data):
-    trainer = build(config(max_train_images=15))
-    train, validation = stratified_split(tiny_data.train_labels, VALIDATION_SPLIT, seed=0)
-    assert torch.equal(trainer.train_dataset.indices, stratified_subset(train, tiny_data.train_labels, 15, seed=0))
-    assert torch.equal(trainer.eval_dataset.indices, validation)
-
-
-def test_a_loss_that_holds_tensors_is_evaluated_over_all_images_at_once(build, tiny_data):
+def test_a_loss_that_holds_tensors_is_evaluated_over_all_images_at_once_whatever_the_limit(build, tiny_data):
     criterion = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 5.0]))
     weighted = type("Weighted", (StreamlinedTrainer,), {"losses": lambda self, *batch: {"loss": criterion(*batch)}})
-    trainer = build(config(num_epochs=1, batch_size=4), trainer_class=weighted)
+    trainer = build(config(num_epochs=1, batch_size=4, max_train_images=15), trainer_class=weighted)
     trainer.args.per_device_eval_batch_size = 4  # batches of 4, 4 and 1, whose class weights differ
     trainer.train()
-    _, validation = stratified_split(tiny_data.train_labels, VALIDATION_SPLIT, seed=0)
+    train, validation = stratified_split(tiny_data.train_labels, VALIDATION_SPLIT, seed=0)
+    assert torch.equal(trainer.train_dataset.indices, stratified_subset(train, tiny_data.train_labels, 15, seed=0))
     with torch.no_grad():
         logits = trainer.model.eval()(tiny_data.normalise(tiny_data.train_images[validation]))
     expected = F.cross_entropy(logits, tiny_data.train_labels[validation], criterion.weight)
@@ -176,13 +158,6 @@ def test_accumulated_gradients_make_the_step_of_the_whole_batch(model_class, bui
         steps.append(torch.cat([p.detach().flatten() for p in model.parameters()]) - before)
     torch.testing.assert_close(steps[0], steps[1], rtol=0, atol=1e-6)
     assert steps[0].norm() > 1e-4
-
-
-def test_a_model_whose_attribute_transformers_would_write_to_is_refused(build):
-    model = small_mlp()
-    model.config = {"use_cache": "mine"}
-    with pytest.raises(ValueError, match="transformers would write to the model's attribute `config`"):
-        build(config(), model)
 
 
 @pytest.mark.parametrize(
@@ -222,35 +197,23 @@ def test_a_loss_that_is_not_finite_stops_the_training_and_names_epoch_and_step(s
     assert model.steps == epochs * STEPS
 
 
-def test_a_test_loss_that_is_not_finite_loses_no_training(build):
-    model = small_mlp(model_class=BadLogits)
-    model.value = 1
-    (trainer := build(config(num_epochs=1), model)).train()
-    model.value = math.nan
-    assert math.isnan(trainer.test()["test_loss"])
-
-
-def test_augmentation_draws_again_in_each_epoch(build, unchecked):
+def test_augmentation_draws_again_in_each_epoch(build):
     model, shown = watched_mlp()
     build(config(batch_size=27, rotation_degrees=30.0), model).train()
-    first, second = shown[True]
+    _, first, second = shown[True]  # after the sanity check
     assert not np.isin(first.sum((1, 2, 3)).numpy(), second.sum((1, 2, 3)).numpy()).any()
 
 
-class Noting(TrainerCallback):
+def noting() -> TrainerCallback:
     """Notes each event, when it is and what it is given."""
 
-    def __init__(self):
-        self.noted = []
-
-
-for event in [name for name in dir(TrainerCallback) if name.startswith("on_")]:
-
-    def note(self, args, state, control, event=event, logs=(), metrics=(), **given):
+    def note(event, args, state, control, logs=(), metrics=(), **given):
         keys = {"loss", "learning_rate", "grad_norm", "eval_loss", "eval_accuracy", "train_runtime"} & {*logs, *metrics}
-        self.noted.append((event, state.global_step, state.epoch, sorted(given), sorted(keys)))
+        callback.noted.append((event, state.global_step, state.epoch, sorted(given), sorted(keys)))
 
-    setattr(Noting, event, note)
+    callback = TrainerCallback()
+    vars(callback).update({name: partial(note, name) for name in dir(callback) if name.startswith("on_")}, noted=[])
+    return callback
 
 
 def test_a_callback_is_called_as_by_a_plain_trainer_event_by_event(build, tmp_path):
@@ -259,7 +222,7 @@ def test_a_callback_is_called_as_by_a_plain_trainer_event_by_event(build, tmp_pa
             logits = super().forward(images.float())
             return {"loss": F.cross_entropy(logits, labels), "logits": logits}
 
-    in_lab, in_plain = Noting(), Noting()
+    in_lab, in_plain = noting(), noting()
     trainer = build(config(), callbacks=[in_lab])
     trainer.train()
     arguments = config().to_training_arguments(str(tmp_path / "plain"))
@@ -273,19 +236,18 @@ def test_a_callback_is_called_as_by_a_plain_trainer_event_by_event(build, tmp_pa
     assert len(in_lab.noted) > 6 * STEPS
 
 
-BETAS = {"adam_beta1": 0.5, "adam_beta2": 0.75, "adam_epsilon": 1e-4}
-
-
 @pytest.mark.parametrize(
     ("knobs", "optimizer"),
     [
         ({"optimizer": "sgd"}, partial(torch.optim.SGD, momentum=0.9, weight_decay=0.1)),
         ({"optimizer": "adam"}, partial(torch.optim.Adam, weight_decay=0.1)),
         ({"optimizer": "adamw"}, partial(torch.optim.AdamW, weight_decay=0.1)),
-        ({"training_arguments": BETAS}, partial(torch.optim.Adam, weight_decay=0.1, betas=(0.5, 0.75), eps=1e-4)),
+        (
+            {"training_arguments": {"adam_beta1": 0.5, "adam_beta2": 0.75, "adam_epsilon": 1e-4}},
+            partial(torch.optim.Adam, weight_decay=0.1, betas=(0.5, 0.75), eps=1e-4),
+        ),
         ({"training_arguments": {"dataloader_num_workers": 1}}, partial(torch.optim.Adam, weight_decay=0.1)),
     ],
-    ids=["sgd", "adam", "adamw", "betas", "loader's worker"],
 )
 def test_two_epochs_agree_with_a_plain_pytorch_loop(knobs, optimizer, build, tiny_data):
     knobs = {"learning_rate": 0.01, "weight_decay": 0.1, "early_stopping_metric": "loss", **knobs}
@@ -296,15 +258,11 @@ def test_two_epochs_agree_with_a_plain_pytorch_loop(knobs, optimizer, build, tin
     train, validation = stratified_split(tiny_data.train_labels, VALIDATION_SPLIT, seed=0)
     sampler = build(config()).get_train_dataloader().batch_sampler
     epochs = [[train[positions] for positions in sampler] for _ in range(2)]
-    for batches in epochs:
-        assert torch.equal(torch.cat(batches).sort().values, train)
     assert not torch.equal(torch.cat(epochs[0]), torch.cat(epochs[1]))
 
-    images = torch.from_numpy(normalised(tiny_data.train_images, tiny_data)).float()
-    labels = tiny_data.train_labels
+    images, labels = torch.from_numpy(normalised(tiny_data.train_images, tiny_data)).float(), tiny_data.train_labels
     model = small_mlp(dropout=0.0)
     step = optimizer(model.parameters(), lr=0.01)
-    val_losses = []
     for batches, row in zip(epochs, rows, strict=True):
         total_loss, correct = 0.0, 0
         for batch in batches:
@@ -317,13 +275,11 @@ def test_two_epochs_agree_with_a_plain_pytorch_loop(knobs, optimizer, build, tin
             correct += (logits.argmax(1) == labels[batch]).sum().item()
         with torch.no_grad():
             logits = model(images[validation])
-        val_losses.append(F.cross_entropy(logits, labels[validation]).item())
-        assert row["train_loss"] == pytest.approx(total_loss / len(train), rel=1e-5)
-        assert row["train_accuracy"] == pytest.approx(correct / len(train))
-        assert row["val_loss"] == pytest.approx(val_losses[-1], rel=1e-5)
-        expected = (logits.argmax(1) == labels[validation]).double().mean().item()
-        assert row["val_accuracy"] == pytest.approx(expected)
-    assert val_losses[1] < val_losses[0]  # so that the restored weights are the last ones
+        accuracies = correct / len(train), (logits.argmax(1) == labels[validation]).double().mean().item()
+        losses = total_loss / len(train), F.cross_entropy(logits, labels[validation]).item()
+        assert (row["train_loss"], row["val_loss"]) == pytest.approx(losses, rel=1e-5)
+        assert (row["train_accuracy"], row["val_accuracy"]) == pytest.approx(accuracies)
+    assert rows[1]["val_loss"] < rows[0]["val_loss"]  # so that the restored weights are the last ones
     for name, tensor in model.state_dict().items():
         np.testing.assert_allclose(trainer.model.state_dict()[name].numpy(), tensor.numpy(), rtol=1e-4, atol=1e-6)
 
@@ -341,30 +297,29 @@ def test_momentum_is_zero_after_a_first_step_that_the_loss_scaler_of_fp16_skips(
 
 
 def test_the_best_weights_are_those_that_were_evaluated_whatever_a_callback_does(build):
-    class Averaging(TrainerCallback):  # so that other weights are evaluated than those that are trained
-        def on_epoch_end(self, args, state, control, model, **kwargs):
-            self.trained = copy.deepcopy(model.state_dict())
-            model.load_state_dict({name: weight / 2 for name, weight in self.trained.items()})
+    def scale(factor: float):  # so that other weights are evaluated than those that are trained
+        trainer.model.load_state_dict({name: factor * weight for name, weight in trainer.model.state_dict().items()})
+        trainer.predict_test()
 
-        def on_evaluate(self, args, state, control, model, **kwargs):
-            model.load_state_dict(self.trained)
-            trainer.predict_test()  # an evaluation of other weights
-
-    trainer = build(config(early_stopping_metric="loss"), callbacks=[Averaging()])
+    scaling = [on("on_epoch_end", lambda *_: scale(0.5)), on("on_evaluate", lambda *_: scale(2))]
+    trainer = build(config(early_stopping_metric="loss"), callbacks=scaling)
     trainer.train()
-    best = min(row["val_loss"] for row in history(trainer.state.log_history))
-    assert trainer.evaluate()["eval_loss"] == best
+    assert trainer.evaluate()["eval_loss"] == min(row["val_loss"] for row in timeless_rows(trainer))
 
 
-def test_a_learning_rate_that_a_callback_sets_is_refused(build):
-    class Decaying(TrainerCallback):
-        def on_epoch_end(self, args, state, control, optimizer, **kwargs):
-            optimizer.param_groups[0]["lr"] /= 10
-
-    with pytest.raises(
-        ValueError, match=r"the learning rate was set outside the schedule, .* override create_scheduler"
-    ):
-        build(config(), callbacks=[Decaying()]).train()
+def test_what_would_be_overwritten_or_could_not_be_resumed_is_refused(build):
+    for wish in ("should_evaluate", "should_log", "should_epoch_stop"):
+        asking = on("on_step_end", lambda state, control, wish=wish: setattr(control, wish, True))
+        with pytest.raises(ValueError, match=r"a callback asks to .* within an epoch; .* or set max_train_images"):
+            build(config(), callbacks=[asking]).train()
+    model = small_mlp()
+    model.config = {"use_cache": "mine"}
+    with pytest.raises(ValueError, match="transformers would write to the model's attribute `config`"):
+        build(config(), model)
+    decaying = on("on_epoch_end", lambda state, control: trainer.optimizer.param_groups[0].update(lr=1e-4))
+    trainer = build(config(), callbacks=[decaying])
+    with pytest.raises(ValueError, match=r"a learning rate was set outside the schedule, .* override create_scheduler"):
+        trainer.train()
 
 
 class OwnSchedule(StreamlinedTrainer):
@@ -385,6 +340,10 @@ def test_an_optimizer_and_a_schedule_of_ones_own_are_used_or_refused(build):
             build(config(), trainer_class=forgetful).train()
     with pytest.raises(ValueError, match="ReduceLROnPlateau is given the validation loss; write mode='min'"):
         build(config(early_stopping_metric="loss"), trainer_class=OwnSchedule).train()
+    learned = torch.optim.SGD([nn.Parameter(torch.zeros(()))])  # a weight of the loss
+    own = type("Own", (OwnSchedule,), {"create_optimizer": lambda self: setattr(self, "optimizer", learned)})
+    with pytest.raises(ValueError, match="parameters that are not the network's; register them in the network"):
+        build(config(), trainer_class=own).train()
 
 
 def test_a_checkpoint_of_fp16_resumes_in_another_precision(build, tmp_path):
@@ -396,14 +355,9 @@ def test_a_checkpoint_of_fp16_resumes_in_another_precision(build, tmp_path):
     ("schedule", "fraction", "warmup"), [("constant", 0.3, 4), ("cosine", 0, 0), ("cosine", 0.25, 3)]
 )
 def test_the_learning_rate_of_each_step_is_the_schedules(schedule, fraction, warmup, build):
-    rates = []
-
-    class NoteRate(TrainerCallback):
-        def on_pre_optimizer_step(self, args, state, control, optimizer, **kwargs):
-            rates.append(optimizer.param_groups[0]["lr"])
-
+    rates, note = [], lambda state, control: rates.append(trainer.optimizer.param_groups[0]["lr"])
     knobs = config(num_epochs=3, learning_rate=0.02, lr_schedule=schedule, warmup_fraction=fraction)
-    trainer = build(knobs, callbacks=[NoteRate()])
+    trainer = build(knobs, callbacks=[on("on_pre_optimizer_step", note)])
     trainer.train()
     steps = np.arange(3 * STEPS)
     after = {"constant": 1.0, "cosine": (1 + np.cos(np.pi * (steps - warmup) / (len(steps) - warmup))) / 2}
@@ -430,13 +384,19 @@ def test_bf16_computes_in_bfloat16_and_leaves_nothing_behind(build, tiny_data):
     before, in_bf16, after = trainers
     in_bf16.model.classifier.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
     for trainer in trainers:
+        trainer.evaluate()
         trainer.train()
     assert set(dtypes) == {torch.bfloat16}
     assert all(p.dtype == torch.float32 for p in in_bf16.model.parameters())
     assert in_bf16.predict_test().predictions.dtype == np.float32
     assert in_bf16.model(in_bf16.prepare_images(tiny_data.test_images, training=False)).dtype == torch.float32
-    assert same_bits(before.model.state_dict(), after.model.state_dict())
-    assert not same_bits(before.model.state_dict(), in_bf16.model.state_dict())
+    assert findings(in_bf16) != findings(before) == findings(after)
+    build(config(), in_bf16.model).test()
+    assert dtypes[-1] == torch.float32
+    again = [build(config(precision=precision), in_bf16.model) for precision in ("fp32", "bf16")]
+    for trainer, dtype in zip(again, (torch.float32, torch.bfloat16), strict=True):
+        trainer.train()
+        assert dtypes[-1] == dtype
 
 
 @pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0:RuntimeWarning")
@@ -463,19 +423,20 @@ def test_without_a_checkpoint_folder_each_trainer_has_one_that_goes_with_it(buil
     assert not any(folder.exists() for folder in folders)
 
 
-def test_an_epoch_that_a_callback_breaks_off_and_evaluations_within_one_rewrite_no_epoch(build):
-    class StopInEpoch3(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            broken_off.evaluate()
-            control.should_training_stop = state.global_step == 2 * STEPS + 1
-            control.should_evaluate = state.global_step == 1 and broken_off.asks
+@pytest.mark.parametrize("event", ["on_step_end", "on_epoch_end", "on_evaluate"])
+def test_a_training_is_bitwise_the_same_whatever_a_callback_evaluates(event, build):
+    def measure(state, control):
+        measured.append(trainer.evaluate(metric_key_prefix="own")["own_loss"])
+        trainer.model.value = math.nan
+        assert math.isnan(trainer.test()["test_loss"])
+        trainer.model.value = 1
+        if event == "on_step_end" and state.epoch == 1:  # before the epoch's own evaluation
+            control.should_evaluate = control.should_save = True
 
-    knobs, calls = partial(config, **NOTHING_RANDOM), {2: [], 4: [StopInEpoch3()]}
-    whole, broken_off = (build(knobs(num_epochs=n), small_mlp(dropout=0.0), callbacks=calls[n]) for n in calls)
-    whole.train()
-    broken_off.asks = False
-    broken_off.train()
-    assert timeless_rows(broken_off)[:2] == timeless_rows(whole)
-    broken_off.asks = True
-    with pytest.raises(ValueError, match="a callback asks to evaluate or to log within an epoch"):
-        broken_off.train()
+    measured, knobs = [], config(num_epochs=4, early_stopping_patience=2, learning_rate=1e-5)
+    whole, trainer = (build(knobs, small_mlp(model_class=BadLogits), callbacks=c) for c in ([], [on(event, measure)]))
+    for each in (whole, trainer):
+        each.model.value = 1
+        each.train()
+    assert findings(trainer) == findings(whole)
+    assert measured[-1] == timeless_rows(trainer)[-1]["val_loss"]
