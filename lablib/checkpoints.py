@@ -158,6 +158,7 @@ class ResumableTrainer:
 
     checkpoint_seconds = 300.0
     seconds_between_epochs = 60.0
+    _evaluating_epoch = False
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """Train, or resume from a checkpoint: a path, or True for the newest usable one.
@@ -173,7 +174,7 @@ class ResumableTrainer:
         loaded = self._load(Path(path)) if path else None
         self.notes, self._best_weights, self._state_before = [], None, None
         self._interruption, self._saved_at, self._leaving = Interruption(), time.monotonic(), False
-        self._evaluated_weights, self._epochs_own = None, False
+        self._evaluated_weights, self._evaluating_epoch, self._last_step = None, False, None
         with self._interruption:
             try:
                 self.before_training()
@@ -238,7 +239,9 @@ class ResumableTrainer:
         if within and (control.should_evaluate or control.should_log or control.should_epoch_stop):
             advice = "let it ask in on_epoch_end, or set max_train_images for shorter epochs"
             raise ValueError(f"a callback asks to evaluate, to log or to stop within an epoch; {advice}")
-        control.should_evaluate &= control.should_log or within  # the epoch's own, which follows, asks for both
+        after_step, self._last_step = self._last_step != state.global_step, state.global_step
+        if after_step and not within:  # the epoch's own log and evaluation follow
+            control.should_log = control.should_evaluate = False
         asks = self.args.world_size == 1 or state.global_step % 50 == 0  # it takes time until all processes agree
         control.should_save = within and ((asks and self._is_due(self.checkpoint_seconds)) or control.should_save)
         super()._maybe_log_save_evaluate(*args, **kwargs)
@@ -247,22 +250,26 @@ class ResumableTrainer:
             self._interruption.leave()
 
     def _evaluate(self, *args, **kwargs):
-        self._epochs_own = True  # until it is evaluated; what a callback evaluates in a training must not change it
+        self._evaluating_epoch = True  # until that is done; other evaluations within a training only measure
         return super()._evaluate(*args, **kwargs)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """As upstream; for a callback in a training it only measures: upstream would take it for the epoch's own."""
-        if not self.is_in_train or self._epochs_own:
+        """As upstream; in a training all but the epoch's own only measure, or they would count for early stopping."""
+        own = self._evaluating_epoch
+        if not self.is_in_train or (own and eval_dataset is None):
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        return self.predict(dataset, ignore_keys, metric_key_prefix).metrics
+        self._evaluating_epoch, dataset = False, self.eval_dataset if eval_dataset is None else eval_dataset
+        try:
+            return self.predict(dataset, ignore_keys, metric_key_prefix).metrics
+        finally:
+            self._evaluating_epoch = own
 
     def evaluation_loop(self, *args, **kwargs):
         """As upstream; the weights are kept, since a callback may change them before they are found to be the best."""
-        with torch.random.fork_rng(devices=[], enabled=self.is_in_train and not self._epochs_own):
+        with torch.random.fork_rng(devices=[], enabled=self.is_in_train and not self._evaluating_epoch):
             output = super().evaluation_loop(*args, **kwargs)
-        if self.is_in_train and self._epochs_own:
-            self._evaluated_weights, self._epochs_own = contiguous_weights(self.model), False
+        if self.is_in_train and self._evaluating_epoch:
+            self._evaluated_weights, self._evaluating_epoch = contiguous_weights(self.model), False
         return output
 
     def _determine_best_metric(self, metrics, trial):

@@ -202,7 +202,7 @@ def _label_errors(axis: Axes, table: pd.DataFrame):
 
 
 def gradient_norms(gradients: pd.DataFrame, dataset: str) -> Figure:
-    """Gradient by relative position of the layer: a column per family, a row per when, a line per depth.
+    """Gradient by relative position of the layer: a column per family, a row for each `when`, a line per depth.
 
     `gradients` has one row per layer: model ("ResidualMLP-8"), seed, when, layer (from 1), rms.
     """

@@ -188,7 +188,8 @@ def describe(value: Any, where: str, _above: tuple[int, ...] = (), _seen: dict |
         return {"class": inside(kind), "attributes": held}
     raise TypeError(
         f"{where} is a {_installed(kind) or kind.__name__}, and its content cannot be described. Create it in "
-        "the function that uses it, or give its owner an __identity__ method; instead of a module, import names from it"
+        "the function that uses it, or give its owner an __identity__ method; instead of a module, import names from "
+        "it; instead of a named tuple, write a dataclass"
     )
 
 
@@ -246,10 +247,10 @@ def _function(function: FunctionType, inside: Callable) -> Any:
         raise TypeError(f"{code.co_filename} was changed after {function.__qualname__} was imported; restart Python")
     looked_up = {name for part in _codes(code) for name in part.co_names}  # global names, and those of attributes
     names = looked_up & {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
-    known = {n: v for n, v in function.__globals__.items() if n in names and not n[:2] == n[-2:] == "__"}
+    known = {n: v for n, v in function.__globals__.items() if n in names and not (n[:2] == n[-2:] == "__")}
     for part in ast.walk(node):
         if isinstance(part, (ast.Import, ast.ImportFrom)):  # within the function
-            with suppress(ImportError):
+            with suppress(Exception):  # it may be guarded there
                 exec(compile(ast.Module([part], []), code.co_filename, "exec"), dict(function.__globals__), known)
     return {
         "source": sha256(repr(_canonical(node)).encode()),

@@ -82,7 +82,7 @@ class Run:
                 "experiment or train_or_load with weights=True for this network and seed"
             )
         model.load_state_dict(safetensors.torch.load_file(self.path / _WEIGHTS))
-        model.eval()  # which a user's class may let return nothing
+        model.eval()  # a user's `train()` may return None
         return model
 
     def measured(self) -> dict[str, np.ndarray]:

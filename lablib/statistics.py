@@ -103,8 +103,9 @@ def _tested(comparisons: list[tuple[str, str, str, pd.Series]]) -> pd.DataFrame:
             names = {"label": label, "first": first, "second": second}
             rows.append(names | vars(summary) | {"p_value": p, "by_seed": by_seed})
     table = pd.DataFrame(rows, columns=_COLUMNS)
-    known, questions = table["p_value"].dropna().astype(float), table["label"].str.extract(r"^(.*), depth \d+$")[0]
-    table["p_adjusted"] = known.groupby(questions.fillna("")).transform(stats.false_discovery_control)
+    question = table["label"].astype(str).str.extract(r"^(.*), depth \d+$")[0].fillna("")
+    known = table["p_value"].dropna().astype(float)
+    table["p_adjusted"] = known.groupby(question).transform(stats.false_discovery_control)
     table["significant"] = table["p_adjusted"] < SIGNIFICANT
     return table
 

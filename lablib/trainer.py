@@ -36,6 +36,8 @@ from lablib.metrics import BatchMeter, are_probabilities, first_logits
 
 Outputs = torch.Tensor | tuple[torch.Tensor, ...]  # logits (batch × classes), or a tuple that begins with them
 
+# what a saved learning rate consists of if NumPy computed it
+_NUMPY_FLOATS = [np.dtype, np.float64().__reduce__()[0], np.dtypes.Float32DType, np.dtypes.Float64DType]
 _OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
 # what PyTorch, oneDNN and the GPUs' libraries say in a RuntimeError
 _OUT_OF_MEMORY = ("out of memory", "DefaultCPUAllocator", "bad_alloc", "ALLOC_FAILED", "could not create a memory")
@@ -127,7 +129,7 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
 
     def before_training(self) -> None:
         """Run the sanity check, then seed and start the clock. Raises SanityCheckError."""
-        if self.model_wrapped is self.model:  # an earlier training among several processes wrapped it for this one too
+        if self.model_wrapped is self.model:  # not if several processes have wrapped it already
             self._unprepared(self.model)
         sanity_check(self)
         if self.args.world_size > 1 and self.args.device.type == "cuda":
@@ -259,8 +261,8 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
         return super().create_scheduler(num_training_steps, optimizer)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
-        with torch.serialization.safe_globals([np.dtype, np.double().__reduce__()[0], *map(type, map(np.dtype, "fd"))]):
-            super()._load_optimizer_and_scheduler(checkpoint)  # which may hold rates that NumPy computed
+        with torch.serialization.safe_globals(_NUMPY_FLOATS):
+            super()._load_optimizer_and_scheduler(checkpoint)
         for parameter, state in self.optimizer.state.items():  # fused optimizers mix up values in another memory format
             for name, value in state.items():
                 if torch.is_tensor(value) and value.shape == parameter.shape:
@@ -305,7 +307,7 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
         arrays, device = (prediction.predictions, prediction.label_ids), self.args.device  # that of `losses`' tensors
         outputs, labels = tree_map(lambda array: torch.from_numpy(array).to(device), arrays)
         metrics = {name: value.item() for name, value in self._checked_losses(outputs, labels).items()}
-        if self.is_in_train and self._epochs_own and not math.isfinite(metrics["loss"]):  # on other data it may be
+        if self.is_in_train and self._evaluating_epoch and not math.isfinite(metrics["loss"]):  # else it may be
             raise self._not_finite(f"evaluation loss is {metrics['loss']}")
         return metrics | {"accuracy": (first_logits(outputs).argmax(1) == labels).sum().item() / len(labels)}
 

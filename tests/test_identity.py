@@ -143,7 +143,7 @@ REFUSED = {
     "functools.cache(lambda: 1)": "it.held is a functools._lru_cache_wrapper",
     "enum.Enum('Mine', 'A').A": "it.held is a Mine",
     "type('Mine', (), {'__slots__': ('a',)})()": "it.held.*a is a builtins.member_descriptor",
-    "types.ModuleType('mine')": "it.held is a builtins.module.* import names from it",
+    "types.ModuleType('mine')": "it.held is a builtins.module.* import names from it; instead",
     "{'a': [1, {'b': threading.Lock()}]}": r"it.held\['a'\]\[1\]\['b'\] is a _thread.lock",
     "eval('lambda x: x')": "the source of the function <lambda> is not found in <string>",
 }

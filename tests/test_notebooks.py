@@ -85,7 +85,7 @@ def test_a_student_may_be_its_own_teacher_at_a_single_depth(store, tmp_path):
 WRONG = {
     "an alpha above 1": (CNNS, {"alpha": 1.5}, "alpha = 1.5: alpha should be less than or equal to 1"),
     "a temperature above 1000": (CNNS, {"temperature": 2e3}, "temperature = 2000.0: temperature should be less"),
-    "too few images for a class": (CNNS, {"grid_images": 5}, "leaves a class without an image"),
+    "too few images for a class": (CNNS, {"grid_images": 5}, "grid_images = 5 leaves a class without an image"),
     "an unknown data set": (MLPS, {"dataset": "emnits"}, "dataset = 'emnits' is neither a known name"),
     "a teacher that is not trained": (CNNS, {"teacher_depth": 5}, "teacher_depth = 5"),
     "more depth than pixels": (CNNS, {"image_size": 8}, "too small for depth 4"),

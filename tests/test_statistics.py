@@ -169,7 +169,7 @@ def test_the_smallest_model_within_a_standard_error_of_the_best_is_recommended(r
     assert statistics.recommend(lucky) == choice
 
 
-def test_gradient_ratios_are_of_the_first_to_the_last_hidden_layer_by_run_and_moment():
+def test_gradient_ratios_are_of_the_first_to_the_last_hidden_layer_by_run():
     runs = {"model": ["net-2"] * 6 + ["dead-2"] * 3, "seed": [0, 0, 0, 1, 1, 1, 0, 0, 0], "when": "initial"}
     ratios = statistics.gradient_ratios(pd.DataFrame(runs | {"rms": [1.0, 4, 9, 2, 4, 9, 0, 0, 9]}))
     np.testing.assert_allclose(ratios["ratio"], [0.25, 0.5, math.nan])

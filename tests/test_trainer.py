@@ -431,10 +431,12 @@ def test_a_training_is_bitwise_the_same_whatever_a_callback_evaluates(event, bui
         assert math.isnan(trainer.test()["test_loss"])
         trainer.model.value = 1
         if event == "on_step_end" and state.epoch == 1:  # before the epoch's own evaluation
-            control.should_evaluate = control.should_save = True
+            control.should_evaluate = control.should_log = control.should_save = True
 
     measured, knobs = [], config(num_epochs=4, early_stopping_patience=2, learning_rate=1e-5)
     whole, trainer = (build(knobs, small_mlp(model_class=BadLogits), callbacks=c) for c in ([], [on(event, measure)]))
+    evaluate = trainer.evaluate
+    trainer.evaluate = lambda *a, **k: evaluate(trainer.train_dataset, metric_key_prefix="more") | evaluate(*a, **k)
     for each in (whole, trainer):
         each.model.value = 1
         each.train()
