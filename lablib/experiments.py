@@ -334,8 +334,9 @@ def experiment(
         from lablib.telegram import ExperimentMessages  # with transformers
 
         telling = ExperimentMessages(result)
-    # the experiment speaks for its runs, and the token stays in this process
+    # the experiment speaks for its runs, and the token stays in this process; workers may be in another folder
     config = replace(config, use_telegram_notifications=False, telegram_bot_token=None)
+    config, wandb_mode = replace(config, output_dir=os.path.abspath(config.output_dir)), ""
     missing = {}  # the identity of each run that is to be trained
     with telling as messages:
         for name, seed in keys:
@@ -351,14 +352,15 @@ def experiment(
         paths = {key: Path(config.output_dir, run_name(identity)) for key, identity in missing.items()}
         _refuse_twins({key: run.path for key, run in result.runs.items()} | paths)
         if missing and config.use_wandb:  # asked once, for all runs
-            from lablib.tracking import is_available  # with transformers
+            from lablib.tracking import mode_here  # with transformers
 
-            config = replace(config, use_wandb=is_available())
+            config = replace(config, use_wandb=bool(wandb_mode := mode_here()))
         _announce(result, paths, len(keys))
         if missing:
             if messages:
                 messages.begin(paths)
-            shared = {"callbacks": callbacks, "weights": weights, "parent": os.getpid(), "sources": local_sources()}
+            shared = {"callbacks": callbacks, "weights": weights, "wandb_mode": wandb_mode}
+            shared |= {"parent": os.getpid(), "sources": local_sources()}
             tasks = []
             for (name, seed), identity in missing.items():
                 precision = identity["config"]["precision"]  # as resolved here: another machine has to follow

@@ -194,6 +194,8 @@ def export_onnx(model: nn.Module, path: str | Path, image_shape: Sequence[int]):
     if len(image_shape) != 3:
         raise ValueError(f"{image_shape = }, but it must be (channels, height, width)")
     exported = copy.deepcopy(model).cpu().float()
+    if forward := vars(exported).pop("_original_forward", None):  # from before a training in half precision
+        exported.forward = forward
     exported.eval()
     images = torch.zeros(2, *image_shape)  # a batch of 1 would be taken for a constant
     shapes = ({0: torch.export.Dim("batch")},)

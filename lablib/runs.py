@@ -172,12 +172,14 @@ def local_sources() -> dict[str, tuple]:
     return sources
 
 
-def attempt(key: Key, build_model, config, data, parent: int, sources: dict[str, tuple], **options):
+def attempt(key: Key, build_model, config, data, parent: int, sources: dict[str, tuple], wandb_mode="", **options):
     """Train one of an experiment's runs: its key, and the run or its error; neither if a worker was interrupted."""
     Interruption.parent = parent if os.getppid() == parent else None  # a worker's training ends with its parent
     options = copy.deepcopy(options)  # a trainer and callbacks of its own, as a run in a worker has
     if os.getpid() != parent:
         linecache.cache |= sources  # to compare this process's code with the parent's
+        if wandb_mode:  # the parent's may be another than when this process began
+            os.environ["WANDB_MODE"] = wandb_mode
     try:
         with _one_training:
             return key, train_or_load(build_model, config, data, **options), None

@@ -67,7 +67,9 @@ class TelegramNotifier:
 
     def send_message(self, text: str) -> None:
         """Send plain text; what exceeds Telegram's 4096 characters (emoji count twice) is cut off."""
-        self._call("sendMessage", text=text if len(text) <= 4000 else text[:4000] + "…")
+        units = text.encode("utf-16-le")
+        cut = units[:8000].decode("utf-16-le", "ignore") + "…"
+        self._call("sendMessage", text=text if len(units) <= 8000 else cut)
 
     def _call(self, method: str, **fields: str) -> dict:
         """The result of one of the Bot API's methods; temporary failures are retried."""

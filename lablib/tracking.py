@@ -181,16 +181,15 @@ def wandb_config(trainer) -> dict:
     }
 
 
-def is_available() -> bool:
-    """Whether W&B can be used here; if not, warns. Asked once for all runs of an experiment."""
+def mode_here() -> str:
+    """W&B's mode, for all runs of an experiment; empty, after a warning, if W&B cannot be used."""
     try:
-        _mode()
+        return _mode()
     except Exception as error:
         service = Harmless()
         service.service = WandbCallback.service
         service.fail(error)
-        return False
-    return True
+        return ""
 
 
 def _mode() -> str:
@@ -202,7 +201,7 @@ def _mode() -> str:
     settings = wandb.setup().settings
     mode = os.environ.get("WANDB_MODE") or settings.mode
     if wandb.run:  # the user's; `wandb.login` would refuse
-        return "offline" if wandb.run.offline else mode
+        return "disabled" if wandb.run.disabled else "offline" if wandb.run.offline else mode
     if mode in ("offline", "dryrun", "disabled"):
         return mode
     silent, settings.silent = settings.silent, True  # otherwise it asks the server who this is, and waits

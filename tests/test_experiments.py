@@ -367,7 +367,7 @@ workers = joblib.Parallel(n_jobs=2, batch_size=1, mmap_mode="c")  # those of the
 
 def test_jobs_side_by_side_give_the_same_bits_and_a_failure_loses_no_other(finished, config, tiny_data, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # of each worker, as this process has it
-    bias = 0.5
+    config, bias = replace(config, output_dir=os.path.relpath(config.output_dir)), 0.5
 
     class Net(MLP):
         def forward(self, images):
@@ -389,7 +389,7 @@ def test_jobs_side_by_side_give_the_same_bits_and_a_failure_loses_no_other(finis
     assert list(side_by_side.runs) == [(name, seed) for name in ("narrow", "wide", "cell", "closure") for seed in SEEDS]
     for key, run in finished.runs.items():
         assert timeless(side_by_side.runs[key]) == timeless(run)
-    assert {run.result["threads"] for run in side_by_side.runs.values()} == {1}
+    assert {(run.result["threads"], run.path.is_absolute()) for run in side_by_side.runs.values()} == {(1, True)}
 
 
 @pytest.mark.parametrize("mapped", [True, False])

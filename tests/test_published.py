@@ -47,7 +47,6 @@ def test_every_published_run_is_whole_and_small_and_has_the_name_that_it_would_h
 
 
 def test_what_is_missing_is_trained_published_and_found_without_its_weights(capsys, tmp_path):
-    # the whole list on digits, with one seed and one epoch
     recipes = {"mnist_recipes": MNIST_RECIPES, "cifar_recipes": CIFAR_RECIPES}
     short = {name: {k: replace(v, **SHORT) for k, v in knobs.items()} for name, knobs in recipes.items()}
     sizes = {"seeds": 1, "width": 2, "wide": 3, "grid_images": 100, "published": tmp_path / "published"}

@@ -62,7 +62,6 @@ def test_the_p_values_of_a_question_are_corrected_for_their_number_as_benjamini_
     pairs = {name: (f"net-{name[-1]}", "base") for name in ("net 0", "net 1", "net 2", "it, depth 0", "it, depth 2")}
     table = compare(frame_of(accuracies), pairs)
     p = table["p_value"].to_numpy()
-    assert p[0] < p[1] < p[2]
     by_hand = [min(3 * p[0], 3 / 2 * p[1], p[2]), min(3 / 2 * p[1], p[2]), p[2], min(2 * p[0], p[2]), p[2]]
     np.testing.assert_allclose(table["p_adjusted"], by_hand)
     assert list(table["significant"]) == [True, p[1] * 3 / 2 < 0.05, False, True, False]

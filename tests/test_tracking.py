@@ -20,10 +20,11 @@ from scripted import At
 from transformers import TrainerCallback
 from wandb.util import get_core_path
 
-from lablib import MLP, KnowledgeDistillationTrainer, StreamlinedTrainer, TrainingConfig, experiment, train_or_load
+from lablib import MLP, KnowledgeDistillationTrainer, StreamlinedTrainer, TrainingConfig, experiment
 from lablib.identity import build_seeded
 from lablib.metrics import history
-from lablib.tracking import LOGGED
+from lablib.runs import attempt, train_or_load
+from lablib.tracking import LOGGED, mode_here
 
 TOKEN = "1234567890:AAErecognisable_token_of_the_tests_"
 
@@ -223,7 +224,12 @@ def test_without_a_route_an_experiment_waits_once_and_for_a_short_time(tmp_path,
     wandb.teardown()
 
 
-def test_without_the_package_it_says_how_to_install_it(tmp_path, tiny_data, monkeypatch):
+def test_an_experiment_has_the_mode_of_the_users_own_run_in_its_workers_too(tmp_path, monkeypatch):
+    for mode in ("offline", "disabled"):
+        monkeypatch.setenv("WANDB_MODE", "online")
+        with wandb.init(mode=mode, dir=str(tmp_path)):
+            assert mode_here() == mode
+        attempt(("net", 0), None, None, None, -1, {}, wandb_mode=mode)  # as in a worker; without a network it fails
+        assert os.environ["WANDB_MODE"] == mode
     monkeypatch.setitem(sys.modules, "wandb", None)
-    trainer = StreamlinedTrainer(small_mlp(), config(tmp_path), tiny_data)
-    assert "`pip install wandb`" in one_warning(trainer.train)
+    assert "`pip install wandb`" in one_warning(mode_here)
