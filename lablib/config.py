@@ -131,7 +131,7 @@ class TrainingConfig:
 
     num_epochs: _Whole = 60  # at most; early stopping may end a run sooner
     batch_size: _Whole = 256  # images, of all processes together
-    learning_rate: Positive = 1e-3
+    learning_rate: _Above0 = 1e-3
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"  # sgd has momentum 0.9
     weight_decay: Annotated[float, Field(ge=0)] = 0.0  # L2 for adam and sgd, decoupled for adamw
     lr_schedule: Literal["constant", "cosine"] = "constant"  # cosine falls to 0 over num_epochs
