@@ -14,6 +14,7 @@ from lablib.data import ImageData
 from lablib.hardware import memory_format
 from lablib.identity import weights_digest
 from lablib.metrics import are_probabilities
+from lablib.models import unprepared
 from lablib.trainer import StreamlinedTrainer
 
 
@@ -60,7 +61,7 @@ class KnowledgeDistillationTrainer(StreamlinedTrainer):
             raise ValueError("the teacher is the student; give a network of its own, trained before, as the teacher")
         self.temperature, self.alpha = float(temperature), float(alpha)
         super().__init__(student, config, data, **trainer_arguments)
-        self.teacher = self._unprepared(copy.deepcopy(teacher)).requires_grad_(False).to(self.args.device)
+        self.teacher = unprepared(copy.deepcopy(teacher)).requires_grad_(False).to(self.args.device)
         self.teacher.eval()
         if memory_format(self.teacher, self.args.device, data.image_shape) == torch.contiguous_format:
             self._memory_format = torch.contiguous_format  # the student sees what the teacher sees

@@ -184,6 +184,14 @@ def _residual_stage(in_channels: int, out_channels: int, shortcut: bool) -> nn.S
     return nn.Sequential(block(in_channels, out_channels, 2, projection), block(out_channels, out_channels))
 
 
+def unprepared(model: nn.Module) -> nn.Module:
+    """Undo, in place, what accelerate did to a model for a training or an evaluation, perhaps in half precision."""
+    vars(model).pop("_is_accelerate_prepared", None)
+    if original := vars(model).pop("_original_forward", None):
+        model.forward = original
+    return model
+
+
 def export_onnx(model: nn.Module, path: str | Path, image_shape: Sequence[int]):
     """Write a model in eval mode and float32 as one ONNX file, for batches of any size; the model stays as it was.
 
@@ -193,9 +201,7 @@ def export_onnx(model: nn.Module, path: str | Path, image_shape: Sequence[int]):
     """
     if len(image_shape) != 3:
         raise ValueError(f"{image_shape = }, but it must be (channels, height, width)")
-    exported = copy.deepcopy(model).cpu().float()
-    if forward := vars(exported).pop("_original_forward", None):  # from before a training in half precision
-        exported.forward = forward
+    exported = unprepared(copy.deepcopy(model)).cpu().float()
     exported.eval()
     images = torch.zeros(2, *image_shape)  # a batch of 1 would be taken for a constant
     shapes = ({0: torch.export.Dim("batch")},)

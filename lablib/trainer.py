@@ -33,6 +33,7 @@ from lablib.config import TrainingConfig
 from lablib.data import ImageBatches, ImageData, ShuffledBatches, fixed_sample, stratified_split, stratified_subset
 from lablib.hardware import algorithms, check_device, fits, keep_memory, memory_format, resolve_precision, untouched
 from lablib.metrics import BatchMeter, are_probabilities, first_logits
+from lablib.models import unprepared
 
 Outputs = torch.Tensor | tuple[torch.Tensor, ...]  # logits (batch × classes), or a tuple that begins with them
 
@@ -98,7 +99,7 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
         train = stratified_subset(train, data.train_labels, config.max_train_images, config.seed)
         patience = config.early_stopping_patience
         self.checkpoint_seconds = config.checkpoint_seconds
-        self._memory_format = memory_format(self._unprepared(model), args.device, data.image_shape)
+        self._memory_format = memory_format(unprepared(model), args.device, data.image_shape)
         super().__init__(
             model=model,
             args=args,
@@ -130,7 +131,7 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
     def before_training(self) -> None:
         """Run the sanity check, then seed and start the clock. Raises SanityCheckError."""
         if self.model_wrapped is self.model:  # not if several processes have wrapped it already
-            self._unprepared(self.model)
+            unprepared(self.model)
         sanity_check(self)
         if self.args.world_size > 1 and self.args.device.type == "cuda":
             nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
@@ -183,13 +184,6 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
         """Let a model compute in the run's precision, as accelerate does when a training begins."""
         if self.args.bf16 or self.args.fp16:
             model.forward = convert_outputs_to_fp32(self.accelerator.autocast()(model.forward))
-
-    def _unprepared(self, model: nn.Module) -> nn.Module:
-        """Undo what accelerate did to a model for a training or an evaluation, perhaps in another precision."""
-        vars(model).pop("_is_accelerate_prepared", None)
-        if original := vars(model).pop("_original_forward", None):
-            model.forward = original
-        return model
 
     def outputs(self, model: nn.Module, images: torch.Tensor) -> Outputs:
         """The model's logits (batch × classes), or a tuple that begins with them, as `losses` needs."""
