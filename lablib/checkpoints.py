@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from lablib.config import NOT_IDENTITY
+from lablib.hardware import algorithms
 
 _OF_EVERY_LAYER = {*vars(nn.Module()), "_is_accelerate_prepared"}
 UNFINISHED = "unfinished"  # the folder in which a checkpoint is written before it gets its place
@@ -64,8 +65,7 @@ def check_writable(folder: Path):
 
 def contiguous_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     """A model's state_dict as contiguous clones, since safetensors refuses shared memory."""
-    weights = model.state_dict().items()
-    return {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in weights}
+    return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in model.state_dict().items()}
 
 
 class Interruption:
@@ -107,7 +107,8 @@ class Interruption:
         self._restore_handlers()
 
     def leave(self):
-        """Raise what ends the training, once a signal or `ask` has come."""
+        """Raise what ends the training; the signal may have come to another process."""
+        self.ask()
         raise KeyboardInterrupt if self._noted == signal.SIGINT else SystemExit(128 + self._noted)
 
     def _restore_handlers(self):
@@ -151,17 +152,15 @@ class ResumableTrainer:
     least `seconds_between_epochs` old, and on SIGINT and SIGTERM: the step is finished, then the process exits. Each
     holds all that the training depends on; the best weights are also kept in memory. Nothing is unpickled.
 
-    `notes` lists what differs from the training that is resumed. A subclass provides `config`, `before_training()`,
-    `training_failed(error)`, `progress()` (JSON, the same in every process: what else is needed to resume within an
-    epoch) and `restore_progress(progress)`.
+    `notes` lists what differs from the training that is resumed. The trainer provides `config`, `before_training()`,
+    `_since_last_log` (a `BatchMeter`) and `_clock` (when the training would have begun without pauses).
     """
 
-    checkpoint_seconds = 300.0
     seconds_between_epochs = 60.0
     _evaluating_epoch = False
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        """Train, or resume from a checkpoint: a path, or True for the newest usable one.
+        """Train, or resume from a checkpoint (a path, or True for the newest usable one), then load the best weights.
 
         Raises OSError if the path cannot be loaded or the folder is not writable, and ValueError if True finds none.
         """
@@ -175,7 +174,7 @@ class ResumableTrainer:
         self.notes, self._best_weights, self._state_before = [], None, None
         self._interruption, self._saved_at, self._leaving = Interruption(), time.monotonic(), False
         self._evaluated_weights, self._evaluating_epoch, self._last_step = None, False, None
-        with self._interruption:
+        with algorithms(self.config.deterministic), self._interruption:
             try:
                 self.before_training()
                 if loaded:
@@ -185,7 +184,9 @@ class ResumableTrainer:
                     raise RuntimeError("the best weights were not loaded: lablib needs another version of transformers")
                 return output
             except BaseException as error:
-                self.training_failed(error)
+                for callback in self.callback_handler.callbacks:
+                    if hasattr(callback, "on_train_failed"):  # Weights & Biases and Telegram
+                        callback.on_train_failed(error)
                 raise
 
     def newest_checkpoint(self) -> Path | None:
@@ -227,14 +228,8 @@ class ResumableTrainer:
             held.append((owner, {n: v for n, v in vars(owner).items() if n in names and isinstance(v, (int, float))}))
         return {(type(owner).__name__, repr(state)) for owner, state in held if not _is_library(type(owner))}
 
-    def training_step(self, *args, **kwargs):
-        """As upstream; the first one notes what a checkpoint will not keep."""
-        if self._state_before is None:
-            self._state_before = self._unsaved_state()
-        return super().training_step(*args, **kwargs)
-
     def _maybe_log_save_evaluate(self, *args, **kwargs):  # after each step, and once more after an epoch's last one
-        state, control, saved_at = self.state, self.control, self._saved_at
+        state, control = self.state, self.control
         within = state.epoch != int(state.epoch) and not control.should_training_stop  # an epoch
         if within and (control.should_evaluate or control.should_log or control.should_epoch_stop):
             advice = "let it ask in on_epoch_end, or set max_train_images for shorter epochs"
@@ -243,34 +238,11 @@ class ResumableTrainer:
         if after_step and not within:  # the epoch's own log and evaluation follow
             control.should_log = control.should_evaluate = False
         asks = self.args.world_size == 1 or state.global_step % 50 == 0  # it takes time until all processes agree
-        control.should_save = within and ((asks and self._is_due(self.checkpoint_seconds)) or control.should_save)
+        due = within and asks and self._is_due(self.config.checkpoint_seconds)
+        control.should_save = due or (within and control.should_save)
         super()._maybe_log_save_evaluate(*args, **kwargs)
-        if self._saved_at != saved_at and self._leaving:
-            self._interruption.ask()  # it may be another process that got the signal
+        if self._leaving:
             self._interruption.leave()
-
-    def _evaluate(self, *args, **kwargs):
-        self._evaluating_epoch = True  # until that is done; other evaluations within a training only measure
-        return super()._evaluate(*args, **kwargs)
-
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """As upstream; in a training all but the epoch's own only measure, or they would count for early stopping."""
-        own = self._evaluating_epoch
-        if not self.is_in_train or (own and eval_dataset is None):
-            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        self._evaluating_epoch, dataset = False, self.eval_dataset if eval_dataset is None else eval_dataset
-        try:
-            return self.predict(dataset, ignore_keys, metric_key_prefix).metrics
-        finally:
-            self._evaluating_epoch = own
-
-    def evaluation_loop(self, *args, **kwargs):
-        """As upstream; the weights are kept, since a callback may change them before they are found to be the best."""
-        with torch.random.fork_rng(devices=[], enabled=self.is_in_train and not self._evaluating_epoch):
-            output = super().evaluation_loop(*args, **kwargs)
-        if self.is_in_train and self._evaluating_epoch:
-            self._evaluated_weights, self._evaluating_epoch = contiguous_weights(self.model), False
-        return output
 
     def _determine_best_metric(self, metrics, trial):
         better = super()._determine_best_metric(metrics, trial)
@@ -303,7 +275,8 @@ class ResumableTrainer:
             stateful = [c for c in (*self.callback_handler.callbacks, self.control) if hasattr(c, "from_state")]
             state.stateful_callbacks = type(state)(stateful_callbacks=stateful).stateful_callbacks  # as they are now
             super()._save_checkpoint(model, trial)
-            saved = {"environment": self.environment, "notes": self.notes, "progress": self.progress()}
+            progress = {"measured": self._since_last_log.state(), "seconds": time.monotonic() - self._clock}
+            saved = {"environment": self.environment, "notes": self.notes, "progress": progress}
             saved["forgotten"] = sorted(name for name, _ in self._unsaved_state() - self._state_before)
             if first:
                 (written / _LAB).write_text(json.dumps(saved))
@@ -355,4 +328,5 @@ class ResumableTrainer:
         self._best_weights = best if state["best_global_step"] else None
         if state["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"]:
             self.args.num_train_epochs, self.args.max_steps = int(state["epoch"]), -1  # or another step would be made
-        self.restore_progress(saved["progress"])
+        self._since_last_log.restore(saved["progress"]["measured"])
+        self._clock = time.monotonic() - saved["progress"]["seconds"]

@@ -48,15 +48,11 @@ class ImageData:
             images, labels = getattr(self, f"{part}_images"), getattr(self, f"{part}_labels")
             channels_last = images.ndim == 4 and images.shape[1] > 4 >= images.shape[3]
             if images.dtype != torch.uint8 or images.ndim != 4 or channels_last or images.shape[1:] != self.image_shape:
-                raise ValueError(
-                    f"{self.name}: the {part} images are {images.dtype} of shape {tuple(images.shape)}; they must be "
-                    f"{_IMAGES}, the last three as in training"
-                )
+                given = f"{self.name}: the {part} images are {images.dtype} of shape {tuple(images.shape)}"
+                raise ValueError(f"{given}; they must be {_IMAGES}, the last three as in training")
             if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
-                raise ValueError(
-                    f"{self.name}: the {part} labels are {labels.dtype} of shape {tuple(labels.shape)}; they must be "
-                    f"torch.int64, one for each of the {len(images)} images"
-                )
+                given = f"{self.name}: the {part} labels are {labels.dtype} of shape {tuple(labels.shape)}"
+                raise ValueError(f"{given}; they must be torch.int64, one for each of the {len(images)} images")
             if wrong := sorted({*range(self.num_classes)} ^ {*labels.unique().tolist()}):
                 needed = f"{self.name}: the {part} labels must be 0 to {self.num_classes - 1}, each at least once"
                 raise ValueError(f"{needed}; missing or out of range: {wrong}")
@@ -194,11 +190,10 @@ def stratified_split(labels: torch.Tensor, validation_split: float, seed: int) -
         train, validation = (torch.from_numpy(part).long() for part in parts)
         if all(len(labels[part].unique()) == len(classes) for part in (train, validation)):
             return train, validation
-    raise ValueError(
-        f"{len(labels)} images of {len(classes)} classes, {counts.min()} of class {classes[counts.argmin()]} (counted "
-        f"from 0), cannot be split with a share of {validation_split}: each part needs at least one image of each "
-        "class; add images or change the share"
-    )
+    smallest = f"{counts.min()} of class {classes[counts.argmin()]} (counted from 0)"
+    failed = f"{len(labels)} images of {len(classes)} classes, {smallest}, cannot be split with a share of"
+    advice = "each part needs at least one image of each class; add images or change the share"
+    raise ValueError(f"{failed} {validation_split}: {advice}")
 
 
 def stratified_subset(indices: torch.Tensor, labels: torch.Tensor, size: int | None, seed: int) -> torch.Tensor:
@@ -215,8 +210,6 @@ def stratified_subset(indices: torch.Tensor, labels: torch.Tensor, size: int | N
     places = torch.cat([(torch.arange(count) + 0.5) / count for count in counts])
     chosen = by_class[places.argsort(stable=True)[:size]].sort().values
     if len(labels[chosen].unique()) < len(counts):
-        raise ValueError(
-            f"max_train_images = {size} of {len(indices)} training images in {len(counts)} classes leaves a class "
-            "without an image; write a larger number, or None for all"
-        )
+        given = f"max_train_images = {size} of {len(indices)} training images in {len(counts)} classes"
+        raise ValueError(f"{given} leaves a class without an image; write a larger number, or None for all")
     return chosen

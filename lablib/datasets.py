@@ -51,7 +51,7 @@ def load_data(
     if channels not in (None, 1, 3):
         raise ValueError(f"channels = {channels!r}, but it must be None, 1 or 3")
     size = image_size if image_size is None or isinstance(image_size, (tuple, list)) else (image_size, image_size)
-    if size is not None and not (len(size) == 2 and all(isinstance(s, int) and s > 0 for s in size)):
+    if size is not None and not (len(size) == 2 and all(type(s) is int and s > 0 for s in size)):
         raise ValueError(f"image_size = {image_size!r}, but it must be a number of pixels above 0, or two")
     found = locate_data(name, data_dir)
     if isinstance(found, Path):
@@ -79,10 +79,9 @@ def _from_torchvision(name: str, data_dir: str, size, channels) -> ImageData:
         try:
             dataset = getattr(datasets, name)(data_dir, download=True, **options)
         except Exception as error:
-            raise OSError(
-                f"{name} can be neither read from {data_dir} nor downloaded ({type(error).__name__}: {error}); replace "
-                "damaged files there, or connect to a network; dataset = 'digits' needs neither"
-            ) from error
+            failed = f"{name} can be neither read from {data_dir} nor downloaded ({type(error).__name__}: {error})"
+            advice = "replace damaged files there, or connect to a network; dataset = 'digits' needs neither"
+            raise OSError(f"{failed}; {advice}") from error
         images = torch.as_tensor(dataset.data)
         if images.ndim == 3:  # grey, without channels
             images = images.unsqueeze(1)

@@ -67,7 +67,7 @@ class KnowledgeDistillationTrainer(StreamlinedTrainer):
             self._memory_format = torch.contiguous_format  # the student sees what the teacher sees
         with torch.no_grad():
             logits = self.teacher(self.prepare_images(data.train_images[:2].to(self.args.device), False))
-        if not isinstance(logits, torch.Tensor):
+        if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
             raise ValueError(f"the teacher returns a {type(logits).__name__}, not logits (images × classes); wrap it")
         if are_probabilities(logits):
             raise ValueError("the teacher returns probabilities, not logits; remove its final softmax")

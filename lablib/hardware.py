@@ -89,19 +89,15 @@ def untouched(owner: object) -> Iterator[None]:
         yield
     finally:
         for now, old in old_dicts:
-            if _differ([*now, *now.values()], [*old, *old.values()]):
+            if [*map(id, (*now, *now.values()))] != [*map(id, (*old, *old.values()))]:
                 now.clear()
                 now.update(old)
         for now, old in old_lists:
-            if _differ(now, old):
+            if [*map(id, now)] != [*map(id, old)]:
                 now[:] = old
         for now, old in old_tensors.items():
             if not torch.equal(now, old):  # an expanded tensor cannot be written to
                 now.data.copy_(old)
-
-
-def _differ(one: list, other: list) -> bool:
-    return len(one) != len(other) or any(a is not b for a, b in zip(one, other, strict=True))
 
 
 @contextlib.contextmanager

@@ -18,23 +18,22 @@ class BatchMeter:
         self.restore({"sizes": [], "correct": [], "losses": {}})
 
     def __len__(self) -> int:
-        return len(self._before["sizes"]) + len(self._sizes)
+        return len(self._before["sizes"]) + sum(map(len, self._rows))
 
     def restore(self, state: dict) -> None:
         """Continue from a `state`, whatever the number of processes was."""
-        self._before, self._names, self._sizes = state, [*state["losses"]], []
-        self._rows: list[torch.Tensor] = []  # batches × (losses and hits)
+        self._before, self._names = state, [*state["losses"]]
+        self._rows: list[torch.Tensor] = []  # batches × (size, hits and losses)
 
     @torch.no_grad()
     def add(self, losses: dict[str, torch.Tensor], logits: torch.Tensor, labels: torch.Tensor) -> None:
         """Add one batch: its mean losses, its logits (batch × classes) and labels (batch)."""
-        if len(self) and self._names != [*losses]:
+        if self._names and self._names != [*losses]:
             raise ValueError(f"`losses` gave {self._names} for one batch and {[*losses]} for another; always give all")
         if unnamed := [name for name in losses if not name.endswith("loss")]:
             raise ValueError(f"`losses` gave {unnamed[0]!r}; the names of its terms must end in 'loss'")
-        self._names = [*losses]
-        self._sizes.append(len(labels))
-        values = [*losses.values(), (logits.argmax(1) == labels).sum()]
+        self._names, hits = [*losses], (logits.argmax(1) == labels).sum()
+        values = [torch.full_like(hits, len(labels)), hits, *losses.values()]
         self._rows.append(torch.stack([value.float() for value in values])[None])
         if len(self._rows) == 64:  # many small tensors would fragment the memory between the tensors of a step
             self._rows = [torch.cat(self._rows)]
@@ -46,12 +45,12 @@ class BatchMeter:
         rows = torch.cat(self._rows)
         if self.processes > 1:
             torch.distributed.all_reduce(rows)
-        *losses, correct = rows.cpu().double().T.tolist()
-        means = [[value / self.processes for value in values] for values in losses]
+        sizes, correct, *losses = rows.cpu().double().T
+        losses = {name: (values / self.processes).tolist() for name, values in zip(self._names, losses, strict=True)}
         return {
-            "sizes": self._before["sizes"] + [size * self.processes for size in self._sizes],
-            "correct": self._before["correct"] + correct,
-            "losses": {n: self._before["losses"].get(n, []) + m for n, m in zip(self._names, means, strict=True)},
+            "sizes": self._before["sizes"] + sizes.tolist(),
+            "correct": self._before["correct"] + correct.tolist(),
+            "losses": {name: self._before["losses"].get(name, []) + values for name, values in losses.items()},
         }
 
     def means(self) -> dict[str, float]:
@@ -73,11 +72,6 @@ def are_probabilities(logits: torch.Tensor) -> bool:
     return bool((logits >= 0).all() and (logits.sum(1) - 1).abs().max() < 1e-3)
 
 
-def epoch_number(epochs: float) -> int:
-    """Which epoch, counted from 1, a training is in after so many `epochs`: the second after 1.5."""
-    return math.ceil(epochs - 1e-9)
-
-
 def history(log: list[dict]) -> list[dict]:
     """A run's metrics by epoch, from `trainer.state.log_history`.
 
@@ -87,7 +81,7 @@ def history(log: list[dict]) -> list[dict]:
     """
     rows: dict[int, dict] = {}
     for entry in log:
-        row = rows.setdefault(epoch_number(entry.get("epoch", 0)), {})
+        row = rows.setdefault(math.ceil(entry.get("epoch", 0)), {})
         if "eval_loss" in entry and "train_loss" in row and "val_loss" not in row:  # the epoch's own, not a callback's
             row |= _renamed(entry, "eval_", "val_")
         elif "accuracy" in entry:

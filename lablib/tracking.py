@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import math
 import os
 import secrets
 import time
@@ -13,7 +14,7 @@ import torch
 from transformers import TrainerCallback
 
 from lablib.config import redacted
-from lablib.metrics import best_row, epoch_number, history
+from lablib.metrics import best_row, history
 
 # The fields of a TrainingConfig that are logged: an allow-list of what may leave this machine; others hold secrets.
 LOGGED = [
@@ -139,7 +140,7 @@ class WandbCallback(Harmless, TrainerCallback):
     @harmless
     def on_evaluate(self, args, state, control, **kwargs):
         rows = history(state.log_history)
-        if self.run and rows and rows[-1]["epoch"] == epoch_number(state.epoch):
+        if self.run and rows and rows[-1]["epoch"] == math.ceil(state.epoch):
             self.run.log(rows[-1] | self._histograms, step=rows[-1]["epoch"])
 
     @harmless

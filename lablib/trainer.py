@@ -10,7 +10,6 @@ import tempfile
 import time
 import weakref
 from collections.abc import Sequence
-from typing import Any
 
 import accelerate.optimizer
 import numpy as np
@@ -31,7 +30,7 @@ from lablib.augmentation import augment
 from lablib.checkpoints import ResumableTrainer, contiguous_weights
 from lablib.config import TrainingConfig
 from lablib.data import ImageBatches, ImageData, ShuffledBatches, fixed_sample, stratified_split, stratified_subset
-from lablib.hardware import algorithms, check_device, fits, keep_memory, memory_format, resolve_precision, untouched
+from lablib.hardware import check_device, fits, keep_memory, memory_format, resolve_precision, untouched
 from lablib.metrics import BatchMeter, are_probabilities, first_logits
 from lablib.models import unprepared
 
@@ -98,7 +97,6 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
         train, validation = stratified_split(data.train_labels, config.validation_split, config.seed)
         train = stratified_subset(train, data.train_labels, config.max_train_images, config.seed)
         patience = config.early_stopping_patience
-        self.checkpoint_seconds = config.checkpoint_seconds
         self._memory_format = memory_format(unprepared(model), args.device, data.image_shape)
         super().__init__(
             model=model,
@@ -123,11 +121,6 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
         mean, std = (s.to(args.device).view(-1, 1, 1) for s in data.channel_statistics)
         self._scale, self._offset = 1 / (255 * std), -mean / std
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        """Train until the last epoch or the early stop, then load the best weights; see `ResumableTrainer.train`."""
-        with algorithms(self.config.deterministic):
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-
     def before_training(self) -> None:
         """Run the sanity check, then seed and start the clock. Raises SanityCheckError."""
         if self.model_wrapped is self.model:  # not if several processes have wrapped it already
@@ -139,22 +132,7 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
             self.model.compile()
         transformers.set_seed((self.args.seed + self.args.process_index * 2_654_435_761) % 2**32)  # not a nearby seed
         self._since_last_log = BatchMeter(self.args.world_size)
-        self._clock = time.perf_counter()
-
-    def training_failed(self, error: BaseException) -> None:
-        """Tell Weights & Biases and Telegram."""
-        for callback in self.callback_handler.callbacks:
-            if hasattr(callback, "on_train_failed"):
-                callback.on_train_failed(error)
-
-    def progress(self) -> dict[str, Any]:
-        """The measurements and seconds since the last epoch ended."""
-        return {"measured": self._since_last_log.state(), "seconds": time.perf_counter() - self._clock}
-
-    def restore_progress(self, progress: dict[str, Any]) -> None:
-        """Continue the measurements of the checkpoint."""
-        self._since_last_log.restore(progress["measured"])
-        self._clock = time.perf_counter() - progress["seconds"]
+        self._clock = time.monotonic()
 
     def test(self) -> dict[str, float]:
         """Loss and accuracy on the test set with the current weights: after `train()`, those of the best epoch."""
@@ -220,20 +198,39 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
             raise ValueError("a learning rate was set outside the schedule, which resets it; override create_scheduler")
         if self._state_before is None and {p for g in groups for p in g["params"]} - {*self.model.parameters()}:
             raise ValueError("the optimizer has parameters that are not the network's; register them in the network")
+        if self._state_before is None:
+            self._state_before = self._unsaved_state()
         return super().training_step(*args, **kwargs)
 
     @torch.no_grad()
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Outputs and labels of one batch; `_evaluated` computes the losses of all batches at once."""
         inputs = self._prepare_inputs(inputs)
-        with self.compute_loss_context_manager():
-            outputs = self.outputs(model, self.prepare_images(inputs["images"], training=False))
-        return None, outputs, inputs["labels"]
+        return None, self.outputs(model, self.prepare_images(inputs["images"], training=False)), inputs["labels"]
+
+    def _evaluate(self, *args, **kwargs):
+        self._evaluating_epoch = True  # until that is done; other evaluations within a training only measure
+        return super()._evaluate(*args, **kwargs)
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """As upstream; in a training all but the epoch's own only measure, or they would count for early stopping."""
+        own = self._evaluating_epoch
+        if not self.is_in_train or (own and eval_dataset is None):
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        self._evaluating_epoch, dataset = False, self.eval_dataset if eval_dataset is None else eval_dataset
+        try:
+            return self.predict(dataset, ignore_keys, metric_key_prefix).metrics
+        finally:
+            self._evaluating_epoch = own
 
     def evaluation_loop(self, *args, **kwargs):
-        """As upstream; all processes take the first one's buffers, such as the batch norm statistics of a CPU."""
-        broadcast([*self.model.buffers()])
-        return super().evaluation_loop(*args, **kwargs)
+        """As upstream; an epoch's weights are kept, since a callback may change them before they prove the best."""
+        broadcast([*self.model.buffers()])  # all processes take the first one's, such as a CPU's batch norm statistics
+        with torch.random.fork_rng(devices=[], enabled=self.is_in_train and not self._evaluating_epoch):
+            output = super().evaluation_loop(*args, **kwargs)
+        if self.is_in_train and self._evaluating_epoch:
+            self._evaluated_weights, self._evaluating_epoch = contiguous_weights(self.model), False
+        return output
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """The config's plain optimizer, with weight decay on every parameter."""
@@ -289,11 +286,9 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
             per_step = self.args.gradient_accumulation_steps
             step = self.state.global_step - math.ceil(len(losses) / per_step) + wrong[0] // per_step + 1
             raise self._not_finite(f"training loss is {losses[wrong[0]]}", f", step {step}")
-        means, now = self._since_last_log.means(), time.perf_counter()
+        means = self._since_last_log.means()
         self._since_last_log = BatchMeter(self.args.world_size)
-        before = max((entry.get("seconds", 0.0) for entry in self.state.log_history), default=0.0)
-        seconds, self._clock = before + now - self._clock, now
-        return means | {"seconds": seconds}
+        return means | {"seconds": time.monotonic() - self._clock}
 
     @torch.no_grad()
     def _evaluated(self, prediction: EvalPrediction) -> dict[str, float]:
@@ -358,9 +353,7 @@ def _try(trainer: StreamlinedTrainer, what: str, dataset: ImageBatches, size: in
         batch = trainer._prepare_inputs(dataset.__getitems__(fixed_sample(len(dataset), size)))
         model.train(dataset is trainer.train_dataset)
         if dataset is trainer.train_dataset:
-            with trainer.compute_loss_context_manager():
-                loss = trainer.compute_loss(model, batch)
-            loss.backward()
+            trainer.compute_loss(model, batch).backward()
             return
         _, outputs, labels = trainer.prediction_step(model, batch, prediction_loss_only=False)
         logits = first_logits(outputs)
