@@ -22,7 +22,7 @@ from lablib import figures
 from lablib.checkpoints import Interruption
 from lablib.config import TrainingConfig, num_processes
 from lablib.data import UNBALANCED, ImageData
-from lablib.identity import described_callbacks, described_network, json_digest, run_identity, run_name
+from lablib.identity import describe, described_callbacks, described_network, json_digest, run_identity, run_name
 from lablib.runs import Key, Run, TrainedModel, attempt, find_run, line_and_trace, local_sources, progress
 from lablib.statistics import compare, compare_effects, readable_table, results_table, save_table, verdicts
 
@@ -50,8 +50,7 @@ class Experiment:
         """The same experiment with some of its models only. Raises KeyError for a model that it does not have."""
         if unknown := [name for name in models if name not in self.models]:
             raise KeyError(f"no model {unknown[0]!r}; there are {', '.join(self.models)}")
-        runs = {key: run for key, run in self.runs.items() if key[0] in models}
-        failures = {key: error for key, error in self.failures.items() if key[0] in models}
+        runs, failures = ({k: v for k, v in part.items() if k[0] in models} for part in (self.runs, self.failures))
         return replace(self, models={name: self.models[name] for name in models}, runs=runs, failures=failures)
 
     def __or__(self, other: "Experiment") -> "Experiment":
@@ -68,8 +67,7 @@ class Experiment:
             if any(mine[key] != theirs[key] for key in shared) or (mine and theirs and not shared):
                 advice = "rename it in one, or give both the same settings and seeds (in a notebook, run all cells)"
                 raise ValueError(f"the experiments trained {name!r} differently, or with other seeds; {advice}")
-        same_config = self.config and other.config and self.config.identity() == other.config.identity()
-        config = self.config if same_config else None
+        config = self.config if describe(self.config, "config") == describe(other.config, "config") else None
         acting = [e.callbacks if e.callbacks is None else described_callbacks(e.callbacks) for e in (self, other)]
         callbacks = self.callbacks if acting[0] == acting[1] else None
         models, runs = self.models | other.models, self.runs | other.runs
@@ -363,11 +361,10 @@ def experiment(
             shared |= {"parent": os.getpid(), "sources": local_sources()}
             tasks = []
             for (name, seed), identity in missing.items():
-                precision = identity["config"]["precision"]  # as resolved here: another machine has to follow
-                seeded = replace(config, seed=seed, precision=precision)
+                # the precision as resolved here: another machine has to follow
+                seeded = replace(config, seed=seed, precision=identity["config"]["precision"])
                 own = {"trainer_class": trainers[name, seed], "identity": identity}
-                task = joblib.delayed(attempt)((name, seed), result.models[name], seeded, data, **own, **shared)
-                tasks.append(task)
+                tasks.append(joblib.delayed(attempt)((name, seed), result.models[name], seeded, data, **own, **shared))
             _train_all(result, tasks, paths, jobs)
             result.runs = {key: result.runs[key] for key in keys if key in result.runs}
     if result.failures:

@@ -1,6 +1,5 @@
 """Tables -> figures. Accuracies come as fractions and are drawn in percent; each figure names its data set and n."""
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -35,7 +34,7 @@ def use_style():
 def save(figure: Figure, *paths: str | Path) -> Figure:
     """Write a figure to each path, in the format of its suffix and without a date, so that it is reproducible."""
     for path in paths:
-        path = Path(os.path.expanduser(path))
+        path = Path(path).expanduser()
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
         figure.set_layout_engine("none")  # keeps the present layout, which takes long to compute again
@@ -206,14 +205,11 @@ def gradient_norms(gradients: pd.DataFrame, dataset: str) -> Figure:
 
     `gradients` has one row per layer: model ("ResidualMLP-8"), seed, when, layer (from 1), rms.
     """
-    table = with_depth(gradients)
+    table = with_depth(gradients.assign(rms=gradients["rms"].where(gradients["rms"] > 0)))  # on a logarithmic axis
     table["position"] = (table["layer"] - 1) / (table.groupby("model")["layer"].transform("max") - 1)
-    table["log_rms"] = np.log(table["rms"].where(table["rms"] > 0))
-    by = ["family", "when", "depth", "position"]  # averaged here, as seaborn takes twice as long
-    means = np.exp(table.groupby(by, sort=False)["log_rms"].mean()).rename("rms").reset_index()
     look = {"x": "position", "y": "rms", "col": "family", "row": "when", "hue": "depth", "style": "depth"}
-    look |= {"palette": sns.color_palette("viridis", means["depth"].nunique())}
-    grid = sns.relplot(means, kind="line", **look, errorbar=None, legend="full", height=2.9)
+    look |= {"palette": sns.color_palette("viridis", table["depth"].nunique())}
+    grid = sns.relplot(table, kind="line", **look, estimator=gmean, errorbar=None, legend="full", height=2.9)
     grid.set(yscale="log").set_titles("{col_name}, {row_name}")
     grid.set_axis_labels("layer (0: first, 1: last)", "gradient (RMS)")
     grid.figure.suptitle(f"{dataset}: loss gradient by layer, geometric mean over seeds ({_seeds(table, 'model')})")

@@ -96,7 +96,12 @@ def _renamed(entry: dict, old: str, new: str) -> dict[str, float]:
     return {new + name: entry[old + name] for name in ("loss", *sorted(terms - {"loss"}), "accuracy")}
 
 
-def best_row(rows: list[dict], metric: str) -> dict:
-    """The first row of `history` with the best validation "accuracy" or "loss", whose weights a trainer restores."""
-    best = max if metric == "accuracy" else min
-    return best(rows, key=lambda row: row[f"val_{metric}"])
+def summary(rows: list[dict], metric: str, test: dict[str, float]) -> dict[str, float]:
+    """A finished training, from its `history` and test metrics: epochs, the best one and its validation metrics, ...
+
+    The best epoch, whose weights a trainer restores, is the first with the best validation `metric`.
+    """
+    best = (max if metric == "accuracy" else min)(rows, key=lambda row: row[f"val_{metric}"])
+    validation = {name: best[name] for name in ("val_loss", "val_accuracy")}
+    tested = {name: test[name] for name in ("test_loss", "test_accuracy") if name in test}
+    return {"epochs": len(rows), "best_epoch": best["epoch"], **validation, **tested, "seconds": rows[-1]["seconds"]}

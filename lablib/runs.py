@@ -33,7 +33,7 @@ from lablib.data import ImageData, fixed_sample
 from lablib.diagnostics import gradient_norms
 from lablib.hardware import untouched
 from lablib.identity import build_seeded, json_digest, run_identity, run_name, sha256
-from lablib.metrics import best_row, first_logits, history
+from lablib.metrics import first_logits, history, summary
 
 Key = tuple[str, int]  # a run's model and seed
 
@@ -134,7 +134,7 @@ def train_or_load(
     """
     now = run_identity(build_model, config, data, trainer_class, callbacks)
     asked = identity or now
-    if changed := [part for part in asked | now if asked.get(part) != now.get(part)]:
+    if changed := [part for part in asked | now if json_digest(asked.get(part)) != json_digest(now.get(part))]:
         raise RuntimeError(
             f"the {' and '.join(changed)} of this run no longer match what was asked for: restart Python if a module "
             "was changed; keep what training changes out of classes and global variables; and for a callback that "
@@ -146,21 +146,19 @@ def train_or_load(
     # of several processes (`torchrun`) the first looks after the store; the arguments make them a group
     first = not together or config.to_training_arguments(str(path)).process_index == 0
     with _locked(path) if first else nullcontext():
-        run = find_run(path.name, config.output_dir, weights) if first else None  # another process may have been faster
-        if first and not run:
+        found = [find_run(path.name, config.output_dir, weights) if first else None]  # another may have been faster
+        if first and not found[0]:
             if _row(path)["state"] == "damaged":
                 shutil.rmtree(aside := f"{path}.damaged", ignore_errors=True)
                 path.rename(aside)
             (path / "result.json").unlink(missing_ok=True)  # of a run without its weights
         if together:
-            shared = [run]
-            torch.distributed.broadcast_object_list(shared)  # in place: all get the first one's
-            run = shared[0]
-        if not run:
+            torch.distributed.broadcast_object_list(found)  # in place: all get the first one's
+        if not found[0]:
             _train(path, now, build_model, config, data, trainer_class, callbacks)
         if together:
             torch.distributed.barrier()
-    return run or load_run(path)
+    return found[0] or load_run(path)
 
 
 def local_sources() -> dict[str, tuple]:
@@ -175,12 +173,12 @@ def local_sources() -> dict[str, tuple]:
 def attempt(key: Key, build_model, config, data, parent: int, sources: dict[str, tuple], wandb_mode="", **options):
     """Train one of an experiment's runs: its key, and the run or its error; neither if a worker was interrupted."""
     Interruption.parent = parent if os.getppid() == parent else None  # a worker's training ends with its parent
-    options = copy.deepcopy(options)  # a trainer and callbacks of its own, as a run in a worker has
     if os.getpid() != parent:
         linecache.cache |= sources  # to compare this process's code with the parent's
         if wandb_mode:  # the parent's may be another than when this process began
             os.environ["WANDB_MODE"] = wandb_mode
     try:
+        options = copy.deepcopy(options)  # a trainer and callbacks of its own, as a run in a worker has
         with _one_training:
             return key, train_or_load(build_model, config, data, **options), None
     except Exception as error:
@@ -283,25 +281,19 @@ def _train(path: Path, identity, build_model, config, data, trainer_class, callb
             _WEIGHTS: safetensors.torch.save(contiguous_weights(trainer.model)),
             "history.jsonl": _json_lines(rows),
             "identity.json": json.dumps(identity, indent=1).encode(),
-            "measured.npz": _measured(trainer, prediction.predictions, build_seeded(build_model, config.seed)),
+            "measured.npz": _measured(trainer, prediction.predictions, partial(build_seeded, build_model, config.seed)),
         }
         _write(path, _result(trainer, rows, prediction.metrics), files)
         shutil.rmtree(path / "checkpoints", ignore_errors=True)
 
 
 def _result(trainer, rows: list[dict], test: dict[str, float]) -> dict[str, Any]:
-    config = trainer.config
-    best = best_row(rows, config.early_stopping_metric)
     return {
         "model": type(trainer.model).__name__,
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
         "dataset": trainer.data.name,
-        "seed": config.seed,
-        **{name: best[name] for name in ("val_accuracy", "val_loss")},
-        **{name: test[name] for name in ("test_accuracy", "test_loss")},
-        "best_epoch": best["epoch"],
-        "epochs": len(rows),
-        "seconds": rows[-1]["seconds"],
+        "seed": trainer.config.seed,
+        **summary(rows, trainer.config.early_stopping_metric, test),
         "device": trainer.args.device.type,
         "precision": trainer.environment["precision"],
         "processes": trainer.args.world_size,
@@ -310,8 +302,8 @@ def _result(trainer, rows: list[dict], test: dict[str, float]) -> dict[str, Any]
     } | ({"notes": trainer.notes} if trainer.notes else {})
 
 
-def _measured(trainer, logits, twin: nn.Module) -> bytes:
-    """The file of `Run.measured`; `twin`, the network with its initial weights, is given the trained ones."""
+def _measured(trainer, logits, build: Callable[[], nn.Module]) -> bytes:
+    """The file of `Run.measured`; `build` builds the network with its initial weights."""
     device, train, validation = trainer.args.device, trainer.train_dataset, trainer.eval_dataset
     confidence, predicted = torch.from_numpy(first_logits(logits)).double().softmax(1).max(1)
     shown = fixed_sample(len(validation), max(8, 1000 // trainer.data.num_classes))
@@ -324,14 +316,12 @@ def _measured(trainer, logits, twin: nn.Module) -> bytes:
     }
     chosen = train.__getitems__(fixed_sample(len(train), 256))
     batch = trainer.prepare_images(chosen["images"].to(device), training=False), chosen["labels"].to(device)
-    twin.to(device)  # in float32, unlike the trained one after bf16 or fp16
-    with suppress(Exception):  # a model without layers to measure
-        arrays["gradient_initial"] = gradient_norms(twin, batch, trainer.outputs)["rms"].to_numpy(np.float32)
+    initial, twin = build().to(device), build().to(device)  # in float32, unlike the trained one after bf16 or fp16
     if _loads_whole(trainer, twin, shown, answers):
-        with suppress(Exception):
-            arrays["gradient_trained"] = gradient_norms(twin, batch, trainer.outputs)["rms"].to_numpy(np.float32)
+        with suppress(Exception):  # a model without layers to measure
+            for when, model in {"initial": initial, "trained": twin}.items():
+                arrays[f"gradient_{when}"] = gradient_norms(model, batch, trainer.outputs)["rms"].to_numpy(np.float32)
     else:
-        arrays.pop("gradient_initial", None)  # both or neither
         trainer.notes.append(f"{type(twin).__name__}: {_NOT_WHOLE}")
         warnings.warn(trainer.notes[-1], stacklevel=2)
     np.savez_compressed(content := io.BytesIO(), **arrays)
@@ -384,20 +374,14 @@ def progress(paths: Mapping[Key, Path], num_epochs: int, ended: set[Key], file: 
     store, so it also works for runs in other processes and on other machines.
     """
 
-    def so_far() -> tuple[float, str]:
+    def show():
         over = set(ended)  # a run that stopped early counts in full
         running = [(*_reached(path), key) for key, path in paths.items() if key not in over]
         epochs = num_epochs * len(over) + sum(epochs for epochs, _, _ in running)
         _, last, (model, seed) = max(running, key=lambda run: run[0], default=(0, {}, ("", 0)))
-        if not last:
-            return epochs, ""
-        metrics = f"loss {last['train_loss']:.3f}, validation {100 * last['val_accuracy']:.1f} %"
-        return epochs, f"{metrics} ({model}, seed {seed})"
-
-    def show():
-        epochs, latest = so_far()
-        if latest:
-            bar.set_postfix_str(latest, refresh=False)
+        if last:
+            metrics = f"loss {last['train_loss']:.3f}, validation {100 * last['val_accuracy']:.1f} %"
+            bar.set_postfix_str(f"{metrics} ({model}, seed {seed})", refresh=False)
         bar.initial = min(bar.initial, epochs)  # a resumed run may start before the epoch it had reached
         bar.update(epochs - bar.n)
 
@@ -411,7 +395,7 @@ def progress(paths: Mapping[Key, Path], num_epochs: int, ended: set[Key], file: 
     look |= {"bar_format": "{percentage:3.0f}%|{bar:8}| {n:.1f}/{total_fmt} epochs [{elapsed}<{remaining}{postfix}]"}
     look |= {"ncols": shutil.get_terminal_size().columns} if terminal else {}  # 80 where the terminal does not say
     look |= {"smoothing": 0}  # time left from the mean speed: tqdm's recent speed skips checks without progress
-    bar = tqdm(total=num_epochs * len(paths), initial=so_far()[0], **look)
+    bar = tqdm(total=num_epochs * len(paths), initial=sum(_reached(path)[0] for path in paths.values()), **look)
     stop, watcher = threading.Event(), threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:

@@ -5,7 +5,6 @@ accuracies are fractions. Where a run failed the numbers are NaN, and a column `
 """
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,11 +88,9 @@ def compare_effects(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
     return _tested(comparisons)
 
 
-_COLUMNS = ["label", "first", "second", "n", "mean", "std", "ci95", "p_value", "p_adjusted", "significant", "by_seed"]
-
-
 def _tested(comparisons: list[tuple[str, str, str, pd.Series]]) -> pd.DataFrame:
     """A table of comparisons, from label, first, second and the differences by seed."""
+    order = ["label", "first", "second", "n", "mean", "std", "ci95", "p_value", "p_adjusted", "significant", "by_seed"]
     rows = []
     for label, first, second, differences in comparisons:
         if by_seed := differences.dropna().to_dict():
@@ -102,7 +99,7 @@ def _tested(comparisons: list[tuple[str, str, str, pd.Series]]) -> pd.DataFrame:
             p = math.nan if math.isnan(summary.ci95) else float(stats.ttest_1samp(values, 0).pvalue)
             names = {"label": label, "first": first, "second": second}
             rows.append(names | vars(summary) | {"p_value": p, "by_seed": by_seed})
-    table = pd.DataFrame(rows, columns=_COLUMNS)
+    table = pd.DataFrame(rows, columns=order)
     question = table["label"].astype(str).str.extract(r"^(.*), depth \d+$")[0].fillna("")
     known = table["p_value"].dropna().astype(float)
     table["p_adjusted"] = known.groupby(question).transform(stats.false_discovery_control)
@@ -165,20 +162,11 @@ def results_table(frame: pd.DataFrame, reference: Mapping[str, float] | None = N
     if len(twice := frame["model"][frame.duplicated(["model", "seed"])]):
         raise ValueError(f"two runs of {twice.iloc[0]!r} have the same seed; give one of the models another name")
     by_model = frame.groupby("model", sort=False)
-    table = by_model.agg(
-        dataset=("dataset", "first"),
-        parameters=("parameters", "first"),
-        n=("test_accuracy", "count"),
-        val_accuracy_mean=("val_accuracy", "mean"),
-        val_accuracy_std=("val_accuracy", "std"),
-        test_accuracy_mean=("test_accuracy", "mean"),
-        test_accuracy_std=("test_accuracy", "std"),
-        test_accuracy_ci95=("test_accuracy", lambda values: _ci95(values.dropna())),
-        epochs_mean=("epochs", "mean"),
-        seconds_mean=("seconds", "mean"),
-    ).astype({"parameters": "Int64"})
-    if "balanced_accuracy" in frame:
-        table["balanced_accuracy_mean"] = by_model["balanced_accuracy"].mean()
+    columns = {"dataset": ("dataset", "first"), "parameters": ("parameters", "first"), "n": ("test_accuracy", "count")}
+    columns |= {f"{m}_{kind}": (m, kind) for m in ("val_accuracy", "test_accuracy") for kind in ("mean", "std")}
+    columns["test_accuracy_ci95"] = "test_accuracy", lambda values: _ci95(values.dropna())
+    columns |= {f"{m}_mean": (m, "mean") for m in ("epochs", "seconds", "balanced_accuracy") if m in frame}
+    table = by_model.agg(**columns).astype({"parameters": "Int64"})
     if reference:
         table["reference"] = table.index.map(reference).astype(float)
     if "error" in frame:
@@ -233,7 +221,7 @@ def recommend(table: pd.DataFrame) -> str:
 
 def save_table(table: pd.DataFrame, path: str | Path) -> pd.DataFrame:
     """Write a table as CSV with all digits, making its folder, and return it."""
-    path = Path(os.path.expanduser(path))
+    path = Path(path).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     table.to_csv(path, index=False)
     return table

@@ -14,7 +14,7 @@ import torch
 from transformers import TrainerCallback
 
 from lablib.config import redacted
-from lablib.metrics import best_row, history
+from lablib.metrics import history, summary
 
 # The fields of a TrainingConfig that are logged: an allow-list of what may leave this machine; others hold secrets.
 LOGGED = [
@@ -65,19 +65,10 @@ def harmless(method):
 
 
 def final_result(trainer) -> dict[str, float]:
-    """Summary of a finished run: epochs, best epoch and its validation metrics, test metrics, seconds.
-
-    Under `torchrun` there are no test metrics, as every process would have to take part.
-    """
-    rows = history(trainer.state.log_history)
-    best = best_row(rows, trainer.config.early_stopping_metric)  # whose weights are loaded by now
-    test = trainer.test() if trainer.args.world_size == 1 else {}
-    return {
-        "epochs": len(rows),
-        **{f"best_{name}": best[name] for name in ("epoch", "val_loss", "val_accuracy")},
-        **{name: test[name] for name in ("test_loss", "test_accuracy") if name in test},
-        "seconds": rows[-1]["seconds"],
-    }
+    """The `summary` of a finished run, whose best weights are loaded by now; under `torchrun` without test metrics."""
+    test = trainer.test() if trainer.args.world_size == 1 else {}  # in which every process would have to take part
+    result = summary(history(trainer.state.log_history), trainer.config.early_stopping_metric, test)
+    return {name.replace("val_", "best_val_"): value for name, value in result.items()}
 
 
 class WandbCallback(Harmless, TrainerCallback):
@@ -123,12 +114,10 @@ class WandbCallback(Harmless, TrainerCallback):
         self.run.define_metric("epoch")
         self.run.define_metric("*", step_metric="epoch")
 
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        if self.run and self.trainer.config.wandb_watch and self.trainer.is_last_step():
-            self._watch()
-
     @harmless
-    def _watch(self):
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if not (self.run and self.trainer.config.wandb_watch and self.trainer.is_last_step()):
+            return
         from wandb import Histogram
 
         for name, parameter in self.trainer.model.named_parameters():
