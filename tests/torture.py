@@ -256,16 +256,16 @@ PAGE = """# Do runs survive interruptions, failed writes and damaged files?
 `make torture` writes this page. A run counts as the same only if its weights, history and result are bitwise identical
 to those of an undisturbed run, except for times. Each attempt is a separate process.
 
-## Killed with SIGKILL and restarted until it finishes
+## Runs killed with SIGKILL and restarted until they finish
 
-The moments are drawn at random from a fixed seed: in a training step, between gradients and update; during validation;
-between and within the writes of a checkpoint; between and within the writes of the result.
+The moments of the kills are drawn at random, with a fixed seed: in a training step, between gradients and update;
+during validation; between and within the writes of a checkpoint; between and within the writes of the result.
 
 | run | in a step | in validation | writing a checkpoint | writing the result | differences |
 |---|---|---|---|---|---|
 {}
 
-## Each write fails, each file is damaged
+## Failing writes and damaged files
 
 ENOSPC (no space left) and EIO (disk error) are raised by each operation in turn: opening, writing, syncing and
 renaming a file of the first, a middle and the last checkpoint, and of the result. *Torn* leaves half of the bytes and
