@@ -48,7 +48,7 @@ def filled(root: Path, mark: re.Match) -> str:
     if not path.exists():
         text = MISSING
     elif kind == "figure":
-        text = f"![{label}](images/{name})"
+        text = f'<img src="images/{name}" alt="{label}" width="520">'
     else:
         text = markdown(read(path)[0][label.split(", ")]) if kind else read(path)[1][label]
     return f"{start}\n\n{text}\n\n<!-- end -->" if kind else f"{start}{text}<!-- end -->"
