@@ -142,6 +142,7 @@ def gradient_ratio(gradients: pd.DataFrame, frame: pd.DataFrame, dataset: str, c
     above.get_legend().remove()
     below.axhline(100 * (1 - chance), color="0.4", linewidth=1, linestyle=":", label="guessing")
     _line_per_family(below, table, "place", "error", errorbar=_interval)
+    below.legend(**BELOW, ncols=3)
     _label_errors(below, table)
     what = f"initial gradients, and test error, by depth ({_seeds(table, 'model')})"
     figure.suptitle(f"{dataset}: {what}\none point per run; geometric means above, means and 95 % intervals below")
