@@ -146,14 +146,14 @@ def _is_library(cls: type) -> bool:
 
 
 class ResumableTrainer:
-    """Lets a trainer resume as if it had never stopped: `class Mine(ResumableTrainer, transformers.Trainer)`.
+    """The half of `lablib.trainer.StreamlinedTrainer` that resumes as if it had never stopped.
 
     A checkpoint is written every `checkpoint_seconds` within an epoch, at the end of an epoch if the last one is at
     least `seconds_between_epochs` old, and on SIGINT and SIGTERM: the step is finished, then the process exits. Each
     holds all that the training depends on; the best weights are also kept in memory. Nothing is unpickled.
 
-    `notes` lists what differs from the training that is resumed. The trainer provides `config`, `before_training()`,
-    `_since_last_log` (a `BatchMeter`) and `_clock` (when the training would have begun without pauses).
+    `notes` lists what differs from the training that is resumed. The other half has `config`, `before_training()`, the
+    evaluations, `_since_last_log` (a `BatchMeter`) and `_clock` (when the training would have begun without pauses).
     """
 
     seconds_between_epochs = 60.0

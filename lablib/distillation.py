@@ -68,7 +68,8 @@ class KnowledgeDistillationTrainer(StreamlinedTrainer):
         with torch.no_grad():
             logits = self.teacher(self.prepare_images(data.train_images[:2].to(self.args.device), False))
         if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
-            raise ValueError(f"the teacher returns a {type(logits).__name__}, not logits (images × classes); wrap it")
+            given = f"a {type(logits).__name__} {tuple(getattr(logits, 'shape', ())) or ''}".strip()
+            raise ValueError(f"the teacher returns {given}, not logits (images × classes); wrap it")
         if are_probabilities(logits):
             raise ValueError("the teacher returns probabilities, not logits; remove its final softmax")
         if (classes := logits.shape[1]) != data.num_classes:

@@ -103,5 +103,5 @@ def summary(rows: list[dict], metric: str, test: dict[str, float]) -> dict[str, 
     """
     best = (max if metric == "accuracy" else min)(rows, key=lambda row: row[f"val_{metric}"])
     validation = {name: best[name] for name in ("val_loss", "val_accuracy")}
-    tested = {name: test[name] for name in ("test_loss", "test_accuracy") if name in test}
+    tested = {name: test[name] for name in ("test_loss", "test_accuracy") if test}
     return {"epochs": len(rows), "best_epoch": best["epoch"], **validation, **tested, "seconds": rows[-1]["seconds"]}

@@ -5,6 +5,7 @@ accuracies are fractions. Where a run failed the numbers are NaN, and a column `
 """
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -221,7 +222,7 @@ def recommend(table: pd.DataFrame) -> str:
 
 def save_table(table: pd.DataFrame, path: str | Path) -> pd.DataFrame:
     """Write a table as CSV with all digits, making its folder, and return it."""
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     table.to_csv(path, index=False)
     return table

@@ -206,7 +206,9 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Outputs and labels of one batch; `_evaluated` computes the losses of all batches at once."""
         inputs = self._prepare_inputs(inputs)
-        return None, self.outputs(model, self.prepare_images(inputs["images"], training=False)), inputs["labels"]
+        with self.compute_loss_context_manager():  # in which a subclass may compute
+            outputs = self.outputs(model, self.prepare_images(inputs["images"], training=False))
+        return None, outputs, inputs["labels"]
 
     def _evaluate(self, *args, **kwargs):
         self._evaluating_epoch = True  # until that is done; other evaluations within a training only measure
@@ -353,7 +355,9 @@ def _try(trainer: StreamlinedTrainer, what: str, dataset: ImageBatches, size: in
         batch = trainer._prepare_inputs(dataset.__getitems__(fixed_sample(len(dataset), size)))
         model.train(dataset is trainer.train_dataset)
         if dataset is trainer.train_dataset:
-            trainer.compute_loss(model, batch).backward()
+            with trainer.compute_loss_context_manager():
+                loss = trainer.compute_loss(model, batch)
+            loss.backward()
             return
         _, outputs, labels = trainer.prediction_step(model, batch, prediction_loss_only=False)
         logits = first_logits(outputs)
