@@ -40,7 +40,7 @@ def test_a_block_of_python_runs_by_itself(options, code, tmp_path, monkeypatch, 
         pytest.skip("needs Colab or a bot")
     rng = np.random.default_rng(0)
     for place in ("train/cat", "train/dog", "test/cat", "test/dog"):
-        (folder := tmp_path / "pictures" / place).mkdir(parents=True)
+        (folder := tmp_path / "photos-split" / place).mkdir(parents=True)
         for number in range(10):
             Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(folder / f"{number}.png")
     monkeypatch.chdir(tmp_path)
