@@ -65,7 +65,7 @@ class Experiment:
             mine, theirs = ({k: run.path.name for k, run in e.runs.items() if k[0] == name} for e in (self, other))
             shared = mine.keys() & theirs.keys()
             if any(mine[key] != theirs[key] for key in shared) or (mine and theirs and not shared):
-                advice = "use another name in one, or the same settings and seeds in both (a notebook: run all cells)"
+                advice = "use another name, or the same settings and seeds in both (in a notebook, run all cells)"
                 raise ValueError(f"the experiments trained {name!r} differently, or with other seeds; {advice}")
         config = self.config if describe(self.config, "config") == describe(other.config, "config") else None
         acting = [e.callbacks if e.callbacks is None else described_callbacks(e.callbacks) for e in (self, other)]
