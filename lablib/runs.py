@@ -405,8 +405,9 @@ def progress(paths: Mapping[Key, Path], num_epochs: int, ended: set[Key], file: 
         watcher.join()
         show()
         bar.close()
-        if isinstance(sys.exception(), KeyboardInterrupt):
-            print(f"\ninterrupted at epoch {int(bar.n)} of {bar.total}; run again to resume", file=file, flush=True)
+        if isinstance(interrupt := sys.exception(), KeyboardInterrupt):  # its text is a traceback's last line
+            interrupt.args = (f"interrupted at epoch {int(bar.n)} of {bar.total}; run again to resume",)
+            print(f"\n{interrupt}", file=file, flush=True)
 
 
 def _reached(path: Path) -> tuple[float, dict]:

@@ -348,11 +348,11 @@ def test_an_interruption_says_where_and_keeps_what_is_finished(api, config, tiny
 
     state, token = Notes(trained=[], resumed=False), "123456789:AAq7Zk-Wm3xVt9Rb_Ls5Yc2Hd8Fg4Jn6PqE"
     bot = {"use_telegram_notifications": True, "telegram_bot_token": token, "telegram_chat_id": 42}
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match="interrupted at epoch 2 of 6; run again to resume"):
         experiment(NARROW, replace(config, **bot), tiny_data, [0, 1, 2], trainer_class=Interrupted)
     (message,) = api.messages()
     assert message.text.startswith("Experiment on tiny: interrupted\nruns: 1 of 3 finished (0 loaded), 0 failed\n")
-    assert "\nKeyboardInterrupt\n" in message.text
+    assert "\nKeyboardInterrupt: interrupted at epoch 2 of 6; run again to resume\n" in message.text
     assert capsys.readouterr().out.count("\ninterrupted at epoch 2 of 6; run again to resume\n") == 1
     assert state.trained == [0]
     state.resumed = True
