@@ -402,10 +402,11 @@ def _seeds(seeds: int | Iterable[int]) -> tuple[int, ...]:
 
 
 def _note_failure(result: Experiment, key: Key, line: str, trace: str):
-    """Warn of a failed run, with the traceback unless another run has failed in the same way."""
+    """Warn of a failed run, with the lines that led to the error unless another run has failed in the same way."""
     what = f" too: {line}" if line in result.failures.values() else f":\n{trace}"
     result.failures[key] = line
-    warnings.warn(f"the run of {key[0]!r} with seed {key[1]} failed{what}", stacklevel=3)
+    text = f"the run of {key[0]!r} with seed {key[1]} failed{what}"
+    warnings.warn_explicit(text, UserWarning, "lablib", 0)  # shows no source line
 
 
 def _train_all(result: Experiment, tasks: list[tuple], paths: dict[Key, Path], jobs: int):

@@ -13,7 +13,7 @@ import sysconfig
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from enum import Enum
-from functools import cache, lru_cache, partial
+from functools import cache, cached_property, lru_cache, partial, partialmethod
 from pathlib import Path, PurePath
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -174,6 +174,8 @@ def describe(value: Any, where: str, _above: tuple[int, ...] = (), _seen: dict |
     if isinstance(value, (staticmethod, classmethod, property, MethodType)):
         parts = ("__self__", "__func__", "fget", "fset", "fdel")
         return [kind.__name__, *(inside(getattr(value, part, None)) for part in parts)]
+    if isinstance(value, cached_property):  # which has a lock on Python 3.11
+        return ["cached_property", inside(value.func)]
     if isinstance(value, BuiltinFunctionType):
         return [inside(value.__self__), f"{value.__module__}.{value.__name__}"]
     if isinstance(value, ModuleType) and _is_installed(value.__name__):
@@ -227,8 +229,9 @@ def _class(cls: type, inside: Callable) -> Any:
 
 def _is_written(member: Any) -> bool:
     function = inspect.unwrap(member)
-    code = getattr(function, "__code__", None)  # a dataclass's generated methods are from "<string>"
-    return isinstance(function, FunctionType) and not _installed(function) and code.co_filename != "<string>"
+    if isinstance(function, FunctionType):  # a dataclass's generated methods are from "<string>"
+        return not _installed(function) and function.__code__.co_filename != "<string>"
+    return isinstance(function, (partial, partialmethod)) or _installed(type(function)) is None
 
 
 def _function(function: FunctionType, inside: Callable) -> Any:
@@ -320,6 +323,10 @@ def _is_installed(module: str) -> bool:
     if package in sys.builtin_module_names:
         return True
     files = (getattr(sys.modules.get(name), "__file__", None) for name in (package, module))
-    file = next(filter(None, files), None)
+    return is_installed_file(next(filter(None, files), ""))
+
+
+def is_installed_file(file: str) -> bool:
+    """Whether a file belongs to Python, an installed package or lablib."""
     path = PurePath(os.path.realpath(file) if file else "")
     return bool({"site-packages", "dist-packages"} & {*path.parts}) or any(map(path.is_relative_to, _NOT_THE_USERS))

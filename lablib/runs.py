@@ -32,7 +32,7 @@ from lablib.config import TrainingConfig, num_processes, one_line, redacted
 from lablib.data import ImageData, fixed_sample
 from lablib.diagnostics import gradient_norms
 from lablib.hardware import untouched
-from lablib.identity import build_seeded, json_digest, run_identity, run_name, sha256
+from lablib.identity import build_seeded, is_installed_file, json_digest, run_identity, run_name, sha256
 from lablib.metrics import first_logits, history, summary
 
 Key = tuple[str, int]  # a run's model and seed
@@ -190,9 +190,11 @@ def attempt(key: Key, build_model, config, data, parent: int, sources: dict[str,
 
 
 def line_and_trace(error: Exception) -> tuple[str, str]:
-    """An error in one line, and the end of its traceback; both are printed and sent, so without tokens."""
-    trace = redacted("".join(traceback.format_exception(error))).rstrip().splitlines()
-    return one_line(error), "\n".join(trace[-10:])
+    """An error in one line, and with the user's own lines that led to it; both are shown, so without tokens."""
+    frames = traceback.extract_tb((error.__cause__ or error).__traceback__)
+    own = [frame for frame in frames if not is_installed_file(frame.filename)]
+    trace = traceback.format_list((own or frames)[-3:]) + traceback.format_exception_only(error)
+    return one_line(error), redacted("".join(trace)).rstrip()
 
 
 def find_run(name: str, output_dir: str | Path, weights: bool = False) -> Run | None:

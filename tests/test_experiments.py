@@ -296,7 +296,7 @@ def test_a_student_is_known_by_its_teachers_run_whether_the_weights_are_there_or
     ],
     ids=["in the building", "in the forward"],
 )
-def test_a_run_that_fails_loses_no_other_and_its_traceback_is_shown_once(broken, error, config, tiny_data):
+def test_a_run_that_fails_loses_no_other_and_the_users_lines_are_shown_once(broken, error, config, tiny_data):
     models = {"broken one": broken, "narrow": MODELS["narrow"]}
     with pytest.warns(UserWarning, match="'broken one' with seed [03] failed") as caught:
         result = experiment(models, config, tiny_data, [0, 3])
@@ -304,6 +304,7 @@ def test_a_run_that_fails_loses_no_other_and_its_traceback_is_shown_once(broken,
     assert list(result.failures) == [("broken one", 0), ("broken one", 3)]
     first, other = (str(warning.message) for warning in caught)
     assert 2 < len(first.splitlines()) <= 11
+    assert ("in forward" in first) == ("forward" in error) == ("lablib/" not in first)
     assert len(other.splitlines()) == 1
     for text in (first, other, *result.failures.values()):
         assert error in text

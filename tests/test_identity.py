@@ -67,6 +67,8 @@ ANOTHER = {  # what stands for … in the code makes another run
     "method": ("class it(nn.Module):\n def forward(self, x): return x * …", "2", "3"),
     "decorated __init__": ("class it:\n @torch.no_grad()\n def __init__(self): self.x = …", "2", "3"),
     "property": ("class it:\n @property\n def size(self): return …", "1", "2"),
+    "cached property": ("class it:\n @functools.cached_property\n def size(self): return …", "1", "2"),
+    "method that is no function": ("class it:\n __call__ = functools.partialmethod(print, …)", "1", "2"),
     "bound method": ("class A:\n def f(self): return self.x\na = A()\na.x = …\nit = a.f", "1", "2"),
     "argument of a decorator": ("def f(x): return x\nit = torch.autocast('cpu', enabled=…)(f)", "True", "False"),
     "one's own decorator": ("it = scaled(torch.relu, …)", "1", "2"),
@@ -98,10 +100,7 @@ ANOTHER = {  # what stands for … in the code makes another run
     "forward of an object": ("it = nn.ReLU()\nit.forward = lambda x: x * …", "1", "2"),
     "frozen": ("it = ones(nn.Linear(1, 1)).requires_grad_(…)", "True", "False"),
     "parametrization": ("it = ones(parametrizations.weight_norm(nn.Linear(1, 1, bias=False), dim=…))", "0", "1"),
-    "parametrized network": (
-        "class A(nn.Linear):\n def forward(self, x): return x * …\nit = parametrized(A(1, 1), nn.Identity())",
-        *("1", "2"),
-    ),
+    "parametrized network": ("class A(nn.Linear):\n f = lambda s: …\nit = parametrized(A(1, 1), nn.ReLU())", "1", "2"),
 }
 
 
