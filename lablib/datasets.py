@@ -99,8 +99,12 @@ def _from_torchvision(name: str, data_dir: str, size, channels) -> ImageData:
     return ImageData(name, *tensors, tuple(str(label).split(" - ")[0] for label in classes))  # MNIST says "7 - seven"
 
 
-def _listed(folder: Path) -> tuple[list[str], list[tuple[str, int]]]:
-    """Classes, and each image's path and label in the order of ImageFolder; warns of other visible files."""
+def list_images(folder: str | os.PathLike) -> tuple[list[str], list[tuple[str, int]]]:
+    """The classes of a folder of class folders, and each image's path and label, in the order in which they are loaded.
+
+    Warns of other visible files. Raises ValueError for fewer than two classes, or one without images.
+    """
+    folder = Path(os.path.expanduser(folder))
     classes = sorted(place.name for place in folder.glob("[!.]*/"))
     if len(classes) < 2:
         raise ValueError(f"{folder} needs a folder of images for each class, at least two; it has {classes}")
@@ -120,7 +124,7 @@ def _from_folder(folder: Path, size, channels: int) -> ImageData:
     if not (folder / "train").is_dir():
         advice = f"`python -m lablib.datasets split {folder}` makes train/ and test/ from one folder per class"
         raise ValueError(f"{folder} has no folder train/; {advice}")
-    (classes, train), (test_classes, test) = (_listed(folder / part) for part in ("train", "test"))
+    (classes, train), (test_classes, test) = (list_images(folder / part) for part in ("train", "test"))
     if classes != test_classes:
         wrong = sorted({*classes} ^ {*test_classes})
         raise ValueError(f"{folder}: train/ and test/ need the same classes; these are in only one of them: {wrong}")
@@ -210,7 +214,7 @@ def split(folder: str | os.PathLike, test: float = 0.2, seed: int = 0) -> None:
         raise FileExistsError(f"{target} exists; rename or delete it first")
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder")
-    classes, images = _listed(folder)
+    classes, images = list_images(folder)
     if {"train", "test"} <= {*classes}:
         raise ValueError(f"{folder} is already split: it contains train/ and test/")
     training, tested = stratified_split(torch.tensor([label for _, label in images]), test, seed)

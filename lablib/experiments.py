@@ -115,6 +115,7 @@ class Experiment:
     def predictions(self) -> pd.DataFrame:
         """Every run's answers to the test images: model, seed, image, label, predicted, confidence, correct.
 
+        `image` is the image's number; `datasets.list_images` gives the paths of those in a folder's `test/`.
         Raises ValueError if the data were changed in place after the experiment.
         """
         if self.data.fingerprint != self.fingerprint:

@@ -67,8 +67,7 @@ def test_images_come_upright_and_channels_first_and_are_scaled_and_coloured_as_t
     data, is_grey = load_data(name), "MNIST" in name
     images = torch.from_numpy(PIXELS[:, :1] if is_grey else PIXELS)
     assert torch.equal(data.train_images, images)
-    assert data.test_labels.tolist() == list(range(10)) * 2
-    assert data.class_names == tuple("0123456789")
+    assert (data.test_labels.tolist(), data.class_names) == (list(range(10)) * 2, tuple("0123456789"))
     other = load_data(name, image_size=16, channels=3 if is_grey else 1).train_images
     oracle = transforms.grayscale_to_rgb(images) if is_grey else transforms.rgb_to_grayscale(images)
     oracle = transforms.resize(oracle, [16, 16])
@@ -106,8 +105,8 @@ def test_a_folder_that_is_named_as_a_data_set_is_asked_for_by_its_path(folder, m
 
 
 def test_a_folder_is_read_as_torchvisions_image_folder_reads_it(folder, tmp_path):
-    (folder / "train" / "dog" / "10" / "deep").mkdir(parents=True)
-    Image.fromarray(PHOTO).save(folder / "train" / "dog" / "10" / "deep" / "a.PNG")
+    (deep := folder / "train" / "dog" / "10" / "deep").mkdir(parents=True)
+    Image.fromarray(PHOTO).save(deep / "a.PNG")
     Image.fromarray(PHOTO[:, :, 0]).save(folder / "train" / "cat" / "10.png")  # grey among coloured ones
     (folder / "train" / "cat" / "linked").symlink_to(folder / "test" / "dog")
     with pytest.warns(UserWarning, match="pets: 2 of 4 test images are also in train/"):  # the linked ones
@@ -116,6 +115,7 @@ def test_a_folder_is_read_as_torchvisions_image_folder_reads_it(folder, tmp_path
         oracle = torchvision.datasets.ImageFolder(folder / part, transforms.pil_to_tensor)
         assert torch.equal(getattr(data, f"{part}_images"), torch.stack([image for image, _ in oracle]))
         assert getattr(data, f"{part}_labels").tolist() == oracle.targets
+        assert datasets.list_images(folder / part) == (oracle.classes, oracle.samples)
     assert (data.name, data.class_names, len(data.train_labels)) == ("pets", ("cat", "dog"), 10)
 
 
