@@ -235,9 +235,14 @@ def with_depth(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def with_knobs(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows whose model has a name like "T = 4, α = 0.7", with temperature and alpha (float) as columns."""
+    """The rows whose model has a name like "T = 4, α = 0.7", with temperature and alpha (float) as columns.
+
+    Pairs with failed runs are left out, since their means rest on other seeds; but not if all pairs have some.
+    """
     knobs = table["model"].str.extract(r"^T = (?P<temperature>.+), α = (?P<alpha>.+)$").astype(float)
-    return table.join(knobs).dropna(subset="temperature")
+    cells = table.join(knobs).dropna(subset="temperature")
+    whole = cells["val_accuracy"].notna().groupby(cells["model"]).transform("all")
+    return cells[whole] if whole.any() else cells
 
 
 def gradient_ratios(gradients: pd.DataFrame) -> pd.DataFrame:

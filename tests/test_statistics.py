@@ -113,8 +113,7 @@ def test_a_verdict_says_no_more_than_the_interval(first, second, text):
 def test_a_table_has_one_row_per_model_with_what_pandas_finds_in_its_runs(tmp_path, monkeypatch):
     frame = frame_of({"plain": VALUES, "residual": OTHERS[:3], "few": OTHERS[:2]})
     table = results_table(frame, {"residual": 0.9871})
-    assert list(table["model"]) == ["plain", "residual", "few"]
-    assert list(table["n"]) == [5, 3, 2]
+    assert table[["model", "n"]].to_numpy().tolist() == [["plain", 5], ["residual", 3], ["few", 2]]
     runs = frame.groupby("model", sort=False)
     for metric in ("val_accuracy", "test_accuracy"):
         np.testing.assert_allclose(table[f"{metric}_mean"], runs[metric].mean())
@@ -125,8 +124,7 @@ def test_a_table_has_one_row_per_model_with_what_pandas_finds_in_its_runs(tmp_pa
     assert statistics.save_table(table, "~/new/table.csv") is table
     loaded = pd.read_csv(tmp_path / "new" / "table.csv")
     pd.testing.assert_frame_equal(loaded, table, check_dtype=False, rtol=1e-15, atol=0)
-    readable = statistics.readable_table(loaded)
-    assert readable.columns.name == "tiny"
+    assert (readable := statistics.readable_table(loaded)).columns.name == "tiny"
     texts = ["1,000", f"{100 * np.mean(VALUES) + 1:.2f} %", f"{100 * np.mean(VALUES):.2f} ± {100 * half[0]:.2f} %", ""]
     assert list(readable.loc["plain"]) == [*texts, "5", "12", "1,002"]
     assert readable.loc["residual", "reference"] == "98.71 %"
@@ -142,13 +140,15 @@ def test_failed_and_missing_runs_show_in_the_tables_and_the_others_count():
     frame.loc[frame["model"] == "broken", "error"] = "ValueError: x"
     frame.loc[2, ["test_accuracy", "val_accuracy", "error"]] = [math.nan, math.nan, "OSError: y"]
     table = results_table(frame)
-    assert list(table["n"]) == [2, 0, 0]
-    assert list(table["error"]) == ["OSError: y", "ValueError: x", ""]
+    assert table[["n", "error"]].to_numpy().tolist() == [[2, "OSError: y"], [0, "ValueError: x"], [0, ""]]
     readable = statistics.readable_table(table)
     assert readable.loc["plain", "failed"] == "OSError: y"
     assert list(readable["test accuracy"][1:]) == ["failed: ValueError: x", "not trained"]
     joined = pd.concat([table, results_table(frame_of({"other": VALUES}))], ignore_index=True)
     assert statistics.readable_table(joined).loc["other", "n"] == "5"
+    cells = frame_of({"T = 2, α = 0.5": [math.nan, 0.9], "T = 8, α = 1": [0.5, 0.6], "MLP": [0.7]})
+    assert statistics.with_knobs(cells)[["temperature", "alpha", "seed"]].to_numpy().tolist() == [[8, 1, 0], [8, 1, 1]]
+    assert list(statistics.with_knobs(cells[:2])["alpha"]) == [0.5, 0.5]
 
 
 @pytest.mark.parametrize(
