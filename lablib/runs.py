@@ -191,7 +191,7 @@ def attempt(key: Key, build_model, config, data, parent: int, sources: dict[str,
 
 def line_and_trace(error: Exception) -> tuple[str, str]:
     """An error in one line, and with the user's own lines that led to it; both are shown, so without tokens."""
-    frames = traceback.extract_tb((error.__cause__ or error).__traceback__)
+    frames = [f for e in (error.__cause__, error) if e for f in traceback.extract_tb(e.__traceback__)]
     own = [frame for frame in frames if not is_installed_file(frame.filename)]
     trace = traceback.format_list((own or frames)[-3:]) + traceback.format_exception_only(error)
     return one_line(error), redacted("".join(trace)).rstrip()
