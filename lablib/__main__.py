@@ -90,8 +90,8 @@ def _parser() -> argparse.ArgumentParser:
         _add(options, "channels", int, None, "1: grey, 3: colour")
         for parameter in (*inspect.signature(getattr(lablib, name)).parameters.values(), *_SETTINGS.values()):
             if parameter.name not in _NOT_OPTIONS:
-                text = comments.get(parameter.name, "")
-                _add(options, parameter.name, parameter.annotation, parameter.default, text)
+                kind = TrainingConfig.__annotations__.get(parameter.name, parameter.annotation)  # with its bounds
+                _add(options, parameter.name, kind, parameter.default, comments.get(parameter.name, ""))
     return parser
 
 

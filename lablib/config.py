@@ -6,11 +6,12 @@ import dataclasses
 import difflib
 import functools
 import gc
+import inspect
 import os
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
 from pydantic.dataclasses import dataclass
@@ -126,7 +127,8 @@ class TrainingConfig:
     """Every setting of one run.
 
     Raises ValueError for an unknown field or a value that is not allowed, and says what is allowed.
-    To change a setting, make another config: `dataclasses.replace(config, seed=1)`.
+    To change a setting, make another config: `dataclasses.replace(config, seed=1)`. In a notebook, `TrainingConfig??`
+    shows what each setting means.
     """
 
     num_epochs: _Whole = 60  # at most; early stopping may end a run sooner
@@ -221,6 +223,11 @@ class TrainingConfig:
             dataloader_pin_memory=False,  # the images are on the device already
             **({"disable_tqdm": True, "ddp_find_unused_parameters": False} | self.training_arguments),
         )
+
+
+# as help() and JupyterLab show it: without pydantic's bounds
+_kinds, _parameters = get_type_hints(TrainingConfig), inspect.signature(TrainingConfig).parameters.values()
+TrainingConfig.__signature__ = inspect.Signature([p.replace(annotation=_kinds[p.name]) for p in _parameters])
 
 
 def check_parameters(namespace: dict[str, Any]) -> None:

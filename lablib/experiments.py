@@ -46,6 +46,13 @@ class Experiment:
         # as it is now: the data may be changed in place later
         self.fingerprint = self.fingerprint or self.data.fingerprint
 
+    def __repr__(self) -> str:
+        models, seeds = ", ".join(self.models), ", ".join(map(str, self.seeds))
+        return f"Experiment({self.data.name!r}, models: {models}; seeds: {seeds}; runs: {len(self.runs)})"
+
+    def _repr_html_(self) -> str:  # what a notebook shows
+        return self.table().to_html()
+
     def select(self, *models: str) -> "Experiment":
         """The same experiment with some of its models only. Raises KeyError for a model that it does not have."""
         if unknown := [name for name in models if name not in self.models]:
@@ -257,6 +264,8 @@ class Comparison:
     def verdicts(self) -> "Sentences":
         """One sentence per comparison, which claims no more than its interval supports."""
         return Sentences(verdicts(self.table))
+
+    __repr__ = _repr_markdown_ = verdicts
 
     def __or__(self, other: "Comparison") -> "Comparison":
         """Both comparisons, on the same data set, in one table; p-values stay as they are, corrected within each."""

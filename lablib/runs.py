@@ -14,7 +14,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
@@ -57,7 +57,7 @@ class Run:
 
     path: Path
     result: dict[str, Any]
-    history: list[dict[str, float]]
+    history: list[dict[str, float]] = field(repr=False)
 
     @property
     def identity(self) -> dict[str, Any]:

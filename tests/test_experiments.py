@@ -62,11 +62,13 @@ class FailsInTraining(MLP):
 
 
 def test_every_model_is_trained_with_every_seed_as_it_would_be_alone(finished, tiny_data, tmp_path):
-    assert list(finished.runs) == [("narrow", 0), ("narrow", 1), ("wide", 0), ("wide", 1)]
-    assert finished.failures == {}
+    assert [*finished.runs, *finished.failures] == [("narrow", 0), ("narrow", 1), ("wide", 0), ("wide", 1)]
     for (name, seed), run in finished.runs.items():
         expected = train_or_load(MODELS[name], replace(config_in(tmp_path), seed=seed), tiny_data)
         assert timeless(run) == timeless(expected)
+        assert "train_loss" not in repr(run)  # of each epoch
+    assert repr(finished) == "Experiment('tiny', models: narrow, wide; seeds: 0, 1; runs: 4)"
+    assert "<th>wide</th>" in finished._repr_html_()
     assert len({run.result["test_loss"] for run in finished.runs.values()}) == 4
 
 
@@ -113,15 +115,14 @@ def test_histories_and_gradients_are_tables_of_what_each_run_has(finished):
         measured = finished.runs[model, seed].measured()
         assert layers["rms"].tolist() == measured[f"gradient_{when}"].tolist()
         assert layers["layer"].tolist() == [1, 2]
-    assert len(gradients) == 4 * 2 * 2
-    assert replace(finished, runs={}).gradients().empty
+    assert [len(each.gradients()) for each in (finished, replace(finished, runs={}))] == [4 * 2 * 2, 0]
 
 
 def test_models_and_families_are_compared_but_no_model_with_itself(finished):
     pairs = {"families": ("narrow", "wide"), "itself": ("wide", "wide")}
     assert finished.compare(pairs).table["label"].tolist() == ["families"]
     comparison = finished.compare("narrow", "wide")
-    assert comparison.table["label"].tolist() == ["narrow − wide"]
+    assert repr(comparison).startswith("- narrow − wide: ")
     assert (comparison - comparison).table["by_seed"].tolist() == [{0: 0, 1: 0}]
     deep = replace(finished, models=dict.fromkeys(["a-2", "b-2"]), runs={})
     deep.runs.update({(name, 0): finished.runs["wide", 0] for name in deep.models})
