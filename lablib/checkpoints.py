@@ -280,6 +280,8 @@ class ResumableTrainer:
             saved["forgotten"] = sorted(name for name, _ in self._unsaved_state() - self._state_before)
             if first:
                 (written / _LAB).write_text(json.dumps(saved))
+                if hasattr(self.model, "config"):  # a model of transformers, whose weights upstream renames
+                    safetensors.torch.save_file(contiguous_weights(self.model), written / _WEIGHTS)
                 if self._best_weights:
                     safetensors.torch.save_file(self._best_weights, written / _BEST)
             self.accelerator.wait_for_everyone()

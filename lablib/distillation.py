@@ -66,7 +66,8 @@ class KnowledgeDistillationTrainer(StreamlinedTrainer):
         if memory_format(self.teacher, self.args.device, data.image_shape) == torch.contiguous_format:
             self._memory_format = torch.contiguous_format  # the student sees what the teacher sees
         with torch.no_grad():
-            logits = self.teacher(self.prepare_images(data.train_images[:2].to(self.args.device), False))
+            images = self.prepare_images(data.train_images[:2].to(self.args.device), False)
+            logits = super().outputs(self.teacher, images)
         if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
             given = f"a {type(logits).__name__} {tuple(getattr(logits, 'shape', ())) or ''}".strip()
             raise ValueError(f"the teacher returns {given}, not logits (images × classes); wrap it")
@@ -88,10 +89,11 @@ class KnowledgeDistillationTrainer(StreamlinedTrainer):
         teacher_logits = next(self._remembered, None)  # none in training and in a data set's first evaluation
         if teacher_logits is None:
             with torch.no_grad(), self.accelerator.autocast():
-                teacher_logits = self.teacher(images.clone()).float()  # a teacher may change its input in place
+                # a teacher may change its input in place
+                teacher_logits = super().outputs(self.teacher, images.clone()).float()
             if not model.training:
                 self._recorded.append(teacher_logits)
-        return model(images), teacher_logits
+        return super().outputs(model, images), teacher_logits
 
     def evaluation_loop(self, dataloader, *args, **kwargs):
         """As upstream; the teacher sees the validation images only once, as they are the same in every epoch."""

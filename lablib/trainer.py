@@ -58,7 +58,8 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
     the training step, on the device, so that a resumed run draws the random numbers of an uninterrupted one (see
     `ResumableTrainer`). Callbacks and checkpoints work as in any `transformers.Trainer`. Checkpoints go to
     `checkpoint_dir`, or to a temporary folder that is deleted with the trainer. `run_name` is the name in Weights &
-    Biases and Telegram.
+    Biases and Telegram. `train` prints nothing; with `TrainingConfig(training_arguments={"disable_tqdm": False})` it
+    shows transformers' progress bar.
 
     Under `torchrun` accelerate splits each batch among the processes, each of which draws its own augmentation and
     dropout; docs/scaling.md says how the result compares with that of one process.
@@ -164,8 +165,12 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
             model.forward = convert_outputs_to_fp32(self.accelerator.autocast()(model.forward))
 
     def outputs(self, model: nn.Module, images: torch.Tensor) -> Outputs:
-        """The model's logits (batch × classes), or a tuple that begins with them, as `losses` needs."""
-        return model(images)
+        """The model's logits (batch × classes), or a tuple that begins with them, as `losses` needs.
+
+        A model may also return a dict with the key "logits", as those of transformers do.
+        """
+        outputs = model(images)
+        return outputs["logits"] if isinstance(outputs, dict) and "logits" in outputs else outputs
 
     def losses(self, outputs: Outputs, labels: torch.Tensor) -> dict[str, torch.Tensor]:
         """The "loss" to minimise and other terms to record by epoch, each a mean over the batch."""

@@ -74,7 +74,7 @@ NO_MEMORY = "(9 images) does not fit into memory: use a smaller batch_size or im
     [
         (MLP((4,), 0.0, (1, 6, 6), 10), "the network has 10 outputs, but tiny has 3 classes"),
         (MLP((4,), 0.0, (1, 8, 8), 3), "cannot be multiplied (9x36 and 64x4). MLP was given float32 (9, 1, 6, 6)"),
-        (Linear(lambda logits: {"logits": logits}), NO_LOGITS),
+        (Linear(lambda logits: {"out": logits}), NO_LOGITS),
         (Linear(lambda logits: logits.argmax(1)), NO_LOGITS),
         (Linear(lambda logits: (logits, logits.T)), "each output must be a tensor whose first dimension is the images"),
         (Linear(nn.Softmax(1)), "the network returns probabilities, but the loss takes logits"),
