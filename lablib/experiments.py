@@ -256,6 +256,7 @@ class Comparison:
     table: pd.DataFrame
     dataset: str
     fingerprint: str  # of the data set
+    word: str = "better"  # what `verdicts` calls the larger value
 
     def plot(self, title: str, *paths: str | Path) -> Figure:
         """A dot for each seed, the means, and intervals from three seeds on; written to the paths too."""
@@ -263,7 +264,7 @@ class Comparison:
 
     def verdicts(self) -> "Sentences":
         """One sentence per comparison, which claims no more than its interval supports."""
-        return Sentences(verdicts(self.table))
+        return Sentences(verdicts(self.table, self.word))
 
     __repr__ = _repr_markdown_ = verdicts
 
@@ -273,7 +274,7 @@ class Comparison:
 
     def __sub__(self, other: "Comparison") -> "Comparison":
         """How far the differences with the same labels differ, seed by seed, say between two recipes."""
-        return replace(self, table=compare_effects(self.table, self._table_of(other)))
+        return replace(self, table=compare_effects(self.table, self._table_of(other)), word="larger")
 
     def _table_of(self, other: "Comparison") -> pd.DataFrame:
         if other.fingerprint != self.fingerprint:
