@@ -98,10 +98,12 @@ class ImageData:
     def normalise(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 images as a model takes them: float, shifted and scaled by the training images' statistics.
 
-        Raises ValueError for images of another type or shape than images × channels × height × width.
+        Raises ValueError for images of another type or shape than those of the data set.
         """
-        if images.dtype != torch.uint8 or images.ndim != 4:
-            raise ValueError(f"the images are {images.dtype} of shape {tuple(images.shape)}; they must be {_IMAGES}")
+        images = torch.as_tensor(images)  # NumPy's too
+        if images.dtype != torch.uint8 or images.shape[1:] != self.image_shape:
+            given = f"the images are {images.dtype} of shape {tuple(images.shape)}"
+            raise ValueError(f"{given}; they must be {_IMAGES}, the last three {self.image_shape}")
         mean, std = (s.view(-1, 1, 1).to(images.device) for s in self.channel_statistics)
         return (images.float() / 255 - mean) / std
 

@@ -21,8 +21,9 @@ def gradient_norms(
     """Root mean square of the loss gradient by layer, from the input (layer 1) to the output.
 
     `batch` is images as the model takes them (float, batch × channels × height × width) and labels (batch). One row for
-    each linear and convolutional layer's weight: layer, name, rms (the gradient's norm over the root of its size).
-    The loss is the mean cross-entropy without dropout; the model and its gradients stay as they were.
+    each linear and convolutional layer's weight, in the order of use: layer, name, rms (the gradient's norm over the
+    root of its size). Frozen layers are left out, and so are the projections of `ResidualBlock` and torchvision's
+    `BasicBlock`. The loss is the mean cross-entropy without dropout; the model and its gradients stay as they were.
     `outputs(model, images)` gives the logits, or a tuple that begins with them, where `model(images)` does not.
     Raises ValueError if the model has no such layer.
     """
@@ -30,13 +31,17 @@ def gradient_norms(
     shortcuts = [m.projection for m in model.modules() if isinstance(m, ResidualBlock)]
     shortcuts += [m.downsample[0] for m in model.modules() if isinstance(m, BasicBlock) and m.downsample]
     kinds = (nn.Linear, nn.modules.conv._ConvNd)
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, kinds) and m not in shortcuts}
+    found = {name: m for name, m in model.named_modules() if isinstance(m, kinds) and m not in shortcuts}
+    layers, used = {name: m for name, m in found.items() if m.weight.requires_grad}, {}
     if not layers:
         raise ValueError(f"{type(model).__name__} has no linear or convolutional layers to measure")
     images, labels = batch
     with untouched(model), torch.enable_grad(), parametrize.cached():  # or a parametrised weight is new at each access
         model.eval()
+        for name, layer in layers.items():
+            layer.register_forward_pre_hook(lambda layer, inputs, name=name: used.update({name: layer}))
         loss = F.cross_entropy(first_logits(outputs(model, images)), labels)
+        layers = used | layers
         weights = [layer.weight for layer in layers.values()]
         gradients = torch.autograd.grad(loss, weights, materialize_grads=True)
     rms = [gradient.cpu().double().norm().item() / gradient.numel() ** 0.5 for gradient in gradients]

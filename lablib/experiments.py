@@ -84,7 +84,7 @@ class Experiment:
 
     def values(self, model: str, key: str = "test_accuracy") -> dict[int, float]:
         """One of a model's results, such as its test accuracy, by seed."""
-        return {seed: run.result[key] for (name, seed), run in sorted(self.runs.items()) if name == model}
+        return {seed: run.result[key] for (_, seed), run in sorted(self.select(model).runs.items())}
 
     def frame(self) -> pd.DataFrame:
         """One row per run, failed ones included: model, seed, dataset, parameters, accuracies, epochs and so on.
@@ -256,7 +256,6 @@ class Comparison:
     table: pd.DataFrame
     dataset: str
     fingerprint: str  # of the data set
-    word: str = "better"  # what `verdicts` calls the larger value
 
     def plot(self, title: str, *paths: str | Path) -> Figure:
         """A dot for each seed, the means, and intervals from three seeds on; written to the paths too."""
@@ -264,7 +263,7 @@ class Comparison:
 
     def verdicts(self) -> "Sentences":
         """One sentence per comparison, which claims no more than its interval supports."""
-        return Sentences(verdicts(self.table, self.word))
+        return Sentences(verdicts(self.table))
 
     __repr__ = _repr_markdown_ = verdicts
 
@@ -274,7 +273,7 @@ class Comparison:
 
     def __sub__(self, other: "Comparison") -> "Comparison":
         """How far the differences with the same labels differ, seed by seed, say between two recipes."""
-        return replace(self, table=compare_effects(self.table, self._table_of(other)), word="larger")
+        return replace(self, table=compare_effects(self.table, self._table_of(other)))
 
     def _table_of(self, other: "Comparison") -> pd.DataFrame:
         if other.fingerprint != self.fingerprint:

@@ -4,8 +4,10 @@ import contextlib
 import ctypes
 import gc
 import os
+import random
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -98,6 +100,18 @@ def untouched(owner: object) -> Iterator[None]:
         for now, old in old_tensors.items():
             if not torch.equal(now, old):  # an expanded tensor cannot be written to
                 now.data.copy_(old)
+
+
+@contextlib.contextmanager
+def own_randomness() -> Iterator[None]:
+    """Afterwards restore the global random states of Python, NumPy and PyTorch, which a training sets to its seed."""
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)  # noqa: NPY002
 
 
 @contextlib.contextmanager

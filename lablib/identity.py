@@ -10,6 +10,7 @@ import linecache
 import os
 import sys
 import sysconfig
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from enum import Enum
@@ -165,7 +166,9 @@ def describe(value: Any, where: str, _above: tuple[int, ...] = (), _seen: dict |
         return [inside(item, f"[{number}]") for number, item in enumerate(value)]
     if kind is dict and all(isinstance(key, str) for key in value):
         return {key: inside(item, f"[{key!r}]") for key, item in sorted(value.items())}
-    if kind is dict:
+    if kind in (set, frozenset):
+        return {"set": sorted((inside(item) for item in value), key=json_digest)}
+    if kind in (dict, OrderedDict):
         return [[inside(key), inside(item, f"[{key!r}]")] for key, item in value.items()]
     if isinstance(value, nn.Module):
         return _layers(value, inside)

@@ -31,7 +31,7 @@ from lablib.checkpoints import Interruption, check_writable, contiguous_weights,
 from lablib.config import TrainingConfig, num_processes, one_line, redacted
 from lablib.data import ImageData, fixed_sample
 from lablib.diagnostics import gradient_norms
-from lablib.hardware import untouched
+from lablib.hardware import own_randomness, untouched
 from lablib.identity import build_seeded, is_installed_file, json_digest, run_identity, run_name, sha256
 from lablib.metrics import first_logits, history, summary
 
@@ -243,6 +243,7 @@ def _locked(path: Path):
         return lock.acquire()
 
 
+@own_randomness()
 def _train(path: Path, identity, build_model, config, data, trainer_class, callbacks) -> None:
     from transformers import TrainerCallback  # takes seconds, which loading a run saves
 

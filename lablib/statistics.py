@@ -16,6 +16,8 @@ from scipy import stats
 
 MIN_SEEDS = 3  # with two, an interval means little: tables, figures and verdicts show none
 SIGNIFICANT = 0.05
+_OTHER = " in the other experiment"
+_NEEDED = "two networks need finished runs with the same seed, and two comparisons a label in common"
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ def compare_effects(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
     """
     comparisons = []
     for row in first.merge(second, on="label", validate="one_to_one").itertuples():
-        effects = f"{row.first_x} − {row.second_x}", f"{row.first_y} − {row.second_y} in the other experiment"
+        effects = f"{row.first_x} − {row.second_x}", f"{row.first_y} − {row.second_y}{_OTHER}"
         comparisons.append((row.label, *effects, pd.Series(row.by_seed_x) - pd.Series(row.by_seed_y)))
     return _tested(comparisons)
 
@@ -130,6 +132,7 @@ def verdict(row: Mapping, word: str = "better") -> str:
     if not row["significant"]:
         return f"No significant difference between {first} and {second}: {points(row)}."
     larger, smaller = (first, second) if row["mean"] > 0 else (second, first)
+    word = "larger" if second.endswith(_OTHER) else word
     return f"**{larger} is {word} than {smaller}**: {points({**row, 'mean': abs(row['mean'])})}."
 
 
@@ -139,7 +142,7 @@ def verdicts(comparison: pd.DataFrame, word: str = "better") -> str:
     for label, row in zip(labels(comparison), comparison.to_dict("records"), strict=True):
         start = "- " if label == f"{row['first']} − {row['second']}" else f"- {label}: "
         sentences.append(start + verdict(row, word))
-    return "\n".join(sentences) or "Nothing to compare: both networks need finished runs with the same seed."
+    return "\n".join(sentences) or f"Nothing to compare: {_NEEDED}."
 
 
 def effects_table(comparisons: Mapping[str, pd.DataFrame]) -> pd.DataFrame:

@@ -113,9 +113,9 @@ def test_channel_statistics_are_those_of_numpy_in_float64():
     pixels = images.numpy().transpose(0, 2, 3, 1) / 255  # of the training images only; channels last
     np.testing.assert_allclose(mean, pixels.mean((0, 1, 2)), rtol=1e-6)
     np.testing.assert_allclose(std, [*pixels.std((0, 1, 2))[:2], 1], rtol=1e-6)
-    normal = data.normalise(images)
+    normal = data.normalise(images.numpy())
     assert normal.dtype == torch.float32
-    for wrong in (images / 255, images[0]):
+    for wrong in (images / 255, images[0], images[:, :1]):
         with pytest.raises(ValueError, match=r"they must be torch\.uint8 from 0 to 255"):
             data.normalise(wrong)
     assert repr(data) == "ImageData('noise': 50 training and 50 test images of shape (3, 6, 8), 2 classes)"

@@ -49,19 +49,20 @@ def test_a_normalised_weight_has_the_gradient_of_the_plain_weight_that_it_stands
 
 
 def test_convolutions_are_layers_too_but_a_shortcuts_projection_is_none(batch):
-    class WithUnused(nn.Module):
+    class LastFirst(nn.Module):
         def __init__(self):
             super().__init__()
-            self.unused, self.projection = nn.Linear(2, 2), nn.Conv2d(1, 3, 4)
+            self.unused, self.last, self.frozen = (nn.Linear(3, 3) for _ in range(3))
+            self.projection, _ = nn.Conv2d(1, 3, 4), self.frozen.requires_grad_(False)
 
         def forward(self, images):
-            return self.projection(images).flatten(1)
+            return self.last(self.frozen(self.projection(images).flatten(1)))
 
     names = gradient_norms(build(ResidualMLP, hidden_sizes=(6, 6, 5)), batch)["name"].tolist()
     assert names == [f"blocks.{block}.residual.{layer}" for block in range(3) for layer in (0, 3)] + ["classifier"]
-    table = gradient_norms(WithUnused(), batch)
-    assert table["name"].tolist() == ["unused", "projection"]
-    assert (table["rms"] > 0).tolist() == [False, True]
+    table = gradient_norms(LastFirst(), batch)
+    assert table["name"].tolist() == ["projection", "last", "unused"]
+    assert (table["rms"] > 0).tolist() == [True, True, False]
     with pytest.raises(ValueError, match="Flatten has no linear or convolutional layers to measure"):
         gradient_norms(nn.Flatten(), batch)
 

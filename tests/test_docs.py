@@ -99,12 +99,9 @@ def test_the_speed_in_the_readme_is_that_of_the_benchmark():
     assert all(f"{min(ratios):.1f} to {max(ratios):.1f} times as fast" in readme for ratios in times.values())
 
 
-def test_the_tables_and_numbers_are_those_of_the_results():
+def test_the_tables_and_numbers_are_those_of_the_results_and_no_number_begins_a_line():
     assert REPORT["main"](["--check"]) == 0
-
-
-def test_no_line_begins_with_a_number_that_is_filled_in():
-    """Markdown would take the line for HTML, and end the paragraph there."""
+    # Markdown would take such a line for HTML, and end the paragraph there
     assert not re.search(r"^ *<!--.*<!--", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE)
 
 

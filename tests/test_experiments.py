@@ -13,7 +13,7 @@ import pytest
 import torch
 from outcomes import timeless
 from sklearn.metrics import balanced_accuracy_score
-from transformers import TrainerCallback
+from transformers import TrainerCallback, set_seed
 
 from lablib import MLP, Experiment, KnowledgeDistillationTrainer, StreamlinedTrainer, TrainingConfig, experiment
 from lablib.data import ImageData
@@ -63,10 +63,12 @@ class FailsInTraining(MLP):
 
 def test_every_model_is_trained_with_every_seed_as_it_would_be_alone(finished, tiny_data, tmp_path):
     assert [*finished.runs, *finished.failures] == [("narrow", 0), ("narrow", 1), ("wide", 0), ("wide", 1)]
+    _, *ours, _ = set_seed(9), np.random.rand(), torch.rand(1), set_seed(9)  # noqa: NPY002
     for (name, seed), run in finished.runs.items():
         expected = train_or_load(MODELS[name], replace(config_in(tmp_path), seed=seed), tiny_data)
         assert timeless(run) == timeless(expected)
         assert "train_loss" not in repr(run)  # of each epoch
+    assert [np.random.rand(), torch.rand(1)] == ours  # noqa: NPY002 (a training leaves the random states as they were)
     assert repr(finished) == "Experiment('tiny', models: narrow, wide; seeds: 0, 1; runs: 4)"
     assert "<th>wide</th>" in finished._repr_html_()
     assert len({run.result["test_loss"] for run in finished.runs.values()}) == 4

@@ -257,10 +257,9 @@ def test_a_confusion_matrix_writes_all_counts_and_colours_the_mistakes():
 def test_softened_predictions_are_the_likeliest_classes_with_a_bar_for_each_temperature():
     logits = torch.linspace(-3, 3, 12).flip(0).roll(5)[None]  # class 5 is the likeliest, then class 6
     answers = {T: (logits / T).softmax(1) for T in (1, 20)}
-    names = [f"class {i}" for i in range(12)]
-    pictures = torch.zeros(1, 3, 4, 4, dtype=torch.uint8)
+    names, pictures = [f"class {i}" for i in range(12)], torch.zeros(1, 3, 4, 4, dtype=torch.uint8)
     _, bars = drawn(figures.softened_predictions(pictures, ["class 7"], answers, names, "cifar10-jpeg"))
     order = [(5 + i) % 12 for i in range(10)]
     assert [label.get_text() for label in bars.get_xticklabels()] == [names[i] for i in order]
-    expected = [float(answers[T][0, i]) for T in answers for i in order]
+    expected = [answers[T][0, i].item() for T in answers for i in order]
     assert [bar.get_height() for bar in bars.patches] == pytest.approx(expected)

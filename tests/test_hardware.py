@@ -46,9 +46,8 @@ def test_auto_takes_half_precision_for_convolutions_where_there_are_units_for_it
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: "avx512" in units)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: "cuda" in units)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: "bf16" in units)
-    anywhere = TrainingConfig()
-    assert resolve_precision(anywhere, small_cnn()) == expected
-    assert resolve_precision(anywhere, small_mlp()) == "fp32"
+    assert resolve_precision(TrainingConfig(), small_cnn()) == expected
+    assert resolve_precision(TrainingConfig(), small_mlp()) == "fp32"
     assert resolve_precision(config(precision="bf16"), small_mlp()) == "bf16"
     assert resolve_precision(config(precision="fp32"), small_cnn()) == "fp32"
     with pytest.raises(ValueError, match="precision = 'fp16' needs a CUDA GPU; write 'bf16', 'fp32' or 'auto'"):

@@ -60,9 +60,10 @@ def described(code: str, **more):
 
 
 ANOTHER = {  # what stands for … in the code makes another run
+    "set": ("it = frozenset({1, (3, …)})", "1", "2"),
     "tensor": ("it = partial(StreamlinedTrainer, weights=torch.tensor([…]))", "1.0", "2.0"),
     "array": ("it = argparse.Namespace(weights=np.array([…]))", "1.0", "2.0"),
-    "key that is no text": ("it = {…: 'a', None: 'b'}", "1", "2"),
+    "key that is no text": ("it = {None: collections.OrderedDict({…: 'a'})}", "1", "2"),
     "class attribute": ("class it(StreamlinedTrainer):\n loss = nn.CrossEntropyLoss(torch.tensor([…]))", "1.0", "2.0"),
     "method": ("class it(nn.Module):\n def forward(self, x): return x * …", "2", "3"),
     "decorated __init__": ("class it:\n @torch.no_grad()\n def __init__(self): self.x = …", "2", "3"),
@@ -134,7 +135,6 @@ REFUSED = {
     "threading.Condition()": "it.held.*is a _thread.RLock",
     "np.random.default_rng(0)": "it.held is a numpy.*Generator",
     "torch.Generator()": "it.held is a torch",
-    "collections.deque([1])": "it.held is a collections.deque",
     "type('Mine', (dict,), {})(a=1)": "it.held is a Mine",
     "collections.namedtuple('Mine', 'a')(1)": "it.held is a Mine",
     "np.array([1, 'a'], dtype=object)": "it.held is a numpy.ndarray",
