@@ -51,13 +51,14 @@ from lablib import StreamlinedTrainer, TrainingConfig, train_or_load
 from test_distributed import MODELS, tiny
 
 torch.set_num_threads(1)
-seen, written = [], []
+seen, written, process = [], [], {}
 
 prepare = StreamlinedTrainer.prepare_images
 
 def noting(self, images, training):
     if training and self.optimizer:  # not the batch that is tried before
         seen.append(images[:, 0, 0, 0].tolist())
+        process["random"] = torch.initial_seed()
     return prepare(self, images, training)
 
 StreamlinedTrainer.prepare_images = noting
@@ -69,8 +70,7 @@ runs = {}
 for name, images in (("mlp", 32), ("cnn", 33)):
     config = TrainingConfig(max_train_images=images, device="cpu", precision="fp32", output_dir=sys.argv[1], **plain)
     runs[name] = train_or_load(MODELS[name], config, tiny())
-process = {"seen": seen, "written": sorted(set(written)), "random": torch.initial_seed()}
-processes = [process]
+processes = [process := process | {"seen": seen, "written": sorted(set(written))}]
 if torch.distributed.is_initialized():
     processes = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(processes, process)
