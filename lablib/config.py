@@ -95,9 +95,10 @@ def _with_plain_errors(cls: type) -> type:
 
     @functools.wraps(validate)
     def __init__(self, *args, **values):
+        # NumPy's numbers as Python's
         values = {n: v.item() if isinstance(v, numbers.Number) and hasattr(v, "item") else v for n, v in values.items()}
         try:
-            validate(self, *args, **values)  # NumPy's numbers as Python's
+            validate(self, *args, **values)
         except ValidationError as error:
             known = [field.name for field in dataclasses.fields(cls)]
             faults = {fault["loc"][0]: fault for fault in error.errors(include_input=False)}  # the last one of each

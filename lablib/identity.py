@@ -167,7 +167,8 @@ def describe(value: Any, where: str, _above: tuple[int, ...] = (), _seen: dict |
     if kind is dict and all(isinstance(key, str) for key in value):
         return {key: inside(item, f"[{key!r}]") for key, item in sorted(value.items())}
     if kind in (set, frozenset):
-        return {"set": sorted((inside(item) for item in value), key=json_digest)}
+        items = sorted(value, key=lambda item: json_digest(describe(item, where, (*_above, id(value)))))
+        return {"set": [inside(item) for item in items]}  # numbered in the same order in every process
     if kind in (dict, OrderedDict):
         return [[inside(key), inside(item, f"[{key!r}]")] for key, item in value.items()]
     if isinstance(value, nn.Module):

@@ -16,8 +16,7 @@ from scipy import stats
 
 MIN_SEEDS = 3  # with two, an interval means little: tables, figures and verdicts show none
 SIGNIFICANT = 0.05
-_OTHER = " in the other experiment"
-_NEEDED = "two networks need finished runs with the same seed, and two comparisons a label in common"
+_OTHER = " in the other experiment"  # ends the name of the second of two effects
 
 
 @dataclass(frozen=True)
@@ -142,7 +141,8 @@ def verdicts(comparison: pd.DataFrame, word: str = "better") -> str:
     for label, row in zip(labels(comparison), comparison.to_dict("records"), strict=True):
         start = "- " if label == f"{row['first']} − {row['second']}" else f"- {label}: "
         sentences.append(start + verdict(row, word))
-    return "\n".join(sentences) or f"Nothing to compare: {_NEEDED}."
+    needed = "two networks need finished runs with the same seed, and two comparisons a label in common"
+    return "\n".join(sentences) or f"Nothing to compare: {needed}."
 
 
 def effects_table(comparisons: Mapping[str, pd.DataFrame]) -> pd.DataFrame:

@@ -52,8 +52,8 @@ def test_convolutions_are_layers_too_but_a_shortcuts_projection_is_none(batch):
     class LastFirst(nn.Module):
         def __init__(self):
             super().__init__()
-            self.unused, self.last, self.frozen = (nn.Linear(3, 3) for _ in range(3))
-            self.projection, _ = nn.Conv2d(1, 3, 4), self.frozen.requires_grad_(False)
+            self.unused, self.last, self.projection = nn.Linear(2, 2), nn.Linear(3, 3), nn.Conv2d(1, 3, 4)
+            self.frozen = nn.Linear(3, 3).requires_grad_(False)
 
         def forward(self, images):
             return self.last(self.frozen(self.projection(images).flatten(1)))

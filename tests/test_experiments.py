@@ -26,7 +26,7 @@ SEEDS = (0, 1)
 
 
 def config_in(folder) -> TrainingConfig:
-    return TrainingConfig(num_epochs=2, batch_size=8, validation_split=0.25, device="cpu", output_dir=str(folder))
+    return TrainingConfig(num_epochs=np.int64(2), batch_size=8, validation_split=0.25, device="cpu", output_dir=folder)
 
 
 @pytest.fixture
