@@ -49,14 +49,15 @@ def test_every_published_run_is_whole_and_small_and_has_the_name_that_it_would_h
 def test_what_is_missing_is_trained_published_and_found_without_its_weights(capsys, tmp_path):
     recipes = {"mnist_recipes": MNIST_RECIPES, "cifar_recipes": CIFAR_RECIPES}
     short = {name: {k: replace(v, **SHORT) for k, v in knobs.items()} for name, knobs in recipes.items()}
-    sizes = {"seeds": 1, "width": 2, "wide": 3, "grid_images": 100, "published": tmp_path / "published"}
+    sizes = {"seeds": 1, "width": 2, "strong": 2, "wide": 3, "grid_images": 100, "published": tmp_path / "published"}
     lab = Lab("digits", "digits", str(tmp_path / "runs"), **sizes, **short)
-    asked = ["--only", "A/cosine", "SimpleCNN-2"]
+    asked = ["--only", "A/cosine", "I", "SimpleCNN-2"]
     assert main(["--list", *asked], lab) == 1
-    assert "7 missing" in capsys.readouterr().out
+    assert "10 missing" in capsys.readouterr().out
     assert main(asked, lab) == 0
     assert "nothing missing" in capsys.readouterr().out
     assert "SimpleCNN-2,digits,1063,1," in (tmp_path / "cnns_wide_cosine.csv").read_text()
+    assert "distillation,Distilled-2,ResidualCNN-2,1," in (tmp_path / "distillation_strong_gains.csv").read_text()
     elsewhere = replace(lab, output_dir=str(tmp_path / "another machine"))
     assert main(["--list", *asked], elsewhere) == 0
     students = next(block for block in blocks(elsewhere) if block.teacher and block.name == "A/reference")

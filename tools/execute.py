@@ -13,9 +13,6 @@ import nbformat
 
 def main(arguments: list[str]) -> int:
     """Papermill's exit status; its options follow the notebook and the output's path."""
-    if len(arguments) < 2:
-        print(__doc__, file=sys.stderr)
-        return 2
     output = Path(arguments[1])
     output.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "papermill", *arguments]

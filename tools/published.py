@@ -6,12 +6,13 @@
 
 Trained runs lie in runs/, whole; what is finished is copied to results/runs/, without the weights. It can be
 interrupted at any time and resumes where it was. Neither a notebook nor an installed lablib is needed. The tables of
-the wide networks, which no notebook asks for, are written too.
+wider networks, which no notebook asks for, are written too.
 """
 
 import argparse
 import os
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
@@ -29,6 +30,7 @@ from lablib import MLP, ResidualCNN, ResidualMLP, SimpleCNN, TrainingConfig, exp
 from lablib.data import ImageData  # noqa: E402
 from lablib.distillation import KnowledgeDistillationTrainer  # noqa: E402
 from lablib.identity import run_identity, run_name  # noqa: E402
+from lablib.statistics import compare, results_table, save_table  # noqa: E402
 
 SIZES = {2: (128, 64), 4: (128, 64, 64, 32), 8: (128, 128, 64, 64, 32, 32, 16, 16)}
 DEPTHS = (2, 4, 8, 16, 32, 64)  # of the depth study
@@ -56,6 +58,7 @@ class Block:
     networks: dict[str, Callable[[], nn.Module]]
     seeds: tuple[int, ...]
     teacher: str | None = None
+    width: int = 0  # of the teacher
     distillation: dict[str, tuple[float, float]] = field(default_factory=dict)  # network -> temperature, alpha
     teacher_images: int | None = None  # that the teacher was trained on; None: all
     table: str | None = None  # its name in results/, unless a notebook writes it
@@ -74,7 +77,7 @@ def blocks(lab: "Lab", together: int = 5) -> Iterator[Block]:
 
     def students(group: str, recipe: str, knobs: dict, seeds: tuple[int, ...], images=None, teachers=None) -> Block:
         config, networks = replace(lab.cifar_recipes[recipe], max_train_images=images), dict.fromkeys(knobs, student)
-        return Block(f"{group}/{recipe}", lab.cifar, config, networks, seeds, teacher, knobs, teachers)
+        return Block(f"{group}/{recipe}", lab.cifar, config, networks, seeds, teacher, lab.width, knobs, teachers)
 
     for recipe, seeds in product(("cosine", "reference"), some):  # a student right after its teacher
         yield cnns("A", recipe, [teacher], seeds)
@@ -102,6 +105,9 @@ def blocks(lab: "Lab", together: int = 5) -> Iterator[Block]:
     yield cnns("E", "reference", middle, five[3:])
     yield cnns("B", "reference", others, five[3:])
     yield cnns("E", "cosine", middle, five[3:])
+    strong = {"networks": {distilled: lab.cnns(lab.strong)[shallow]}, "teacher": middle[0], "width": lab.strong}
+    yield replace(cnns("I", "cosine", [middle[0], shallow], three, lab.strong), table="distillation_strong")
+    yield replace(students("I", "cosine", {distilled: (4, 0.7)}, three), **strong, table="distillation_strong")
     yield replace(cnns("H", "reference", wide, (0,), lab.wide), table="cnns_wide")
 
 
@@ -115,6 +121,7 @@ class Lab:
     published: Path = runs.PUBLISHED
     seeds: int = 5
     width: int = 16
+    strong: int = 32
     wide: int = 64
     depths: tuple[int, ...] = (2, 3, 4)
     grid_images: int = 5000
@@ -153,7 +160,7 @@ class Lab:
     def _trainers(self, block: Block, seed: int, weights: bool = False) -> dict[str, partial]:
         if block.teacher is None:
             return {}
-        build = self.cnns(self.width)[block.teacher]
+        build = self.cnns(block.width)[block.teacher]
         config = replace(block.config, seed=seed, max_train_images=block.teacher_images)
         name = run_name(run_identity(build, config, self.data(block.data)))
         run = runs.load_run(Path(self.output_dir, name)) or (None if weights else runs.load_run(self.published / name))
@@ -179,31 +186,32 @@ class Lab:
         for start in range(0, len(block.seeds), jobs):
             seeds = block.seeds[start : start + jobs]
             wanted = {name for name, seed in self.missing(block) if seed in seeds} & networks
-            if wanted:
-                self._train(block, {n: build for n, build in block.networks.items() if n in wanted}, seeds, jobs)
+            if not wanted:
+                continue
+            config, data = replace(block.config, output_dir=self.output_dir), self.data(block.data)
+            models, trainers = {name: block.networks[name] for name in wanted}, {}
+            if block.teacher:  # a published one has no weights; then it is trained again
+                teacher = {block.teacher: self.cnns(block.width)[block.teacher]}
+                taught = replace(config, max_train_images=block.teacher_images)
+                experiment(teacher, taught, data, seeds, jobs=jobs, weights=True)
+                trainers = {(n, s): trainer for s in seeds for n, trainer in self._trainers(block, s, True).items()}
+            done = experiment(models, config, data, seeds, jobs=jobs, trainer_class=trainers or None)
+            for run in done.runs.values():
+                runs.publish(run, self.published)
 
-    def _train(self, block: Block, networks: dict, seeds: tuple[int, ...], jobs: int) -> None:
-        config, trainers = replace(block.config, output_dir=self.output_dir), {}
-        if block.teacher:
-            self._with_weights(block, seeds, jobs)
-            trainers = {(n, s): trainer for s in seeds for n, trainer in self._trainers(block, s, True).items()}
-        data = self.data(block.data)
-        done = experiment(networks, config, data, seeds, jobs=jobs, trainer_class=trainers or None)
-        for run in done.runs.values():
-            runs.publish(run, self.published)
-
-    def _with_weights(self, block: Block, seeds: tuple[int, ...], jobs: int) -> None:
-        """A published teacher has no weights; then it is trained again."""
-        config = replace(block.config, output_dir=self.output_dir, max_train_images=block.teacher_images)
-        teacher = {block.teacher: self.cnns(self.width)[block.teacher]}
-        experiment(teacher, config, self.data(block.data), seeds, jobs=jobs, weights=True)
-
-    def save_table(self, block: Block) -> None:
-        """Write a block's table from the runs that are there; without any, nothing."""
-        config, missing = replace(block.config, output_dir=self.output_dir), {name for name, _ in self.missing(block)}
-        if networks := {name: build for name, build in block.networks.items() if name not in missing}:
-            done = experiment(networks, config, self.data(block.data), block.seeds)
-            done.table(WIDE_REFERENCE, self.published.parent / f"{block.table}.csv")
+    def save_table(self, table: str, some: list[Block]) -> None:
+        """Write a table of those runs of some blocks that are published, and what distillation gains; or nothing."""
+        names = {key: name for block in some for key, name in self.names(block).items() if name}
+        found = {key: run for key, name in names.items() if (run := runs.load_run(self.published / name))}
+        rows = [run.result | {"model": model, "seed": seed} for (model, seed), run in found.items()]
+        if not rows:
+            return
+        frame, path = pd.DataFrame(rows), self.published.parent / f"{table}.csv"
+        save_table(results_table(frame, WIDE_REFERENCE if table.startswith("cnns_wide") else None), path)
+        if taught := [block for block in some if block.teacher]:
+            alone, (distilled,) = f"ResidualCNN-{self.depths[0]}", taught[0].distillation
+            pairs = {"deeper network": (taught[0].teacher, alone), "distillation": (distilled, alone)}
+            save_table(compare(frame, pairs), path.with_name(f"{table}_gains.csv"))
 
 
 @cache
@@ -219,25 +227,25 @@ def main(arguments: list[str] | None = None, lab: Lab | None = None) -> int:
     """0; 1 if something of what was asked for is missing afterwards."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--list", action="store_true", help="train nothing")
-    names = "networks (ResidualCNN-2), groups (A, A/cosine)"
-    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help=names)
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="networks, groups or their recipes")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side (1)")
     options = parser.parse_args(arguments)
-    lab, still = lab or Lab(), 0
+    lab, still, tables = lab or Lab(), 0, defaultdict(list)
     for block in blocks(lab, lab.seeds if options.list else options.jobs):
         group_wanted = not options.only or {block.name, block.name.partition("/")[0]} & {*options.only}
+        tables[block.table].append(block)
         networks = [name for name in block.networks if group_wanted or name in options.only]
         if not (networks and block.seeds):
             continue
         if not options.list:
             lab.train(block, {*networks}, options.jobs)
-            if block.table:
-                lab.save_table(block)
         missing = [key for key in lab.missing(block) if key[0] in networks]
         still += len(missing)
         total, seeds = len(networks) * len(block.seeds), ", ".join(map(str, block.seeds))
         there = f"{block.name:<12} {total - len(missing):>3} of {total:<3} seeds {seeds:<14}"
         print(there, ", ".join(networks), flush=True)
+    for table in filter(None, {} if options.list else tables):
+        lab.save_table(table, tables[table])
     print(f"{still} missing" if still else "nothing missing")
     return int(still > 0)
 

@@ -18,7 +18,6 @@ import pandas as pd
 from lablib.statistics import Summary, labels, points, readable_table
 
 ROOT = Path(__file__).resolve().parents[1]
-MISSING = "*not published yet*"
 MARK = re.compile(r"(<!-- (?:(table|figure) )?([\w.-]+): ([^>]+?) -->).*?<!-- end -->", re.DOTALL)
 
 
@@ -44,13 +43,11 @@ def markdown(table: pd.DataFrame) -> str:
 def filled(root: Path, mark: re.Match) -> str:
     """A marked place of README.md with what belongs there. Raises KeyError for a row or column that is not there."""
     start, kind, name, label = mark.groups()
-    path = root / (f"images/{name}" if kind == "figure" else f"results/{name}.csv")
-    if not path.exists():
-        text = MISSING
-    elif kind == "figure":
+    if kind == "figure":
         text = f'<img src="images/{name}" alt="{label}" width="520">'
     else:
-        text = markdown(read(path)[0][label.split(", ")]) if kind else read(path)[1][label]
+        table, numbers = read(root / f"results/{name}.csv")
+        text = markdown(table[label.split(", ")]) if kind else numbers[label]
     return f"{start}\n\n{text}\n\n<!-- end -->" if kind else f"{start}{text}<!-- end -->"
 
 
@@ -63,12 +60,10 @@ def results_page(root: Path) -> str:
         figures = {root / f"images/{name}": text for name, text in section["figures"].items()}
         precision = ", ".join(sorted({run["precision"] for run in runs if run["dataset"] == section["dataset"]}))
         executed = root / "results" / section["notebook"]
-        parts.append(f"## {section['title']}\n\nData set {section['dataset']}, precision {precision or MISSING}.\n")
+        parts.append(f"## {section['title']}\n\nData set {section['dataset']}, precision {precision}.\n")
         parts += [f"[Executed notebook]({executed.name})\n"] if executed.exists() else []
         parts += [f"**{text}**\n\n{markdown(read(path)[0])}\n" for path, text in tables.items() if path.exists()]
         parts += [f"![{text}](../images/{path.name})\n\n*{text}*\n" for path, text in figures.items() if path.exists()]
-        absent = [f"`{path.name}`" for path in (*tables, *figures) if not path.exists()]
-        parts += [f"Not published yet: {', '.join(absent)}.\n"] if absent else []
     pages = [path for path in sorted(root.glob("results/*.md")) if path.name != "README.md"]
     titles = [f"- [{path.read_text('utf-8').splitlines()[0].strip('# ')}]({path.name})" for path in pages]
     return "\n".join([*parts, "## Measurements", "", *titles, ""])
