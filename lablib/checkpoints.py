@@ -28,28 +28,15 @@ UNFINISHED = "unfinished"  # the folder in which a checkpoint is written before 
 _MANIFEST, _LAB, _WEIGHTS, _BEST = "manifest.json", "lablib_0.json", "model.safetensors", "best_model.safetensors"
 
 
-def write_atomically(path: Path, content: bytes, sync: bool = True):
-    """Write a file that appears whole or not at all; `sync` waits until it is on the disk."""
+def write_atomically(path: Path, content: bytes):
+    """Write a file that appears whole or not at all, also if the process is killed."""
     partial = path.with_name(f"{path.name}.partial")  # always this name, so that a killed process leaves one at most
     try:
         with open(partial, "wb") as file:
             file.write(content)
-        if sync:
-            _sync(partial)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
-    if sync:
-        _sync(path.parent)
-
-
-def _sync(path: Path):
-    if os.name == "posix":  # Windows syncs neither folders nor files that are open for reading
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def check_writable(folder: Path):
@@ -124,14 +111,11 @@ def checkpoints_in(folder: Path) -> list[Path]:
 
 def seal(written: Path, target: Path):
     """Turn a written folder into a checkpoint: add checksums, move it into place, keep only the newest two."""
-    files = sorted(written.iterdir())
-    for path in files:
-        _sync(path)
-    write_atomically(written / _MANIFEST, json.dumps({f.name: _fingerprint(f) for f in files}, indent=1).encode())
+    fingerprints = {path.name: _fingerprint(path) for path in sorted(written.iterdir())}
+    write_atomically(written / _MANIFEST, json.dumps(fingerprints, indent=1).encode())
     if target.exists():
         shutil.rmtree(target)
     os.replace(written, target)
-    _sync(target.parent)
     for old in checkpoints_in(target.parent)[2:]:
         shutil.rmtree(old)
 

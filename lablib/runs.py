@@ -254,14 +254,14 @@ def _train(path: Path, identity, build_model, config, data, trainer_class, callb
 
         def on_evaluate(self, args, state, control, **kwargs):
             if state.is_world_process_zero:
-                write_atomically(path / "history.jsonl", _json_lines(history(state.log_history)), sync=False)
+                write_atomically(path / "history.jsonl", _json_lines(history(state.log_history)))
 
         on_train_begin = on_evaluate  # the file may be ahead of the checkpoint from which a killed run resumes
 
         def on_step_end(self, args, state, control, **kwargs):
             if state.is_world_process_zero and time.monotonic() - self.reported > 1:
                 with suppress(OSError):  # no training should fail for its progress bar
-                    write_atomically(path / _EPOCHS, str(state.epoch).encode(), sync=False)
+                    write_atomically(path / _EPOCHS, str(state.epoch).encode())
                 self.reported = time.monotonic()
 
     arguments = {"config": config, "data": data, "callbacks": [*callbacks, Reporter()]}

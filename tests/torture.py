@@ -76,7 +76,6 @@ class Torturer:
             (safetensors.torch, "save_file", lambda tensors, path, *rest, **more: path),
             (builtins, "open", lambda path, mode="r", *rest, **more: path if set("wx") & set(mode) else None),
             (os, "replace", lambda source, target: None),
-            (os, "fsync", lambda descriptor: None),
         ):
             self._operation(module, name, path)
         ResumableTrainer._is_due = lambda trainer, seconds: (
@@ -267,7 +266,7 @@ during validation; between and within the writes of a checkpoint; between and wi
 
 ## Failing writes and damaged files
 
-ENOSPC (no space left) and EIO (disk error) are raised by each operation in turn: opening, writing, syncing and
+ENOSPC (no space left) and EIO (disk error) are raised by each operation in turn: opening, writing and
 renaming a file of the first, a middle and the last checkpoint, and of the result. *Torn* leaves half of the bytes and
 kills the process. Files are damaged in the newest checkpoint of an interrupted run, or in a finished run. *Detected*
 means that the run stopped with an error that names the path, or that a warning named the damaged file (a missing
