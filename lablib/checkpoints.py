@@ -313,6 +313,6 @@ class ResumableTrainer:
         self.notes = [*saved["notes"], *notes]
         self._best_weights = best if state["best_global_step"] else None
         if state["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"]:
-            self.args.num_train_epochs, self.args.max_steps = int(state["epoch"]), -1  # or another step would be made
+            self.args.num_train_epochs = int(state["epoch"])  # or another step would be made
         self._since_last_log.restore(saved["progress"]["measured"])
         self._clock = time.monotonic() - saved["progress"]["seconds"]

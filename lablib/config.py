@@ -47,14 +47,12 @@ class FurtherArguments(TypedDict, total=False):
     adam_beta1: Share
     adam_beta2: Share
     adam_epsilon: Positive
-    dataloader_num_workers: Natural
     ddp_backend: str
     ddp_find_unused_parameters: bool
     ddp_timeout: Natural
     disable_tqdm: bool
     gradient_accumulation_steps: _Whole
     lr_scheduler_kwargs: dict[str, Any]
-    max_steps: _Whole  # in place of num_epochs
 
 
 DATASET_NAMES = ("digits", "MNIST", "FashionMNIST", "KMNIST", "EMNIST", "CIFAR10", "CIFAR100", "SVHN", "STL10")

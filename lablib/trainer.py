@@ -93,7 +93,7 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
         most = min(1000, 2**22 // data.train_images[0].numel())  # as many images as hold 4 million values
         args.per_device_eval_batch_size = max(config.batch_size, most) // args.world_size * args.world_size
         images, labels = data.train_images, data.train_labels
-        if fits(images, args.device) and not args.dataloader_num_workers:  # forked workers cannot use a GPU
+        if fits(images, args.device):
             images, labels = images.to(args.device), labels.to(args.device)
         train, validation = stratified_split(data.train_labels, config.validation_split, config.seed)
         train = stratified_subset(train, data.train_labels, config.max_train_images, config.seed)
@@ -145,7 +145,7 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """As upstream; a single process draws its batches as tensors of indices."""
-        if self.args.world_size > 1 or self.args.dataloader_num_workers:
+        if self.args.world_size > 1:
             return super().get_train_dataloader()
         data, seed = self.train_dataset, self.args.data_seed
         batches = ShuffledBatches(len(data), self._train_batch_size, seed, data.indices.device)
@@ -279,8 +279,7 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
     def is_last_step(self) -> bool:
         """Whether the step that is being made is the last one of an epoch."""
         steps = math.ceil(len(self.callback_handler.train_dataloader) / self.args.gradient_accumulation_steps)
-        step = self.state.global_step + 1
-        return step % steps == 0 or step == self.state.max_steps
+        return (self.state.global_step + 1) % steps == 0
 
     def _get_grad_norm(self, model, grad_norm=None):
         # Upstream computes the norm in every step (a tenth of a small MLP's time) and logs it once per epoch.

@@ -136,7 +136,6 @@ PATIENT = {"num_epochs": 6, "early_stopping_patience": 2, "trainer_class": Scrip
         ((STEPS + 1, 3 * STEPS + 2), PATIENT),
         ((4 * STEPS,), PATIENT),
         ((STEPS + 1, 3 * STEPS + 2), PATIENT | {"trainer_class": TwicePatient}),
-        *[((step,), {"training_arguments": {"max_steps": 10}}) for step in (7, 10)],
     ],
 )
 def test_ctrl_c_ends_the_step_with_a_checkpoint_and_the_resumed_training_ends_bitwise_the_same(steps, more, build):
