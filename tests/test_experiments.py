@@ -157,12 +157,10 @@ def test_experiments_can_be_divided_and_joined_if_they_agree_on_the_data_and_wha
     failed = replace(narrow, runs={}, failures=dict.fromkeys(narrow.runs, "trained since"))
     assert (failed | narrow).failures == {}
     longer = replace(narrow, config=replace(finished.config, num_epochs=3))
-    with pytest.raises(ValueError, match="different configs; pass config="):
+    with pytest.raises(ValueError, match="different configs or callbacks; pass config="):
         (longer | finished).distil("narrow", "wide", 4, 0.5)
-    with pytest.raises(ValueError, match="different callbacks; call distil on one of them"):
+    with pytest.raises(ValueError, match="different configs or callbacks"):
         (replace(narrow, callbacks=[Counting()]) | wide | finished).distil("narrow", "wide", 4, 0.5)
-    counted = [replace(part, callbacks=[Counting()]) for part in (narrow, wide)]
-    assert (counted[0] | counted[1]).callbacks == counted[0].callbacks
     for seed in (0, 7):
         with pytest.raises(ValueError, match="'narrow' differently, or with other seeds"):
             finished | replace(narrow, runs={("narrow", seed): finished.runs["wide", 0]})
@@ -257,14 +255,12 @@ def test_a_student_in_a_grid_is_the_one_trained_alone_with_its_teacher(distilled
     assert list(finished.distil("narrow", "wide", np.array([1, 4]), 0.5).models) == cells[::2]
 
 
-def test_a_student_whose_teacher_failed_has_failed_and_the_others_are_trained(finished, tmp_path):
+def test_students_have_the_seeds_of_the_teachers_that_finished(finished, tmp_path):
     partly = replace(finished, config=config_in(tmp_path), failures={("wide", 1): "ArithmeticError: no forward today"})
     partly = replace(partly, runs={key: run for key, run in finished.runs.items() if key != ("wide", 1)})
     students = partly.distil("narrow", "wide", 4, 0.7)
     assert list(students.runs) == [("Distilled", 0)]
-    assert students.failures == {("Distilled", 1): "its teacher failed: ArithmeticError: no forward today"}
-    assert students.frame()["seed"].tolist() == [0, 1]
-    with pytest.raises(RuntimeError, match="all teachers failed: ArithmeticError"):
+    with pytest.raises(KeyError, match="ArithmeticError: no forward today"):
         partly.distil("narrow", "wide", 4, 0.7, seeds=[1])
     with pytest.raises(KeyError, match=r"no finished run \('[\w-]+', 7\): there are "):
         partly.distil("narrow", "wide", 4, 0.7, seeds=[7])
@@ -320,19 +316,15 @@ def test_a_run_that_fails_loses_no_other_and_the_users_lines_are_shown_once(brok
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [
-        ({"data": "digits"}, TypeError, "data = 'digits', but it must be an ImageData, as load_data gives"),
-        ({"config": {"seed": 1}}, TypeError, "config = {'seed': 1}, but it must be a TrainingConfig"),
         ({"config": TrainingConfig(seed=5)}, ValueError, r"the config has seed = 5; write seeds = \[5\] instead"),
-        ({"jobs": "2"}, TypeError, "jobs = '2', but it must be a whole number"),
         ({"seeds": "012"}, TypeError, "seeds = '012'"),
         ({"seeds": 1.5}, TypeError, "seeds = 1.5"),
         ({"models": {}}, ValueError, "0 models and 1 seeds"),
         ({"models": dict.fromkeys("ab", MODELS["wide"])}, ValueError, "the models 'a' and 'b' are the same network"),
-        ({"models": {8: tiny_mlp}}, ValueError, "the name 8 must be a text"),
-        ({"models": [tiny_mlp]}, TypeError, "but it must be a dict that gives for each name a function"),
-        ({"models": {"net": tiny_mlp()}}, TypeError, "'net' is a network; give a function that builds one"),
+        ({"models": {8: tiny_mlp}}, ValueError, "8 and .* are given, but each must be a name"),
+        ({"models": {"net": tiny_mlp()}}, ValueError, "each must be .* a function such as lambda"),
         ({"seeds": []}, ValueError, "2 models and 0 seeds"),
-        ({"trainer_class": {("wide", 0): StreamlinedTrainer}}, ValueError, r"no trainer for \[\('narrow', 0\)\]"),
+        ({"trainer_class": {("wide", 0): StreamlinedTrainer}}, KeyError, r"\('narrow', 0\)"),
     ],
 )
 def test_arguments_that_cannot_be_used_are_refused(arguments, error, words, config, tiny_data, no_training):
