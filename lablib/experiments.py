@@ -139,10 +139,8 @@ class Experiment:
     def _of_each_run(self, table_of: Callable[[Run], pd.DataFrame]) -> pd.DataFrame:
         """The tables of all runs in one, with the columns model and seed."""
         keys = [key for key in product(self.models, self.seeds) if key in self.runs]
-        tables = {key: table for key in keys if len(table := table_of(self.runs[key]))}
-        if not tables:
-            return pd.DataFrame(columns=["model", "seed"])
-        return pd.concat(tables, names=["model", "seed"]).droplevel(-1).reset_index()
+        tables = [table_of(self.runs[key]) for key in keys]
+        return pd.concat(tables, keys=keys, names=["model", "seed"]).droplevel(-1).reset_index()
 
     def table(self, reference: Mapping[str, float] | None = None, save_to: str | Path | None = None) -> pd.DataFrame:
         """One row per network, as text; `reference` has published accuracies (fractions), `save_to` is a CSV file."""
