@@ -6,13 +6,12 @@ import dataclasses
 import difflib
 import functools
 import gc
-import inspect
 import numbers
 import os
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
 from pydantic.dataclasses import dataclass
@@ -52,7 +51,6 @@ class FurtherArguments(TypedDict, total=False):
     ddp_timeout: Natural
     disable_tqdm: bool
     gradient_accumulation_steps: _Whole
-    lr_scheduler_kwargs: dict[str, Any]
 
 
 DATASET_NAMES = ("digits", "MNIST", "FashionMNIST", "KMNIST", "EMNIST", "CIFAR10", "CIFAR100", "SVHN", "STL10")
@@ -64,9 +62,8 @@ NOT_IDENTITY = (
 )  # fmt: skip
 
 # What these names of transformers are called here.
-_ALIASES = {"lr": "learning_rate", "per_device_train_batch_size": "batch_size", "report_to": "use_wandb"}
-_ALIASES |= {"bf16": "precision", "fp16": "precision"}
-_ALIASES |= dict.fromkeys(FurtherArguments.__annotations__, "training_arguments")
+_ALIASES = dict.fromkeys(FurtherArguments.__annotations__, "training_arguments")
+_ALIASES |= {"lr": "learning_rate", "bf16": "precision", "fp16": "precision"}
 
 _PRIVATE = ("telegram_bot_token", "telegram_chat_id", "training_arguments")  # no error shows what they hold
 _PLAINER = {  # type of a pydantic error -> plainer words for it
@@ -179,7 +176,7 @@ class TrainingConfig:
         """The same settings as `transformers.TrainingArguments`; checkpoints go to `output_dir`.
 
         The batch size counts the images of all processes. Raises ValueError if it is no multiple of their number, and
-        for further arguments that have no effect.
+        for arguments of Adam if the optimizer is SGD.
         """
         import torch
         from transformers import TrainingArguments
@@ -187,12 +184,9 @@ class TrainingConfig:
         if self.batch_size % num_processes():
             reason = f"it should be a multiple of the number of processes, which is {num_processes()}"
             raise ValueError(f"TrainingConfig: batch_size = {self.batch_size}, but {reason}")
-        idle = dict.fromkeys(("adam_beta1", "adam_beta2", "adam_epsilon"), ("optimizer", "sgd"))
-        idle["lr_scheduler_kwargs"] = "lr_schedule", "constant"
-        for name, (setting, value) in idle.items():
-            if name in self.training_arguments and getattr(self, setting) == value:
-                reason = f"{setting} = {value!r} does not use it"
-                raise ValueError(f"TrainingConfig: training_arguments[{name!r}] has no effect; {reason}")
+        idle = [name for name in self.training_arguments if self.optimizer == "sgd" and name.startswith("adam_")]
+        if idle:
+            raise ValueError(f"TrainingConfig: training_arguments[{idle[0]!r}] has no effect on optimizer = 'sgd'")
         if num_processes() > 1:
             atexit.register(_leave_group)
         return TrainingArguments(
@@ -224,11 +218,6 @@ class TrainingConfig:
             dataloader_pin_memory=False,  # the images are on the device already
             **({"disable_tqdm": True, "ddp_find_unused_parameters": False} | self.training_arguments),
         )
-
-
-# as help() and JupyterLab show it: without pydantic's bounds
-_kinds, _parameters = get_type_hints(TrainingConfig), inspect.signature(TrainingConfig).parameters.values()
-TrainingConfig.__signature__ = inspect.Signature([p.replace(annotation=_kinds[p.name]) for p in _parameters])
 
 
 def check_parameters(namespace: dict[str, Any]) -> None:

@@ -49,7 +49,6 @@ def test_a_misspelt_field_is_refused_with_the_right_spelling_and_all_faults_are_
     for theirs, ours in known.items():
         with pytest.raises(ValueError, match=f"there is no parameter {theirs!r}. Did you mean {ours!r}"):
             TrainingConfig(**{theirs: 1})
-    assert "learning_rate: float = 0.001, optimizer: Literal" in str(TrainingConfig.__signature__)
     with pytest.raises(ValueError, match=r"batch_size = 0.*\n.*seed = -1"):
         TrainingConfig(seed=-1, batch_size=0)
 
@@ -73,11 +72,10 @@ def test_further_training_arguments_win_over_the_labs_defaults_and_the_others_ar
     arguments = config.to_training_arguments(str(tmp_path))
     assert (arguments.adam_beta1, arguments.disable_tqdm) == (0.8, False)
     assert (arguments.seed, arguments.data_seed, arguments.use_cpu, arguments.report_to) == (3, 3, True, [])
-    for name, value in {"adam_beta1": 0.8, "lr_scheduler_kwargs": {}}.items():
-        with pytest.raises(ValueError, match=rf"training_arguments\['{name}'\] has no effect"):
-            TrainingConfig(optimizer="sgd", training_arguments={name: value}).to_training_arguments("out")
+    with pytest.raises(ValueError, match=r"training_arguments\['adam_beta1'\] has no effect"):
+        TrainingConfig(optimizer="sgd", training_arguments={"adam_beta1": 0.8}).to_training_arguments("out")
     for name in ("adam_beta_1", "fsdp", "num_train_epochs", "eval_delay", "max_steps", "label_smoothing_factor"):
-        with pytest.raises(ValueError, match=rf"training_arguments\['{name}'\] is none of adam_beta1, .*lr_scheduler"):
+        with pytest.raises(ValueError, match=rf"training_arguments\['{name}'\] is none of adam_beta1, .*gradient_acc"):
             TrainingConfig(training_arguments={"adam_beta1": 0.8, name: 1})
     theirs = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
     assert theirs >= {*FurtherArguments.__annotations__}
