@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import math
 import os
 import re
 import threading
@@ -40,8 +39,7 @@ class TelegramNotifier:
     get through within `deadline` seconds.
     """
 
-    deadline = 60.0  # seconds for a request with all its attempts; at most 10 if there was no connection before
-    unreachable = False  # whether the last request of this process found no connection
+    deadline = 30.0  # seconds for a request with all its attempts
     pause = 1.0  # seconds before the second attempt; doubled for each further one
 
     def __init__(
@@ -73,7 +71,7 @@ class TelegramNotifier:
 
     def _call(self, method: str, **fields: str) -> dict:
         """The result of one of the Bot API's methods; temporary failures are retried."""
-        until, pause = time.monotonic() + min(self.deadline, 10 if self.unreachable else math.inf), self.pause
+        until, pause = time.monotonic() + self.deadline, self.pause
         while not (reply := self._attempt(method, fields, until - time.monotonic())).get("ok"):
             status, parameters = reply.get("error_code"), reply.get("parameters") or {}
             if (new := str(parameters.get("migrate_to_chat_id", self.chat_id))) != self.chat_id:
@@ -83,13 +81,11 @@ class TelegramNotifier:
             wait = max(pause, parameters.get("retry_after", 0))
             temporary = status in (None, 429) or status >= 500
             if not temporary or time.monotonic() + wait > until:
-                type(self).unreachable = status is None
                 hint = "; is TELEGRAM_BOT_TOKEN right?" if status in (401, 404) else ""
                 said = redacted(reply["description"].replace(self._token.get_secret_value(), "…"))[:200]
                 raise TelegramError(f"{status or ''} {said}{hint}".strip(), status)
             time.sleep(wait)
             pause *= 2
-        type(self).unreachable = False
         return reply["result"]
 
     def _attempt(self, method: str, fields: dict[str, str], seconds: float) -> dict:

@@ -30,7 +30,6 @@ def _alone(api, monkeypatch):
     """No proxy, short waits, and no thread that outlives its test."""
     monkeypatch.setenv("HTTP_PROXY", closed_port())  # which no message with a token may pass
     monkeypatch.setattr(TelegramNotifier, "deadline", 5.0)
-    monkeypatch.setattr(TelegramNotifier, "unreachable", False)
     yield
     for thread in threading.enumerate():
         if thread.name == "telegram check":
@@ -112,16 +111,6 @@ def test_what_is_temporary_is_tried_again_with_longer_and_longer_pauses(api, not
     notifier.send_message("text")
     pauses = [after.at - before.at for before, after in pairwise(api.requests)]
     assert [pause >= least for pause, least in zip(pauses, (0.05, 0.1, 0.2, 0.5), strict=True)] == [True] * 4
-
-
-def test_without_a_connection_later_messages_are_given_up_sooner(monkeypatch):
-    monkeypatch.setattr(TelegramNotifier, "deadline", 60.0)
-    monkeypatch.setattr(TelegramNotifier, "pause", 61.0)
-    with pytest.raises(TelegramError, match="no connection"):
-        TelegramNotifier(TOKEN, CHAT, closed_port()).send_message("text")
-    monkeypatch.setattr(TelegramNotifier, "pause", 11.0)
-    with pytest.raises(TelegramError, match="no connection"):
-        TelegramNotifier(TOKEN, CHAT, closed_port()).send_message("text")
 
 
 @pytest.mark.usefixtures("in_environment")
