@@ -64,10 +64,8 @@ class TelegramNotifier:
         return redacted(f"The token belongs to {bot.get('first_name')} (@{bot.get('username')}).")
 
     def send_message(self, text: str) -> None:
-        """Send plain text; what exceeds Telegram's 4096 characters (emoji count twice) is cut off."""
-        units = text.encode("utf-16-le")
-        cut = units[:8000].decode("utf-16-le", "ignore") + "…"
-        self._call("sendMessage", text=text if len(units) <= 8000 else cut)
+        """Send plain text, cut off after 4000 characters; Telegram refuses more than 4096 and counts emoji twice."""
+        self._call("sendMessage", text=text if len(text) <= 4000 else f"{text[:4000]}…")
 
     def _call(self, method: str, **fields: str) -> dict:
         """The result of one of the Bot API's methods; temporary failures are retried."""
