@@ -188,10 +188,10 @@ def _mode() -> str:
         import wandb
     except ImportError:
         raise RuntimeError("not installed; `pip install wandb` installs it") from None
+    if wandb.run:  # the user's; `wandb.login` would refuse
+        return wandb.run.settings.mode
     settings = wandb.setup().settings
     mode = os.environ.get("WANDB_MODE") or settings.mode
-    if wandb.run:  # the user's; `wandb.login` would refuse
-        return "disabled" if wandb.run.disabled else "offline" if wandb.run.offline else mode
     if mode in ("offline", "dryrun", "disabled"):
         return mode
     silent, settings.silent = settings.silent, True  # otherwise it asks the server who this is, and waits
