@@ -110,7 +110,10 @@ class ImageData:
     @property
     def fingerprint(self) -> str:
         """SHA-256 over every image, label and class name: two data sets with the same one are the same."""
-        state = [getattr(self, name)._version for name in _TENSORS], self._samples()  # PyTorch counts its own changes
+        versions = [getattr(self, name)._version for name in _TENSORS]  # PyTorch counts its own changes
+        # to notice NumPy's: checksums of all labels, and of a thousand images of each part
+        samples = (a if a.ndim == 1 else a[fixed_sample(len(a), 1000).numpy()] for a in self._arrays)
+        state = versions, [crc32(np.ascontiguousarray(sample)) for sample in samples]
         if self._hashed[0] != state:
             digest = hashlib.sha256(repr((self.image_shape, self.class_names)).encode())
             for array in self._arrays:
@@ -119,19 +122,12 @@ class ImageData:
             vars(self)["_hashed"] = state, digest.hexdigest()
         return self._hashed[1]
 
-    def _samples(self) -> list[int]:
-        """Checksums of all labels and of a thousand images of each part, to notice what NumPy changed in place."""
-        samples = (a if a.ndim == 1 else a[fixed_sample(len(a), 1000).numpy()] for a in self._arrays)
-        return [crc32(np.ascontiguousarray(sample)) for sample in samples]
-
     def __identity__(self) -> list[str]:
         return [self.name, self.fingerprint]
 
     def __reduce__(self):
         # joblib shares an array with its workers instead of copying it, and knows by its `id` whether it has done so
-        unchanged = [0] * len(_TENSORS), self._samples()  # PyTorch has counted no change of the copy's new tensors
-        known = {"_hashed": (unchanged, self.fingerprint), "channel_statistics": self.channel_statistics}
-        return ImageData, (self.name, *self._arrays, self.class_names), known
+        return ImageData, (self.name, *self._arrays, self.class_names)
 
 
 class ImageBatches(Dataset):

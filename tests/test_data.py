@@ -145,8 +145,7 @@ def test_the_fingerprint_is_that_of_pixels_labels_and_names_in_any_memory_layout
         assert same.fingerprint == replace(same).fingerprint != before
 
 
-def test_a_pickled_data_set_comes_back_as_it_was_and_knows_its_fingerprint(tiny_data):
+def test_a_pickled_data_set_comes_back_as_it_was(tiny_data):
     copy = pickle.loads(pickle.dumps(tiny_data))
-    assert vars(copy)["_hashed"] == (([0] * 4, tiny_data._samples()), tiny_data.fingerprint)
     assert copy.name == tiny_data.name
     assert copy.fingerprint == replace(copy).fingerprint == tiny_data.fingerprint
