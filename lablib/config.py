@@ -41,12 +41,11 @@ _TOKEN = re.compile(r"\d+(?::|%3[Aa])[\w-]{30,}")
 
 
 class FurtherArguments(TypedDict, total=False):
-    """Fields of transformers.TrainingArguments, that no setting of ours covers and that are known to work here."""
+    """Further fields of transformers.TrainingArguments that work here; no texts, as W&B is told all of them."""
 
     adam_beta1: Share
     adam_beta2: Share
     adam_epsilon: Positive
-    ddp_backend: str
     ddp_find_unused_parameters: bool
     ddp_timeout: Natural
     disable_tqdm: bool
