@@ -6,12 +6,13 @@ import dataclasses
 import difflib
 import functools
 import gc
+import inspect
 import numbers
 import os
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
 from pydantic.dataclasses import dataclass
@@ -217,6 +218,11 @@ class TrainingConfig:
             dataloader_pin_memory=False,  # the images are on the device already
             **({"disable_tqdm": True, "ddp_find_unused_parameters": False} | self.training_arguments),
         )
+
+
+# as help() and JupyterLab show it: without pydantic's bounds
+_kinds, _parameters = get_type_hints(TrainingConfig), inspect.signature(TrainingConfig).parameters.values()
+TrainingConfig.__signature__ = inspect.Signature([p.replace(annotation=_kinds[p.name]) for p in _parameters])
 
 
 def check_parameters(namespace: dict[str, Any]) -> None:

@@ -296,14 +296,23 @@ def experiment(
     RuntimeError if all fail, and TypeError or ValueError for arguments that cannot be used. Telegram gets one message
     at the end; none if all runs are loaded.
     """
+    for name, value, kind, words in (
+        ("models", models, Mapping, "a dict that gives for each name a function which builds the network"),
+        ("config", config, TrainingConfig, "a TrainingConfig"),
+        ("data", data, ImageData, "an ImageData, as load_data gives"),
+    ):
+        if not isinstance(value, kind):
+            raise TypeError(f"{name} = {value!r}, but it must be {words}")
     if config.seed:
         raise ValueError(f"the config has seed = {config.seed}; write seeds = [{config.seed}] instead")
     if num_processes() > 1:
         raise ValueError("under torchrun, use train_or_load: an experiment trains each run in one process")
     for name, build in models.items():
-        if not isinstance(name, str) or name.startswith("_") or "$" in name or isinstance(build, nn.Module):
-            needed = "a name without $ that does not begin with _, and a function such as lambda: Net()"
-            raise ValueError(f"models: {name!r} and {build!r} are given, but each must be {needed}")
+        if not isinstance(name, str) or name.startswith("_") or "$" in name:
+            raise ValueError(f"models: the name {name!r} must be a text without $ that does not begin with _")
+        if isinstance(build, nn.Module) or not callable(build):
+            given = f"models: {name!r} is a {type(build).__name__}"
+            raise TypeError(f"{given}; give a function that builds a network, such as lambda: Net()")
     result = Experiment(data, config, dict(models), _seeds(seeds), list(callbacks))
     keys = [*product(result.models, result.seeds)]
     if not keys:

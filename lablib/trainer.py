@@ -322,10 +322,7 @@ def sanity_check(trainer: StreamlinedTrainer) -> None:
         if not len(trainer._since_last_log):
             raise SanityCheckError("compute_loss recorded nothing; override `losses` or `outputs` instead of it")
         if last < full and args.world_size == 1:  # several processes fill it up
-            nearby = range(max(last + 1, batch_size - 8), batch_size + 9)
-            fuller = max(nearby, key=lambda size: _in_last_batch(number, size) / size)
-            advice = f". Use batch_size = {fuller}, whose last batch has {_in_last_batch(number, fuller)} images"
-            _try(trainer, "the last batch of an epoch", trainer.train_dataset, last, advice)
+            _try(trainer, "the last batch of an epoch", trainer.train_dataset, last, ". Use another batch_size")
         if shapes != {name: getattr(weight, "shape", None) for name, weight in model.state_dict().items()}:
             what = f"names or shapes in the state_dict() of {type(model).__name__} change in training"
             raise SanityCheckError(f"{what}; create all buffers in __init__")

@@ -49,6 +49,7 @@ def test_a_misspelt_field_is_refused_with_the_right_spelling_and_all_faults_are_
     for theirs, ours in known.items():
         with pytest.raises(ValueError, match=f"there is no parameter {theirs!r}. Did you mean {ours!r}"):
             TrainingConfig(**{theirs: 1})
+    assert "learning_rate: float = 0.001, optimizer: Literal" in str(TrainingConfig.__signature__)
     with pytest.raises(ValueError, match=r"batch_size = 0.*\n.*seed = -1"):
         TrainingConfig(seed=-1, batch_size=0)
 

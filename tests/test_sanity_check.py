@@ -108,11 +108,10 @@ def test_a_loss_that_would_fail_or_not_be_recorded_is_refused(method, own, words
 
 
 @pytest.mark.parametrize("batch_size", [13, 26])  # of 27 images
-def test_a_last_batch_that_fails_is_refused_with_a_batch_size_that_trains(batch_size, tiny_data):
+def test_a_last_batch_that_fails_is_refused(batch_size, tiny_data):
     words = refused(batch_normed(), tiny_data, batch_size=batch_size)
     assert words.startswith("the last batch of an epoch (1 of 27 images) fails with ValueError: Expected more than 1")
-    assert "Sequential was given float32 (1, 1, 6, 6)" in words
-    train(batch_normed(), tiny_data, batch_size=int(words.partition("Use batch_size = ")[2].partition(",")[0]))
+    assert words.endswith("Sequential was given float32 (1, 1, 6, 6). Use another batch_size")
 
 
 def test_the_check_is_of_several_classes_and_of_as_few_images_as_the_last_test_batch_has(tiny_data):
