@@ -1,11 +1,9 @@
-"""The networks: images in (float, batch × channels × height × width), logits out (batch × classes); ONNX export."""
+"""The networks: images in (float, batch × channels × height × width), logits out (batch × classes)."""
 
-import copy
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
@@ -190,22 +188,3 @@ def unprepared(model: nn.Module) -> nn.Module:
     if original := vars(model).pop("_original_forward", None):
         model.forward = original
     return model
-
-
-def export_onnx(model: nn.Module, path: str | Path, image_shape: Sequence[int]):
-    """Write a model in eval mode and float32 as one ONNX file, for batches of any size; the model stays as it was.
-
-    Input `images` (float32, batch × channels × height × width, as `ImageData.normalise` gives them), output `logits`;
-    `image_shape` is (channels, height, width). Needs the packages onnx and onnxscript. Raises ValueError for another
-    shape, and what `torch.export.export` and `torch.onnx.export` raise.
-    """
-    if len(image_shape) != 3:
-        raise ValueError(f"{image_shape = }, but it must be (channels, height, width)")
-    exported = unprepared(copy.deepcopy(model)).cpu().float()
-    exported.eval()
-    images = torch.zeros(2, *image_shape)  # a batch of 1 would be taken for a constant
-    shapes = ({0: torch.export.Dim("batch")},)
-    # this refuses a model that needs one batch size; torch.onnx alone would silently write that size into the file
-    program = torch.export.export(exported, (images,), dynamic_shapes=shapes)
-    names = {"input_names": ["images"], "output_names": ["logits"], "dynamic_shapes": shapes}
-    torch.onnx.export(program, f=path, **names, external_data=False, verbose=False)

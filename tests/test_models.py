@@ -1,16 +1,15 @@
-"""The networks against closed formulas, arithmetic by hand, torchvision and onnxruntime; and what they refuse."""
+"""The networks against closed formulas, arithmetic by hand, torchvision; and what they refuse."""
 
 from itertools import product
 
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
 from lablib import MLP, ResidualCNN, ResidualMLP, SimpleCNN
-from lablib.models import PlainBlock, export_onnx
+from lablib.models import PlainBlock
 
 TINY = (1, 4, 4)
 
@@ -138,27 +137,3 @@ def test_the_weights_of_another_network_are_refused(tmp_path):
     MLP((8, 8)).save_pretrained(tmp_path)
     with pytest.raises(RuntimeError, match="Missing key"):
         ResidualMLP.from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"image_shape = \(28, 28\), but it must be \(channels, height, width\)"):
-        export_onnx(MLP((8,)), tmp_path / "model.onnx", (28, 28))
-
-
-@pytest.mark.parametrize("name", ["ResidualMLP", "ResidualCNN"])
-def test_onnxruntime_gives_pytorchs_logits_for_every_batch_size_from_one_file(name, tmp_path):
-    network, image_shape = SAVED[name]
-    model, path = randomised(network()).double().train(), tmp_path / "model.onnx"
-    vars(model).update(_original_forward=model.forward, forward=None)  # as after a training in half precision
-    export_onnx(model, path, image_shape)
-    del model.forward
-    assert all(module.training for module in model.modules())
-    assert all(parameter.dtype == torch.float64 for parameter in model.parameters())
-    assert list(tmp_path.iterdir()) == [path]  # the weights are inside
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    (taken,), (given,) = session.get_inputs(), session.get_outputs()
-    assert (taken.name, taken.type, taken.shape) == ("images", "tensor(float)", ["batch", *image_shape])
-    assert (given.name, given.type, given.shape) == ("logits", "tensor(float)", ["batch", 3])
-    for batch in (1, 3, 128):
-        images = torch.randn(batch, *image_shape)
-        (theirs,) = session.run(["logits"], {"images": images.numpy()})
-        ours = model.float().eval()(images).detach()
-        assert ours.std() > 0.1  # the logits are no constant that any network would give
-        torch.testing.assert_close(torch.from_numpy(theirs), ours, atol=1e-4, rtol=0)

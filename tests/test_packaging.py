@@ -57,7 +57,7 @@ def test_one_command_sets_the_repositorys_address_everywhere_and_what_is_no_addr
 
 
 def test_lablib_imports_what_takes_seconds_when_it_is_asked_for_and_trains_without_services_and_extras(tmp_path):
-    names = ["wandb", "papermill", "nbval", "IPython", "torchmetrics", "onnx", "onnxscript", "onnxruntime"]
+    names = ["wandb", "papermill", "nbval", "IPython", "torchmetrics"]
     code = f"""
 import sys
 sys.modules.update(dict.fromkeys({names}))
