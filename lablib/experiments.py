@@ -296,28 +296,14 @@ def experiment(
     RuntimeError if all fail, and TypeError or ValueError for arguments that cannot be used. Telegram gets one message
     at the end; none if all runs are loaded.
     """
-    for name, value, kind, words in (
-        ("models", models, Mapping, "a dict that gives for each name a function which builds the network"),
-        ("config", config, TrainingConfig, "a TrainingConfig"),
-        ("data", data, ImageData, "an ImageData, as load_data gives"),
-    ):
-        if not isinstance(value, kind):
-            raise TypeError(f"{name} = {value!r}, but it must be {words}")
-    if config.seed:
-        raise ValueError(f"the config has seed = {config.seed}; write seeds = [{config.seed}] instead")
-    if num_processes() > 1:
-        raise ValueError("under torchrun, use train_or_load: an experiment trains each run in one process")
-    for name, build in models.items():
-        if not isinstance(name, str) or name.startswith("_") or "$" in name:
-            raise ValueError(f"models: the name {name!r} must be a text without $ that does not begin with _")
-        if isinstance(build, nn.Module) or not callable(build):
-            given = f"models: {name!r} is a {type(build).__name__}"
-            raise TypeError(f"{given}; give a function that builds a network, such as lambda: Net()")
+    _check_arguments(models, config, data)
     result = Experiment(data, config, dict(models), _seeds(seeds), list(callbacks))
     keys = [*product(result.models, result.seeds)]
     if not keys:
         raise ValueError(f"{len(result.models)} models and {len(result.seeds)} seeds, but at least one each is needed")
     trainers = trainer_class if isinstance(trainer_class, Mapping) else dict.fromkeys(keys, trainer_class)
+    if lacking := [key for key in keys if key not in trainers]:
+        raise ValueError(f"trainer_class has no trainer for {lacking}; it has some for {list(trainers)}")
     telling = nullcontext()
     if config.use_telegram_notifications:
         from lablib.telegram import ExperimentMessages  # with transformers
@@ -326,24 +312,9 @@ def experiment(
     # the experiment speaks for its runs, and the token stays in this process; workers may be in another folder
     config = replace(config, use_telegram_notifications=False, telegram_bot_token=None)
     config, wandb_mode = replace(config, output_dir=os.path.abspath(config.output_dir)), ""
-    missing, paths, named = {}, {}, {}  # the identities and folders of runs to be trained; all runs' names -> models
     with telling as messages:
-        for name, seed in keys:
-            seeded, trainer = replace(config, seed=seed), trainers[name, seed]
-            try:
-                identity = run_identity(result.models[name], seeded, data, trainer, result.callbacks)
-                run = find_run(run_name(identity), config.output_dir, weights)
-            except Exception as error:
-                _note_failure(result, (name, seed), *line_and_trace(error))
-                continue
-            if (twin := named.setdefault(run_name(identity), name)) != name:
-                advice = "a lambda in a loop sees the last value only; write functools.partial(Network, width) there"
-                raise ValueError(f"the models {twin!r} and {name!r} are the same network, trained alike ({advice})")
-            if run:
-                result.runs[name, seed] = run
-            else:
-                missing[name, seed] = identity
-                paths[name, seed] = Path(config.output_dir, run_name(identity))
+        missing = _look_up(result, config, trainers, weights)
+        paths = {key: Path(config.output_dir, run_name(identity)) for key, identity in missing.items()}
         if missing and config.use_wandb:  # asked once, for all runs
             from lablib.tracking import mode_here  # with transformers
 
@@ -361,13 +332,58 @@ def experiment(
                 own = {"trainer_class": trainers[key], "identity": identity}
                 tasks.append(joblib.delayed(attempt)(key, result.models[key[0]], seeded, data, **own, **shared))
             _train_all(result, tasks, paths, jobs)
-            result.runs = {key: result.runs[key] for key in keys if key in result.runs}
+            result.runs = {key: result.runs[key] for key in keys if key in result.runs}  # in order
     if result.failures:
         failed, why = f"{len(result.failures)} of {len(keys)} runs failed", dict.fromkeys(result.failures.values())
         if not result.runs:
             raise RuntimeError(f"{failed}: {'; '.join(why)}")
         print(f"{failed}: {', '.join(dict.fromkeys(name for name, _ in result.failures))}", flush=True)
     return result
+
+
+def _check_arguments(models: Mapping, config: TrainingConfig, data: ImageData):
+    """Raise TypeError or ValueError, in terms of what the user wrote, for what `experiment` cannot use."""
+    for name, value, kind, words in (
+        ("models", models, Mapping, "a dict that gives for each name a function which builds the network"),
+        ("config", config, TrainingConfig, "a TrainingConfig"),
+        ("data", data, ImageData, "an ImageData, as load_data gives"),
+    ):
+        if not isinstance(value, kind):
+            raise TypeError(f"{name} = {value!r}, but it must be {words}")
+    if config.seed:
+        raise ValueError(f"the config has seed = {config.seed}; write seeds = [{config.seed}] instead")
+    if num_processes() > 1:
+        raise ValueError("under torchrun, use train_or_load: an experiment trains each run in one process")
+    for name, build in models.items():
+        if not isinstance(name, str) or name.startswith("_") or "$" in name:
+            raise ValueError(f"models: the name {name!r} must be a text without $ that does not begin with _")
+        if isinstance(build, nn.Module) or not callable(build):
+            given = f"models: {name!r} is a {type(build).__name__}"
+            raise TypeError(f"{given}; give a function that builds a network, such as lambda: Net()")
+
+
+def _look_up(result: Experiment, config: TrainingConfig, trainers: Mapping, weights: bool) -> dict[Key, dict]:
+    """Add the finished runs to an experiment, and return the identities of those to be trained.
+
+    Raises ValueError if two names stand for one network, which would look like two independent results.
+    """
+    missing, named = {}, {}
+    for name, seed in product(result.models, result.seeds):
+        seeded, trainer = replace(config, seed=seed), trainers[name, seed]
+        try:
+            identity = run_identity(result.models[name], seeded, result.data, trainer, result.callbacks)
+            run = find_run(run_name(identity), config.output_dir, weights)
+        except Exception as error:
+            _note_failure(result, (name, seed), *line_and_trace(error))
+            continue
+        if (twin := named.setdefault(run_name(identity), name)) != name:
+            advice = "a lambda in a loop sees the last value only; write functools.partial(Network, width) there"
+            raise ValueError(f"the models {twin!r} and {name!r} are the same network, trained alike ({advice})")
+        if run:
+            result.runs[name, seed] = run
+        else:
+            missing[name, seed] = identity
+    return missing
 
 
 def _announce(result: Experiment, paths: dict[Key, Path], number: int):

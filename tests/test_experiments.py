@@ -327,7 +327,7 @@ def test_a_run_that_fails_loses_no_other_and_the_users_lines_are_shown_once(brok
         ({"models": {8: tiny_mlp}}, ValueError, "the name 8 must be a text"),
         ({"models": {"net": tiny_mlp()}}, TypeError, "'net' is a MLP; give a function that builds a network"),
         ({"seeds": []}, ValueError, "2 models and 0 seeds"),
-        ({"trainer_class": {("wide", 0): StreamlinedTrainer}}, KeyError, r"\('narrow', 0\)"),
+        ({"trainer_class": {("wide", 0): StreamlinedTrainer}}, ValueError, r"no trainer for \[\('narrow', 0\)\]"),
     ],
 )
 def test_arguments_that_cannot_be_used_are_refused(arguments, error, words, config, tiny_data, no_training):
