@@ -64,6 +64,7 @@ NOT_IDENTITY = (
 # What these names of transformers are called here.
 _ALIASES = dict.fromkeys(FurtherArguments.__annotations__, "training_arguments")
 _ALIASES |= {"lr": "learning_rate", "bf16": "precision", "fp16": "precision"}
+_ALIASES |= {"per_device_train_batch_size": "batch_size", "report_to": "use_wandb"}
 
 _PRIVATE = ("telegram_bot_token", "telegram_chat_id", "training_arguments")  # no error shows what they hold
 _PLAINER = {  # type of a pydantic error -> plainer words for it
