@@ -5,7 +5,7 @@ import os
 import signal
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, product
@@ -22,7 +22,7 @@ from lablib import figures
 from lablib.checkpoints import Interruption
 from lablib.config import TrainingConfig, num_processes
 from lablib.data import UNBALANCED, ImageData
-from lablib.identity import described_network, json_digest, run_identity, run_name
+from lablib.identity import describe, described_callbacks, described_network, json_digest, run_identity, run_name
 from lablib.runs import Key, Run, TrainedModel, attempt, find_run, line_and_trace, local_sources, progress
 from lablib.statistics import compare, compare_effects, readable_table, results_table, save_table, verdicts
 
@@ -37,7 +37,7 @@ class Experiment:
     config: TrainingConfig | None  # None if experiments with different ones were joined
     models: dict[str, Callable[[], nn.Module]]
     seeds: tuple[int, ...]
-    callbacks: list | None  # None as for config
+    callbacks: Sequence | None = ()  # None as for config
     runs: dict[Key, Run] = field(default_factory=dict)
     failures: dict[Key, str] = field(default_factory=dict)
     fingerprint: str = ""
@@ -74,8 +74,9 @@ class Experiment:
             if any(mine[key] != theirs[key] for key in shared) or (mine and theirs and not shared):
                 advice = "use another name, or the same settings and seeds in both (in a notebook, run all cells)"
                 raise ValueError(f"the experiments trained {name!r} differently, or with other seeds; {advice}")
-        config = self.config if self.config == other.config else None
-        callbacks = self.callbacks if self.callbacks == other.callbacks else None
+        config = self.config if describe(self.config, "config") == describe(other.config, "config") else None
+        acting = [e.callbacks if e.callbacks is None else described_callbacks(e.callbacks) for e in (self, other)]
+        callbacks = self.callbacks if acting[0] == acting[1] else None
         models, runs = self.models | other.models, self.runs | other.runs
         failures = {key: error for key, error in (self.failures | other.failures).items() if key not in runs}
         seeds = tuple(sorted({*self.seeds, *other.seeds}))
@@ -139,8 +140,10 @@ class Experiment:
     def _of_each_run(self, table_of: Callable[[Run], pd.DataFrame]) -> pd.DataFrame:
         """The tables of all runs in one, with the columns model and seed."""
         keys = [key for key in product(self.models, self.seeds) if key in self.runs]
-        tables = [table_of(self.runs[key]) for key in keys]
-        return pd.concat(tables, keys=keys, names=["model", "seed"]).droplevel(-1).reset_index()
+        tables = {key: table for key in keys if len(table := table_of(self.runs[key]))}
+        if not tables:
+            return pd.DataFrame(columns=["model", "seed"])
+        return pd.concat(tables, names=["model", "seed"]).droplevel(-1).reset_index()
 
     def table(self, reference: Mapping[str, float] | None = None, save_to: str | Path | None = None) -> pd.DataFrame:
         """One row per network, as text; `reference` has published accuracies (fractions), `save_to` is a CSV file."""
@@ -181,9 +184,9 @@ class Experiment:
         """Train one of the networks as a student: each seed's run learns from the `teacher`'s run with that seed.
 
         With a list of temperatures or alphas there is a student for each pair, named "T = 4, α = 0.7"; else it has the
-        `name`. Callbacks and, by default, config are those of this experiment; the default seeds are those of the
-        teacher's finished runs. Raises as `experiment` does, KeyError for an unknown network or a seed without a
-        teacher, and ValueError if the student or the teacher has a trainer that is not lablib's.
+        `name`. Callbacks, config and seeds are those of this experiment unless others are given. A student whose
+        teacher failed has failed too. Raises as `experiment` does, and KeyError for an unknown network or a seed
+        without a teacher.
         """
         from lablib.distillation import KnowledgeDistillationTrainer  # with transformers, which takes seconds
 
@@ -193,25 +196,38 @@ class Experiment:
         students = {
             f"T = {text(t)}, α = {text(a)}" if several else name: {"temperature": t, "alpha": a} for t, a in pairs
         }
-        pair = self.select(student, teacher)
-        for key, run in pair.runs.items():
-            self._trained(*key)  # checks that its builder has not changed
-            if not json.dumps(run.identity["trainer"]).startswith(('"lablib.', '{"partial": "lablib.')):
-                why = "has a trainer of its own, but distil uses KnowledgeDistillationTrainer"
-                raise ValueError(f"{key[0]!r} {why}; derive yours from it and pass it to experiment")
-        if self.callbacks is None or not (config := config or self.config):
-            advice = "pass config=, or call distil on one of them"
-            raise ValueError(f"the joined experiments have different configs or callbacks; {advice}")
-        if seeds is None:
-            seeds = sorted(pair.values(teacher)) or self.seeds  # without a teacher, the next line says why
-        teachers = {seed: self._trained(teacher, seed) for seed in _seeds(seeds)}
+        seeds = self.seeds if seeds is None else _seeds(seeds)
+        failed = {seed: self.failures[teacher, seed] for seed in seeds if (teacher, seed) in self.failures}
+        taught = [seed for seed in seeds if seed not in failed]
+        if not taught:
+            raise RuntimeError(f"all teachers failed: {'; '.join(dict.fromkeys(failed.values()))}")
+        if not (config := config or self.config):
+            raise ValueError("the joined experiments have different configs; pass config= to distil")
+        if self.callbacks is None:
+            raise ValueError("the joined experiments have different callbacks; call distil on one of them")
+        teachers = {seed: self._trained(teacher, seed) for seed in taught}
+        if (student, taught[0]) in self.runs:
+            self._trained(student, taught[0])  # checks that its builder has not changed
+        self._check_trainers(student, teacher)
         trainers = {
             (cell, seed): partial(KnowledgeDistillationTrainer, teacher=teachers[seed], **knobs)
-            for (cell, knobs), seed in product(students.items(), teachers)
+            for (cell, knobs), seed in product(students.items(), taught)
         }
-        models = dict.fromkeys(students, self.models[student])
+        models = dict.fromkeys(students, self.select(student).models[student])
         more = {"jobs": jobs, "trainer_class": trainers, "callbacks": self.callbacks}
-        return experiment(models, config, self.data, teachers, **more)
+        result = experiment(models, config, self.data, taught, **more)
+        failures = {(cell, seed): f"its teacher failed: {failed[seed]}" for cell, seed in product(students, failed)}
+        return replace(result, seeds=seeds, failures=result.failures | failures)
+
+    def _check_trainers(self, student: str, teacher: str):
+        """Refuse a student's own trainer, and a teacher's own inputs, which distillation would silently replace."""
+        for (model, _), run in self.runs.items():
+            trainer = json.dumps(run.identity["trainer"])
+            own = not trainer.startswith(('"lablib.', '{"partial": "lablib.'))
+            other_inputs = any(f'"{method}"' in trainer for method in ("outputs", "prepare_images"))
+            if (model == student and own) or (model == teacher and other_inputs):
+                why = "has a trainer of its own, but distil uses KnowledgeDistillationTrainer"
+                raise ValueError(f"{model!r} {why}; derive yours from it and pass it to experiment")
 
     def trained_model(self, model: str, seed: int | None = None) -> nn.Module:
         """A model with the best epoch's weights of one of its runs (of the first seed by default), in eval mode.
@@ -225,10 +241,11 @@ class Experiment:
         if key not in self.runs:
             raise KeyError(f"no finished run {key}: {self.failures.get(key) or f'there are {sorted(self.runs)}'}")
         run, build = self.runs[key], self.models[model]
-        _, now = described_network(build, seed)
-        if json_digest(now) != json_digest(run.identity["model"]):
-            advice = "a lambda sees the latest values of its variables; use functools.partial(Network, width)"
-            raise ValueError(f"{model!r} now stands for a different network from the one trained ({advice})")
+        with suppress(TypeError):  # its source is no longer there
+            before, (_, now) = run.identity["model"], described_network(build, seed)
+            if json_digest(now.get("content", now)) != json_digest(before.get("content", before)):
+                advice = "a lambda sees the latest values of its variables; use functools.partial(Network, width)"
+                raise ValueError(f"{model!r} now stands for a different network from the one trained ({advice})")
         return TrainedModel(run, build)
 
 
@@ -296,8 +313,24 @@ def experiment(
     RuntimeError if all fail, and TypeError or ValueError for arguments that cannot be used. Telegram gets one message
     at the end; none if all runs are loaded.
     """
-    _check_arguments(models, config, data)
-    result = Experiment(data, config, dict(models), _seeds(seeds), list(callbacks))
+    for name, value, kind, words in (
+        ("models", models, Mapping, "a dict that gives for each name a function which builds the network"),
+        ("config", config, TrainingConfig, "a TrainingConfig"),
+        ("data", data, ImageData, "an ImageData, as load_data gives"),
+        ("jobs", jobs, int, "a whole number"),
+        ("callbacks", callbacks, Sequence, "a list"),
+    ):
+        if not isinstance(value, kind):
+            raise TypeError(f"{name} = {value!r}, but it must be {words}")
+    if config.seed:
+        raise ValueError(f"the config has seed = {config.seed}; write seeds = [{config.seed}] instead")
+    if num_processes() > 1:
+        raise ValueError("under torchrun, use train_or_load: an experiment trains each run in one process")
+    if odd := [name for name in models if not isinstance(name, str) or name.startswith("_") or "$" in name]:
+        raise ValueError(f"models: the name {odd[0]!r} must be a text without $ that does not begin with _")
+    if built := [name for name, build in models.items() if isinstance(build, nn.Module)]:
+        raise TypeError(f"models: {built[0]!r} is a network; give a function that builds one, such as lambda: Net()")
+    result = Experiment(data, config, dict(models), _seeds(seeds), callbacks)
     keys = [*product(result.models, result.seeds)]
     if not keys:
         raise ValueError(f"{len(result.models)} models and {len(result.seeds)} seeds, but at least one each is needed")
@@ -312,9 +345,20 @@ def experiment(
     # the experiment speaks for its runs, and the token stays in this process; workers may be in another folder
     config = replace(config, use_telegram_notifications=False, telegram_bot_token=None)
     config, wandb_mode = replace(config, output_dir=os.path.abspath(config.output_dir)), ""
+    missing = {}  # the identity of each run that is to be trained
     with telling as messages:
-        missing = _look_up(result, config, trainers, weights)
+        for name, seed in keys:
+            seeded = replace(config, seed=seed)
+            try:
+                identity = run_identity(result.models[name], seeded, data, trainers[name, seed], callbacks)
+                if run := find_run(run_name(identity), config.output_dir, weights):
+                    result.runs[name, seed] = run
+                else:
+                    missing[name, seed] = identity
+            except Exception as error:
+                _note_failure(result, (name, seed), *line_and_trace(error))
         paths = {key: Path(config.output_dir, run_name(identity)) for key, identity in missing.items()}
+        _refuse_twins({key: run.path for key, run in result.runs.items()} | paths)
         if missing and config.use_wandb:  # asked once, for all runs
             from lablib.tracking import mode_here  # with transformers
 
@@ -323,16 +367,16 @@ def experiment(
         if missing:
             if messages:
                 messages.begin(paths)
-            shared = {"callbacks": result.callbacks, "weights": weights, "wandb_mode": wandb_mode}
+            shared = {"callbacks": callbacks, "weights": weights, "wandb_mode": wandb_mode}
             shared |= {"parent": os.getpid(), "sources": local_sources()}
             tasks = []
-            for key, identity in missing.items():
+            for (name, seed), identity in missing.items():
                 # the precision as resolved here: another machine has to follow
-                seeded = replace(config, seed=key[1], precision=identity["config"]["precision"])
-                own = {"trainer_class": trainers[key], "identity": identity}
-                tasks.append(joblib.delayed(attempt)(key, result.models[key[0]], seeded, data, **own, **shared))
+                seeded = replace(config, seed=seed, precision=identity["config"]["precision"])
+                own = {"trainer_class": trainers[name, seed], "identity": identity}
+                tasks.append(joblib.delayed(attempt)((name, seed), result.models[name], seeded, data, **own, **shared))
             _train_all(result, tasks, paths, jobs)
-            result.runs = {key: result.runs[key] for key in keys if key in result.runs}  # in order
+            result.runs = {key: result.runs[key] for key in keys if key in result.runs}
     if result.failures:
         failed, why = f"{len(result.failures)} of {len(keys)} runs failed", dict.fromkeys(result.failures.values())
         if not result.runs:
@@ -341,49 +385,13 @@ def experiment(
     return result
 
 
-def _check_arguments(models: Mapping, config: TrainingConfig, data: ImageData):
-    """Raise TypeError or ValueError, in terms of what the user wrote, for what `experiment` cannot use."""
-    for name, value, kind, words in (
-        ("models", models, Mapping, "a dict that gives for each name a function which builds the network"),
-        ("config", config, TrainingConfig, "a TrainingConfig"),
-        ("data", data, ImageData, "an ImageData, as load_data gives"),
-    ):
-        if not isinstance(value, kind):
-            raise TypeError(f"{name} = {value!r}, but it must be {words}")
-    if config.seed:
-        raise ValueError(f"the config has seed = {config.seed}; write seeds = [{config.seed}] instead")
-    if num_processes() > 1:
-        raise ValueError("under torchrun, use train_or_load: an experiment trains each run in one process")
-    for name, build in models.items():
-        if not isinstance(name, str) or name.startswith("_") or "$" in name:
-            raise ValueError(f"models: the name {name!r} must be a text without $ that does not begin with _")
-        if isinstance(build, nn.Module) or not callable(build):
-            given = f"models: {name!r} is a {type(build).__name__}"
-            raise TypeError(f"{given}; give a function that builds a network, such as lambda: Net()")
-
-
-def _look_up(result: Experiment, config: TrainingConfig, trainers: Mapping, weights: bool) -> dict[Key, dict]:
-    """Add the finished runs to an experiment, and return the identities of those to be trained.
-
-    Raises ValueError if two names stand for one network, which would look like two independent results.
-    """
-    missing, named = {}, {}
-    for name, seed in product(result.models, result.seeds):
-        seeded, trainer = replace(config, seed=seed), trainers[name, seed]
-        try:
-            identity = run_identity(result.models[name], seeded, result.data, trainer, result.callbacks)
-            run = find_run(run_name(identity), config.output_dir, weights)
-        except Exception as error:
-            _note_failure(result, (name, seed), *line_and_trace(error))
-            continue
-        if (twin := named.setdefault(run_name(identity), name)) != name:
+def _refuse_twins(paths: dict[Key, Path]):
+    """Raise ValueError if two names stand for one run, which would look like two independent results."""
+    first = {}
+    for key, path in paths.items():
+        if (twin := first.setdefault(path.name, key)) != key:
             advice = "a lambda in a loop sees the last value only; write functools.partial(Network, width) there"
-            raise ValueError(f"the models {twin!r} and {name!r} are the same network, trained alike ({advice})")
-        if run:
-            result.runs[name, seed] = run
-        else:
-            missing[name, seed] = identity
-    return missing
+            raise ValueError(f"the models {twin[0]!r} and {key[0]!r} are the same network, trained alike ({advice})")
 
 
 def _announce(result: Experiment, paths: dict[Key, Path], number: int):

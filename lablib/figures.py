@@ -1,5 +1,6 @@
 """Tables -> figures. Accuracies come as fractions and are drawn in percent; each figure names its data set and n."""
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def use_style():
 def save(figure: Figure, *paths: str | Path) -> Figure:
     """Write a figure to each path, in the format of its suffix and without a date, so that it is reproducible."""
     for path in paths:
-        path = Path(path).expanduser()
+        path = Path(os.path.expanduser(path))
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
         figure.set_layout_engine("none")  # keeps the present layout, which takes long to compute again
@@ -208,6 +209,7 @@ def gradient_norms(gradients: pd.DataFrame, dataset: str) -> Figure:
     """
     table = with_depth(gradients.assign(rms=gradients["rms"].where(gradients["rms"] > 0)))  # on a logarithmic axis
     table["position"] = (table["layer"] - 1) / (table.groupby("model")["layer"].transform("max") - 1)
+    table = table.dropna(subset="position")  # of a single layer
     look = {"x": "position", "y": "rms", "col": "family", "row": "when", "hue": "depth", "style": "depth"}
     look |= {"palette": sns.color_palette("viridis", table["depth"].nunique())}
     grid = sns.relplot(table, kind="line", **look, estimator=gmean, errorbar=None, legend="full", height=2.9)
@@ -242,9 +244,10 @@ def distillation(frame: pd.DataFrame, names: Mapping[str, str], dataset: str, ch
     parts = []
     for role, model in names.items():
         runs = frame[frame["model"] == model].dropna(subset="test_accuracy")
-        accuracy = summarise(runs["test_accuracy"]).percent().replace(" (", "\n(")
-        label = f"{role}\n{model}\n{runs['parameters'].iloc[0]:,.0f} parameters\n{accuracy}"
-        parts.append(runs.assign(label=label, accuracy=100 * runs["test_accuracy"]))
+        if len(runs):
+            accuracy = summarise(runs["test_accuracy"]).percent().replace(" (", "\n(")
+            label = f"{role}\n{model}\n{runs['parameters'].iloc[0]:,.0f} parameters\n{accuracy}"
+            parts.append(runs.assign(label=label, accuracy=100 * runs["test_accuracy"]))
     table = pd.concat(parts)
     by_seed = table.pivot(index="label", columns="seed", values="accuracy").loc[table["label"].unique()]
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 4.6), layout="constrained")

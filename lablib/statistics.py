@@ -5,6 +5,7 @@ accuracies are fractions. Where a run failed the numbers are NaN, and a column `
 """
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -179,21 +180,26 @@ def results_table(frame: pd.DataFrame, reference: Mapping[str, float] | None = N
 
 def readable_table(table: pd.DataFrame) -> pd.DataFrame:
     """A `results_table` as text to read, with percent signs, intervals and thousands separators."""
-    table = table.set_index("model")
-    table = table.reindex(columns=table.columns.union(["balanced_accuracy_mean", "reference", "error"]))
-    test_accuracies = zip(table["test_accuracy_mean"], table["test_accuracy_ci95"], strict=True)
-    texts = {
-        "parameters": table["parameters"].map("{:,}".format, na_action="ignore"),
-        "validation accuracy": table["val_accuracy_mean"].map(_percent),
-        "test accuracy": [_percent(mean, ci95) for mean, ci95 in test_accuracies],
-        "balanced accuracy": table["balanced_accuracy_mean"].map(_percent),
-        "reference": table["reference"].map(_percent),
-        "n": table["n"].astype(str),
-        "epochs": table["epochs_mean"].map("{:.0f}".format, na_action="ignore"),
-        "seconds per run": table["seconds_mean"].map("{:,.0f}".format, na_action="ignore"),
-        "failed": table["error"],
-    }
-    readable = pd.DataFrame(texts, dtype=object).fillna("")
+    rows = []
+    for row in table.to_dict("records"):
+        error = row.get("error") if isinstance(row.get("error"), str) else ""  # joined tables may lack the column
+        if not row["n"]:
+            rows.append({"test accuracy": f"failed: {error}" if error else "not trained", "n": "0"})
+            continue
+        texts = {
+            "parameters": f"{row['parameters']:,}",
+            "validation accuracy": _percent(row["val_accuracy_mean"]),
+            "test accuracy": _percent(row["test_accuracy_mean"], row["test_accuracy_ci95"]),
+            "balanced accuracy": _percent(row.get("balanced_accuracy_mean", math.nan)),
+            "reference": _percent(row.get("reference", math.nan)),
+            "n": str(row["n"]),
+            "epochs": f"{row['epochs_mean']:.0f}",
+            "seconds per run": f"{row['seconds_mean']:,.0f}",
+            "failed": error,
+        }
+        rows.append(texts)
+    columns = ["parameters", "validation accuracy", "test accuracy", "balanced accuracy", "reference", "n", "epochs"]
+    readable = pd.DataFrame(rows, pd.Index(table["model"]), [*columns, "seconds per run", "failed"]).fillna("")
     empty = [column for column in ("balanced accuracy", "reference", "failed") if not readable[column].any()]
     return readable.drop(columns=empty).rename_axis(columns=", ".join(table["dataset"].dropna().unique()))
 
@@ -203,12 +209,12 @@ def recommend(table: pd.DataFrame) -> str:
     decides between models of one size.
 
     This is the one-standard-error rule (Breiman et al., Classification and Regression Trees, 1984). Models with fewer
-    than `MIN_SEEDS` finished runs are not candidates, nor are those with failed runs. If there is no candidate, the
-    returned text says so.
+    than `MIN_SEEDS` finished runs are not candidates, nor are those with failed runs, unless all have some.
+    If there is no candidate, the returned text says so.
     """
     finished = table[table["n"] >= MIN_SEEDS]
-    if "error" in finished:
-        finished = finished[finished["error"].fillna("") == ""]
+    if "error" in finished and len(whole := finished[finished["error"].fillna("") == ""]):
+        finished = whole
     if finished.empty:
         return f"none, as no candidate has {MIN_SEEDS} finished runs"
     best = finished.loc[finished["val_accuracy_mean"].idxmax()]
@@ -219,7 +225,7 @@ def recommend(table: pd.DataFrame) -> str:
 
 def save_table(table: pd.DataFrame, path: str | Path) -> pd.DataFrame:
     """Write a table as CSV with all digits, making its folder, and return it."""
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     table.to_csv(path, index=False)
     return table

@@ -117,7 +117,7 @@ def test_histories_and_gradients_are_tables_of_what_each_run_has(finished):
         measured = finished.runs[model, seed].measured()
         assert layers["rms"].tolist() == measured[f"gradient_{when}"].tolist()
         assert layers["layer"].tolist() == [1, 2]
-    assert len(finished.gradients()) == 4 * 2 * 2
+    assert [len(each.gradients()) for each in (finished, replace(finished, runs={}))] == [4 * 2 * 2, 0]
 
 
 def test_models_and_families_are_compared_but_no_model_with_itself(finished):
@@ -157,10 +157,12 @@ def test_experiments_can_be_divided_and_joined_if_they_agree_on_the_data_and_wha
     failed = replace(narrow, runs={}, failures=dict.fromkeys(narrow.runs, "trained since"))
     assert (failed | narrow).failures == {}
     longer = replace(narrow, config=replace(finished.config, num_epochs=3))
-    with pytest.raises(ValueError, match="different configs or callbacks; pass config="):
+    with pytest.raises(ValueError, match="different configs; pass config="):
         (longer | finished).distil("narrow", "wide", 4, 0.5)
-    with pytest.raises(ValueError, match="different configs or callbacks"):
+    with pytest.raises(ValueError, match="different callbacks; call distil on one of them"):
         (replace(narrow, callbacks=[Counting()]) | wide | finished).distil("narrow", "wide", 4, 0.5)
+    counted = [replace(part, callbacks=[Counting()]) for part in (narrow, wide)]
+    assert (counted[0] | counted[1]).callbacks == counted[0].callbacks
     for seed in (0, 7):
         with pytest.raises(ValueError, match="'narrow' differently, or with other seeds"):
             finished | replace(narrow, runs={("narrow", seed): finished.runs["wide", 0]})
@@ -255,12 +257,14 @@ def test_a_student_in_a_grid_is_the_one_trained_alone_with_its_teacher(distilled
     assert list(finished.distil("narrow", "wide", np.array([1, 4]), 0.5).models) == cells[::2]
 
 
-def test_students_have_the_seeds_of_the_teachers_that_finished(finished, tmp_path):
+def test_a_student_whose_teacher_failed_has_failed_and_the_others_are_trained(finished, tmp_path):
     partly = replace(finished, config=config_in(tmp_path), failures={("wide", 1): "ArithmeticError: no forward today"})
     partly = replace(partly, runs={key: run for key, run in finished.runs.items() if key != ("wide", 1)})
     students = partly.distil("narrow", "wide", 4, 0.7)
     assert list(students.runs) == [("Distilled", 0)]
-    with pytest.raises(KeyError, match="ArithmeticError: no forward today"):
+    assert students.failures == {("Distilled", 1): "its teacher failed: ArithmeticError: no forward today"}
+    assert students.frame()["seed"].tolist() == [0, 1]
+    with pytest.raises(RuntimeError, match="all teachers failed: ArithmeticError"):
         partly.distil("narrow", "wide", 4, 0.7, seeds=[1])
     with pytest.raises(KeyError, match=r"no finished run \('[\w-]+', 7\): there are "):
         partly.distil("narrow", "wide", 4, 0.7, seeds=[7])
@@ -316,16 +320,17 @@ def test_a_run_that_fails_loses_no_other_and_the_users_lines_are_shown_once(brok
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [
+        ({"data": "digits"}, TypeError, "data = 'digits', but it must be an ImageData, as load_data gives"),
+        ({"config": {"seed": 1}}, TypeError, "config = {'seed': 1}, but it must be a TrainingConfig"),
         ({"config": TrainingConfig(seed=5)}, ValueError, r"the config has seed = 5; write seeds = \[5\] instead"),
+        ({"jobs": "2"}, TypeError, "jobs = '2', but it must be a whole number"),
         ({"seeds": "012"}, TypeError, "seeds = '012'"),
         ({"seeds": 1.5}, TypeError, "seeds = 1.5"),
         ({"models": {}}, ValueError, "0 models and 1 seeds"),
         ({"models": dict.fromkeys("ab", MODELS["wide"])}, ValueError, "the models 'a' and 'b' are the same network"),
-        ({"data": "digits"}, TypeError, "data = 'digits', but it must be an ImageData, as load_data gives"),
-        ({"config": {"seed": 1}}, TypeError, "config = {'seed': 1}, but it must be a TrainingConfig"),
-        ({"models": [tiny_mlp]}, TypeError, "but it must be a dict that gives for each name a function"),
         ({"models": {8: tiny_mlp}}, ValueError, "the name 8 must be a text"),
-        ({"models": {"net": tiny_mlp()}}, TypeError, "'net' is a MLP; give a function that builds a network"),
+        ({"models": [tiny_mlp]}, TypeError, "but it must be a dict that gives for each name a function"),
+        ({"models": {"net": tiny_mlp()}}, TypeError, "'net' is a network; give a function that builds one"),
         ({"seeds": []}, ValueError, "2 models and 0 seeds"),
         ({"trainer_class": {("wide", 0): StreamlinedTrainer}}, ValueError, r"no trainer for \[\('narrow', 0\)\]"),
     ],
