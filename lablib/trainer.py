@@ -191,17 +191,19 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
         return (losses["loss"], outputs) if return_outputs else losses["loss"]
 
     def training_step(self, *args, **kwargs):
-        """As upstream. Raises ValueError for an optimizer or a schedule that would not do what its author meant."""
-        schedule, groups = self.lr_scheduler, self.optimizer.param_groups
+        """As upstream. Raises TypeError or ValueError for a learning rate that would not be what its author meant."""
+        schedule, best = self.lr_scheduler, "max" if self.args.greater_is_better else "min"
+        if schedule is None:
+            raise TypeError("create_scheduler must set self.lr_scheduler, and return it")
+        if isinstance(schedule, ReduceLROnPlateau) and schedule.mode != best:
+            metric = self.config.early_stopping_metric
+            raise ValueError(f"ReduceLROnPlateau is given the validation {metric}; write mode={best!r}")
+        groups = self.optimizer.param_groups
         if isinstance(schedule, LambdaLR) and [group["lr"] for group in groups] != schedule.get_last_lr():
             raise ValueError("a learning rate was set outside the schedule, which resets it; override create_scheduler")
-        if self._state_before is None:  # the first step
-            metric, best = self.config.early_stopping_metric, "max" if self.args.greater_is_better else "min"
-            if isinstance(schedule, ReduceLROnPlateau) and schedule.mode != best:
-                raise ValueError(f"ReduceLROnPlateau is given the validation {metric}; write mode={best!r}")
-            if {p for group in groups for p in group["params"]} - {*self.model.parameters()}:
-                advice = "register them in the network"
-                raise ValueError(f"the optimizer has parameters that are not the network's; {advice}")
+        if self._state_before is None and {p for g in groups for p in g["params"]} - {*self.model.parameters()}:
+            raise ValueError("the optimizer has parameters that are not the network's; register them in the network")
+        if self._state_before is None:
             self._state_before = self._unsaved_state()
         return super().training_step(*args, **kwargs)
 
@@ -247,6 +249,12 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
             if config.optimizer == "sgd":  # or it stays uninitialised if fp16's loss scaler skips the first step
                 self.optimizer.state |= {p: {"momentum_buffer": torch.zeros_like(p)} for p in parameters}
         return self.optimizer
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        """As upstream. Raises TypeError if an override of `create_optimizer` has not set the optimizer."""
+        if self.optimizer is None:
+            raise TypeError("create_optimizer must set self.optimizer, and return it")
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         with torch.serialization.safe_globals(_NUMPY_FLOATS):
