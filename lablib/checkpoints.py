@@ -141,6 +141,7 @@ class ResumableTrainer:
     """
 
     seconds_between_epochs = 60.0
+    _evaluating_epoch = False
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """Train, or resume from a checkpoint (a path, or True for the newest usable one), then load the best weights.
@@ -156,7 +157,7 @@ class ResumableTrainer:
         loaded = self._load(Path(path)) if path else None
         self.notes, self._best_weights, self._state_before = [], None, None
         self._interruption, self._saved_at, self._leaving = Interruption(), time.monotonic(), False
-        self._evaluating_epoch, self._last_step = False, None
+        self._evaluated_weights, self._evaluating_epoch, self._last_step = None, False, None
         with algorithms(self.config.deterministic), self._interruption:
             try:
                 self.before_training()
@@ -167,7 +168,6 @@ class ResumableTrainer:
                     raise RuntimeError("the best weights were not loaded: lablib needs another version of transformers")
                 return output
             except BaseException as error:
-                self.is_in_train = False  # it may be evaluated
                 for callback in self.callback_handler.callbacks:
                     if hasattr(callback, "on_train_failed"):  # Weights & Biases and Telegram
                         callback.on_train_failed(error)
@@ -214,11 +214,13 @@ class ResumableTrainer:
 
     def _maybe_log_save_evaluate(self, *args, **kwargs):  # after each step, and once more after an epoch's last one
         state, control = self.state, self.control
-        after_step, self._last_step = self._last_step != state.global_step, state.global_step
-        if after_step and (control.should_evaluate or control.should_log or control.should_epoch_stop):
+        within = state.epoch != int(state.epoch) and not control.should_training_stop  # an epoch
+        if within and (control.should_evaluate or control.should_log or control.should_epoch_stop):
             advice = "let it ask in on_epoch_end, or set max_train_images for shorter epochs"
             raise ValueError(f"a callback asks to evaluate, to log or to stop within an epoch; {advice}")
-        within = state.epoch != int(state.epoch) and not control.should_training_stop  # an epoch
+        after_step, self._last_step = self._last_step != state.global_step, state.global_step
+        if after_step and not within:  # the epoch's own log and evaluation follow
+            control.should_log = control.should_evaluate = False
         asks = self.args.world_size == 1 or state.global_step % 50 == 0  # it takes time until all processes agree
         due = within and asks and self._is_due(self.config.checkpoint_seconds)
         control.should_save = due or (within and control.should_save)
@@ -229,7 +231,8 @@ class ResumableTrainer:
     def _determine_best_metric(self, metrics, trial):
         better = super()._determine_best_metric(metrics, trial)
         if better:
-            self._best_weights = self._evaluated_weights
+            self._best_weights = self._evaluated_weights or contiguous_weights(self.model)
+        self._evaluated_weights = None
         self.control.should_save = self._is_due(self.seconds_between_epochs)  # upstream would save after every epoch
         return better
 

@@ -82,7 +82,7 @@ def history(log: list[dict]) -> list[dict]:
     rows: dict[int, dict] = {}
     for entry in log:
         row = rows.setdefault(math.ceil(entry.get("epoch", 0)), {})
-        if "eval_loss" in entry and "val_loss" not in row:  # not an evaluation after the training
+        if "eval_loss" in entry and "train_loss" in row and "val_loss" not in row:  # the epoch's own, not a callback's
             row |= _renamed(entry, "eval_", "val_")
         elif "accuracy" in entry:
             row |= _renamed(entry, "", "train_")

@@ -215,27 +215,29 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
             outputs = self.outputs(model, self.prepare_images(inputs["images"], training=False))
         return None, outputs, inputs["labels"]
 
-    def _evaluate(self, *args, **kwargs):  # the evaluation of an epoch
+    def _evaluate(self, *args, **kwargs):
+        self._evaluating_epoch = True  # until that is done; other evaluations within a training only measure
+        return super()._evaluate(*args, **kwargs)
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """As upstream; in a training all but the epoch's own only measure, or they would count for early stopping."""
+        own = self._evaluating_epoch
+        if not self.is_in_train or (own and eval_dataset is None):
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        self._evaluating_epoch, dataset = False, self.eval_dataset if eval_dataset is None else eval_dataset
+        try:
+            return self.predict(dataset, ignore_keys, metric_key_prefix).metrics
+        finally:
+            self._evaluating_epoch = own
+
+    def evaluation_loop(self, *args, **kwargs):
+        """As upstream; an epoch's weights are kept, since a callback may change them before they prove the best."""
         broadcast([*self.model.buffers()])  # all processes take the first one's, such as a CPU's batch norm statistics
-        self._evaluated_weights = contiguous_weights(self.model)  # which a callback may change in on_evaluate
-        self._evaluating_epoch = True
-        metrics = super()._evaluate(*args, **kwargs)
-        if not math.isfinite(metrics["eval_loss"]):
-            raise self._not_finite(f"evaluation loss is {metrics['eval_loss']}")
-        return metrics
-
-    def evaluate(self, *args, **kwargs):
-        """As upstream. Raises RuntimeError if a callback calls it in a training: it would count for early stopping."""
-        if self.is_in_train and not self._evaluating_epoch:
-            advice = "which would count for early stopping; use `predict(dataset).metrics`"
-            raise RuntimeError(f"a callback calls `evaluate` in a training, {advice}")
-        self._evaluating_epoch = False  # its callbacks may not call it either
-        return super().evaluate(*args, **kwargs)
-
-    def predict(self, *args, **kwargs):
-        """As upstream; a training that calls it draws the same random numbers as one that does not."""
-        with torch.random.fork_rng(devices=[], enabled=self.is_in_train):
-            return super().predict(*args, **kwargs)
+        with torch.random.fork_rng(devices=[], enabled=self.is_in_train and not self._evaluating_epoch):
+            output = super().evaluation_loop(*args, **kwargs)
+        if self.is_in_train and self._evaluating_epoch:
+            self._evaluated_weights, self._evaluating_epoch = contiguous_weights(self.model), False
+        return output
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """The config's plain optimizer, with weight decay on every parameter."""
@@ -300,6 +302,8 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
         arrays, device = (prediction.predictions, prediction.label_ids), self.args.device  # that of `losses`' tensors
         outputs, labels = tree_map(lambda array: torch.from_numpy(array).to(device), arrays)
         metrics = {name: value.item() for name, value in self._checked_losses(outputs, labels).items()}
+        if self.is_in_train and self._evaluating_epoch and not math.isfinite(metrics["loss"]):  # else it may be
+            raise self._not_finite(f"evaluation loss is {metrics['loss']}")
         return metrics | {"accuracy": (first_logits(outputs).argmax(1) == labels).sum().item() / len(labels)}
 
     def _not_finite(self, what: str, where: str = "") -> NonFiniteLossError:
