@@ -42,7 +42,7 @@ _TOKEN = re.compile(r"\d+(?::|%3[Aa])[\w-]{30,}")
 
 
 class FurtherArguments(TypedDict, total=False):
-    """Further fields of transformers.TrainingArguments that work here; no texts, as W&B is told all of them."""
+    """Fields of transformers.TrainingArguments, that no setting of ours covers and that are known to work here."""
 
     adam_beta1: Share
     adam_beta2: Share

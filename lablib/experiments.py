@@ -313,23 +313,7 @@ def experiment(
     RuntimeError if all fail, and TypeError or ValueError for arguments that cannot be used. Telegram gets one message
     at the end; none if all runs are loaded.
     """
-    for name, value, kind, words in (
-        ("models", models, Mapping, "a dict that gives for each name a function which builds the network"),
-        ("config", config, TrainingConfig, "a TrainingConfig"),
-        ("data", data, ImageData, "an ImageData, as load_data gives"),
-        ("jobs", jobs, int, "a whole number"),
-        ("callbacks", callbacks, Sequence, "a list"),
-    ):
-        if not isinstance(value, kind):
-            raise TypeError(f"{name} = {value!r}, but it must be {words}")
-    if config.seed:
-        raise ValueError(f"the config has seed = {config.seed}; write seeds = [{config.seed}] instead")
-    if num_processes() > 1:
-        raise ValueError("under torchrun, use train_or_load: an experiment trains each run in one process")
-    if odd := [name for name in models if not isinstance(name, str) or name.startswith("_") or "$" in name]:
-        raise ValueError(f"models: the name {odd[0]!r} must be a text without $ that does not begin with _")
-    if built := [name for name, build in models.items() if isinstance(build, nn.Module)]:
-        raise TypeError(f"models: {built[0]!r} is a network; give a function that builds one, such as lambda: Net()")
+    _check_arguments(models, config, data, jobs, callbacks)
     result = Experiment(data, config, dict(models), _seeds(seeds), callbacks)
     keys = [*product(result.models, result.seeds)]
     if not keys:
@@ -345,18 +329,8 @@ def experiment(
     # the experiment speaks for its runs, and the token stays in this process; workers may be in another folder
     config = replace(config, use_telegram_notifications=False, telegram_bot_token=None)
     config, wandb_mode = replace(config, output_dir=os.path.abspath(config.output_dir)), ""
-    missing = {}  # the identity of each run that is to be trained
     with telling as messages:
-        for name, seed in keys:
-            seeded = replace(config, seed=seed)
-            try:
-                identity = run_identity(result.models[name], seeded, data, trainers[name, seed], callbacks)
-                if run := find_run(run_name(identity), config.output_dir, weights):
-                    result.runs[name, seed] = run
-                else:
-                    missing[name, seed] = identity
-            except Exception as error:
-                _note_failure(result, (name, seed), *line_and_trace(error))
+        missing = _look_up(result, config, trainers, weights)
         paths = {key: Path(config.output_dir, run_name(identity)) for key, identity in missing.items()}
         _refuse_twins({key: run.path for key, run in result.runs.items()} | paths)
         if missing and config.use_wandb:  # asked once, for all runs
@@ -383,6 +357,43 @@ def experiment(
             raise RuntimeError(f"{failed}: {'; '.join(why)}")
         print(f"{failed}: {', '.join(dict.fromkeys(name for name, _ in result.failures))}", flush=True)
     return result
+
+
+def _check_arguments(models: Mapping, config: TrainingConfig, data: ImageData, jobs: int, callbacks: Sequence):
+    """Raise TypeError or ValueError, in terms of what the user wrote, for what `experiment` cannot use."""
+    for name, value, kind, words in (
+        ("models", models, Mapping, "a dict that gives for each name a function which builds the network"),
+        ("config", config, TrainingConfig, "a TrainingConfig"),
+        ("data", data, ImageData, "an ImageData, as load_data gives"),
+        ("jobs", jobs, int, "a whole number"),
+        ("callbacks", callbacks, Sequence, "a list"),
+    ):
+        if not isinstance(value, kind):
+            raise TypeError(f"{name} = {value!r}, but it must be {words}")
+    if config.seed:
+        raise ValueError(f"the config has seed = {config.seed}; write seeds = [{config.seed}] instead")
+    if num_processes() > 1:
+        raise ValueError("under torchrun, use train_or_load: an experiment trains each run in one process")
+    if odd := [name for name in models if not isinstance(name, str) or name.startswith("_") or "$" in name]:
+        raise ValueError(f"models: the name {odd[0]!r} must be a text without $ that does not begin with _")
+    if built := [name for name, build in models.items() if isinstance(build, nn.Module)]:
+        raise TypeError(f"models: {built[0]!r} is a network; give a function that builds one, such as lambda: Net()")
+
+
+def _look_up(result: Experiment, config: TrainingConfig, trainers: Mapping, weights: bool) -> dict[Key, dict]:
+    """Add the finished runs to an experiment, and return the identities of those that are to be trained."""
+    missing = {}
+    for name, seed in product(result.models, result.seeds):
+        seeded, trainer = replace(config, seed=seed), trainers[name, seed]
+        try:
+            identity = run_identity(result.models[name], seeded, result.data, trainer, result.callbacks)
+            if run := find_run(run_name(identity), config.output_dir, weights):
+                result.runs[name, seed] = run
+            else:
+                missing[name, seed] = identity
+        except Exception as error:
+            _note_failure(result, (name, seed), *line_and_trace(error))
+    return missing
 
 
 def _refuse_twins(paths: dict[Key, Path]):
