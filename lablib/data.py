@@ -15,6 +15,7 @@ from sklearn.model_selection import train_test_split
 from torch.utils.data import Dataset, Sampler
 
 UNBALANCED = 5  # above this ratio of the largest to the smallest class, accuracy alone is misleading
+_warned = {}  # where `warnings` notes that the one on unbalanced classes was shown
 _IMAGES = "torch.uint8 from 0 to 255, images × channels × height × width"
 _TENSORS = "train_images", "train_labels", "test_images", "test_labels"  # the fields of ImageData that hold tensors
 
@@ -80,7 +81,7 @@ class ImageData:
         if self.imbalance > UNBALANCED:
             largest = f"The largest class of {self.name} has {self.imbalance:.0f} times the images of the smallest"
             text = f"{largest}; an experiment's table has the balanced accuracy too, the mean over classes."
-            warnings.warn(text, stacklevel=2)
+            warnings.warn_explicit(text, UserWarning, "lablib", 0, registry=_warned)  # shows no source line
 
     @cached_property
     def channel_statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
