@@ -1,4 +1,4 @@
-"""The networks against closed formulas, arithmetic by hand, torchvision; and what they refuse."""
+"""The networks against closed formulas, arithmetic by hand and torchvision; and what they refuse."""
 
 from itertools import product
 
