@@ -18,7 +18,7 @@ import lablib  # imports PyTorch only when a name is used: those seconds fall wi
 from lablib.config import TrainingConfig, one_line
 
 MODELS = ("MLP", "ResidualMLP", "SimpleCNN", "ResidualCNN")
-_NOT_OPTIONS = ("telegram_bot_token", "training_arguments", "image_shape", "num_classes")  # secret, dict, of the data
+_NOT_OPTIONS = ("telegram_bot_token", "image_shape", "num_classes")  # secret, of the data
 _SETTINGS = inspect.signature(TrainingConfig).parameters
 _SEVERAL = {"hidden_sizes": int}  # the type of each value of an option that takes several
 _IS_FIRST_PROCESS = os.environ.get("RANK", "0") == "0"  # of those that torchrun starts

@@ -23,8 +23,8 @@ from torch import nn
 from lablib.config import NOT_IDENTITY
 from lablib.hardware import algorithms
 
-_OF_EVERY_LAYER = {*vars(nn.Module()), "_is_accelerate_prepared"}
 UNFINISHED = "unfinished"  # the folder in which a checkpoint is written before it gets its place
+_LIBRARIES = ("lablib.", "transformers.")
 _MANIFEST, _LAB, _WEIGHTS, _BEST = "manifest.json", "lablib_0.json", "model.safetensors", "best_model.safetensors"
 
 
@@ -125,10 +125,6 @@ def _fingerprint(path: Path) -> dict[str, int | str]:
     return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
-def _is_library(cls: type) -> bool:
-    return cls.__module__.startswith(("lablib.", "transformers.", "torch."))
-
-
 class ResumableTrainer:
     """The half of `lablib.trainer.StreamlinedTrainer` that resumes as if it had never stopped.
 
@@ -155,7 +151,7 @@ class ResumableTrainer:
         if path is True and not (path := self.newest_checkpoint()):
             raise ValueError(f"there is no checkpoint in {folder} to resume from; train without resuming")
         loaded = self._load(Path(path)) if path else None
-        self.notes, self._best_weights, self._state_before = [], None, None
+        self.notes, self._best_weights, self._states_before = [], None, self._callback_states()
         self._interruption, self._saved_at, self._leaving = Interruption(), time.monotonic(), False
         self._evaluated_weights, self._evaluating_epoch, self._last_step = None, False, None
         with algorithms(self.config.deterministic), self._interruption:
@@ -199,18 +195,10 @@ class ResumableTrainer:
             "processes": str(self.args.world_size),
         }
 
-    def _unsaved_state(self) -> set[tuple[str, str]]:
-        """What a checkpoint does not keep: the attributes, as text, of the user's callbacks, layers and trainer."""
-        callbacks = [c for c in self.callback_handler.callbacks if not hasattr(c, "from_state")]  # no ExportableState
-        held, known = [(callback, vars(callback)) for callback in callbacks], {*self.model.parameters()}
-        networks = [(c, v) for c in callbacks for v in vars(c).values() if isinstance(v, nn.Module)]  # by weights
-        held += [(c, [p.cpu().double().sum().item() for p in n.parameters() if p not in known]) for c, n in networks]
-        own = [member for cls in type(self).__mro__ if not _is_library(cls) for member in vars(cls).values()]
-        used = {name for member in own if hasattr(member, "__code__") for name in member.__code__.co_names}
-        layers = [(layer, vars(layer).keys() - _OF_EVERY_LAYER) for layer in self.model.modules()]
-        for owner, names in [(self, used), *layers]:
-            held.append((owner, {n: v for n, v in vars(owner).items() if n in names and isinstance(v, (int, float))}))
-        return {(type(owner).__name__, repr(state)) for owner, state in held if not _is_library(type(owner))}
+    def _callback_states(self) -> set[tuple[str, str]]:
+        """The attributes, as text, of the user's callbacks: those of an ExportableState are in the checkpoint."""
+        own = [c for c in self.callback_handler.callbacks if not type(c).__module__.startswith(_LIBRARIES)]
+        return {(type(c).__name__, repr(vars(c))) for c in own if not hasattr(c, "from_state")}
 
     def _maybe_log_save_evaluate(self, *args, **kwargs):  # after each step, and once more after an epoch's last one
         state, control = self.state, self.control
@@ -261,7 +249,7 @@ class ResumableTrainer:
             super()._save_checkpoint(model, trial)
             progress = {"measured": self._since_last_log.state(), "seconds": time.monotonic() - self._clock}
             saved = {"environment": self.environment, "notes": self.notes, "progress": progress}
-            saved["forgotten"] = sorted(name for name, _ in self._unsaved_state() - self._state_before)
+            saved["forgotten"] = sorted(name for name, _ in self._callback_states() - self._states_before)
             if first:
                 (written / _LAB).write_text(json.dumps(saved))
                 if hasattr(self.model, "config"):  # a model of transformers, whose weights upstream renames
@@ -306,7 +294,7 @@ class ResumableTrainer:
             was, now_is = (", ".join(f"{name} {values.get(name)}" for name in changed) for values in (before, now))
             notes.append(f"started with {was}, {resumed} with {now_is}")
         if forgotten := ", ".join(saved.get("forgotten", [])):
-            advice = "keep it in a callback derived from transformers' ExportableState, or in a network's buffers"
+            advice = "derive the callback from transformers' ExportableState to keep it"
             notes.append(f"{resumed} without the state of {forgotten}; {advice}")
         for note in notes:
             warnings.warn(f"{self.args.output_dir}: {note}; the result will carry this note", stacklevel=3)

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
 from pydantic.dataclasses import dataclass
-from typing_extensions import TypedDict
 
 if TYPE_CHECKING:  # transformers takes seconds to import; only a training needs it
     from transformers import TrainingArguments
@@ -41,18 +40,6 @@ _CHECKED = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, hide_inp
 _TOKEN = re.compile(r"\d+(?::|%3[Aa])[\w-]{30,}")
 
 
-class FurtherArguments(TypedDict, total=False):
-    """Fields of transformers.TrainingArguments, that no setting of ours covers and that are known to work here."""
-
-    adam_beta1: Share
-    adam_beta2: Share
-    adam_epsilon: Positive
-    ddp_find_unused_parameters: bool
-    ddp_timeout: Natural
-    disable_tqdm: bool
-    gradient_accumulation_steps: _Whole
-
-
 DATASET_NAMES = ("digits", "MNIST", "FashionMNIST", "KMNIST", "EMNIST", "CIFAR10", "CIFAR100", "SVHN", "STL10")
 
 # What has no influence on a run's outcome: where it runs, where its files lie, and who is notified.
@@ -62,14 +49,12 @@ NOT_IDENTITY = (
 )  # fmt: skip
 
 # What these names of transformers are called here.
-_ALIASES = dict.fromkeys(FurtherArguments.__annotations__, "training_arguments")
-_ALIASES |= {"lr": "learning_rate", "bf16": "precision", "fp16": "precision"}
+_ALIASES = {"lr": "learning_rate", "bf16": "precision", "fp16": "precision"}
 _ALIASES |= {"per_device_train_batch_size": "batch_size", "report_to": "use_wandb"}
 
-_PRIVATE = ("telegram_bot_token", "telegram_chat_id", "training_arguments")  # no error shows what they hold
+_PRIVATE = ("telegram_bot_token", "telegram_chat_id")  # no error shows what they hold
 _PLAINER = {  # type of a pydantic error -> plainer words for it
     "bool_type": "should be True or False",
-    "extra_forbidden": f"is none of {', '.join(FurtherArguments.__annotations__)}",
     "list_type": "should be a list; with papermill: -y '{name}: [{items}]'",
     "string_pattern_mismatch": "should be the number of a chat, or its @name",
 }
@@ -114,7 +99,7 @@ def _line(fault: dict, values: dict[str, Any], known: list[str]) -> str:
         hint = f"Did you mean {close[0]!r}?" if close else f"There are: {', '.join(known)}"
         return f"there is no parameter {name!r}. {hint}"
     shown = "" if name in _PRIVATE else f"{name} = {values[name]!r}: "
-    item = f"[{place[0]!r}]" if place and (isinstance(place[0], int) or name == "training_arguments") else ""
+    item = f"[{place[0]}]" if place and isinstance(place[0], int) else ""
     plainer = _PLAINER.get(fault["type"], "").format(name=name, items=str(values.get(name)).strip("[]"))
     message = plainer or fault["msg"].removeprefix("Input ")
     return f"{shown}{name}{item} {message[0].lower()}{message[1:]}"
@@ -161,7 +146,6 @@ class TrainingConfig:
     telegram_additional_info: str = ""
     telegram_bot_token: Annotated[SecretStr, Field(min_length=1)] | None = None  # None: TELEGRAM_BOT_TOKEN is read
     telegram_chat_id: int | _Chat | None = None  # None: TELEGRAM_CHAT_ID is read from the environment
-    training_arguments: FurtherArguments = dataclasses.field(default_factory=dict)
 
     def identity(self) -> dict[str, Any]:
         """The settings that change a run's outcome, without those that are off (None, False, 0 or empty).
@@ -176,8 +160,7 @@ class TrainingConfig:
     def to_training_arguments(self, output_dir: str, *, precision: str = "fp32") -> "TrainingArguments":
         """The same settings as `transformers.TrainingArguments`; checkpoints go to `output_dir`.
 
-        The batch size counts the images of all processes. Raises ValueError if it is no multiple of their number, and
-        for arguments of Adam if the optimizer is SGD.
+        The batch size counts the images of all processes. Raises ValueError if it is no multiple of their number.
         """
         import torch
         from transformers import TrainingArguments
@@ -185,9 +168,6 @@ class TrainingConfig:
         if self.batch_size % num_processes():
             reason = f"it should be a multiple of the number of processes, which is {num_processes()}"
             raise ValueError(f"TrainingConfig: batch_size = {self.batch_size}, but {reason}")
-        idle = [name for name in self.training_arguments if self.optimizer == "sgd" and name.startswith("adam_")]
-        if idle:
-            raise ValueError(f"TrainingConfig: training_arguments[{idle[0]!r}] has no effect on optimizer = 'sgd'")
         if num_processes() > 1:
             atexit.register(_leave_group)
         return TrainingArguments(
@@ -217,7 +197,8 @@ class TrainingConfig:
             logging_nan_inf_filter=False,  # the trainer stops on a loss that is not finite instead
             remove_unused_columns=False,
             dataloader_pin_memory=False,  # the images are on the device already
-            **({"disable_tqdm": True, "ddp_find_unused_parameters": False} | self.training_arguments),
+            disable_tqdm=True,
+            ddp_find_unused_parameters=False,
         )
 
 

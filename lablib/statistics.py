@@ -187,7 +187,7 @@ def readable_table(table: pd.DataFrame) -> pd.DataFrame:
             rows.append({"test accuracy": f"failed: {error}" if error else "not trained", "n": "0"})
             continue
         texts = {
-            "parameters": f"{row['parameters']:,}",
+            "parameters": f"{row['parameters']:,.0f}",
             "validation accuracy": _percent(row["val_accuracy_mean"]),
             "test accuracy": _percent(row["test_accuracy_mean"], row["test_accuracy_ci95"]),
             "balanced accuracy": _percent(row.get("balanced_accuracy_mean", math.nan)),
@@ -209,14 +209,12 @@ def recommend(table: pd.DataFrame) -> str:
     decides between models of one size.
 
     This is the one-standard-error rule (Breiman et al., Classification and Regression Trees, 1984). Models with fewer
-    than `MIN_SEEDS` finished runs are not candidates, nor are those with failed runs, unless all have some.
-    If there is no candidate, the returned text says so.
+    than `MIN_SEEDS` finished runs or with a failed one are not candidates. If there is none, the returned text says so.
     """
-    finished = table[table["n"] >= MIN_SEEDS]
-    if "error" in finished and len(whole := finished[finished["error"].fillna("") == ""]):
-        finished = whole
+    whole = table.get("error", pd.Series("", table.index)).fillna("") == ""
+    finished = table[whole & (table["n"] >= MIN_SEEDS)]
     if finished.empty:
-        return f"none, as no candidate has {MIN_SEEDS} finished runs"
+        return f"none, as no candidate has {MIN_SEEDS} finished runs and no failed one"
     best = finished.loc[finished["val_accuracy_mean"].idxmax()]
     lowest = best["val_accuracy_mean"] - best["val_accuracy_std"] / math.sqrt(best["n"])
     close = finished[finished["val_accuracy_mean"] >= lowest]

@@ -159,8 +159,6 @@ def wandb_config(trainer) -> dict:
     config, model, data = trainer.config, trainer.model, trainer.data
     return {
         **{name: getattr(config, name) for name in LOGGED},
-        # of the further arguments numbers and switches only: a text may be a token
-        **{k: v for k, v in config.training_arguments.items() if isinstance(v, (bool, int, float))},
         **{name: getattr(trainer, name) for name in ("temperature", "alpha") if hasattr(trainer, name)},
         **{name: trainer.environment[name] for name in _ENVIRONMENT},
         "trainer": type(trainer).__name__,

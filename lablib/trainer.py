@@ -58,8 +58,7 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
     the training step, on the device, so that a resumed run draws the random numbers of an uninterrupted one (see
     `ResumableTrainer`). Callbacks and checkpoints work as in any `transformers.Trainer`. Checkpoints go to
     `checkpoint_dir`, or to a temporary folder that is deleted with the trainer. `run_name` is the name in Weights &
-    Biases and Telegram. `train` prints nothing; with `TrainingConfig(training_arguments={"disable_tqdm": False})` it
-    shows transformers' progress bar.
+    Biases and Telegram. `train` prints nothing; transformers' `ProgressCallback` among the callbacks shows a bar.
 
     Under `torchrun` accelerate splits each batch among the processes, each of which draws its own augmentation and
     dropout; docs/scaling.md says how the result compares with that of one process.
@@ -109,8 +108,7 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
             callbacks=[*([EarlyStoppingCallback(patience)] if patience else []), *callbacks],
         )
         self.model_accepts_loss_kwargs = False  # or a forward with **kwargs counts as one that scales its own loss
-        if args.disable_tqdm:
-            self.remove_callback(PrinterCallback)
+        self.remove_callback(PrinterCallback)
         if config.use_wandb:
             from lablib.tracking import WandbCallback
 
@@ -201,10 +199,8 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
         groups = self.optimizer.param_groups
         if isinstance(schedule, LambdaLR) and [group["lr"] for group in groups] != schedule.get_last_lr():
             raise ValueError("a learning rate was set outside the schedule, which resets it; override create_scheduler")
-        if self._state_before is None and {p for g in groups for p in g["params"]} - {*self.model.parameters()}:
+        if not self.state.global_step and {p for g in groups for p in g["params"]} - {*self.model.parameters()}:
             raise ValueError("the optimizer has parameters that are not the network's; register them in the network")
-        if self._state_before is None:
-            self._state_before = self._unsaved_state()
         return super().training_step(*args, **kwargs)
 
     @torch.no_grad()
@@ -242,10 +238,9 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """The config's plain optimizer, with weight decay on every parameter."""
         if self.optimizer is None:
-            config, args = self.config, self.args
+            config = self.config
             options = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "fused": True}
-            adams = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
-            options |= {"momentum": 0.9} if config.optimizer == "sgd" else adams
+            options |= {"momentum": 0.9} if config.optimizer == "sgd" else {}
             parameters = [*(model or self.model).parameters()]
             self.optimizer = _OPTIMIZERS[config.optimizer](parameters, **options)
             if config.optimizer == "sgd":  # or it stays uninitialised if fp16's loss scaler skips the first step
@@ -278,8 +273,7 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
 
     def is_last_step(self) -> bool:
         """Whether the step that is being made is the last one of an epoch."""
-        steps = math.ceil(len(self.callback_handler.train_dataloader) / self.args.gradient_accumulation_steps)
-        return (self.state.global_step + 1) % steps == 0
+        return (self.state.global_step + 1) % len(self.callback_handler.train_dataloader) == 0
 
     def _get_grad_norm(self, model, grad_norm=None):
         # Upstream computes the norm in every step (a tenth of a small MLP's time) and logs it once per epoch.
@@ -289,8 +283,7 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
         losses = self._since_last_log.state()["losses"]["loss"]  # the only wait for the device in an epoch
         wrong = [number for number, loss in enumerate(losses) if not math.isfinite(loss)]
         if wrong and not (self.args.fp16 and len(wrong) < len(losses)):  # the loss scaler of fp16 skips such a step
-            per_step = self.args.gradient_accumulation_steps
-            step = self.state.global_step - math.ceil(len(losses) / per_step) + wrong[0] // per_step + 1
+            step = self.state.global_step - len(losses) + wrong[0] + 1
             raise self._not_finite(f"training loss is {losses[wrong[0]]}", f", step {step}")
         means = self._since_last_log.means()
         self._since_last_log = BatchMeter(self.args.world_size)

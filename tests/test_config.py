@@ -6,12 +6,11 @@ import os
 import re
 
 import pytest
-from transformers import TrainingArguments
 
 from lablib import TrainingConfig
-from lablib.config import FurtherArguments, check_parameters
+from lablib.config import check_parameters
 
-PRIVATE = {"telegram_bot_token", "telegram_chat_id", "training_arguments"}
+PRIVATE = {"telegram_bot_token", "telegram_chat_id"}
 SWITCHES = [f.name for f in dataclasses.fields(TrainingConfig) if f.type is bool]
 CHOICES = ["optimizer", "lr_schedule", "early_stopping_metric", "precision", "device"]
 REFUSED = {
@@ -32,7 +31,6 @@ REFUSED = {
     "telegram_additional_info": [None, 3],
     "telegram_bot_token": ["", 0, False, b""],
     "telegram_chat_id": ["", True, 4.2, ["42"], f"123:{35 * 'A'}"],
-    "training_arguments": [None, [("adam_beta1", 0.8)], "x", {"ddp_timeout": "5"}, {"gradient_accumulation_steps": 0}],
 }
 
 
@@ -45,7 +43,7 @@ def test_every_field_refuses_what_is_not_allowed_by_its_name_and_value():
 
 
 def test_a_misspelt_field_is_refused_with_the_right_spelling_and_all_faults_are_named():
-    known = {"lr": "learning_rate", "adam_beta1": "training_arguments", "bf16": "precision", "epochs": "num_epochs"}
+    known = {"lr": "learning_rate", "bf16": "precision", "epochs": "num_epochs"}
     for theirs, ours in known.items():
         with pytest.raises(ValueError, match=f"there is no parameter {theirs!r}. Did you mean {ours!r}"):
             TrainingConfig(**{theirs: 1})
@@ -66,20 +64,6 @@ def test_a_config_cannot_be_changed_and_its_replacement_is_checked_and_keeps_the
     with pytest.raises(ValueError, match="seed = -1: seed should be"):
         dataclasses.replace(config, seed=-1)
     assert dataclasses.replace(config, seed=1).telegram_bot_token.get_secret_value() == "1:token"
-
-
-def test_further_training_arguments_win_over_the_labs_defaults_and_the_others_are_refused(tmp_path):
-    config = TrainingConfig(seed=3, device="cpu", training_arguments={"adam_beta1": 0.8, "disable_tqdm": False})
-    arguments = config.to_training_arguments(str(tmp_path))
-    assert (arguments.adam_beta1, arguments.disable_tqdm) == (0.8, False)
-    assert (arguments.seed, arguments.data_seed, arguments.use_cpu, arguments.report_to) == (3, 3, True, [])
-    with pytest.raises(ValueError, match=r"training_arguments\['adam_beta1'\] has no effect"):
-        TrainingConfig(optimizer="sgd", training_arguments={"adam_beta1": 0.8}).to_training_arguments("out")
-    for name in ("adam_beta_1", "fsdp", "num_train_epochs", "eval_delay", "max_steps", "label_smoothing_factor"):
-        with pytest.raises(ValueError, match=rf"training_arguments\['{name}'\] is none of adam_beta1, .*gradient_acc"):
-            TrainingConfig(training_arguments={"adam_beta1": 0.8, name: 1})
-    theirs = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
-    assert theirs >= {*FurtherArguments.__annotations__}
 
 
 def test_the_identity_has_the_settings_that_are_on_and_both_ways_to_say_off_are_one():

@@ -250,7 +250,7 @@ CHANGED = {
     **{"lr_schedule": "cosine", "warmup_fraction": 0.1, "max_grad_norm": 1.0, "validation_split": 0.3},
     **{"max_train_images": 10, "early_stopping_patience": 3, "early_stopping_metric": "loss", "rotation_degrees": 0.0},
     **{"translation_fraction": 0.0, "horizontal_flip": True, "crop_padding": 1, "precision": "bf16"},
-    **{"deterministic": True, "torch_compile": True, "training_arguments": {"adam_beta1": 0.5}},
+    **{"deterministic": True, "torch_compile": True},
 }
 INDIFFERENT = {
     **{"output_dir": "elsewhere", "checkpoint_seconds": 1.0, "device": "auto", "use_wandb": True},

@@ -88,7 +88,7 @@ def test_every_knob_is_an_option_with_its_comment_and_no_token_is(capsys):
     assert "--lr-schedule VALUE constant, cosine; cosine falls to 0" in text
     names = [field.name for field in dataclasses.fields(TrainingConfig)]
     missing = [name for name in names if f" --{name.replace('_', '-')} " not in text]
-    assert missing == ["telegram_bot_token", "training_arguments"]
+    assert missing == ["telegram_bot_token"]
 
 
 def test_a_bar_shows_the_epochs_and_ctrl_c_leaves_a_checkpoint_and_says_how_to_resume(tmp_path, capsys, monkeypatch):

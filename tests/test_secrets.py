@@ -154,7 +154,7 @@ def test_an_error_says_what_is_wrong_and_has_the_token_in_neither_text_nor_cause
         {"telegram_chat_id": TOKEN},
         {"telegram_bot_token": TOKEN, "num_epochs": 0},
         {"telegram_bot_token": TOKEN, "telegram_chat_id": True},
-        {"telegram_bot_token": TOKEN, "training_arguments": {"no": "such"}},
+        {"telegram_bot_token": TOKEN, "no": "such"},
     ],
 )
 def test_a_config_that_is_refused_does_not_show_the_token(knobs):

@@ -144,13 +144,16 @@ def test_failed_and_missing_runs_show_in_the_tables_and_the_others_count():
     table = results_table(frame)
     assert table[["n", "error"]].to_numpy().tolist() == [[2, "OSError: y"], [0, "ValueError: x"], [0, ""]]
     readable = statistics.readable_table(table)
-    assert readable.loc["plain", "failed"] == "OSError: y"
+    assert list(readable.loc["plain", ["parameters", "failed"]]) == ["1,000", "OSError: y"]
     assert list(readable["test accuracy"][1:]) == ["failed: ValueError: x", "not trained"]
     joined = pd.concat([table, results_table(frame_of({"other": VALUES}))], ignore_index=True)
     assert statistics.readable_table(joined).loc["other", "n"] == "5"
     cells = frame_of({"T = 2, α = 0.5": [math.nan, 0.9], "T = 8, α = 1": [0.5, 0.6], "MLP": [0.7]})
     assert statistics.with_knobs(cells)[["temperature", "alpha", "seed"]].to_numpy().tolist() == [[8, 1, 0], [8, 1, 1]]
     assert list(statistics.with_knobs(cells[:2])["alpha"]) == [0.5, 0.5]
+
+
+NONE = "none, as no candidate has 3 finished runs and no failed one"
 
 
 @pytest.mark.parametrize(
@@ -160,7 +163,7 @@ def test_failed_and_missing_runs_show_in_the_tables_and_the_others_count():
         ([("large", 900, 0.95, 0.01, 4), ("small", 100, 0.9449, 0.3, 4), ("tiny", 10, 0.9, 0.2, 4)], "large"),
         ([("large", 100, 0.949, 0.01, 4), ("better", 100, 0.95, 0.01, 4)], "better"),
         ([("steady", 100, 0.94, 0.01, 3), ("lucky", 10, 0.95, math.nan, 1)], "steady"),
-        ([("two", 100, 0.94, 0.01, 2), ("one", 1000, 0.95, math.nan, 1)], "none, as no candidate has 3 finished runs"),
+        ([("two", 100, 0.94, 0.01, 2), ("one", 1000, 0.95, math.nan, 1)], NONE),
     ],
 )
 def test_the_smallest_model_within_a_standard_error_of_the_best_is_recommended(rows, choice):

@@ -102,7 +102,7 @@ def tracked(tmp_path_factory, tiny_data, _offline) -> SimpleNamespace:
     """A distillation with everything switched on, and a plain training after it while the user has a run open."""
     folder, elsewhere, talkative = tmp_path_factory.mktemp("runs"), tmp_path_factory.mktemp("elsewhere"), Talkative()
     private = {"telegram_bot_token": TOKEN, "telegram_additional_info": "a private remark"}
-    knobs = config(folder, num_epochs=3, wandb_watch=True, training_arguments={"adam_beta1": 0.8}, **private)
+    knobs = config(folder, num_epochs=3, wandb_watch=True, **private)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [sys.argv[0], "--token", TOKEN])
         trainer = distilling(knobs, tiny_data, callbacks=[talkative], run_name="MLP-0123")
@@ -123,7 +123,7 @@ def test_the_config_is_an_allow_list(tracked):
     assert logged.pop("data") == {"name": "tiny", "fingerprint": ANY, "classes": ["top", "middle", "bottom"]}
     assert logged.pop("arguments")["hidden_sizes"] == [8]
     assert logged == {
-        **{"adam_beta1": 0.8, "temperature": 3.0, "alpha": 0.6},
+        **{"temperature": 3.0, "alpha": 0.6},
         **{"precision": "fp32", "device": "cpu", "processes": "1"},
         **{"model": "MLP", "trainer": "KnowledgeDistillationTrainer"},
         "parameters": 36 * 8 + 8 + 8 * 3 + 3,

@@ -3,7 +3,6 @@
 import copy
 import gc
 import math
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -144,22 +143,6 @@ def test_a_loss_that_holds_tensors_is_evaluated_over_all_images_at_once_whatever
     assert timeless_rows(trainer)[0]["val_loss"] == pytest.approx(expected.item(), abs=1e-6)
 
 
-WITH_KWARGS = type("WithKwargs", (MLP,), {"forward": lambda self, images, **kwargs: MLP.forward(self, images)})
-
-
-@pytest.mark.parametrize("model_class", [MLP, WITH_KWARGS])
-def test_accumulated_gradients_make_the_step_of_the_whole_batch(model_class, build):
-    steps = []
-    for batch_size, accumulated in ((27, 1), (9, 3)):
-        model = small_mlp(dropout=0, model_class=model_class)
-        before = torch.cat([p.detach().flatten().clone() for p in model.parameters()])
-        knobs = config(num_epochs=1, batch_size=batch_size, optimizer="sgd", **NOTHING_RANDOM)
-        build(replace(knobs, training_arguments={"gradient_accumulation_steps": accumulated}), model).train()
-        steps.append(torch.cat([p.detach().flatten() for p in model.parameters()]) - before)
-    torch.testing.assert_close(steps[0], steps[1], rtol=0, atol=1e-6)
-    assert steps[0].norm() > 1e-4
-
-
 @pytest.mark.parametrize(
     ("metric", "patience", "script", "epochs"),
     [
@@ -242,10 +225,6 @@ def test_a_callback_is_called_as_by_a_plain_trainer_event_by_event(build, tmp_pa
         ({"optimizer": "sgd"}, partial(torch.optim.SGD, momentum=0.9, weight_decay=0.1)),
         ({"optimizer": "adam"}, partial(torch.optim.Adam, weight_decay=0.1)),
         ({"optimizer": "adamw"}, partial(torch.optim.AdamW, weight_decay=0.1)),
-        (
-            {"training_arguments": {"adam_beta1": 0.5, "adam_beta2": 0.75, "adam_epsilon": 1e-4}},
-            partial(torch.optim.Adam, weight_decay=0.1, betas=(0.5, 0.75), eps=1e-4),
-        ),
     ],
 )
 def test_two_epochs_agree_with_a_plain_pytorch_loop(knobs, optimizer, build, tiny_data):
