@@ -12,6 +12,7 @@ import threading
 import time
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -24,6 +25,8 @@ from lablib.config import NOT_IDENTITY
 from lablib.hardware import algorithms
 
 UNFINISHED = "unfinished"  # the folder in which a checkpoint is written before it gets its place
+EPOCHS = "epochs"  # a file: how many epochs an unfinished run has completed, such as 1.5
+WANDB_RUN = "wandb_run_id"  # a file
 _LIBRARIES = ("lablib.", "transformers.")
 _MANIFEST, _LAB, _WEIGHTS, _BEST = "manifest.json", "lablib_0.json", "model.safetensors", "best_model.safetensors"
 
@@ -107,6 +110,16 @@ def checkpoints_in(folder: Path) -> list[Path]:
     """The checkpoints in a folder, newest first, not verified."""
     numbers = [path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*")]
     return [folder / f"checkpoint-{n}" for n in sorted((int(n) for n in numbers if n.isdigit()), reverse=True)]
+
+
+def delete_checkpoints(folder: Path):
+    """Delete what a training wrote to its folder; what a callback wrote there stays."""
+    for path in (*checkpoints_in(folder), *folder.glob("damaged-checkpoint-*"), folder / UNFINISHED):
+        shutil.rmtree(path, ignore_errors=True)
+    with suppress(OSError):  # the store may be read-only
+        for name in (EPOCHS, WANDB_RUN):
+            (folder / name).unlink(missing_ok=True)
+        folder.rmdir()
 
 
 def seal(written: Path, target: Path):
@@ -198,7 +211,14 @@ class ResumableTrainer:
     def _callback_states(self) -> set[tuple[str, str]]:
         """The attributes, as text, of the user's callbacks: those of an ExportableState are in the checkpoint."""
         own = [c for c in self.callback_handler.callbacks if not type(c).__module__.startswith(_LIBRARIES)]
+        own = [c for c in own if getattr(c, "__identity__", str)() is not None]  # some only watch
         return {(type(c).__name__, repr(vars(c))) for c in own if not hasattr(c, "from_state")}
+
+    def _forgotten(self) -> list[str]:
+        """The callbacks whose attributes have changed, or may have: the text of some objects hides their content."""
+        now = self._callback_states()
+        hidden = {(name, text) for name, text in now if " object at 0x" in text or "..." in text}
+        return sorted({name for name, _ in now - self._states_before | hidden})
 
     def _maybe_log_save_evaluate(self, *args, **kwargs):  # after each step, and once more after an epoch's last one
         state, control = self.state, self.control
@@ -218,8 +238,11 @@ class ResumableTrainer:
 
     def _determine_best_metric(self, metrics, trial):
         better = super()._determine_best_metric(metrics, trial)
+        weights = self._evaluated_weights or contiguous_weights(self.model)
+        if self._best_weights and self._best_weights.keys() != weights.keys():
+            raise ValueError("names in the network's state_dict() changed in training, so no weights could be restored")
         if better:
-            self._best_weights = self._evaluated_weights or contiguous_weights(self.model)
+            self._best_weights = weights
         self._evaluated_weights = None
         self.control.should_save = self._is_due(self.seconds_between_epochs)  # upstream would save after every epoch
         return better
@@ -233,10 +256,15 @@ class ResumableTrainer:
         return any(reasons)
 
     def _finalize_training(self, *args, **kwargs):
-        if self._best_weights:
-            self.model.load_state_dict(self._best_weights)
-        self._best_weights = self.state.best_model_checkpoint = None  # where upstream would load them from
-        return super()._finalize_training(*args, **kwargs)
+        best, self._best_weights = self._best_weights, None
+        self.state.best_model_checkpoint = None  # where upstream would load them from
+        if best:
+            self.model.load_state_dict(best)
+        output = super()._finalize_training(*args, **kwargs)
+        if best and not all(torch.equal(best[name], now) for name, now in self.model.state_dict().items()):
+            self.notes.append("a callback changed the best weights in on_train_end, after the validation")
+            warnings.warn(self.notes[-1], stacklevel=2)
+        return output
 
     def _save_checkpoint(self, model, trial):
         args, state, folder = self.args, self.state, self.args.output_dir
@@ -249,7 +277,8 @@ class ResumableTrainer:
             super()._save_checkpoint(model, trial)
             progress = {"measured": self._since_last_log.state(), "seconds": time.monotonic() - self._clock}
             saved = {"environment": self.environment, "notes": self.notes, "progress": progress}
-            saved["forgotten"] = sorted(name for name, _ in self._callback_states() - self._states_before)
+            saved["forgotten"] = self._forgotten()
+            saved["frozen"] = [name for name, p in self.model.named_parameters() if not p.requires_grad]
             if first:
                 (written / _LAB).write_text(json.dumps(saved))
                 if hasattr(self.model, "config"):  # a model of transformers, whose weights upstream renames
@@ -299,6 +328,8 @@ class ResumableTrainer:
         for note in notes:
             warnings.warn(f"{self.args.output_dir}: {note}; the result will carry this note", stacklevel=3)
         self.notes = [*saved["notes"], *notes]
+        for name, parameter in self.model.named_parameters() if "frozen" in saved else ():  # not by an older lablib
+            parameter.requires_grad_(name not in saved["frozen"])
         self._best_weights = best if state["best_global_step"] else None
         if state["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"]:
             self.args.num_train_epochs = int(state["epoch"])  # or another step would be made

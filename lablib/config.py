@@ -170,7 +170,7 @@ class TrainingConfig:
             raise ValueError(f"TrainingConfig: batch_size = {self.batch_size}, but {reason}")
         if num_processes() > 1:
             atexit.register(_leave_group)
-        return TrainingArguments(
+        arguments = TrainingArguments(
             output_dir=output_dir,
             num_train_epochs=self.num_epochs,
             per_device_train_batch_size=self.batch_size,
@@ -200,6 +200,8 @@ class TrainingConfig:
             disable_tqdm=True,
             ddp_find_unused_parameters=False,
         )
+        arguments.mixed_precision = "no" if precision == "fp32" else precision  # whatever `accelerate launch` says
+        return arguments
 
 
 # as help() and JupyterLab show it: without pydantic's bounds

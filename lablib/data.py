@@ -40,7 +40,8 @@ class ImageData:
         arrays = {name: np.asanyarray(getattr(self, name)) for name in _TENSORS}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-            tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+            given = {name: getattr(self, name) for name in _TENSORS}  # a tensor stays the user's, to notice its changes
+            tensors = {n: v if isinstance(v, torch.Tensor) else torch.from_numpy(arrays[n]) for n, v in given.items()}
         vars(self).update(tensors, _arrays=[*arrays.values()], _hashed=(None, ""))  # the dataclass is frozen
         if self.num_classes < 2:
             raise ValueError(f"{self.name} has {self.num_classes} class; a classifier needs at least two")
@@ -56,6 +57,9 @@ class ImageData:
             if wrong := sorted({*range(self.num_classes)} ^ {*labels.unique().tolist()}):
                 needed = f"{self.name}: the {part} labels must be 0 to {self.num_classes - 1}, each at least once"
                 raise ValueError(f"{needed}; missing or out of range: {wrong}")
+
+    def __init_subclass__(cls):
+        raise TypeError("a subclass would be taken for an ImageData; write a function that makes ImageData instead")
 
     def __repr__(self) -> str:
         images = f"{len(self.train_labels):,} training and {len(self.test_labels):,} test images"
@@ -150,10 +154,14 @@ class ImageBatches(Dataset):
 
 
 class ShuffledBatches(Sampler):
-    """Batches of positions in the order of accelerate's `SeedableRandomSampler`, as tensors on a device."""
+    """Batches of positions, as tensors on a device: those of a sampler, or all, as accelerate shuffles them.
 
-    def __init__(self, length: int, batch_size: int, seed: int, device: torch.device):
-        self.length, self.batch_size, self.seed, self.device, self.epoch = length, batch_size, seed, device, 0
+    Each epoch's order follows from the seed, so that a resumed run draws the same.
+    """
+
+    def __init__(self, length: int, batch_size: int, seed: int, device: torch.device, sampler: Sampler | None = None):
+        self.batch_size, self.seed, self.device, self.epoch = batch_size, seed, device, 0
+        self.positions, self.length = sampler, length if sampler is None else len(sampler)
         self.drop_last, self.sampler = False, self  # attributes that accelerate expects of a batch sampler
 
     def set_epoch(self, epoch: int):
@@ -163,8 +171,10 @@ class ShuffledBatches(Sampler):
         return math.ceil(self.length / self.batch_size)
 
     def __iter__(self):
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        yield from torch.randperm(self.length, generator=generator).to(self.device).split(self.batch_size)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(self.seed + self.epoch)  # the CPU's alone
+            order = torch.randperm(self.length) if self.positions is None else torch.tensor([*self.positions])
+        yield from order.to(self.device).split(self.batch_size)
         self.epoch += 1
 
 

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 from torchvision.models.resnet import BasicBlock
 
 from lablib.hardware import untouched
@@ -32,20 +34,36 @@ def gradient_norms(
     shortcuts += [m.downsample[0] for m in model.modules() if isinstance(m, BasicBlock) and m.downsample]
     kinds = (nn.Linear, nn.modules.conv._ConvNd)
     found = {name: m for name, m in model.named_modules() if isinstance(m, kinds) and m not in shortcuts}
-    layers, used = {name: m for name, m in found.items() if m.weight.requires_grad}, {}
+    layers = {name: m for name, m in found.items() if m.weight.requires_grad}
     if not layers:
         raise ValueError(f"{type(model).__name__} has no linear or convolutional layers to measure")
     images, labels = batch
     with untouched(model), torch.enable_grad(), parametrize.cached():  # or a parametrised weight is new at each access
         model.eval()
-        for name, layer in layers.items():
-            layer.register_forward_pre_hook(lambda layer, inputs, name=name: used.update({name: layer}))
-        loss = F.cross_entropy(first_logits(outputs(model, images)), labels)
-        layers = used | layers
+        names = {id(layer.weight): name for name, layer in layers.items()}
+        with _Uses(names) as order:
+            loss = F.cross_entropy(first_logits(outputs(model, images.clone())), labels)
+        layers = {name: layers[name] for name in order.used} | layers
         weights = [layer.weight for layer in layers.values()]
         gradients = torch.autograd.grad(loss, weights, materialize_grads=True)
     rms = [gradient.cpu().double().norm().item() / gradient.numel() ** 0.5 for gradient in gradients]
     return pd.DataFrame({"layer": range(1, len(layers) + 1), "name": list(layers), "rms": rms})
+
+
+class _Uses(TorchFunctionMode):
+    """Lists the `names` (by id) of tensors in the order in which they are given to functions of PyTorch.
+
+    Hooks would miss a layer whose weight is used without calling it, as attention does.
+    """
+
+    def __init__(self, names: dict[int, str]):
+        super().__init__()
+        self.names, self.used = names, {}
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__name__", "") != "__get__":  # of an attribute such as `device`
+            self.used |= {self.names[id(t)]: None for t in tree_leaves((args, kwargs)) if id(t) in self.names}
+        return function(*args, **(kwargs or {}))
 
 
 def calibration(confidence: Sequence[float], correct: Sequence[bool], bins: int = 15) -> pd.DataFrame:

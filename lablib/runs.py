@@ -27,24 +27,30 @@ from filelock import FileLock, Timeout
 from torch import nn
 from tqdm import tqdm
 
-from lablib.checkpoints import Interruption, check_writable, contiguous_weights, write_atomically
+from lablib.checkpoints import (
+    EPOCHS,
+    Interruption,
+    check_writable,
+    contiguous_weights,
+    delete_checkpoints,
+    write_atomically,
+)
 from lablib.config import TrainingConfig, num_processes, one_line, redacted
 from lablib.data import ImageData, fixed_sample
 from lablib.diagnostics import gradient_norms
 from lablib.hardware import own_randomness, untouched
 from lablib.identity import build_seeded, is_installed_file, json_digest, run_identity, run_name, sha256
-from lablib.metrics import first_logits, history, summary
+from lablib.metrics import are_probabilities, first_logits, history, summary
 
 Key = tuple[str, int]  # a run's model and seed
 
 PUBLISHED = Path(__file__).resolve().parents[1] / "results" / "runs"  # runs that every checkout has, without weights
 _WEIGHTS = "model.safetensors"
-_EPOCHS = "checkpoints/epochs"  # a file: how many epochs an unfinished run has completed, such as 1.5
 _NOT_WHOLE = (  # stored results are recognised by these words: do not change them
     "a new copy with the trained weights gives different logits, so it cannot be loaded. Whatever training changes "
     "must be in state_dict(), like parameters and persistent buffers"
 )
-_one_training = threading.Lock()  # at a time: PyTorch's random state belongs to the process, not a thread
+_lock = threading.RLock()
 
 
 class DamagedRunError(OSError):
@@ -113,6 +119,14 @@ class TrainedModel:
         return self.run.load_weights(build_seeded(self.build_model, self.run.result["seed"]))
 
 
+@contextmanager
+def _alone():
+    """One training at a time: PyTorch's random state belongs to the process, not to a thread."""
+    with _lock:
+        yield
+
+
+@_alone()
 def train_or_load(
     build_model: Callable[[], nn.Module],
     config: TrainingConfig,
@@ -126,11 +140,11 @@ def train_or_load(
     """Load a finished run, from `output_dir` or from the published ones; resume an interrupted one; train a new one.
 
     `build_model` builds the network anew at each call. `trainer_class` replaces StreamlinedTrainer: a class, or a
-    `functools.partial` with what else the class needs, such as a teacher. With `weights`, a published run, which has
-    none, does not count. A damaged run is reported by a warning, set aside as `NAME.damaged`, and trained again.
-    Where another process trains the same run, this one waits and loads what it finds. Raises as `run_identity` and the
-    trainer do, and RuntimeError if `identity`, what `run_identity` gave before or in another process, is not that of
-    the arguments here and now.
+    `functools.partial` with what else the class needs, such as a teacher. Give each call `callbacks` of its own: they
+    keep what they collect. With `weights`, a published run, which has none, does not count. A damaged run is reported
+    by a warning, set aside as `NAME.damaged`, and trained again. Where another process trains the same run, this one
+    waits and loads what it finds. Raises as `run_identity` and the trainer do, and RuntimeError if `identity`, what
+    `run_identity` gave before or in another process, is not that of the arguments here and now.
     """
     now = run_identity(build_model, config, data, trainer_class, callbacks)
     asked = identity or now
@@ -179,8 +193,7 @@ def attempt(key: Key, build_model, config, data, parent: int, sources: dict[str,
             os.environ["WANDB_MODE"] = wandb_mode
     try:
         options = copy.deepcopy(options)  # a trainer and callbacks of its own, as a run in a worker has
-        with _one_training:
-            return key, train_or_load(build_model, config, data, **options), None
+        return key, train_or_load(build_model, config, data, **options), None
     except Exception as error:
         return key, None, line_and_trace(error)
     except KeyboardInterrupt:
@@ -205,7 +218,7 @@ def find_run(name: str, output_dir: str | Path, weights: bool = False) -> Run | 
     for folder in (output_dir,) if weights else (output_dir, PUBLISHED):
         try:
             if (run := load_run(Path(folder) / name)) and (run.has_weights or not weights):
-                shutil.rmtree(run.path / "checkpoints", ignore_errors=True)  # its process ended before deleting them
+                delete_checkpoints(run.path / "checkpoints")  # its process ended before
                 return run
         except DamagedRunError as error:
             warnings.warn(f"{error}. Another copy is loaded, or the run is set aside and trained again.", stacklevel=3)
@@ -261,7 +274,7 @@ def _train(path: Path, identity, build_model, config, data, trainer_class, callb
         def on_step_end(self, args, state, control, **kwargs):
             if state.is_world_process_zero and time.monotonic() - self.reported > 1:
                 with suppress(OSError):  # no training should fail for its progress bar
-                    write_atomically(path / _EPOCHS, str(state.epoch).encode())
+                    write_atomically(path / "checkpoints" / EPOCHS, str(state.epoch).encode())
                 self.reported = time.monotonic()
 
     arguments = {"config": config, "data": data, "callbacks": [*callbacks, Reporter()]}
@@ -287,7 +300,7 @@ def _train(path: Path, identity, build_model, config, data, trainer_class, callb
             "measured.npz": _measured(trainer, prediction.predictions, partial(build_seeded, build_model, config.seed)),
         }
         _write(path, _result(trainer, rows, prediction.metrics), files)
-        shutil.rmtree(path / "checkpoints", ignore_errors=True)
+        delete_checkpoints(path / "checkpoints")
 
 
 def _result(trainer, rows: list[dict], test: dict[str, float]) -> dict[str, Any]:
@@ -308,7 +321,8 @@ def _result(trainer, rows: list[dict], test: dict[str, float]) -> dict[str, Any]
 def _measured(trainer, logits, build: Callable[[], nn.Module]) -> bytes:
     """The file of `Run.measured`; `build` builds the network with its initial weights."""
     device, train, validation = trainer.args.device, trainer.train_dataset, trainer.eval_dataset
-    confidence, predicted = torch.from_numpy(first_logits(logits)).double().softmax(1).max(1)
+    logits = torch.from_numpy(first_logits(logits)).double()
+    confidence, predicted = (logits if are_probabilities(logits) else logits.softmax(1)).max(1)
     shown = fixed_sample(len(validation), max(8, 1000 // trainer.data.num_classes))
     answers = _logits(trainer, trainer.model, shown)
     arrays = {
@@ -419,7 +433,7 @@ def _reached(path: Path) -> tuple[float, dict]:
     with suppress(OSError, ValueError):  # not written yet, already deleted, or cut off when the power failed
         rows = (path / "history.jsonl").read_text().splitlines()
         last = json.loads(rows[-1]) if rows else {}
-        epochs = float((path / _EPOCHS).read_text())
+        epochs = float((path / "checkpoints" / EPOCHS).read_text())
     return max(epochs, len(rows)), last
 
 

@@ -13,6 +13,7 @@ import httpx
 import torch
 from transformers import TrainerCallback
 
+from lablib.checkpoints import WANDB_RUN
 from lablib.config import redacted
 from lablib.metrics import history, summary
 
@@ -89,7 +90,7 @@ class WandbCallback(Harmless, TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         self._histograms, began = {}, time.perf_counter()
         try:
-            self._begin(_mode(), Path(args.output_dir) / "wandb_run_id", resumed=state.global_step > 0)
+            self._begin(_mode(), Path(args.output_dir) / WANDB_RUN, resumed=state.global_step > 0)
         finally:
             self.trainer._clock += time.perf_counter() - began  # a run's seconds are those of its training
 

@@ -4,6 +4,7 @@ import atexit
 import contextlib
 import functools
 import gc
+import io
 import math
 import shutil
 import tempfile
@@ -36,8 +37,9 @@ from lablib.models import unprepared
 
 Outputs = torch.Tensor | tuple[torch.Tensor, ...]  # logits (batch × classes), or a tuple that begins with them
 
-# what a saved learning rate consists of if NumPy computed it
-_NUMPY_FLOATS = [np.dtype, np.float64().__reduce__()[0], np.dtypes.Float32DType, np.dtypes.Float64DType]
+# what a saved schedule may consist of if NumPy computed it
+_NUMPY = [np.ndarray, np.dtype, np.dtypes.Float32DType, np.dtypes.Float64DType, np.dtypes.Int64DType]
+_NUMPY += [np.float64().__reduce__()[0], np.zeros(1).__reduce__()[0]]
 _OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
 # what PyTorch, oneDNN and the GPUs' libraries say in a RuntimeError
 _OUT_OF_MEMORY = ("out of memory", "DefaultCPUAllocator", "bad_alloc", "ALLOC_FAILED", "could not create a memory")
@@ -146,7 +148,9 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
         if self.args.world_size > 1:
             return super().get_train_dataloader()
         data, seed = self.train_dataset, self.args.data_seed
-        batches = ShuffledBatches(len(data), self._train_batch_size, seed, data.indices.device)
+        own = type(self)._get_train_sampler is not transformers.Trainer._get_train_sampler
+        sampler = self._get_train_sampler(data) if own else None
+        batches = ShuffledBatches(len(data), self._train_batch_size, seed, data.indices.device, sampler)
         return self.accelerator.prepare(DataLoader(data, batch_sampler=batches, collate_fn=default_convert))
 
     def prepare_images(self, images: torch.Tensor, training: bool) -> torch.Tensor:
@@ -199,9 +203,22 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
         groups = self.optimizer.param_groups
         if isinstance(schedule, LambdaLR) and [group["lr"] for group in groups] != schedule.get_last_lr():
             raise ValueError("a learning rate was set outside the schedule, which resets it; override create_scheduler")
-        if not self.state.global_step and {p for g in groups for p in g["params"]} - {*self.model.parameters()}:
-            raise ValueError("the optimizer has parameters that are not the network's; register them in the network")
+        if not self.state.global_step:
+            self._check_optimizer()
         return super().training_step(*args, **kwargs)
+
+    def _check_optimizer(self):
+        """Raise ValueError for an optimizer or a schedule that a checkpoint could not restore."""
+        if {p for group in self.optimizer.param_groups for p in group["params"]} - {*self.model.parameters()}:
+            raise ValueError("the optimizer has parameters that are not the network's; register them in the network")
+        states = [self.optimizer.state_dict(), self.lr_scheduler.state_dict()]
+        try:
+            torch.save(states, saved := io.BytesIO())
+            with torch.serialization.safe_globals(_NUMPY):
+                torch.load(io.BytesIO(saved.getvalue()), weights_only=True)
+        except Exception as error:
+            advice = "its attributes must be numbers, texts, lists, dicts or arrays"
+            raise ValueError(f"no checkpoint could restore the optimizer or the schedule: {advice}") from error
 
     @torch.no_grad()
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
@@ -254,12 +271,12 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
         return super().create_scheduler(num_training_steps, optimizer)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
-        with torch.serialization.safe_globals(_NUMPY_FLOATS):
+        with torch.serialization.safe_globals(_NUMPY):
             super()._load_optimizer_and_scheduler(checkpoint)
         for parameter, state in self.optimizer.state.items():  # fused optimizers mix up values in another memory format
             for name, value in state.items():
                 if torch.is_tensor(value) and value.shape == parameter.shape:
-                    state[name] = torch.empty_like(parameter).copy_(value)
+                    state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
     def _load_scaler(self, checkpoint):
         if self.accelerator.scaler:  # an fp16 training may be resumed in another precision

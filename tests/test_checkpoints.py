@@ -18,7 +18,7 @@ import torch
 from outcomes import findings
 from scripted import At, Scripted, press_ctrl_c
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 from transformers import EarlyStoppingCallback, TrainerCallback, ViTConfig, ViTForImageClassification
 
 from lablib import MLP, ResidualCNN, SimpleCNN, StreamlinedTrainer, TrainingConfig, checkpoints, train_or_load
@@ -93,6 +93,24 @@ class Scaled(StreamlinedTrainer):
         self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120, growth_factor=16, growth_interval=2)
 
 
+class Custom(StreamlinedTrainer):
+    """Draws its images by weight, unfreezes a layer after an epoch, and has a schedule with an array."""
+
+    def __init__(self, model, **arguments):
+        super().__init__(model.requires_grad_(False), **arguments)
+        model.classifier.requires_grad_(True)
+        unfreezing = At(None, lambda: None)
+        unfreezing.on_epoch_end = lambda *more, **kw: model.requires_grad_(True) and None
+        self.add_callback(unfreezing)
+
+    def _get_train_sampler(self, train_dataset=None):
+        return torch.utils.data.WeightedRandomSampler(torch.arange(27) + 1.0, 27)
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        self.lr_scheduler = OneCycleLR(self.optimizer, 0.1, num_training_steps)
+        self.lr_scheduler.table = np.linspace(0.0, 1.0, 3)
+
+
 class OnceInfinite(Scaled):
     def losses(self, outputs, labels):
         is_second_step = self.model.training and self.state.global_step == 1
@@ -132,6 +150,7 @@ PATIENT = {"num_epochs": 6, "early_stopping_patience": 2, "trainer_class": Scrip
         ((STEPS + 1,), {"model": tiny_vit}),
         ((STEPS + 1,), {"model": partial(ResidualCNN, 1, 4, (1, 6, 6), 3), "precision": "bf16"}),
         ((STEPS + 2,), {"trainer_class": Scaled}),
+        ((STEPS + 2,), {"trainer_class": Custom}),
         ((STEPS + 1, 3 * STEPS + 2), PATIENT),
         ((4 * STEPS,), PATIENT),
         ((STEPS + 1, 3 * STEPS + 2), PATIENT | {"trainer_class": TwicePatient}),
@@ -294,12 +313,17 @@ class Counting(TrainerCallback):
         self.steps += 1
 
 
+class Holding(TrainerCallback):
+    def __init__(self):
+        self.average = Counting()
+
+
 def test_callbacks_that_lose_their_state_are_named_and_noted_in_the_result(config, tiny_data, recwarn):
     train = partial(train_or_load, tiny_mlp, config(), tiny_data)
     with pytest.raises(KeyboardInterrupt):
-        train(callbacks=[Counting(), At(2, press_ctrl_c)])
-    (note,) = train(callbacks=[Counting()]).result["notes"]
-    assert note.startswith("resumed at step 2 without the state of Counting; ")
+        train(callbacks=[Counting(), Holding(), At(2, press_ctrl_c)])
+    (note,) = train(callbacks=[Counting(), Holding()]).result["notes"]
+    assert note.startswith("resumed at step 2 without the state of Counting, Holding; ")
     assert note in str(recwarn.pop(UserWarning).message)
 
 

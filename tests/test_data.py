@@ -137,12 +137,18 @@ def test_the_fingerprint_is_that_of_pixels_labels_and_names_in_any_memory_layout
         tiny_data.fingerprint,
     }
     assert len(changed) == 4
-    getattr(same, f"{part}_images")[0] += 1  # in place, as noise is added
+    assert getattr(same, f"{part}_images") is other_layout  # so that PyTorch counts the user's changes
+    other_layout[0] += 1  # in place, as noise is added
     assert same.fingerprint == replace(same).fingerprint != tiny_data.fingerprint
     for what in ("images", "labels"):
         before, array = same.fingerprint, getattr(same, f"{part}_{what}").numpy()
         array[1::2] = 1 - array[1::2].clip(0, 1)  # which PyTorch does not notice
         assert same.fingerprint == replace(same).fingerprint != before
+
+
+def test_a_subclass_which_would_be_taken_for_an_image_data_is_refused():
+    with pytest.raises(TypeError, match="write a function that makes ImageData instead"):
+        type("Mine", (ImageData,), {})
 
 
 def test_a_pickled_data_set_comes_back_as_it_was(tiny_data):

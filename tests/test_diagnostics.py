@@ -67,6 +67,21 @@ def test_convolutions_are_layers_too_but_a_shortcuts_projection_is_none(batch):
         gradient_norms(nn.Flatten(), batch)
 
 
+def test_the_layers_of_attention_are_in_the_order_of_use_and_the_images_stay_as_they_were(batch):
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.last, self.encoder = nn.Linear(4, 3), nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
+
+        def forward(self, images):
+            return self.last(self.encoder(images.mul_(2)[:, 0]).mean(1))
+
+    before = batch[0].clone()
+    names = [f"encoder.{name}" for name in ("self_attn.out_proj", "linear1", "linear2")]
+    assert gradient_norms(Attention(), batch)["name"].tolist() == [*names, "last"]
+    assert torch.equal(batch[0], before)
+
+
 @pytest.mark.parametrize(
     "look", [gradient_norms, lambda model, batch: multiply_adds(model, (1, 4, 4))], ids=["gradients", "multiply-adds"]
 )

@@ -4,6 +4,7 @@ import io
 import os
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from operator import itemgetter
@@ -22,6 +23,18 @@ from lablib import MLP, StreamlinedTrainer, TrainingConfig, runs, stratified_spl
 from lablib.diagnostics import gradient_norms
 from lablib.identity import build_seeded, run_identity, run_name
 from lablib.runs import clean, load_run, publish, runs_table, train_or_load
+
+
+class Wary(StreamlinedTrainer):
+    """Its network gives probabilities; it writes a file where transformers' callbacks write theirs."""
+
+    def outputs(self, model, images):
+        return model(images).softmax(1)
+
+    def losses(self, outputs, labels):
+        Path(self.args.output_dir, "mine.txt").write_text("mine")
+        return {"loss": F.nll_loss(outputs.log(), labels)}
+
 
 STEPS = 4  # an epoch: 27 of tiny_data's 36 images in batches of 8
 FILES = ["history.jsonl", "identity.json", "measured.npz", "model.safetensors", "result.json"]
@@ -46,6 +59,22 @@ def published(tmp_path, monkeypatch):
 def finished(tiny_data, tmp_path_factory):
     """A finished run, to be copied."""
     return train_or_load(tiny_mlp, replace(CONFIG, output_dir=str(tmp_path_factory.mktemp("runs"))), tiny_data)
+
+
+def test_a_callbacks_files_stay_and_probabilities_are_confidences(config, tiny_data):
+    runs = [train_or_load(tiny_mlp, config, tiny_data, trainer_class=kind) for kind in (Wary, StreamlinedTrainer, Wary)]
+    assert [file.name for file in (runs[0].path / "checkpoints").iterdir()] == ["mine.txt"]
+    wary, plain, _ = (run.measured()["test_confidence"] for run in runs)
+    np.testing.assert_allclose(wary, plain, atol=2e-3)
+
+
+def test_trainings_in_several_threads_are_those_of_one(config, tiny_data):
+    train = lambda seed, name: train_or_load(tiny_mlp, replace(config, seed=seed, output_dir=name), tiny_data)  # noqa: E731
+    with ThreadPoolExecutor() as pool:
+        together = [*pool.map(train, range(3), 3 * [f"{config.output_dir}/threads"])]
+    assert [run.result["val_loss"] for run in together] == [
+        train(seed, config.output_dir).result["val_loss"] for seed in range(3)
+    ]
 
 
 def test_a_finished_run_keeps_its_files_and_is_loaded_instead_of_trained_again(config, tiny_data, monkeypatch):

@@ -1,5 +1,6 @@
 """StreamlinedTrainer against scripted metrics, a plain PyTorch loop and a plain transformers.Trainer."""
 
+import collections
 import copy
 import gc
 import math
@@ -14,7 +15,7 @@ from outcomes import findings, timeless_rows
 from scripted import Scripted
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.utils import parameters_to_vector
+from torch.nn.utils import parameters_to_vector, prune
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers import TrainerCallback
 
@@ -322,6 +323,28 @@ def test_an_optimizer_and_a_schedule_of_ones_own_are_used_or_refused(build):
     own = type("Own", (OwnSchedule,), {"create_optimizer": lambda self: setattr(self, "optimizer", learned)})
     with pytest.raises(ValueError, match="parameters that are not the network's; register them in the network"):
         build(config(), trainer_class=own).train()
+
+    def unsavable(self, *args, **more):
+        OwnSchedule.create_scheduler(self, *args, **more)
+        self.lr_scheduler.recent = collections.deque()
+
+    with pytest.raises(ValueError, match="no checkpoint could restore the optimizer or the schedule: its attributes"):
+        build(config(), trainer_class=type("Own", (OwnSchedule,), {"create_scheduler": unsavable})).train()
+
+
+def test_what_changes_the_weights_or_their_names_behind_the_best_epoch_is_said(build):
+    def pruned(state, control):
+        if state.epoch == 2:
+            prune.l1_unstructured(trainer.model.classifier, "weight", 0.5)
+
+    trainer = build(config(num_epochs=3), callbacks=[on("on_epoch_end", pruned)])
+    with pytest.raises(ValueError, match=r"names in the network's state_dict\(\) changed in training"):
+        trainer.train()
+    late = on("on_train_end", lambda state, control: nn.init.zeros_(trainer.model.classifier.bias))
+    trainer = build(config(), callbacks=[late])
+    with pytest.warns(UserWarning, match="a callback changed the best weights in on_train_end, after the validation"):
+        trainer.train()
+    assert len(trainer.notes) == 1
 
 
 def test_a_checkpoint_of_fp16_resumes_in_another_precision(build, tmp_path):
