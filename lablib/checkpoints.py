@@ -61,8 +61,9 @@ def contiguous_weights(model: nn.Module) -> dict[str, torch.Tensor]:
 class Interruption:
     """A context manager that notes SIGINT and SIGTERM, so that a step can finish and a checkpoint be written.
 
-    A second signal acts at once, and one that was noted but not acted upon acts when the context ends. Only the main
-    thread can handle signals; in another thread none is noted. Signals that are ignored (`nohup`) stay ignored.
+    A second signal acts at once, but not in a worker; one that was noted but not acted upon acts when the context ends.
+    Only the main thread can handle signals; in another thread none is noted. Signals that are ignored (`nohup`) stay
+    ignored.
     """
 
     parent: int | None = None  # process ID of a worker's parent; the training ends when that process does
@@ -94,7 +95,8 @@ class Interruption:
     def ask(self, number: int = signal.SIGINT, frame=None):
         """Ask to stop after this step; also the handler of the signals."""
         self._noted = self._noted or signal.Signals(number)
-        self._restore_handlers()
+        if self.parent is None:  # a worker gets Ctrl-C, and soon after SIGTERM from the parent, which ends too
+            self._restore_handlers()
 
     def leave(self):
         """Raise what ends the training; the signal may have come to another process."""

@@ -15,7 +15,7 @@ from sklearn.model_selection import train_test_split
 from torch.utils.data import Dataset, Sampler
 
 UNBALANCED = 5  # above this ratio of the largest to the smallest class, accuracy alone is misleading
-_warned = {}  # where `warnings` notes that the one on unbalanced classes was shown
+_warned = set()  # the warnings that were shown
 _IMAGES = "torch.uint8 from 0 to 255, images × channels × height × width"
 _TENSORS = "train_images", "train_labels", "test_images", "test_labels"  # the fields of ImageData that hold tensors
 
@@ -85,7 +85,9 @@ class ImageData:
         if self.imbalance > UNBALANCED:
             largest = f"The largest class of {self.name} has {self.imbalance:.0f} times the images of the smallest"
             text = f"{largest}; an experiment's table has the balanced accuracy too, the mean over classes."
-            warnings.warn_explicit(text, UserWarning, "lablib", 0, registry=_warned)  # shows no source line
+            if text not in _warned:
+                warnings.warn_explicit(text, UserWarning, "lablib", 0)  # shows no source line
+                _warned.add(text)
 
     @cached_property
     def channel_statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -219,5 +221,5 @@ def stratified_subset(indices: torch.Tensor, labels: torch.Tensor, size: int | N
     chosen = by_class[places.argsort(stable=True)[:size]].sort().values
     if len(labels[chosen].unique()) < len(counts):
         given = f"max_train_images = {size} of {len(indices)} training images in {len(counts)} classes"
-        raise ValueError(f"{given} leaves a class without an image; write a larger number, or None for all")
+        raise ValueError(f"{given} leaves a class without an image; write a larger number, or set no limit")
     return chosen

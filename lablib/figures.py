@@ -42,6 +42,10 @@ def save(figure: Figure, *paths: str | Path) -> Figure:
     return figure
 
 
+def _title(figure: Figure, text: str):
+    figure.suptitle(text, parse_math=False)  # a data set's name may contain dollar signs
+
+
 def loss_curves(
     histories: pd.DataFrame, column: str, dataset: str, panels: Mapping[str, Sequence[str]] | None = None
 ) -> Figure:
@@ -54,7 +58,7 @@ def loss_curves(
         axis.set(title=title, yscale="log")
     axes[0].set_ylabel(f"{what} (cross-entropy, nats)")
     _label_log(axes[0].yaxis)
-    figure.suptitle(f"{dataset}: {what} ({_seeds(histories, 'model')})\n{LINES}")
+    _title(figure, f"{dataset}: {what} ({_seeds(histories, 'model')})\n{LINES}")
     return figure
 
 
@@ -71,7 +75,7 @@ def loss_terms(histories: pd.DataFrame, dataset: str, alpha: float) -> Figure:
         _line_per_seed(axis, histories[keys].assign(**terms).melt(keys, var_name="term"), "value", "term")
         axis.set_title(title)
     axes[0].set(ylabel="contribution to the loss (nats)", ylim=(0, None))
-    figure.suptitle(f"{dataset}: the distilled student's loss, α = {alpha:g} ({_seeds(histories, 'model')})\n{LINES}")
+    _title(figure, f"{dataset}: the distilled student's loss, α = {alpha:g} ({_seeds(histories, 'model')})\n{LINES}")
     return figure
 
 
@@ -123,7 +127,7 @@ def accuracy_by_depth(frames: pd.DataFrame | Mapping[str, pd.DataFrame], dataset
         axis.set_title(title)
     for axis in axes:  # once all are drawn, as they share a scale
         _label_errors(axis, table)
-    figure.suptitle(f"{dataset}: test error by depth ({_seeds(table, 'panel', 'model')})\n{DOTS}")
+    _title(figure, f"{dataset}: test error by depth ({_seeds(table, 'panel', 'model')})\n{DOTS}")
     return figure
 
 
@@ -146,7 +150,7 @@ def gradient_ratio(gradients: pd.DataFrame, frame: pd.DataFrame, dataset: str, c
     below.legend(**BELOW, ncols=3)
     _label_errors(below, table)
     what = f"initial gradients, and test error, by depth ({_seeds(table, 'model')})"
-    figure.suptitle(f"{dataset}: {what}\none point per run; geometric means above, means and 95 % intervals below")
+    _title(figure, f"{dataset}: {what}\none point per run; geometric means above, means and 95 % intervals below")
     return figure
 
 
@@ -165,7 +169,7 @@ def accuracy_by_cost(frame: pd.DataFrame, costs: pd.DataFrame, dataset: str) -> 
         axis.margins(y=0.1)
         _label_log(axis.xaxis)
     what = f"test accuracy by cost (numbers: depth; {_seeds(table, 'model')})"
-    figure.suptitle(f"{dataset}: {what}\n{DOTS}")
+    _title(figure, f"{dataset}: {what}\n{DOTS}")
     return figure
 
 
@@ -196,7 +200,7 @@ def _interval(percentages: pd.Series) -> tuple[float, float]:
 def _label_errors(axis: Axes, table: pd.DataFrame):
     depths, most = sorted(table["depth"].unique()), axis.get_ylim()[1]
     axis.set_xticks(range(len(depths)), labels=depths)
-    axis.set(xlabel="depth", ylabel="test error (%)")
+    axis.set(xlabel="depth", ylabel="test error (%)", xlim=(-0.5, len(depths) - 0.5))
     if 0 < 10 * table["error"].min() < most:
         axis.set_yscale("log")
         _label_log(axis.yaxis)
@@ -215,7 +219,7 @@ def gradient_norms(gradients: pd.DataFrame, dataset: str) -> Figure:
     grid = sns.relplot(table, kind="line", **look, estimator=gmean, errorbar=None, legend="full", height=2.9)
     grid.set(yscale="log").set_titles("{col_name}, {row_name}")
     grid.set_axis_labels("layer (0: first, 1: last)", "gradient (RMS)")
-    grid.figure.suptitle(f"{dataset}: loss gradient by layer, geometric mean over seeds ({_seeds(table, 'model')})")
+    _title(grid.figure, f"{dataset}: loss gradient by layer, geometric mean over seeds ({_seeds(table, 'model')})")
     grid.tight_layout()
     return grid.figure
 
@@ -235,7 +239,7 @@ def paired_differences(comparison: pd.DataFrame, dataset: str, title: str) -> Fi
     axis.set_ylim(len(names) - 0.5, -0.5)
     legend = "circle: one seed; diamond: mean, filled if significant; bar: 95 % interval"
     axis.set_xlabel(f"difference in test accuracy (percentage points)\n{legend}", fontsize="small")
-    figure.suptitle(f"{dataset}: {title} ({_seeds(comparison)})")
+    _title(figure, f"{dataset}: {title} ({_seeds(comparison)})")
     return figure
 
 
@@ -262,10 +266,11 @@ def distillation(frame: pd.DataFrame, names: Mapping[str, str], dataset: str, ch
     for axis in (left, right):
         axis.set(xlabel="", ylabel="test accuracy (%)")
         axis.tick_params(axis="x", labelsize="x-small")
-    _, alone, distilled = names  # the roles, in this order
-    gain = compare(frame, {"gain": (names[distilled], names[alone])}).to_dict("records")
+    teacher, alone, distilled = names  # the roles, in this order
+    pairs = {"lead": (names[teacher], names[alone]), "gain": (names[distilled], names[alone])}
+    gain = compare(frame, pairs).query("label == 'gain'").to_dict("records")
     what = f"{distilled} − {alone}: {points(gain[0])}" if gain else f"{distilled} and {alone} share no seed"
-    figure.suptitle(f"{dataset}\n{what}")
+    _title(figure, f"{dataset}\n{what}")
     return figure
 
 
@@ -285,7 +290,8 @@ def distillation_grid(frame: pd.DataFrame, dataset: str, used: tuple[float, floa
     sns.heatmap(table.rename(index="{:g}".format), annot=texts, fmt="", **look, ax=axis)
     axis.tick_params(axis="y", rotation=0)
     title = f"{dataset}, {_seeds(frame, 'temperature', 'alpha')}; without a teacher: {100 * alone:.2f} %"
-    axis.set(xlabel="α, the weight of the teacher's term", ylabel="temperature T", title=title)
+    axis.set(xlabel="α, the weight of the teacher's term", ylabel="temperature T")
+    _title(figure, title)
     return figure
 
 
@@ -308,7 +314,7 @@ def reliability(tables: Mapping[str, pd.DataFrame], errors: Mapping[str, Sequenc
     axes[0, 0].set(xlim=(0, 1), ylim=(0, 1), xticks=(0, 0.5, 1), ylabel="accuracy")
     axes[1, 0].set_ylabel("share of\nimages")
     what = f"below the dotted line, a bin is overconfident\n(dot: mean confidence; bins of {MIN_IMAGES} images or more)"
-    figure.suptitle(f"{dataset}, test set: {what}")
+    _title(figure, f"{dataset}, test set: {what}")
     return figure
 
 
@@ -323,7 +329,7 @@ def image_grid(
         axis.set_axis_off()
     for axis, image, text in zip(axes.flat, images, titles, strict=False):
         _show(axis, image, text)
-    figure.suptitle(title)
+    _title(figure, title)
     return figure
 
 
@@ -335,8 +341,9 @@ def _show(axis: Axes, image: torch.Tensor, title: str):
 
 
 def _short(text: str, length: int) -> str:
-    """The text, cut to `length` characters, its dollar signs escaped for Matplotlib."""
-    return (text if len(text) <= length else f"{text[: length - 1]}…").replace("$", r"\$")
+    """The text, cut in the middle to `length` characters, its dollar signs escaped for Matplotlib."""
+    half = length // 2
+    return (text if len(text) <= length else f"{text[: length - half]}…{text[1 - half :]}").replace("$", r"\$")
 
 
 def confusion_matrix(matrix: np.ndarray, class_names: Sequence[str], title: str) -> Figure:
@@ -350,7 +357,8 @@ def confusion_matrix(matrix: np.ndarray, class_names: Sequence[str], title: str)
     colours = {"cmap": "rocket_r", "vmin": 0, "vmax": max(1, mistakes.to_numpy().max()), "cbar_kws": bar}
     sns.heatmap(mistakes, **counts, **colours, square=True, ax=axis)
     axis.tick_params(axis="y", rotation=0)
-    axis.set(xlabel="predicted", ylabel="true", title=title)
+    axis.set(xlabel="predicted", ylabel="true")
+    _title(figure, title)
     return figure
 
 
@@ -374,5 +382,5 @@ def softened_predictions(
         table.nlargest(10, table.columns[0]).plot.bar(ax=bars, rot=0, fontsize="x-small", width=0.8, legend=False)
         bars.set(ylim=(0, 1), ylabel="probability")
     figure.legend(*bars.get_legend_handles_labels(), loc="outside lower center", ncols=len(softened))
-    figure.suptitle(title)
+    _title(figure, title)
     return figure

@@ -207,15 +207,16 @@ def test_sigterm_ends_the_step_with_a_checkpoint_and_then_does_what_it_does(buil
     assert [path.name for path in received] == ["checkpoint-2"]
 
 
-@pytest.mark.parametrize("times", [1, 2])
-def test_a_second_signal_does_not_wait_and_a_first_that_nobody_acted_upon_is_not_lost(times):
+@pytest.mark.parametrize(("times", "parent"), [(1, None), (2, None), (2, os.getppid())])
+def test_a_second_signal_waits_in_workers_only_and_one_that_nobody_acted_upon_is_not_lost(times, parent, monkeypatch):
+    monkeypatch.setattr(Interruption, "parent", parent)
     reached = []
     with pytest.raises(KeyboardInterrupt), Interruption() as interruption:  # noqa: PT012
         for _ in range(times):
             press_ctrl_c()
             reached.append(interruption.asked)
         reached.append("the end")
-    assert reached == ([True, "the end"] if times == 1 else [True])
+    assert reached == ([True] if times == 2 and not parent else [True] * times + ["the end"])
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 

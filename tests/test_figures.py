@@ -235,7 +235,7 @@ def test_a_distillation_grid_marks_the_best_cell_and_the_used_one():
     failed = frame.assign(val_accuracy=frame["val_accuracy"].where(frame["seed"] < 1))
     other = drawn(figures.distillation_grid(failed, "cifar10-jpeg", (3, 0.9), alone=0.5))[0]
     assert not any("used" in text.get_text() for text in other.texts)
-    assert "1 seed" in other.get_title()
+    assert "1 seed" in other.figure.get_suptitle()
 
 
 def test_reliability_draws_the_accuracy_of_bins_with_30_images_or_more_and_the_share_of_all():
@@ -249,7 +249,7 @@ def test_reliability_draws_the_accuracy_of_bins_with_30_images_or_more_and_the_s
 
 def test_a_confusion_matrix_writes_all_counts_and_colours_the_mistakes():
     matrix = np.array([[50, 1, 0], [2, 40, 3], [0, 7, 30]])
-    axis, _ = drawn(figures.confusion_matrix(matrix, ("cat", "dog", "$10 to $20"), "cifar10-jpeg"))
+    axis, _ = drawn(figures.confusion_matrix(matrix, ("cat", "dog", "$10 to $20"), "my $_$ pictures"))
     assert [int(text.get_text()) for text in axis.texts] == matrix.flatten().tolist()
     np.testing.assert_array_equal(axis.collections[0].get_array(), [[0, 1, 0], [2, 0, 3], [0, 7, 0]])
 

@@ -18,9 +18,11 @@ def main(arguments: list[str]) -> int:
     command = [sys.executable, "-m", "papermill", *arguments]
     if not any(argument in ("-k", "--kernel") for argument in arguments):
         command += ["--kernel", "python3"]
+    process = subprocess.Popen(command)
     try:
-        status = subprocess.run(command).returncode
+        status = process.wait()
     except KeyboardInterrupt:
+        process.wait()  # Ctrl-C has reached it too
         print("\ninterrupted; run it again: finished runs are loaded and interrupted ones resume", file=sys.stderr)
         return 130
     if status == 0:

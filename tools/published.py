@@ -210,7 +210,7 @@ class Lab:
         save_table(results_table(frame, WIDE_REFERENCE if table.startswith("cnns_wide") else None), path)
         if taught := [block for block in some if block.teacher]:
             alone, (distilled,) = f"ResidualCNN-{self.depths[0]}", taught[0].distillation
-            pairs = {"deeper network": (taught[0].teacher, alone), "distillation": (distilled, alone)}
+            pairs = {"the teacher's lead": (taught[0].teacher, alone), "distillation": (distilled, alone)}
             save_table(compare(frame, pairs), path.with_name(f"{table}_gains.csv"))
 
 
