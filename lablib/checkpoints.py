@@ -94,8 +94,9 @@ class Interruption:
 
     def ask(self, number: int = signal.SIGINT, frame=None):
         """Ask to stop after this step; also the handler of the signals."""
-        self._noted = self._noted or signal.Signals(number)
-        if self.parent is None:  # a worker gets Ctrl-C, and soon after SIGTERM from the parent, which ends too
+        if not self._noted or number == signal.SIGTERM:
+            self._noted = signal.Signals(number)
+        if self.parent is None:  # a notebook's workers get Ctrl-C, and soon after SIGTERM, as their parent ends
             self._restore_handlers()
 
     def leave(self):
