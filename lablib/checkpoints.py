@@ -223,18 +223,19 @@ class ResumableTrainer:
         hidden = {(name, text) for name, text in now if " object at 0x" in text or "..." in text}
         return sorted({name for name, _ in now - self._states_before | hidden})
 
-    def _maybe_log_save_evaluate(self, *args, **kwargs):  # after each step, and once more after an epoch's last one
+    def _maybe_log_save_evaluate(self, *args, **kwargs):
+        # upstream calls this after each step, and once more when an epoch is over, so twice after its last step
         state, control = self.state, self.control
-        within = state.epoch != int(state.epoch) and not control.should_training_stop  # an epoch
-        if within and (control.should_evaluate or control.should_log or control.should_epoch_stop):
+        first_call, self._last_step = self._last_step != state.global_step, state.global_step
+        if state.epoch == int(state.epoch) or control.should_training_stop:
+            control.should_save = False  # `_determine_best_metric` decides after the evaluation
+            if first_call:  # the second one logs and evaluates
+                control.should_log = control.should_evaluate = False
+        elif control.should_evaluate or control.should_log or control.should_epoch_stop:
             advice = "let it ask in on_epoch_end, or set max_train_images for shorter epochs"
             raise ValueError(f"a callback asks to evaluate, to log or to stop within an epoch; {advice}")
-        after_step, self._last_step = self._last_step != state.global_step, state.global_step
-        if after_step and not within:  # the epoch's own log and evaluation follow
-            control.should_log = control.should_evaluate = False
-        asks = self.args.world_size == 1 or state.global_step % 50 == 0  # it takes time until all processes agree
-        due = within and asks and self._is_due(self.config.checkpoint_seconds)
-        control.should_save = due or (within and control.should_save)
+        elif self.args.world_size == 1 or state.global_step % 50 == 0:  # it takes time until all processes agree
+            control.should_save |= self._is_time_to_save(self.config.checkpoint_seconds)
         super()._maybe_log_save_evaluate(*args, **kwargs)
         if self._leaving:
             self._interruption.leave()
@@ -247,11 +248,11 @@ class ResumableTrainer:
         if better:
             self._best_weights = weights
         self._evaluated_weights = None
-        self.control.should_save = self._is_due(self.seconds_between_epochs)  # upstream would save after every epoch
+        self.control.should_save = self._is_time_to_save(self.seconds_between_epochs)  # upstream: after every epoch
         return better
 
-    def _is_due(self, seconds: float) -> bool:
-        """Whether to write a checkpoint; notes in `_leaving` whether the training ends with it."""
+    def _is_time_to_save(self, seconds: float) -> bool:
+        """Whether a signal came or the last checkpoint is that old; `_leaving` notes whether to end the training."""
         reasons = [self._interruption.asked, time.monotonic() - self._saved_at >= seconds]
         if self.args.world_size > 1:
             reasons = self.accelerator.gather(torch.tensor([reasons], device=self.args.device)).any(0).tolist()

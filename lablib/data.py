@@ -42,7 +42,7 @@ class ImageData:
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
             given = {name: getattr(self, name) for name in _TENSORS}  # a tensor stays the user's, to notice its changes
             tensors = {n: v if isinstance(v, torch.Tensor) else torch.from_numpy(arrays[n]) for n, v in given.items()}
-        vars(self).update(tensors, _arrays=[*arrays.values()], _hashed=(None, ""))  # the dataclass is frozen
+        vars(self).update(tensors, _arrays=[*arrays.values()], _hashed_at=None)  # the dataclass is frozen
         if self.num_classes < 2:
             raise ValueError(f"{self.name} has {self.num_classes} class; a classifier needs at least two")
         for part in ("train", "test"):
@@ -116,17 +116,19 @@ class ImageData:
     @property
     def fingerprint(self) -> str:
         """SHA-256 over every image, label and class name: two data sets with the same one are the same."""
-        versions = [getattr(self, name)._version for name in _TENSORS]  # PyTorch counts its own changes
-        # to notice NumPy's: checksums of all labels, and of a thousand images of each part
-        samples = (a if a.ndim == 1 else a[fixed_sample(len(a), 1000).numpy()] for a in self._arrays)
-        state = versions, [crc32(np.ascontiguousarray(sample)) for sample in samples]
-        if self._hashed[0] != state:
+        if (state := self._changes()) != self._hashed_at:
             digest = hashlib.sha256(repr((self.image_shape, self.class_names)).encode())
             for array in self._arrays:
                 digest.update(np.ascontiguousarray(array))
             vars(self).pop("channel_statistics", None)
-            vars(self)["_hashed"] = state, digest.hexdigest()
-        return self._hashed[1]
+            vars(self).update(_hashed_at=state, _digest=digest.hexdigest())
+        return self._digest
+
+    def _changes(self) -> tuple:
+        """Differs after a change in place: PyTorch counts its own; NumPy's show in the labels and 1,000 images."""
+        samples = (a if a.ndim == 1 else a[fixed_sample(len(a), 1000).numpy()] for a in self._arrays)
+        sums = [crc32(np.ascontiguousarray(sample)) for sample in samples]
+        return [getattr(self, name)._version for name in _TENSORS], sums
 
     def __identity__(self) -> list[str]:
         return [self.name, self.fingerprint]

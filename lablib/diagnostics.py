@@ -66,25 +66,16 @@ class _Uses(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def calibration(confidence: Sequence[float], correct: Sequence[bool], bins: int = 15) -> pd.DataFrame:
-    """Confidence against accuracy, for a reliability diagram; one row per non-empty bin of equal width.
-
-    For each image the probability of the predicted class, and whether that is the right one. Columns: low, high (the
-    bin's ends; an image on an end belongs to the bin below), images, confidence and accuracy (means in the bin).
-    """
-    confidence, correct = np.asarray(confidence, dtype=float), np.asarray(correct, dtype=float)
-    ends = np.linspace(0, 1, bins + 1)
-    index = np.searchsorted(ends, confidence).clip(1, bins)
-    table = pd.DataFrame({"low": ends[index - 1], "high": ends[index], "confidence": confidence, "correct": correct})
-    columns = {"images": ("confidence", "size"), "confidence": ("confidence", "mean"), "accuracy": ("correct", "mean")}
-    return table.groupby(["low", "high"], as_index=False).agg(**columns)
-
-
 def expected_calibration_error(confidence: Sequence[float], correct: Sequence[bool], bins: int = 15) -> float:
-    """Mean distance between confidence and accuracy over bins, weighted by images (Guo et al. 2017,
-    https://arxiv.org/abs/1706.04599): 0 for a classifier that is right as often as it says it will be."""
-    table = calibration(confidence, correct, bins)
-    return float(np.average((table["confidence"] - table["accuracy"]).abs(), weights=table["images"]))
+    """Mean distance between confidence and accuracy over bins of equal width, weighted by images (Guo et al. 2017,
+    https://arxiv.org/abs/1706.04599): 0 for a classifier that is right as often as it says it will be.
+
+    For each image the probability of the predicted class, and whether that is the right one.
+    """
+    confidence = np.asarray(confidence, dtype=float)
+    gaps = pd.Series(confidence - np.asarray(correct, dtype=float))
+    bin_sums = gaps.groupby(np.ceil(confidence * bins)).sum()  # an image on the border belongs to the bin below
+    return float(bin_sums.abs().sum() / len(gaps))
 
 
 def multiply_adds(model: nn.Module, image_shape: Sequence[int]) -> int:

@@ -68,13 +68,11 @@ class KnowledgeDistillationTrainer(StreamlinedTrainer):
         with torch.no_grad():
             images = self.prepare_images(data.train_images[:2].to(self.args.device), False)
             logits = super().outputs(self.teacher, images)
-        if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
-            given = f"a {type(logits).__name__} {tuple(getattr(logits, 'shape', ())) or ''}".strip()
-            raise ValueError(f"the teacher returns {given}, not logits (images × classes); wrap it")
+        if (shape := tuple(getattr(logits, "shape", ()))) != (2, data.num_classes):
+            needed = f"it must return logits, here (2, {data.num_classes}) (images × classes)"
+            raise ValueError(f"the teacher returns {type(logits).__name__}{shape or ''} for 2 images; {needed}")
         if are_probabilities(logits):
             raise ValueError("the teacher returns probabilities, not logits; remove its final softmax")
-        if (classes := logits.shape[1]) != data.num_classes:
-            raise ValueError(f"the teacher has {classes} outputs, but {data.name} has {data.num_classes} classes")
         self._answers = WeakKeyDictionary()  # data set that was evaluated -> the teacher's logits for each batch
         self._remembered, self._recorded = iter(()), []  # of the evaluation that is running
 

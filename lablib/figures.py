@@ -14,13 +14,13 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 from scipy.stats import gmean
+from sklearn.calibration import CalibrationDisplay
 
 from lablib.statistics import compare, gradient_ratios, labels, points, seeds_text, summarise, with_depth
 
 LINES = "one line per seed, dot: best validation accuracy"
 DOTS = "one point per run, mean and 95 % interval (three or more seeds)"
 BELOW = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.17)}  # a legend that covers no data
-MIN_IMAGES = 30  # in a bin of a reliability diagram: the accuracy of fewer says little
 
 
 def use_style():
@@ -295,26 +295,19 @@ def distillation_grid(frame: pd.DataFrame, dataset: str, used: tuple[float, floa
     return figure
 
 
-def reliability(tables: Mapping[str, pd.DataFrame], errors: Mapping[str, Sequence[float]], dataset: str) -> Figure:
-    """Accuracy by confidence, and the share of images below, one column per model.
+def reliability(predictions: pd.DataFrame, errors: Mapping[str, Sequence[float]], dataset: str) -> Figure:
+    """Accuracy by confidence, a line per model through 15 bins with equally many images each.
 
-    `tables` are those of `lablib.diagnostics.calibration`; `errors` the expected calibration error of each seed.
+    `predictions` has one row per test image: model, confidence, correct; `errors` the calibration errors of each seed.
     """
-    options = {"sharex": True, "sharey": "row", "squeeze": False, "height_ratios": [3, 1], "layout": "constrained"}
-    figure, axes = plt.subplots(2, len(tables), figsize=(max(6.4, 3.1 * len(tables) + 0.6), 4.8), **options)
-    for (above, below), (name, table) in zip(axes.T, tables.items(), strict=True):
-        bars = {"width": table["high"] - table["low"], "align": "edge", "edgecolor": "white"}
-        below.bar(table["low"], table["images"] / table["images"].sum(), color="0.6", **bars)
-        accuracy = table["accuracy"].where(table["images"] >= MIN_IMAGES)
-        above.bar(table["low"], accuracy, **bars)
-        above.plot([0, 1], [0, 1], color="0.2", linestyle=":", linewidth=1)
-        above.plot(table["confidence"], accuracy, "ko", markersize=3, clip_on=False)
-        above.set_title(f"{name}\ncalibration error {summarise(errors[name]).percent()}", fontsize="small")
-        below.set(xlabel="confidence")
-    axes[0, 0].set(xlim=(0, 1), ylim=(0, 1), xticks=(0, 0.5, 1), ylabel="accuracy")
-    axes[1, 0].set_ylabel("share of\nimages")
-    what = f"below the dotted line, a bin is overconfident\n(dot: mean confidence; bins of {MIN_IMAGES} images or more)"
-    _title(figure, f"{dataset}, test set: {what}")
+    figure, axis = plt.subplots(figsize=(6.8, 5.6), layout="constrained")
+    for model, table in predictions.groupby("model", sort=False):
+        name = f"{model}: calibration error {summarise(errors[model]).percent()}"
+        look = {"n_bins": 15, "strategy": "quantile", "markersize": 4, "name": name, "ax": axis}
+        CalibrationDisplay.from_predictions(table["correct"].astype(int), table["confidence"], **look)
+    axis.set(xlabel="mean confidence", ylabel="accuracy")
+    axis.legend(**BELOW)
+    _title(figure, f"{dataset}, test set: accuracy by confidence\n(below the dotted line: overconfident)")
     return figure
 
 

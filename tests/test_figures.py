@@ -13,7 +13,6 @@ from scipy import stats
 from scripted import frame_of
 
 from lablib import figures
-from lablib.diagnostics import calibration
 from lablib.statistics import compare
 
 
@@ -238,13 +237,14 @@ def test_a_distillation_grid_marks_the_best_cell_and_the_used_one():
     assert "1 seed" in other.figure.get_suptitle()
 
 
-def test_reliability_draws_the_accuracy_of_bins_with_30_images_or_more_and_the_share_of_all():
-    table = calibration([0.9] * 40 + [0.55] * 29 + [0.7] * 30, [True, False] * 20 + [True] * 29 + [False] * 30, 10)
-    above, below = drawn(figures.reliability({"net": table}, {"net": [0.1]}, "cifar10-jpeg"))
-    bars = {round(bar.get_x() + bar.get_width() / 2, 2): bar.get_height() for bar in above.patches}
-    drawn_bars = {x: height for x, height in bars.items() if np.isfinite(height)}
-    assert drawn_bars == {0.65: 0, 0.85: 0.5}
-    assert sum(bar.get_height() for bar in below.patches) == pytest.approx(1)
+def test_reliability_draws_the_accuracy_of_bins_with_equally_many_images():
+    confidence = np.linspace(0.4, 1, 150)
+    right = pd.DataFrame({"model": "right", "confidence": confidence, "correct": True})
+    half = pd.DataFrame({"model": "half", "confidence": confidence, "correct": [True, False] * 75})
+    (axis,) = drawn(figures.reliability(pd.concat([right, half]), {"right": [0.3], "half": [0.2]}, "cifar10-jpeg"))
+    lines = {line.get_label(): line.get_ydata().tolist() for line in axis.lines}
+    assert lines["right: calibration error 30.00 % (1 seed)"] == [1] * 15
+    assert lines["half: calibration error 20.00 % (1 seed)"] == [0.5] * 15
 
 
 def test_a_confusion_matrix_writes_all_counts_and_colours_the_mistakes():

@@ -78,7 +78,7 @@ class Torturer:
             (os, "replace", lambda source, target: None),
         ):
             self._operation(module, name, path)
-        ResumableTrainer._is_due = lambda trainer, seconds: (
+        ResumableTrainer._is_time_to_save = lambda trainer, seconds: (
             trainer.state.epoch.is_integer() or trainer.state.global_step % STEPS_BETWEEN_CHECKPOINTS == 0
         )
 
