@@ -103,13 +103,9 @@ def described_network(build_model: Callable[[], nn.Module], seed: int) -> tuple[
         raise TypeError(
             "the model is compiled; build it without torch.compile and write TrainingConfig(torch_compile=True)"
         )
-    cls, name, known = type(model), type(model).__name__, None
-    if cls.__module__ == "lablib.models" and hasattr(model, "_hub_mixin_config"):
-        arguments = {key: value for key, value in model._hub_mixin_config.items() if value is not None}
-        known = {"class": _installed(cls), "arguments": describe(arguments, "arguments")}
-        builder = build_model.func if type(build_model) is partial else build_model
-        if builder is cls:
-            return model, known  # as the class itself built it
+    cls, name, known = type(model), type(model).__name__, _by_arguments(model)
+    if known and cls is (build_model.func if type(build_model) is partial else build_model):
+        return model, known  # as the class itself built it
     content, second = describe(model, name), build_seeded(build_model, seed)
     if _trained_parts(model) & _trained_parts(second) or json_digest(content) != json_digest(describe(second, name)):
         raise ValueError(
@@ -117,10 +113,18 @@ def described_network(build_model: Callable[[], nn.Module], seed: int) -> tuple[
             "Build the network in the function, or return copy.deepcopy(network); and draw what is random with torch, "
             "which has the run's seed, not with NumPy or random"
         )
-    if known and content == describe(build_seeded(partial(cls, **arguments), seed), name):
+    if known and content == describe(build_seeded(partial(cls, **known["arguments"]), seed), name):
         return model, known  # nothing was changed
     built_by = describe(build_model, "the function that builds the model")
     return model, {"class": name, "built_by": built_by, "content": content}
+
+
+def _by_arguments(model: nn.Module) -> dict[str, Any] | None:
+    """The class of one of lablib's networks, and the arguments that are not None; None for any other network."""
+    if type(model).__module__ != "lablib.models" or not hasattr(model, "_hub_mixin_config"):
+        return None
+    arguments = {key: value for key, value in model._hub_mixin_config.items() if value is not None}
+    return {"class": _installed(type(model)), "arguments": describe(arguments, "arguments")}
 
 
 def _trained_parts(model: nn.Module) -> set[int]:

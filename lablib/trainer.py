@@ -229,7 +229,9 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
         return None, outputs, inputs["labels"]
 
     def _evaluate(self, *args, **kwargs):
-        self._evaluating_epoch = True  # until that is done; other evaluations within a training only measure
+        # True until `evaluation_loop` has the epoch's result. Only this evaluation counts: it may stop the training,
+        # its weights may be the best, and its loss must be finite.
+        self._evaluating_epoch = True
         return super()._evaluate(*args, **kwargs)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
