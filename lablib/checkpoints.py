@@ -61,9 +61,9 @@ def contiguous_weights(model: nn.Module) -> dict[str, torch.Tensor]:
 class Interruption:
     """A context manager that notes SIGINT and SIGTERM, so that a step can finish and a checkpoint be written.
 
-    A second signal acts at once, but not in a worker; one that was noted but not acted upon acts when the context ends.
-    Only the main thread can handle signals; in another thread none is noted. Signals that are ignored (`nohup`) stay
-    ignored.
+    A second signal acts at once, except in a worker; one noted but not yet acted upon takes effect when the context
+    ends. Only the main thread can handle signals; in another thread none is noted. Signals that are ignored (`nohup`)
+    stay ignored.
     """
 
     parent: int | None = None  # process ID of a worker's parent; the training ends when that process does
@@ -213,9 +213,14 @@ class ResumableTrainer:
 
     def _callback_states(self) -> set[tuple[str, str]]:
         """The attributes, as text, of the user's callbacks: those of an ExportableState are in the checkpoint."""
-        own = [c for c in self.callback_handler.callbacks if not type(c).__module__.startswith(_LIBRARIES)]
-        own = [c for c in own if getattr(c, "__identity__", str)() is not None]  # some only watch
-        return {(type(c).__name__, repr(vars(c))) for c in own if not hasattr(c, "from_state")}
+        states = set()
+        for callback in self.callback_handler.callbacks:
+            library, watches = type(callback).__module__.startswith(_LIBRARIES), getattr(callback, "__identity__", str)
+            if not library and watches() is not None and not hasattr(callback, "from_state"):
+                held = {name: value for name, value in vars(callback).items() if value is not self.model}
+                networks = [object() for value in held.values() if isinstance(value, nn.Module)]  # weights are no text
+                states.add((type(callback).__name__, f"{held} {networks}"))
+        return states
 
     def _forgotten(self) -> list[str]:
         """The callbacks whose attributes have changed, or may have: the text of some objects hides their content."""
@@ -244,7 +249,8 @@ class ResumableTrainer:
         better = super()._determine_best_metric(metrics, trial)
         weights = self._evaluated_weights or contiguous_weights(self.model)
         if self._best_weights and self._best_weights.keys() != weights.keys():
-            raise ValueError("names in the network's state_dict() changed in training, so no weights could be restored")
+            what = "the names in the network's state_dict() changed during training"
+            raise ValueError(f"{what}, so the best weights could not be restored")
         if better:
             self._best_weights = weights
         self._evaluated_weights = None
@@ -265,7 +271,7 @@ class ResumableTrainer:
         if best:
             self.model.load_state_dict(best)
         output = super()._finalize_training(*args, **kwargs)
-        if best and not all(torch.equal(best[name], now) for name, now in self.model.state_dict().items()):
+        if best and safetensors.torch.save(best) != safetensors.torch.save(contiguous_weights(self.model)):
             self.notes.append("a callback changed the best weights in on_train_end, after the validation")
             warnings.warn(self.notes[-1], stacklevel=2)
         return output
@@ -323,8 +329,9 @@ class ResumableTrainer:
     def _restore(self, state: dict, saved: dict, best: dict[str, torch.Tensor]):
         before, now = saved["environment"], self.environment
         notes, resumed = [], f"resumed at step {state['global_step']}"
-        if changed := [name for name in before if before[name] != now.get(name)]:  # an older lablib wrote fewer
-            was, now_is = (", ".join(f"{name} {values.get(name)}" for name in changed) for values in (before, now))
+        known = [name for name in before if name in now]  # another version of lablib may write other settings
+        if changed := [name for name in known if before[name] != now[name]]:
+            was, now_is = (", ".join(f"{name} {values[name]}" for name in changed) for values in (before, now))
             notes.append(f"started with {was}, {resumed} with {now_is}")
         if forgotten := ", ".join(saved.get("forgotten", [])):
             advice = "derive the callback from transformers' ExportableState to keep it"
@@ -332,10 +339,22 @@ class ResumableTrainer:
         for note in notes:
             warnings.warn(f"{self.args.output_dir}: {note}; the result will carry this note", stacklevel=3)
         self.notes = [*saved["notes"], *notes]
-        for name, parameter in self.model.named_parameters() if "frozen" in saved else ():  # not by an older lablib
-            parameter.requires_grad_(name not in saved["frozen"])
+        if "frozen" in saved:  # not by an older lablib
+            self._freeze_later(saved["frozen"])
         self._best_weights = best if state["best_global_step"] else None
         if state["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"]:
             self.args.num_train_epochs = int(state["epoch"])  # or another step would be made
         self._since_last_log.restore(saved["progress"]["measured"])
         self._clock = time.monotonic() - saved["progress"]["seconds"]
+
+    def _freeze_later(self, names: list[str]):
+        """Freeze these parameters and no others once the optimizer is made and the user's callbacks have begun."""
+        from transformers import TrainerCallback  # takes seconds, which loading a run saves
+
+        def on_train_begin(args, state, control, model, **kwargs):
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(name not in names)
+
+        freezing = TrainerCallback()
+        freezing.on_train_begin = on_train_begin
+        self.add_callback(freezing)

@@ -41,7 +41,8 @@ class ImageData:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
             given = {name: getattr(self, name) for name in _TENSORS}  # a tensor stays the user's, to notice its changes
-            tensors = {n: v if isinstance(v, torch.Tensor) else torch.from_numpy(arrays[n]) for n, v in given.items()}
+            kept = {n: v for n, v in given.items() if isinstance(v, torch.Tensor) and not v.is_inference()}
+            tensors = {name: kept.get(name, torch.from_numpy(array)) for name, array in arrays.items()}
         vars(self).update(tensors, _arrays=[*arrays.values()], _hashed_at=None)  # the dataclass is frozen
         if self.num_classes < 2:
             raise ValueError(f"{self.name} has {self.num_classes} class; a classifier needs at least two")
@@ -59,7 +60,7 @@ class ImageData:
                 raise ValueError(f"{needed}; missing or out of range: {wrong}")
 
     def __init_subclass__(cls):
-        raise TypeError("a subclass would be taken for an ImageData; write a function that makes ImageData instead")
+        raise TypeError("ImageData cannot be subclassed; write a function that makes ImageData instead")
 
     def __repr__(self) -> str:
         images = f"{len(self.train_labels):,} training and {len(self.test_labels):,} test images"
@@ -177,6 +178,10 @@ class ShuffledBatches(Sampler):
     def __iter__(self):
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(self.seed + self.epoch)  # the CPU's alone
+            if getattr(self.positions, "generator", None) is not None:
+                self.positions.generator.manual_seed(self.seed + self.epoch)
+            if hasattr(self.positions, "set_epoch"):
+                self.positions.set_epoch(self.epoch)
             order = torch.randperm(self.length) if self.positions is None else torch.tensor([*self.positions])
         yield from order.to(self.device).split(self.batch_size)
         self.epoch += 1

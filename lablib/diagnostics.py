@@ -1,6 +1,8 @@
 """A model -> gradients by layer, calibration, cost."""
 
+import math
 from collections.abc import Callable, Sequence
+from itertools import count
 
 import numpy as np
 import pandas as pd
@@ -40,10 +42,9 @@ def gradient_norms(
     images, labels = batch
     with untouched(model), torch.enable_grad(), parametrize.cached():  # or a parametrised weight is new at each access
         model.eval()
-        names = {id(layer.weight): name for name, layer in layers.items()}
-        with _Uses(names) as order:
+        with _Uses(layers) as uses:
             loss = F.cross_entropy(first_logits(outputs(model, images.clone())), labels)
-        layers = {name: layers[name] for name in order.used} | layers
+        layers = {name: layers[name] for name in uses.order()}
         weights = [layer.weight for layer in layers.values()]
         gradients = torch.autograd.grad(loss, weights, materialize_grads=True)
     rms = [gradient.cpu().double().norm().item() / gradient.numel() ** 0.5 for gradient in gradients]
@@ -51,19 +52,27 @@ def gradient_norms(
 
 
 class _Uses(TorchFunctionMode):
-    """Lists the `names` (by id) of tensors in the order in which they are given to functions of PyTorch.
+    """Notes when each of some layers is called, or its weight is used without calling it, as attention does."""
 
-    Hooks would miss a layer whose weight is used without calling it, as attention does.
-    """
-
-    def __init__(self, names: dict[int, str]):
+    def __init__(self, layers: dict[str, nn.Module]):
         super().__init__()
-        self.names, self.used = names, {}
+        self.layers, self.called, self.used, self.clock = layers, {}, {}, count()
+        self.names = {id(layer.weight): name for name, layer in layers.items()}
+        for name, layer in layers.items():
+            layer.register_forward_pre_hook(lambda layer, inputs, name=name: self.note(self.called, name))
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if getattr(function, "__name__", "") != "__get__":  # of an attribute such as `device`
-            self.used |= {self.names[id(t)]: None for t in tree_leaves((args, kwargs)) if id(t) in self.names}
+        for name in {id(t) for t in tree_leaves((args, kwargs))} & self.names.keys():
+            self.note(self.used, self.names[name])
         return function(*args, **(kwargs or {}))
+
+    def note(self, moments: dict[str, int], name: str) -> None:
+        moments.setdefault(name, next(self.clock))
+
+    def order(self) -> list[str]:
+        """The layers in the order of use, the unused ones last."""
+        moments = self.used | self.called
+        return sorted(self.layers, key=lambda name: moments.get(name, math.inf))
 
 
 def expected_calibration_error(confidence: Sequence[float], correct: Sequence[bool], bins: int = 15) -> float:

@@ -69,8 +69,9 @@ class KnowledgeDistillationTrainer(StreamlinedTrainer):
             images = self.prepare_images(data.train_images[:2].to(self.args.device), False)
             logits = super().outputs(self.teacher, images)
         if (shape := tuple(getattr(logits, "shape", ()))) != (2, data.num_classes):
-            needed = f"it must return logits, here (2, {data.num_classes}) (images × classes)"
-            raise ValueError(f"the teacher returns {type(logits).__name__}{shape or ''} for 2 images; {needed}")
+            given = f"{type(logits).__name__} of shape {shape}" if shape else type(logits).__name__
+            needed = f"logits of shape (2, {data.num_classes})"
+            raise ValueError(f"for 2 images, the teacher returns a {given}, not {needed}")
         if are_probabilities(logits):
             raise ValueError("the teacher returns probabilities, not logits; remove its final softmax")
         self._answers = WeakKeyDictionary()  # data set that was evaluated -> the teacher's logits for each batch

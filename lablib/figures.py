@@ -296,9 +296,10 @@ def distillation_grid(frame: pd.DataFrame, dataset: str, used: tuple[float, floa
 
 
 def reliability(predictions: pd.DataFrame, errors: Mapping[str, Sequence[float]], dataset: str) -> Figure:
-    """Accuracy by confidence, a line per model through 15 bins with equally many images each.
+    """Accuracy by confidence, a line per model through 15 bins with equal numbers of images.
 
-    `predictions` has one row per test image: model, confidence, correct; `errors` the calibration errors of each seed.
+    `predictions` has one row per model, seed and test image: model, confidence, correct; `errors` has each model's
+    calibration errors by seed.
     """
     figure, axis = plt.subplots(figsize=(6.8, 5.6), layout="constrained")
     for model, table in predictions.groupby("model", sort=False):

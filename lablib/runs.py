@@ -140,8 +140,8 @@ def train_or_load(
     """Load a finished run, from `output_dir` or from the published ones; resume an interrupted one; train a new one.
 
     `build_model` builds the network anew at each call. `trainer_class` replaces StreamlinedTrainer: a class, or a
-    `functools.partial` with what else the class needs, such as a teacher. Give each call `callbacks` of its own: they
-    keep what they collect. With `weights`, a published run, which has none, does not count. A damaged run is reported
+    `functools.partial` with what else the class needs, such as a teacher. Pass new `callbacks` to each call: they
+    keep what they collected. With `weights`, a published run, which has none, does not count. A damaged run is reported
     by a warning, set aside as `NAME.damaged`, and trained again. Where another process trains the same run, this one
     waits and loads what it finds. Raises as `run_identity` and the trainer do, and RuntimeError if `identity`, what
     `run_identity` gave before or in another process, is not that of the arguments here and now.
@@ -221,7 +221,8 @@ def find_run(name: str, output_dir: str | Path, weights: bool = False) -> Run | 
                 delete_checkpoints(run.path / "checkpoints")  # its process ended before
                 return run
         except DamagedRunError as error:
-            warnings.warn(f"{error}. Another copy is loaded, or the run is set aside and trained again.", stacklevel=3)
+            text = f"{error}. Another copy is loaded, or the run is set aside and trained again."
+            warnings.warn_explicit(text, UserWarning, "lablib", 0)  # shows no source line
     return None
 
 

@@ -214,7 +214,7 @@ def recommend(table: pd.DataFrame) -> str:
     whole = table.get("error", pd.Series("", table.index)).fillna("") == ""
     finished = table[whole & (table["n"] >= MIN_SEEDS)]
     if finished.empty:
-        return f"none, as no candidate has {MIN_SEEDS} finished runs and no failed one"
+        return f"none: every model has fewer than {MIN_SEEDS} finished runs, or a failed one"
     best = finished.loc[finished["val_accuracy_mean"].idxmax()]
     lowest = best["val_accuracy_mean"] - best["val_accuracy_std"] / math.sqrt(best["n"])
     close = finished[finished["val_accuracy_mean"] >= lowest]

@@ -38,8 +38,8 @@ from lablib.models import unprepared
 Outputs = torch.Tensor | tuple[torch.Tensor, ...]  # logits (batch × classes), or a tuple that begins with them
 
 # what a saved schedule may consist of if NumPy computed it
-_NUMPY = [np.ndarray, np.dtype, np.dtypes.Float32DType, np.dtypes.Float64DType, np.dtypes.Int64DType]
-_NUMPY += [np.float64().__reduce__()[0], np.zeros(1).__reduce__()[0]]
+_NUMPY = [np.ndarray, np.dtype, np.float64().__reduce__()[0], np.zeros(1).__reduce__()[0]]
+_NUMPY += [type(np.dtype(kind)) for kind in "?bhilBHILefd"]
 _OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
 # what PyTorch, oneDNN and the GPUs' libraries say in a RuntimeError
 _OUT_OF_MEMORY = ("out of memory", "DefaultCPUAllocator", "bad_alloc", "ALLOC_FAILED", "could not create a memory")
@@ -60,7 +60,7 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
     the training step, on the device, so that a resumed run draws the random numbers of an uninterrupted one (see
     `ResumableTrainer`). Callbacks and checkpoints work as in any `transformers.Trainer`. Checkpoints go to
     `checkpoint_dir`, or to a temporary folder that is deleted with the trainer. `run_name` is the name in Weights &
-    Biases and Telegram. `train` prints nothing; transformers' `ProgressCallback` among the callbacks shows a bar.
+    Biases and Telegram. `train` prints nothing; add transformers' `ProgressCallback` for a bar.
 
     Under `torchrun` accelerate splits each batch among the processes, each of which draws its own augmentation and
     dropout; docs/scaling.md says how the result compares with that of one process.
@@ -217,7 +217,7 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
             with torch.serialization.safe_globals(_NUMPY):
                 torch.load(io.BytesIO(saved.getvalue()), weights_only=True)
         except Exception as error:
-            advice = "its attributes must be numbers, texts, lists, dicts or arrays"
+            advice = "their attributes must be numbers, strings, lists, dicts or arrays"
             raise ValueError(f"no checkpoint could restore the optimizer or the schedule: {advice}") from error
 
     @torch.no_grad()

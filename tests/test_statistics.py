@@ -153,7 +153,7 @@ def test_failed_and_missing_runs_show_in_the_tables_and_the_others_count():
     assert list(statistics.with_knobs(cells[:2])["alpha"]) == [0.5, 0.5]
 
 
-NONE = "none, as no candidate has 3 finished runs and no failed one"
+NONE = "none: every model has fewer than 3 finished runs, or a failed one"
 
 
 @pytest.mark.parametrize(

@@ -328,7 +328,7 @@ def test_an_optimizer_and_a_schedule_of_ones_own_are_used_or_refused(build):
         OwnSchedule.create_scheduler(self, *args, **more)
         self.lr_scheduler.recent = collections.deque()
 
-    with pytest.raises(ValueError, match="no checkpoint could restore the optimizer or the schedule: its attributes"):
+    with pytest.raises(ValueError, match="no checkpoint could restore the optimizer or the schedule: their attributes"):
         build(config(), trainer_class=type("Own", (OwnSchedule,), {"create_scheduler": unsavable})).train()
 
 
@@ -338,7 +338,7 @@ def test_what_changes_the_weights_or_their_names_behind_the_best_epoch_is_said(b
             prune.l1_unstructured(trainer.model.classifier, "weight", 0.5)
 
     trainer = build(config(num_epochs=3), callbacks=[on("on_epoch_end", pruned)])
-    with pytest.raises(ValueError, match=r"names in the network's state_dict\(\) changed in training"):
+    with pytest.raises(ValueError, match=r"names in the network's state_dict\(\) changed during training"):
         trainer.train()
     late = on("on_train_end", lambda state, control: nn.init.zeros_(trainer.model.classifier.bias))
     trainer = build(config(), callbacks=[late])
