@@ -94,7 +94,7 @@ def test_threads_of_one_worker_train_one_after_the_other(monkeypatch):
         most.append(len(running))
         running.remove(threading.get_ident())
 
-    monkeypatch.setattr("lablib.runs.train_or_load", training)
+    monkeypatch.setattr("lablib.runs.run_identity", training)  # the first thing that a training does
     arguments = [None] * 3  # model, config, data
     with joblib.parallel_config("threading"):
         joblib.Parallel(n_jobs=4)(joblib.delayed(attempt)(i, *arguments, 1, {}) for i in range(20))
