@@ -7,7 +7,6 @@ import os
 import platform
 import shutil
 import signal
-import tempfile
 import threading
 import time
 import warnings
@@ -40,17 +39,6 @@ def write_atomically(path: Path, content: bytes):
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
-
-
-def check_writable(folder: Path):
-    """Make a folder and check that it can be written to. Raises OSError with the reason and what to do."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(b"lablib")
-    except OSError as error:
-        reason = f"the folder {folder} cannot be written to ({error.strerror or error})"
-        raise OSError(error.errno, f"{reason}: make room, make it writable or choose another output_dir") from error
 
 
 def contiguous_weights(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -161,7 +149,7 @@ class ResumableTrainer:
         Raises OSError if the path cannot be loaded or the folder is not writable, and ValueError if True finds none.
         """
         folder, path = Path(self.args.output_dir), resume_from_checkpoint
-        check_writable(folder)
+        folder.mkdir(parents=True, exist_ok=True)
         if (folder / UNFINISHED).exists() and self.is_world_process_zero():  # a process was killed
             shutil.rmtree(folder / UNFINISHED)
         if path is True and not (path := self.newest_checkpoint()):

@@ -27,14 +27,7 @@ from filelock import FileLock, Timeout
 from torch import nn
 from tqdm import tqdm
 
-from lablib.checkpoints import (
-    EPOCHS,
-    Interruption,
-    check_writable,
-    contiguous_weights,
-    delete_checkpoints,
-    write_atomically,
-)
+from lablib.checkpoints import EPOCHS, Interruption, contiguous_weights, delete_checkpoints, write_atomically
 from lablib.config import TrainingConfig, num_processes, one_line, redacted
 from lablib.data import ImageData, fixed_sample
 from lablib.diagnostics import gradient_norms
@@ -248,7 +241,7 @@ def load_run(path: Path) -> Run | None:
 
 def _locked(path: Path):
     """A context manager that holds a run's lock; the system releases it when the process ends, however it ends."""
-    check_writable(path.parent)
+    path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(f"{path}.lock")
     try:
         return lock.acquire(timeout=0)
