@@ -33,11 +33,10 @@ def main(arguments: list[str]) -> int:
 def clean(path: Path):
     """Take out of an executed notebook what a reader does not need: timings, widgets' metadata, redrawn progress."""
     notebook = nbformat.read(path, as_version=4)
-    for key in ("papermill", "widgets"):
-        notebook.metadata.pop(key, None)
+    for part in (notebook, *notebook.cells):
+        for key in ("papermill", "widgets", "execution"):
+            part.metadata.pop(key, None)
     for cell in notebook.cells:
-        for key in ("papermill", "execution"):
-            cell.metadata.pop(key, None)
         merged = []
         for output in cell.get("outputs", []):
             same = merged and output.output_type == "stream" == merged[-1].output_type
@@ -55,8 +54,7 @@ def clean(path: Path):
 
 def as_shown(text: str) -> str:
     """What a terminal shows of a text whose lines are redrawn with carriage returns."""
-    lines = (re.sub(r"\r+$", "", line).rpartition("\r")[2].rstrip() for line in text.split("\n"))
-    return "\n".join(lines)
+    return "\n".join(re.sub(r"\r+$", "", line).rpartition("\r")[2].rstrip() for line in text.split("\n"))
 
 
 if __name__ == "__main__":
