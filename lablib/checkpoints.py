@@ -155,7 +155,7 @@ class ResumableTrainer:
         if path is True and not (path := self.newest_checkpoint()):
             raise ValueError(f"there is no checkpoint in {folder} to resume from; train without resuming")
         loaded = self._load(Path(path)) if path else None
-        self.notes, self._best_weights, self._states_before = [], None, self._callback_states()
+        self.notes, self._best_weights, self._frozen = [], None, None
         self._interruption, self._saved_at, self._leaving = Interruption(), time.monotonic(), False
         self._evaluated_weights, self._evaluating_epoch, self._last_step = None, False, None
         with algorithms(self.config.deterministic), self._interruption:
@@ -199,22 +199,13 @@ class ResumableTrainer:
             "processes": str(self.args.world_size),
         }
 
-    def _callback_states(self) -> set[tuple[str, str]]:
-        """The attributes, as text, of the user's callbacks: those of an ExportableState are in the checkpoint."""
-        states = set()
-        for callback in self.callback_handler.callbacks:
-            library, watches = type(callback).__module__.startswith(_LIBRARIES), getattr(callback, "__identity__", str)
-            if not library and watches() is not None and not hasattr(callback, "from_state"):
-                held = {name: value for name, value in vars(callback).items() if value is not self.model}
-                networks = [object() for value in held.values() if isinstance(value, nn.Module)]  # weights are no text
-                states.add((type(callback).__name__, f"{held} {networks}"))
-        return states
-
-    def _forgotten(self) -> list[str]:
-        """The callbacks whose attributes have changed, or may have: the text of some objects hides their content."""
-        now = self._callback_states()
-        hidden = {(name, text) for name, text in now if " object at 0x" in text or "..." in text}
-        return sorted({name for name, _ in now - self._states_before | hidden})
+    def training_step(self, *args, **kwargs):
+        """As upstream; after a resume, callbacks that freeze layers when a training begins have done so by now."""
+        if self._frozen is not None:
+            for name, parameter in self.model.named_parameters():
+                parameter.requires_grad_(name not in self._frozen)
+            self._frozen = None
+        return super().training_step(*args, **kwargs)
 
     def _maybe_log_save_evaluate(self, *args, **kwargs):
         # upstream calls this after each step, and once more when an epoch is over, so twice after its last step
@@ -275,7 +266,7 @@ class ResumableTrainer:
             super()._save_checkpoint(model, trial)
             progress = {"measured": self._since_last_log.state(), "seconds": time.monotonic() - self._clock}
             saved = {"environment": self.environment, "notes": self.notes, "progress": progress}
-            saved["forgotten"] = self._forgotten()
+            saved["forgotten"] = sorted({type(c).__name__ for c in self.callback_handler.callbacks if _forgets(c)})
             saved["frozen"] = [name for name, p in self.model.named_parameters() if not p.requires_grad]
             if first:
                 (written / _LAB).write_text(json.dumps(saved))
@@ -322,27 +313,20 @@ class ResumableTrainer:
             was, now_is = (", ".join(f"{name} {values[name]}" for name in changed) for values in (before, now))
             notes.append(f"started with {was}, {resumed} with {now_is}")
         if forgotten := ", ".join(saved.get("forgotten", [])):
-            advice = "derive the callback from transformers' ExportableState to keep it"
-            notes.append(f"{resumed} without the state of {forgotten}; {advice}")
+            advice = "derive the callback from transformers' ExportableState to keep them"
+            notes.append(f"{resumed} without the attributes of {forgotten} as they were; {advice}")
         for note in notes:
             warnings.warn(f"{self.args.output_dir}: {note}; the result will carry this note", stacklevel=3)
         self.notes = [*saved["notes"], *notes]
-        if "frozen" in saved:  # not by an older lablib
-            self._freeze_later(saved["frozen"])
+        self._frozen = saved.get("frozen")  # an older lablib did not save it
         self._best_weights = best if state["best_global_step"] else None
         if state["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"]:
             self.args.num_train_epochs = int(state["epoch"])  # or another step would be made
         self._since_last_log.restore(saved["progress"]["measured"])
         self._clock = time.monotonic() - saved["progress"]["seconds"]
 
-    def _freeze_later(self, names: list[str]):
-        """Freeze these parameters and no others once the optimizer is made and the user's callbacks have begun."""
-        from transformers import TrainerCallback  # takes seconds, which loading a run saves
 
-        def on_train_begin(args, state, control, model, **kwargs):
-            for name, parameter in model.named_parameters():
-                parameter.requires_grad_(name not in names)
-
-        freezing = TrainerCallback()
-        freezing.on_train_begin = on_train_begin
-        self.add_callback(freezing)
+def _forgets(callback) -> bool:
+    """Whether a user's callback, of which no checkpoint holds a state, has attributes and does more than watch."""
+    library, watches = type(callback).__module__.startswith(_LIBRARIES), getattr(callback, "__identity__", str)
+    return not library and bool(vars(callback)) and watches() is not None and not hasattr(callback, "from_state")

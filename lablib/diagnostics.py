@@ -1,8 +1,6 @@
 """A model -> gradients by layer, calibration, cost."""
 
-import math
 from collections.abc import Callable, Sequence
-from itertools import count
 
 import numpy as np
 import pandas as pd
@@ -10,8 +8,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 from torchvision.models.resnet import BasicBlock
 
 from lablib.hardware import untouched
@@ -25,54 +21,31 @@ def gradient_norms(
     """Root mean square of the loss gradient by layer, from the input (layer 1) to the output.
 
     `batch` is images as the model takes them (float, batch × channels × height × width) and labels (batch). One row for
-    each linear and convolutional layer's weight, in the order of use: layer, name, rms (the gradient's norm over the
-    root of its size). Frozen layers are left out, and so are the projections of `ResidualBlock` and torchvision's
-    `BasicBlock`. The loss is the mean cross-entropy without dropout; the model and its gradients stay as they were.
+    each linear and convolutional layer's weight, in the order of their calls: layer, name, rms (the gradient's norm
+    over the root of its size). Frozen layers are left out, and so are the projections of `ResidualBlock` and
+    torchvision's `BasicBlock`, and layers that are not called, as in PyTorch's attention. The loss is the mean
+    cross-entropy without dropout; the model and its gradients stay as they were.
     `outputs(model, images)` gives the logits, or a tuple that begins with them, where `model(images)` does not.
-    Raises ValueError if the model has no such layer.
+    Raises ValueError if there is no layer to measure.
     """
     # a projection belongs to the shortcut; it is not a layer of F
     shortcuts = [m.projection for m in model.modules() if isinstance(m, ResidualBlock)]
     shortcuts += [m.downsample[0] for m in model.modules() if isinstance(m, BasicBlock) and m.downsample]
     kinds = (nn.Linear, nn.modules.conv._ConvNd)
     found = {name: m for name, m in model.named_modules() if isinstance(m, kinds) and m not in shortcuts}
-    layers = {name: m for name, m in found.items() if m.weight.requires_grad}
-    if not layers:
-        raise ValueError(f"{type(model).__name__} has no linear or convolutional layers to measure")
+    called = {}  # name -> layer
     images, labels = batch
     with untouched(model), torch.enable_grad(), parametrize.cached():  # or a parametrised weight is new at each access
         model.eval()
-        with _Uses(layers) as uses:
-            loss = F.cross_entropy(first_logits(outputs(model, images.clone())), labels)
-        layers = {name: layers[name] for name in uses.order()}
-        weights = [layer.weight for layer in layers.values()]
-        gradients = torch.autograd.grad(loss, weights, materialize_grads=True)
+        for name, layer in found.items():
+            layer.register_forward_pre_hook(lambda layer, inputs, name=name: called.setdefault(name, layer) and None)
+        loss = F.cross_entropy(first_logits(outputs(model, images.clone())), labels)
+        weights = {name: layer.weight for name, layer in called.items() if layer.weight.requires_grad}
+        if not weights:
+            raise ValueError(f"{type(model).__name__} has no linear or convolutional layers to measure")
+        gradients = torch.autograd.grad(loss, [*weights.values()], materialize_grads=True)
     rms = [gradient.cpu().double().norm().item() / gradient.numel() ** 0.5 for gradient in gradients]
-    return pd.DataFrame({"layer": range(1, len(layers) + 1), "name": list(layers), "rms": rms})
-
-
-class _Uses(TorchFunctionMode):
-    """Notes when each of some layers is called, or its weight is used without calling it, as attention does."""
-
-    def __init__(self, layers: dict[str, nn.Module]):
-        super().__init__()
-        self.layers, self.called, self.used, self.clock = layers, {}, {}, count()
-        self.names = {id(layer.weight): name for name, layer in layers.items()}
-        for name, layer in layers.items():
-            layer.register_forward_pre_hook(lambda layer, inputs, name=name: self.note(self.called, name))
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        for name in {id(t) for t in tree_leaves((args, kwargs))} & self.names.keys():
-            self.note(self.used, self.names[name])
-        return function(*args, **(kwargs or {}))
-
-    def note(self, moments: dict[str, int], name: str) -> None:
-        moments.setdefault(name, next(self.clock))
-
-    def order(self) -> list[str]:
-        """The layers in the order of use, the unused ones last."""
-        moments = self.used | self.called
-        return sorted(self.layers, key=lambda name: moments.get(name, math.inf))
+    return pd.DataFrame({"layer": range(1, len(rms) + 1), "name": list(weights), "rms": rms})
 
 
 def expected_calibration_error(confidence: Sequence[float], correct: Sequence[bool], bins: int = 15) -> float:

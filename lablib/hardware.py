@@ -5,6 +5,7 @@ import ctypes
 import gc
 import os
 import random
+import threading
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -15,6 +16,7 @@ from lablib.config import TrainingConfig
 
 # for `deterministic`: PyTorch reads it once, at the first matrix product on a GPU, perhaps long before a training
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+_lock = threading.RLock()
 
 
 def check_device(device: str) -> None:
@@ -104,9 +106,12 @@ def untouched(owner: object) -> Iterator[None]:
 
 @contextlib.contextmanager
 def own_randomness() -> Iterator[None]:
-    """Afterwards restore the global random states of Python, NumPy and PyTorch, which a training sets to its seed."""
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
-    with torch.random.fork_rng(range(torch.cuda.device_count())):
+    """Afterwards restore the global random states of Python, NumPy and PyTorch, which a training sets to its seed.
+
+    They belong to the process, so one thread at a time may be within.
+    """
+    with _lock, torch.random.fork_rng(range(torch.cuda.device_count())):
+        python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
         try:
             yield
         finally:

@@ -43,7 +43,6 @@ _NOT_WHOLE = (  # stored results are recognised by these words: do not change th
     "a new copy with the trained weights gives different logits, so it cannot be loaded. Whatever training changes "
     "must be in state_dict(), like parameters and persistent buffers"
 )
-_lock = threading.RLock()
 
 
 class DamagedRunError(OSError):
@@ -112,14 +111,7 @@ class TrainedModel:
         return self.run.load_weights(build_seeded(self.build_model, self.run.result["seed"]))
 
 
-@contextmanager
-def _alone():
-    """One training at a time: PyTorch's random state belongs to the process, not to a thread."""
-    with _lock:
-        yield
-
-
-@_alone()
+@own_randomness()
 def train_or_load(
     build_model: Callable[[], nn.Module],
     config: TrainingConfig,
@@ -250,7 +242,6 @@ def _locked(path: Path):
         return lock.acquire()
 
 
-@own_randomness()
 def _train(path: Path, identity, build_model, config, data, trainer_class, callbacks) -> None:
     from transformers import TrainerCallback  # takes seconds, which loading a run saves
 

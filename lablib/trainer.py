@@ -193,10 +193,8 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
         return (losses["loss"], outputs) if return_outputs else losses["loss"]
 
     def training_step(self, *args, **kwargs):
-        """As upstream. Raises TypeError or ValueError for a learning rate that would not be what its author meant."""
+        """As upstream. Raises ValueError for a learning rate that would not be what its author meant."""
         schedule, best = self.lr_scheduler, "max" if self.args.greater_is_better else "min"
-        if schedule is None:
-            raise TypeError("create_scheduler must set self.lr_scheduler, and return it")
         if isinstance(schedule, ReduceLROnPlateau) and schedule.mode != best:
             metric = self.config.early_stopping_metric
             raise ValueError(f"ReduceLROnPlateau is given the validation {metric}; write mode={best!r}")
@@ -265,12 +263,6 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
             if config.optimizer == "sgd":  # or it stays uninitialised if fp16's loss scaler skips the first step
                 self.optimizer.state |= {p: {"momentum_buffer": torch.zeros_like(p)} for p in parameters}
         return self.optimizer
-
-    def create_scheduler(self, num_training_steps, optimizer=None):
-        """As upstream. Raises TypeError if an override of `create_optimizer` has not set the optimizer."""
-        if self.optimizer is None:
-            raise TypeError("create_optimizer must set self.optimizer, and return it")
-        return super().create_scheduler(num_training_steps, optimizer)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         with torch.serialization.safe_globals(_NUMPY):

@@ -316,7 +316,7 @@ def test_callbacks_that_lose_their_state_are_named_and_noted_in_the_result(confi
     with pytest.raises(KeyboardInterrupt):
         train(callbacks=[Counting(), Holding(), At(2, press_ctrl_c)])
     (note,) = train(callbacks=[Counting(), Holding()]).result["notes"]
-    assert note.startswith("resumed at step 2 without the state of Counting, Holding; ")
+    assert note.startswith("resumed at step 2 without the attributes of Counting, Holding as they were; ")
     assert note in str(recwarn.pop(UserWarning).message)
 
 
