@@ -30,7 +30,7 @@ def affine(
 
 
 def crop(images: torch.Tensor, corners: torch.Tensor, padding: int) -> torch.Tensor:
-    """Put `padding` rows and columns of 0 around each image and cut out a piece of its old size.
+    """Pad each image with `padding` rows and columns of zeros and crop it to its original size.
 
     images: batch × channels × height × width. corners: each piece's first column and row in the padded image, whole
     numbers from 0 to 2 · `padding`, batch × 2. Nothing is interpolated, so edges stay as sharp as they were.

@@ -88,7 +88,7 @@ class Interruption:
             self._restore_handlers()
 
     def leave(self):
-        """Raise what ends the training; the signal may have come to another process."""
+        """Raise the exception that ends training; the signal may have reached another process."""
         self.ask()
         raise KeyboardInterrupt if self._noted == signal.SIGINT else SystemExit(128 + self._noted)
 
@@ -104,7 +104,7 @@ def checkpoints_in(folder: Path) -> list[Path]:
 
 
 def delete_checkpoints(folder: Path):
-    """Delete what a training wrote to its folder; what a callback wrote there stays."""
+    """Delete what the trainer wrote to its folder; what a callback wrote there stays."""
     for path in (*checkpoints_in(folder), *folder.glob("damaged-checkpoint-*"), folder / UNFINISHED):
         shutil.rmtree(path, ignore_errors=True)
     with suppress(OSError):  # the store may be read-only

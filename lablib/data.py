@@ -51,7 +51,8 @@ class ImageData:
             channels_last = images.ndim == 4 and images.shape[1] > 4 >= images.shape[3]
             if images.dtype != torch.uint8 or images.ndim != 4 or channels_last or images.shape[1:] != self.image_shape:
                 given = f"{self.name}: the {part} images are {images.dtype} of shape {tuple(images.shape)}"
-                raise ValueError(f"{given}; they must be {_IMAGES}, the last three as in training")
+                advice = "floats from 0 to 1 become so by (images * 255).round().to(torch.uint8)"
+                raise ValueError(f"{given}; they must be {_IMAGES}, the last three as in training ({advice})")
             if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
                 given = f"{self.name}: the {part} labels are {labels.dtype} of shape {tuple(labels.shape)}"
                 raise ValueError(f"{given}; they must be torch.int64, one for each of the {len(images)} images")

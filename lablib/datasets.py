@@ -214,6 +214,8 @@ def split(folder: str | os.PathLike, test: float = 0.2, seed: int = 0) -> None:
         raise FileExistsError(f"{target} exists; rename or delete it first")
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder")
+    if not 0 < test < 1:
+        raise ValueError(f"test = {test:g}, but it must be a share between 0 and 1, such as 0.2")
     classes, images = list_images(folder)
     if {"train", "test"} <= {*classes}:
         raise ValueError(f"{folder} is already split: it contains train/ and test/")

@@ -52,7 +52,7 @@ def expected_calibration_error(confidence: Sequence[float], correct: Sequence[bo
     """Mean distance between confidence and accuracy over bins of equal width, weighted by images (Guo et al. 2017,
     https://arxiv.org/abs/1706.04599): 0 for a classifier that is right as often as it says it will be.
 
-    For each image the probability of the predicted class, and whether that is the right one.
+    Both arguments have one value per image: the predicted class's probability, and whether that class is right.
     """
     confidence = np.asarray(confidence, dtype=float)
     gaps = pd.Series(confidence - np.asarray(correct, dtype=float))

@@ -376,8 +376,8 @@ def _check_arguments(models: Mapping, config: TrainingConfig, data: ImageData, j
         raise ValueError("under torchrun, use train_or_load: an experiment trains each run in one process")
     if odd := [name for name in models if not isinstance(name, str) or name.startswith("_") or "$" in name]:
         raise ValueError(f"models: the name {odd[0]!r} must be a text without $ that does not begin with _")
-    if built := [name for name, build in models.items() if isinstance(build, nn.Module)]:
-        raise TypeError(f"models: {built[0]!r} is a network; give a function that builds one, such as lambda: Net()")
+    if built := [name for name, build in models.items() if isinstance(build, nn.Module) or not callable(build)]:
+        raise TypeError(f"models: {built[0]!r} needs a function that builds the network, such as lambda: Net()")
 
 
 def _look_up(result: Experiment, config: TrainingConfig, trainers: Mapping, weights: bool) -> dict[Key, dict]:
@@ -408,6 +408,10 @@ def _refuse_twins(paths: dict[Key, Path]):
 def _announce(result: Experiment, paths: dict[Key, Path], number: int):
     """Say how many of the runs are loaded, from where, and how many are to be trained."""
     result.data.warn_if_unbalanced()
+    images = round(len(result.data.train_labels) * (1 - result.config.validation_split))
+    images = min(images, result.config.max_train_images or images)
+    if paths and result.config.batch_size > images:
+        print(f"batch_size = {result.config.batch_size} for {images} training images: an epoch is a single step")
     places = {str(run.path.parent).removeprefix(f"{Path.cwd()}{os.sep}") for run in result.runs.values()}
     where = f" from {' and '.join(sorted(places))}" if places else ""
     begun = sum(any(path.glob("checkpoints/checkpoint-*")) for path in paths.values())
@@ -417,9 +421,12 @@ def _announce(result: Experiment, paths: dict[Key, Path], number: int):
 
 def _seeds(seeds: int | Iterable[int]) -> tuple[int, ...]:
     try:
-        return tuple(dict.fromkeys(map(index, seeds if isinstance(seeds, Iterable) else range(seeds))))
+        numbers = tuple(map(index, seeds if isinstance(seeds, Iterable) else range(seeds)))
     except TypeError:
         raise TypeError(f"seeds = {seeds!r}, but it must be a number of seeds, or a list such as [0, 1, 2]") from None
+    if len({*numbers}) < len(numbers):
+        raise ValueError(f"seeds = {seeds!r}, but each seed may be there once: its runs would be the same")
+    return numbers
 
 
 def _note_failure(result: Experiment, key: Key, line: str, trace: str):

@@ -244,7 +244,7 @@ def paired_differences(comparison: pd.DataFrame, dataset: str, title: str) -> Fi
 
 
 def distillation(frame: pd.DataFrame, names: Mapping[str, str], dataset: str, chance: float) -> Figure:
-    """Accuracy as bars, and one line per seed close up, of the models by role: teacher, student alone, distilled."""
+    """Test accuracy by role (teacher, student alone, distilled): bars and, in close-up, one line per seed."""
     parts = []
     for role, model in names.items():
         runs = frame[frame["model"] == model].dropna(subset="test_accuracy")

@@ -1,4 +1,4 @@
-"""What a machine can do for a training: its devices, its precision, its memory."""
+"""What a machine offers for training: its devices, its precision, its memory."""
 
 import contextlib
 import ctypes

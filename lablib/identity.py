@@ -41,7 +41,7 @@ def run_identity(
 ) -> dict[str, Any]:
     """What is trained, on what, and how; not where, nor who is notified. `trainer_class=None`: StreamlinedTrainer.
 
-    One of lablib's networks is known by its class, arguments and seed; any other by the source of the function that
+    lablib's networks are identified by class, arguments and seed; any other, by the source of the function that
     builds it, its layers, their attributes and its initial weights. A callback whose `__identity__` returns None only
     watches: it changes no identity. Raises TypeError for what cannot be described by its content, and ValueError if two
     calls of `build_model` do not give two equal networks.

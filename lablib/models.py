@@ -18,9 +18,10 @@ def _check(dropout: object = 0.0, shortcut: object = True, **sizes: object):
     NumPy scalars are refused too: the Hub's mixin would save the default in place of a value that JSON cannot hold.
     """
     for name, value in sizes.items():
-        numbers = value if isinstance(value, (tuple, list)) else [value]
+        several = name in ("hidden_sizes", "image_shape")
+        numbers = [value] if not several else value if isinstance(value, (tuple, list)) else ()
         if not numbers or not all(type(number) is int and number > 0 for number in numbers):
-            raise ValueError(f"{name} = {value!r}, but whole numbers above 0 are needed")
+            raise ValueError(f"{name} = {value!r}, but {'a list of ' * several}whole numbers above 0 are needed")
     if type(dropout) not in (float, int) or type(shortcut) is not bool:
         raise ValueError(f"{dropout = } and {shortcut = }, but a number and True or False of Python are needed")
 
@@ -92,7 +93,7 @@ class ResidualBlock(nn.Module):
 class ResidualMLP(nn.Module, _Saved):
     """A sequence of ResidualBlocks with a ReLU after each, one for each hidden size, then a linear classifier.
 
-    `image_shape` is (channels, height, width); `shortcut=False` is the same network with its shortcuts cut.
+    `image_shape` is (channels, height, width); `shortcut=False` is the same network without its shortcuts.
     """
 
     def __init__(
@@ -137,9 +138,9 @@ class _CNN(nn.Module):
 
 
 class SimpleCNN(_CNN, _Saved):
-    """A plain convolutional network: `depth` blocks (3 × 3 convolution, batch norm, ReLU) after a stem of `width`.
+    """A plain convolutional network: `depth` stages (3 × 3 convolution, batch norm, ReLU), after a stem of `width`.
 
-    Each block halves the resolution by its stride and doubles the channels. `image_shape` is (channels, height, width).
+    Each stage halves the resolution by its stride and doubles the channels. `image_shape` is (channels, height, width).
     Raises ValueError for images with a side of fewer than 2**depth pixels.
     """
 
@@ -148,7 +149,7 @@ class SimpleCNN(_CNN, _Saved):
 
 
 class PlainBlock(BasicBlock):
-    """torchvision's BasicBlock with its shortcut cut: the same two convolutions and nothing added to them."""
+    """torchvision's BasicBlock without its shortcut: the same two convolutions, with nothing added to them."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out = self.relu(self.bn1(self.conv1(x)))
@@ -159,8 +160,8 @@ class ResidualCNN(_CNN, _Saved):
     """A residual network: `depth` stages of two torchvision BasicBlocks each after a stem of `width` channels.
 
     The first block of a stage halves the resolution and doubles the channels, with a 1 × 1 convolution and batch norm
-    on its shortcut (He et al. 2015, https://arxiv.org/abs/1512.03385). `shortcut=False` is the same network with its
-    shortcuts cut. Shape and errors as for `SimpleCNN`.
+    on its shortcut (He et al. 2015, https://arxiv.org/abs/1512.03385). `shortcut=False` is the same network without
+    its shortcuts. Shape and errors as for `SimpleCNN`.
     """
 
     def __init__(

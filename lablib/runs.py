@@ -98,7 +98,7 @@ class Run:
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """The network of a finished run, loaded when it is needed: a teacher that is known by its run."""
+    """The network of a finished run, loaded when it is needed: a teacher that is identified by its run."""
 
     run: Run
     build_model: Callable[[], nn.Module]
@@ -124,7 +124,7 @@ def train_or_load(
 ) -> Run:
     """Load a finished run, from `output_dir` or from the published ones; resume an interrupted one; train a new one.
 
-    `build_model` builds the network anew at each call. `trainer_class` replaces StreamlinedTrainer: a class, or a
+    `build_model` builds a new network at each call. `trainer_class` replaces StreamlinedTrainer: a class, or a
     `functools.partial` with what else the class needs, such as a teacher. Pass new `callbacks` to each call: they
     keep what they collected. With `weights`, a published run, which has none, does not count. A damaged run is reported
     by a warning, set aside as `NAME.damaged`, and trained again. Where another process trains the same run, this one

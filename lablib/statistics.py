@@ -194,7 +194,7 @@ def readable_table(table: pd.DataFrame) -> pd.DataFrame:
             "reference": _percent(row.get("reference", math.nan)),
             "n": str(row["n"]),
             "epochs": f"{row['epochs_mean']:.0f}",
-            "seconds per run": f"{row['seconds_mean']:,.0f}",
+            "seconds per run": f"{row['seconds_mean']:,.{0 if row['seconds_mean'] > 10 else 1}f}",
             "failed": error,
         }
         rows.append(texts)

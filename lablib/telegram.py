@@ -1,4 +1,4 @@
-"""Messages to a Telegram chat when a training or an experiment ends or fails."""
+"""Messages to a Telegram chat when a run or an experiment ends or fails."""
 
 import contextlib
 import logging

@@ -1,4 +1,4 @@
-"""Weights & Biases: each training becomes a run there. The failure of an optional service harms no training."""
+"""Weights & Biases: each run is logged there. If an optional service fails, training continues."""
 
 import contextlib
 import functools
@@ -36,7 +36,7 @@ _OFFLINE = "; WANDB_MODE=offline keeps the run on this machine and needs no acco
 
 
 class Harmless:
-    """An optional service: after the first error in a `@harmless` method, which is a warning, they all do nothing."""
+    """An optional service: an error in a `@harmless` method becomes a warning, after which all of them do nothing."""
 
     service = "the service"
     broken = False
@@ -73,7 +73,7 @@ def final_result(trainer) -> dict[str, float]:
 
 
 class WandbCallback(Harmless, TrainerCallback):
-    """Makes a W&B run of each training, named after the trainer's `run_name`.
+    """Makes a W&B run for each run, named after the trainer's `run_name`.
 
     It has the config (an allow-list), the metrics of `lablib.metrics.history` by epoch, W&B's system metrics, and a
     summary with the best epoch and the test result. With `wandb_watch`, each epoch has histograms of the parameters and

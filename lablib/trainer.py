@@ -1,4 +1,4 @@
-"""StreamlinedTrainer: one training of one model on one data set, on top of transformers.Trainer."""
+"""StreamlinedTrainer: trains one model on one data set, on top of transformers.Trainer."""
 
 import atexit
 import contextlib
@@ -9,6 +9,7 @@ import math
 import shutil
 import tempfile
 import time
+import warnings
 import weakref
 from collections.abc import Sequence
 
@@ -233,7 +234,7 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
         return super()._evaluate(*args, **kwargs)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """As upstream; in a training all but the epoch's own only measure, or they would count for early stopping."""
+        """As upstream; during training, extra evaluations only measure, or they would count towards early stopping."""
         own = self._evaluating_epoch
         if not self.is_in_train or (own and eval_dataset is None):
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
@@ -283,7 +284,7 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
         super().log(logs, start_time)
 
     def is_last_step(self) -> bool:
-        """Whether the step that is being made is the last one of an epoch."""
+        """Whether the current step is the last one of an epoch."""
         return (self.state.global_step + 1) % len(self.callback_handler.train_dataloader) == 0
 
     def _get_grad_norm(self, model, grad_norm=None):
@@ -316,7 +317,7 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
 
 
 def sanity_check(trainer: StreamlinedTrainer) -> None:
-    """Try what a training does on a few real images, so that it fails in the first seconds or not at all.
+    """Try what training does on a few real images, so that it fails in the first seconds or not at all.
 
     An evaluation, whose outputs must be logits, one for each class; a full batch and the last batch of an epoch
     (forward and backward); and the weights, saved and loaded. It leaves no trace (see `untouched`) and needs no other
@@ -328,6 +329,10 @@ def sanity_check(trainer: StreamlinedTrainer) -> None:
     last = _in_last_batch(number, batch_size)
     evaluated = len(trainer.eval_dataset), len(trainer.data.test_labels)
     smallest = min(16, *(_in_last_batch(images, args.eval_batch_size) for images in evaluated))
+    held = {m for owner in model.modules() for m in tree_leaves(vars(owner)) if isinstance(m, nn.Module)}
+    if any(p.requires_grad for m in held - {*model.modules()} for p in m.parameters()):
+        what = f"{type(model).__name__} holds layers in a list or dict of Python, so they would not be trained"
+        raise SanityCheckError(f"{what}; use nn.ModuleList or nn.ModuleDict, or freeze them")
     with untouched(trainer):
         trainer._since_last_log = BatchMeter()
         trainer.use_precision(model)
@@ -372,9 +377,12 @@ def _try(trainer: StreamlinedTrainer, what: str, dataset: ImageBatches, size: in
             raise TypeError("each output must be a tensor whose first dimension is the images")
         if (number := logits.shape[1]) != data.num_classes:
             raise ValueError(f"the network has {number} outputs, but {data.name} has {data.num_classes} classes")
-        if type(trainer).losses.__module__.startswith("lablib.") and are_probabilities(logits):
+        probabilities, own = are_probabilities(logits), not type(trainer).losses.__module__.startswith("lablib.")
+        if probabilities and not own:
             raise ValueError("the network returns probabilities, but the loss takes logits; remove its final softmax")
         if size == min(len(dataset), 16):  # the loss of a set's small last batch is never computed alone
+            if probabilities:
+                warnings.warn(f"{type(model).__name__} returns probabilities; does your loss take them?", stacklevel=2)
             trainer._evaluated(EvalPrediction(*nested_numpify((outputs, labels))))
     except Exception as error:
         network = f"{type(model).__name__} was given float32 {(size, *data.image_shape)}"

@@ -82,7 +82,7 @@ def imported(module: str) -> set[str]:
 def test_the_readme_lists_every_module_once_and_each_imports_only_from_those_above():
     """So no imports go in a circle either."""
     text = (ROOT / "README.md").read_text("utf-8")
-    rows = re.findall(r"^- `(\w+)\.py`: ", text[text.index("## The code") :], re.MULTILINE)
+    rows = re.findall(r"^(\w+)\.py  ", text[text.index("## The code") :], re.MULTILINE)
     assert sorted(rows) == sorted(MODULES)
     pairs = [(name, other) for name in rows for other in imported(name)]
     assert len(pairs) > 25
@@ -122,9 +122,9 @@ def test_a_report_fills_in_what_is_published(tiny_data, tmp_path):
     (root / "images").mkdir()
     (root / "images" / "accuracy_by_depth.png").touch()
     (root / "README.md").write_text(
-        "A <!-- mlps_mnist: MLP-2 -->0 %<!-- end --> and <!-- mlps_mnist_differences: MLP-4 − MLP-2 --><!-- end -->.\n"
-        "<!-- table mlps_mnist: test accuracy, n -->\nold\n<!-- end -->\n"
-        "<!-- figure accuracy_by_depth.png: Accuracy -->\n<!-- end -->\n"
+        "A <!--mlps_mnist: MLP-2-->0 %<!--end--> and <!--mlps_mnist_differences: MLP-4 − MLP-2--><!--end-->.\n"
+        "<!--table mlps_mnist: test accuracy, n-->\nold\n<!--end-->\n"
+        "<!--figure accuracy_by_depth.png: Accuracy-->\n<!--end-->\n"
     )
     assert [REPORT["main"](arguments, root) for arguments in (["--check"], [], ["--check"])] == [1, 0, 0]
     text, page = (path.read_text("utf-8") for path in (root / "README.md", root / "results" / "README.md"))
@@ -138,6 +138,6 @@ def test_a_report_fills_in_what_is_published(tiny_data, tmp_path):
     assert f"{interval} | 50.00 % | 3 |" in page
     assert f"| MLP-4 − MLP-2 | {change}" in page
     assert "](../images/accuracy_by_depth.png)" in page
-    (root / "README.md").write_text("<!-- mlps_mnist: MLP-3 --><!-- end -->")
+    (root / "README.md").write_text("<!--mlps_mnist: MLP-3--><!--end-->")
     with pytest.raises(KeyError, match="MLP-3"):
         REPORT["main"]([], root)

@@ -169,13 +169,14 @@ def test_experiments_can_be_divided_and_joined_if_they_agree_on_the_data_and_wha
 
 
 def test_a_second_experiment_trains_nothing_and_says_where_the_runs_are(finished, tiny_data, capsys, no_training):
-    for seeds in (2, np.arange(2), range(2), [0, 1, 0], np.int64(2)):  # a number of them, or whole numbers
+    for seeds in (2, np.arange(2), range(2), [0, 1], np.int64(2)):  # a number of them, or whole numbers
         again = experiment(MODELS, finished.config, tiny_data, seeds, jobs=2)
         assert capsys.readouterr().out == f"4 of 4 runs loaded from {finished.config.output_dir}, 0 to train\n"
         assert list(again.runs.items()) == list(finished.runs.items())
         assert [type(seed) for seed in again.seeds] == [int, int]
     with pytest.raises(AssertionError, match="trained again"):
-        experiment(MODELS, finished.config, tiny_data, [0, 2])
+        experiment(MODELS, replace(finished.config, batch_size=28), tiny_data, [0, 2])
+    assert "batch_size = 28 for 27 training images: an epoch is a single step" in capsys.readouterr().out
 
 
 def test_only_what_is_missing_is_trained_each_run_by_its_own_trainer_and_the_order_stays(config, tiny_data):
@@ -330,7 +331,9 @@ def test_a_run_that_fails_loses_no_other_and_the_users_lines_are_shown_once(brok
         ({"models": dict.fromkeys("ab", MODELS["wide"])}, ValueError, "the models 'a' and 'b' are the same network"),
         ({"models": {8: tiny_mlp}}, ValueError, "the name 8 must be a text"),
         ({"models": [tiny_mlp]}, TypeError, "but it must be a dict that gives for each name a function"),
-        ({"models": {"net": tiny_mlp()}}, TypeError, "'net' is a network; give a function that builds one"),
+        ({"seeds": [0, 1, 0]}, ValueError, r"seeds = \[0, 1, 0\], but each seed may be there once"),
+        ({"models": {"net": tiny_mlp()}}, TypeError, "'net' needs a function that builds the network"),
+        ({"models": {"net": "MLP"}}, TypeError, "'net' needs a function that builds the network"),
         ({"seeds": []}, ValueError, "2 models and 0 seeds"),
         ({"trainer_class": {("wide", 0): StreamlinedTrainer}}, ValueError, r"no trainer for \[\('narrow', 0\)\]"),
     ],

@@ -96,7 +96,7 @@ def test_each_stage_halves_the_resolution_and_doubles_the_channels_down_to_the_s
 @pytest.mark.parametrize(
     ("network", "size"),
     [
-        *product((MLP, ResidualMLP), [{"hidden_sizes": sizes} for sizes in ((), (0,), (8.0,), "8", (True,))]),
+        *product((MLP, ResidualMLP), [{"hidden_sizes": sizes} for sizes in ((), (0,), (8.0,), "8", 8, (True,))]),
         *product((SimpleCNN, ResidualCNN), [{"depth": 0}, {"depth": 1, "width": -1}]),
         *product((ResidualMLP,), [{"dropout": np.float32(0.5)}, {"shortcut": np.bool_(False)}]),  # not saved
     ],

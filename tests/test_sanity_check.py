@@ -60,6 +60,12 @@ class Late(Linear):
         return super().forward(images)
 
 
+class Listed(Linear):
+    def __init__(self):
+        super().__init__()
+        self.more = {"layers": [nn.Linear(3, 3)]}
+
+
 def batch_normed() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(36, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
 
@@ -79,6 +85,7 @@ NO_MEMORY = "(9 images) does not fit into memory: use a smaller batch_size or im
         (Linear(lambda logits: (logits, logits.T)), "each output must be a tensor whose first dimension is the images"),
         (Linear(nn.Softmax(1)), "the network returns probabilities, but the loss takes logits"),
         (Linear(torch.detach), "a full batch (9 of 27 images) fails with RuntimeError: element 0"),
+        (Listed(), "Listed holds layers in a list or dict of Python, so they would not be trained; use nn.ModuleList"),
         (Expanded(), "no checkpoint of Expanded can be loaded: its state_dict() must hold ordinary tensors"),
         (Late(), "names or shapes in the state_dict() of Late change in training; create all buffers in __init__"),
         (Linear(Mock(side_effect=RuntimeError("DefaultCPUAllocator: can't allocate"))), NO_MEMORY),

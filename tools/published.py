@@ -34,6 +34,7 @@ from lablib.statistics import compare, results_table, save_table  # noqa: E402
 
 SIZES = {2: (128, 64), 4: (128, 64, 64, 32), 8: (128, 128, 64, 64, 32, 32, 16, 16)}
 DEPTHS = (2, 4, 8, 16, 32, 64)  # of the depth study
+PATIENT = ("MLP-32", "NoShortcut-16", "HeMLP-64")  # networks of it that are trained without early stopping too
 TEMPERATURES, ALPHAS = (2, 4, 8), (0.5, 0.7, 0.9)
 WIDE_REFERENCE = {"SimpleCNN-2": 0.7503, "SimpleCNN-3": 0.8017, "SimpleCNN-4": 0.8287}  # one author's single runs
 WIDE_REFERENCE |= {"ResidualCNN-2": 0.8745, "ResidualCNN-3": 0.8689}
@@ -86,14 +87,16 @@ def blocks(lab: "Lab", together: int = 5) -> Iterator[Block]:
     middle = [f"{family}-{depth}" for family in ("ResidualCNN", "NoShortcut") for depth in lab.depths[1:-1]]
     others = [name for name in narrow if not name.startswith("ResidualCNN") and name not in middle]
     yield cnns("B", "cosine", others, five)
-    yield cnns("B", "reference", others, three)
+    yield cnns("B", "reference", others, five)
     for recipe in ("reference", "cosine"):
         yield Block(f"C/{recipe}", lab.mnist, lab.mnist_recipes[recipe], lab.mlps(), five)
-    yield Block("C/depth", lab.mnist, lab.mnist_recipes["reference"], lab.mlps(deep=True), five)
+    yield Block("C/depth", lab.mnist, lab.mnist_recipes["reference"], deep := lab.mlps(deep=True), five)
+    patient = replace(lab.mnist_recipes["reference"], early_stopping_patience=None)
+    yield Block("C/patient", lab.mnist, patient, {n: deep[n] for n in PATIENT if n in deep}, five)
     wide = [name for name in narrow if not name.startswith("NoShortcut") and name != teacher]
     yield replace(cnns("D", "cosine", wide, (0,), lab.wide), table="cnns_wide_cosine")
-    yield cnns("E", "cosine", middle, three)
-    yield cnns("E", "reference", middle, three)
+    yield cnns("E", "cosine", middle, five)
+    yield cnns("E", "reference", middle, five)
     cells = {f"T = {T:g}, α = {a:g}": (T, a) for T, a in product(TEMPERATURES, ALPHAS)}
     yield (grid := students("F", "cosine", cells, three, lab.grid_images))
     alone = {"no teacher": student, teacher: narrow[teacher]}
@@ -102,9 +105,6 @@ def blocks(lab: "Lab", together: int = 5) -> Iterator[Block]:
         yield students("F", "cosine", {"best cell": best}, five, lab.grid_images)
         yield students("F", "cosine", {"subset teacher": best}, five, lab.grid_images, lab.grid_images)
         yield students("G", "cosine", {f"Distilled-{lab.depths[0]}, tuned": best}, five)
-    yield cnns("E", "reference", middle, five[3:])
-    yield cnns("B", "reference", others, five[3:])
-    yield cnns("E", "cosine", middle, five[3:])
     strong = {"networks": {distilled: lab.cnns(lab.strong)[shallow]}, "teacher": middle[0], "width": lab.strong}
     yield replace(cnns("I", "cosine", [middle[0], shallow], three, lab.strong), table="distillation_strong")
     yield replace(students("I", "cosine", {distilled: (4, 0.7)}, three), **strong, table="distillation_strong")

@@ -3,8 +3,8 @@
 python tools/report.py            write both
 python tools/report.py --check    write nothing; 1 if one of them would change
 
-In README.md a number stands between `<!-- TABLE: ROW -->` and `<!-- end -->`; ROW is a model or a comparison of
-results/TABLE.csv. `<!-- table TABLE: COLUMN, COLUMN -->` is a table and `<!-- figure FILE: ALT TEXT -->` a figure.
+In README.md a number stands between `<!--TABLE: ROW-->` and `<!--end-->`; ROW is a model or a comparison of
+results/TABLE.csv. `<!--table TABLE: COLUMN, COLUMN-->` is a table and `<!--figure FILE: ALT TEXT-->` a figure.
 """
 
 import json
@@ -18,7 +18,7 @@ import pandas as pd
 from lablib.statistics import Summary, labels, points, readable_table
 
 ROOT = Path(__file__).resolve().parents[1]
-MARK = re.compile(r"(<!-- (?:(table|figure) )?([\w.-]+): ([^>]+?) -->).*?<!-- end -->", re.DOTALL)
+MARK = re.compile(r"(<!--(?:(table|figure) )?([\w.-]+): ([^>]+?)-->).*?<!--end-->", re.DOTALL)
 
 
 def read(path: Path) -> tuple[pd.DataFrame, dict[str, str]]:
@@ -48,7 +48,7 @@ def filled(root: Path, mark: re.Match) -> str:
     else:
         table, numbers = read(root / f"results/{name}.csv")
         text = markdown(table[label.split(", ")]) if kind else numbers[label]
-    return f"{start}\n\n{text}\n\n<!-- end -->" if kind else f"{start}{text}<!-- end -->"
+    return f"{start}\n\n{text}\n\n<!--end-->" if kind else f"{start}{text}<!--end-->"
 
 
 def results_page(root: Path) -> str:
