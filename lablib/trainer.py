@@ -377,12 +377,12 @@ def _try(trainer: StreamlinedTrainer, what: str, dataset: ImageBatches, size: in
             raise TypeError("each output must be a tensor whose first dimension is the images")
         if (number := logits.shape[1]) != data.num_classes:
             raise ValueError(f"the network has {number} outputs, but {data.name} has {data.num_classes} classes")
-        probabilities, own = are_probabilities(logits), not type(trainer).losses.__module__.startswith("lablib.")
-        if probabilities and not own:
+        if type(trainer).losses.__module__.startswith("lablib.") and are_probabilities(logits):
             raise ValueError("the network returns probabilities, but the loss takes logits; remove its final softmax")
         if size == min(len(dataset), 16):  # the loss of a set's small last batch is never computed alone
-            if probabilities:
-                warnings.warn(f"{type(model).__name__} returns probabilities; does your loss take them?", stacklevel=2)
+            if are_probabilities(logits) or logits.min() == 0 < logits.max():
+                what = f"{type(model).__name__} ends in a softmax or ReLU"
+                warnings.warn(f"{what}; a loss on logits needs the values before it", stacklevel=2)
             trainer._evaluated(EvalPrediction(*nested_numpify((outputs, labels))))
     except Exception as error:
         network = f"{type(model).__name__} was given float32 {(size, *data.image_shape)}"

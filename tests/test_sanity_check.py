@@ -114,6 +114,11 @@ def test_a_loss_that_would_fail_or_not_be_recorded_is_refused(method, own, words
     assert words in refused(Linear(), tiny_data, type("Own", (StreamlinedTrainer,), {method: own}))
 
 
+def test_a_network_that_ends_in_a_relu_is_warned_of(tiny_data):
+    with pytest.warns(UserWarning, match="Linear ends in a softmax or ReLU; a loss on logits needs the values before"):
+        train(Linear(F.relu), tiny_data)
+
+
 @pytest.mark.parametrize("batch_size", [13, 26])  # of 27 images
 def test_a_last_batch_that_fails_is_refused(batch_size, tiny_data):
     words = refused(batch_normed(), tiny_data, batch_size=batch_size)
