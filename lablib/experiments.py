@@ -408,7 +408,8 @@ def _refuse_twins(paths: dict[Key, Path]):
 def _announce(result: Experiment, paths: dict[Key, Path], number: int):
     """Say how many of the runs are loaded, from where, and how many are to be trained."""
     result.data.warn_if_unbalanced()
-    images = round(len(result.data.train_labels) * (1 - result.config.validation_split))
+    images = len(result.data.train_labels)
+    images -= round(result.config.validation_split * images)
     images = min(images, result.config.max_train_images or images)
     if paths and result.config.batch_size > images:
         print(f"batch_size = {result.config.batch_size} for {images} training images: an epoch is a single step")
