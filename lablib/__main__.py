@@ -1,6 +1,7 @@
 """`python -m lablib`: one run from the command line, as `torchrun -m lablib` on several processes."""
 
 import argparse
+import ast
 import inspect
 import json
 import os
@@ -12,70 +13,57 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from pydantic import TypeAdapter, ValidationError
-
 import lablib  # imports PyTorch only when a name is used: those seconds fall within main, which handles Ctrl-C
 from lablib.config import TrainingConfig, one_line
 
 MODELS = ("MLP", "ResidualMLP", "SimpleCNN", "ResidualCNN")
 _NOT_OPTIONS = ("telegram_bot_token", "image_shape", "num_classes")  # secret, of the data
 _SETTINGS = inspect.signature(TrainingConfig).parameters
-_SEVERAL = {"hidden_sizes": int}  # the type of each value of an option that takes several
 _IS_FIRST_PROCESS = os.environ.get("RANK", "0") == "0"  # of those that torchrun starts
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train a run, or load it, and print its result as a line of JSON.
 
-    Exits with status 2 for an invalid option, 1 if the training cannot begin or fails, and 130 after Ctrl-C.
+    Exits with status 2 for an unknown option, 1 for an unsuitable value or a training that fails, 130 after Ctrl-C.
     """
     try:
-        parser = _parser()
-        options = vars(parser.parse_args(arguments))
-        try:
-            config = TrainingConfig(**{name: options.pop(name) for name in _SETTINGS if name not in _NOT_OPTIONS})
-            with config.to_training_arguments(config.output_dir).main_process_first():  # to download and decode once
-                scale = {name: options.pop(name) for name in ("image_size", "channels")}
-                data = lablib.load_data(options.pop("data"), options.pop("data_dir"), **scale)
-            fitting = {"image_shape": data.image_shape, "num_classes": data.num_classes}
-            build_model = partial(getattr(lablib, options.pop("model")), **options, **fitting)  # the rest are its own
-            build_model()
-        except (ValueError, OSError) as error:
-            parser.error(str(error))
-        run = _train(build_model, config, data)
-    except KeyboardInterrupt:
-        if _IS_FIRST_PROCESS:
+        run = _run(vars(_parser().parse_args(arguments)))
+    except KeyboardInterrupt as interrupt:
+        if _IS_FIRST_PROCESS and not interrupt.args:
             print("interrupted before training began", file=sys.stderr)
         sys.exit(130)
+    except (ValueError, OSError, RuntimeError, ArithmeticError) as error:
+        sys.exit(f"python -m lablib: {one_line(error)}" if _IS_FIRST_PROCESS else 1)
     if _IS_FIRST_PROCESS:
         print(json.dumps({"path": str(run.path), **run.result}))
 
 
-def _train(build_model: partial, config: TrainingConfig, data: "lablib.ImageData") -> "lablib.Run":
+def _run(options: dict[str, Any]) -> "lablib.Run":
     """Train a run with a progress bar, or load it."""
-    from lablib import identity, runs, trainer  # with PyTorch
+    from lablib import identity, runs
 
-    try:
-        name = identity.run_name(identity.run_identity(build_model, config, data))
-        key, ended = (build_model.func.__name__, config.seed), set()
-        watched = _IS_FIRST_PROCESS and not runs.find_run(name, config.output_dir)
-        if _IS_FIRST_PROCESS:
-            data.warn_if_unbalanced()
-        bar = runs.progress({key: Path(config.output_dir, name)}, config.num_epochs, ended, sys.stderr)
-        with bar if watched else nullcontext():
-            run = runs.train_or_load(build_model, config, data)
-            ended.add(key)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (ValueError, OSError, trainer.SanityCheckError, trainer.NonFiniteLossError) as error:
-        sys.exit(f"python -m lablib: {one_line(error)}" if _IS_FIRST_PROCESS else 1)
+    config = TrainingConfig(**{name: options.pop(name) for name in _SETTINGS if name not in _NOT_OPTIONS})
+    with config.to_training_arguments(config.output_dir).main_process_first():  # to download and decode once
+        scale = {name: options.pop(name) for name in ("image_size", "channels")}
+        data = lablib.load_data(options.pop("data"), options.pop("data_dir"), **scale)
+    fitting = {"image_shape": data.image_shape, "num_classes": data.num_classes}
+    build_model = partial(getattr(lablib, options.pop("model")), **options, **fitting)  # the rest are its own
+    key, ended, bar = (build_model.func.__name__, config.seed), set(), nullcontext()
+    if _IS_FIRST_PROCESS:
+        data.warn_if_unbalanced()
+        path = Path(config.output_dir, identity.run_name(identity.run_identity(build_model, config, data)))
+        bar = runs.progress({key: path}, config.num_epochs, ended, sys.stderr)
+    with bar:
+        run = runs.train_or_load(build_model, config, data)
+        ended.add(key)
     return run
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
         """Exit with the reason in one line; argparse would print the usage first."""
-        self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
+        self.exit(2, f"{self.prog}: {message}\n")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -84,33 +72,35 @@ def _parser() -> argparse.ArgumentParser:
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(TrainingConfig), re.MULTILINE))
     for name in MODELS:
         options = models.add_parser(name, usage="%(prog)s [--option VALUE ...]", allow_abbrev=False)
-        _add(options, "data", str, "digits", "a data set's name, or a folder")
-        _add(options, "data_dir", str, "data", "where data sets are read from, or downloaded to")
-        _add(options, "image_size", int, None, "size in pixels to scale the images to")
-        _add(options, "channels", int, None, "1: grey, 3: colour")
-        for parameter in (*inspect.signature(getattr(lablib, name)).parameters.values(), *_SETTINGS.values()):
-            if parameter.name not in _NOT_OPTIONS:
-                kind = TrainingConfig.__annotations__.get(parameter.name, parameter.annotation)  # with its bounds
-                _add(options, parameter.name, kind, parameter.default, comments.get(parameter.name, ""))
+        _add(options, "data", "digits", "a data set's name, or a folder")
+        _add(options, "data_dir", "data", "where data sets are read from, or downloaded to")
+        _add(options, "image_size", None, "size in pixels to scale the images to")
+        _add(options, "channels", None, "1: grey, 3: colour")
+        for p in (*inspect.signature(getattr(lablib, name)).parameters.values(), *_SETTINGS.values()):
+            if p.name not in _NOT_OPTIONS:
+                _add(options, p.name, p.default, comments.get(p.name, ""), p.annotation)
     return parser
 
 
-def _add(parser: argparse.ArgumentParser, name: str, kind: Any, default: Any, text: str) -> None:
-    """Add an option that pydantic reads as a type; argparse names it in the error."""
+def _add(parser: argparse.ArgumentParser, name: str, default: Any, text: str, kind: Any = None) -> None:
+    """Add an option. What receives its value checks it."""
+    more = {"choices": get_args(kind)} if get_origin(kind) is Literal else {"metavar": "VALUE"}
+    if isinstance(default, bool):
+        more |= {"nargs": "?", "const": True}
+    elif isinstance(default, tuple):
+        more |= {"nargs": "+"}
+    more |= {"required": True} if default is inspect.Parameter.empty else {"default": default}
+    text = f"{text} ({'required' if 'required' in more else f'default: {default!r}'})".strip().replace("%", "%%")
+    read = str if isinstance(default, str) else _value
+    parser.add_argument("--" + name.replace("_", "-"), type=read, help=text, **more)
 
-    def read(value: str):
-        try:
-            return TypeAdapter(_SEVERAL.get(name, kind)).validate_python(None if value == "None" else value)
-        except ValidationError as error:
-            raise argparse.ArgumentTypeError(error.errors()[-1]["msg"].removeprefix("Input ")) from None
 
-    needed = default is inspect.Parameter.empty
-    choices = ", ".join(get_args(kind)) if get_origin(kind) is Literal else ""
-    text = "; ".join(filter(None, [choices, text]))
-    text = f"{text} ({'required' if needed else f'default: {default!r}'})".strip().replace("%", "%%")
-    more = {"nargs": "+"} if name in _SEVERAL else {"nargs": "?", "const": True} if kind is bool else {}
-    more |= {"required": True} if needed else {"default": default}
-    parser.add_argument("--" + name.replace("_", "-"), type=read, metavar="VALUE", help=text, **more)
+def _value(text: str) -> Any:
+    """A number, True, False or None as Python reads it; any other text as it is."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Checkpoints that are whole or absent, and a trainer that resumes exactly from them after a signal or a crash."""
 
-import errno
 import hashlib
 import json
 import os
@@ -82,15 +81,13 @@ class Interruption:
 
     def ask(self, number: int = signal.SIGINT, frame=None):
         """Ask to stop after this step; also the handler of the signals."""
-        if not self._noted or number == signal.SIGTERM:
-            self._noted = signal.Signals(number)
+        self._noted = number
         if self.parent is None:  # a notebook's workers get Ctrl-C, and soon after SIGTERM, as their parent ends
             self._restore_handlers()
 
     def leave(self):
         """Raise the exception that ends training; the signal may have reached another process."""
-        self.ask()
-        raise KeyboardInterrupt if self._noted == signal.SIGINT else SystemExit(128 + self._noted)
+        raise SystemExit(128 + signal.SIGTERM) if self._noted == signal.SIGTERM else KeyboardInterrupt
 
     def _restore_handlers(self):
         while self._before:
@@ -115,18 +112,16 @@ def delete_checkpoints(folder: Path):
 
 def seal(written: Path, target: Path):
     """Turn a written folder into a checkpoint: add checksums, move it into place, keep only the newest two."""
-    fingerprints = {path.name: _fingerprint(path) for path in sorted(written.iterdir())}
-    write_atomically(written / _MANIFEST, json.dumps(fingerprints, indent=1).encode())
-    if target.exists():
-        shutil.rmtree(target)
+    sums = {path.name: _sha256(path) for path in sorted(written.iterdir())}
+    write_atomically(written / _MANIFEST, json.dumps(sums, indent=1).encode())
+    shutil.rmtree(target, ignore_errors=True)
     os.replace(written, target)
     for old in checkpoints_in(target.parent)[2:]:
         shutil.rmtree(old)
 
 
-def _fingerprint(path: Path) -> dict[str, int | str]:
-    content = path.read_bytes()
-    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 class ResumableTrainer:
@@ -150,8 +145,7 @@ class ResumableTrainer:
         """
         folder, path = Path(self.args.output_dir), resume_from_checkpoint
         folder.mkdir(parents=True, exist_ok=True)
-        if (folder / UNFINISHED).exists() and self.is_world_process_zero():  # a process was killed
-            shutil.rmtree(folder / UNFINISHED)
+        shutil.rmtree(folder / UNFINISHED, ignore_errors=True)  # of a process that was killed
         if path is True and not (path := self.newest_checkpoint()):
             raise ValueError(f"there is no checkpoint in {folder} to resume from; train without resuming")
         loaded = self._load(Path(path)) if path else None
@@ -226,13 +220,8 @@ class ResumableTrainer:
 
     def _determine_best_metric(self, metrics, trial):
         better = super()._determine_best_metric(metrics, trial)
-        weights = self._evaluated_weights or contiguous_weights(self.model)
-        if self._best_weights and self._best_weights.keys() != weights.keys():
-            what = "the names in the network's state_dict() changed during training"
-            raise ValueError(f"{what}, so the best weights could not be restored")
         if better:
-            self._best_weights = weights
-        self._evaluated_weights = None
+            self._best_weights = self._evaluated_weights or contiguous_weights(self.model)
         self.control.should_save = self._is_time_to_save(self.seconds_between_epochs)  # upstream: after every epoch
         return better
 
@@ -249,11 +238,7 @@ class ResumableTrainer:
         self.state.best_model_checkpoint = None  # where upstream would load them from
         if best:
             self.model.load_state_dict(best)
-        output = super()._finalize_training(*args, **kwargs)
-        if best and safetensors.torch.save(best) != safetensors.torch.save(contiguous_weights(self.model)):
-            self.notes.append("a callback changed the best weights in on_train_end, after the validation")
-            warnings.warn(self.notes[-1], stacklevel=2)
-        return output
+        return super()._finalize_training(*args, **kwargs)
 
     def _save_checkpoint(self, model, trial):
         args, state, folder = self.args, self.state, self.args.output_dir
@@ -264,7 +249,7 @@ class ResumableTrainer:
             stateful = [c for c in (*self.callback_handler.callbacks, self.control) if hasattr(c, "from_state")]
             state.stateful_callbacks = type(state)(stateful_callbacks=stateful).stateful_callbacks  # as they are now
             super()._save_checkpoint(model, trial)
-            progress = {"measured": self._since_last_log.state(), "seconds": time.monotonic() - self._clock}
+            progress = {"batches": self._since_last_log.batches(), "seconds": time.monotonic() - self._clock}
             saved = {"environment": self.environment, "notes": self.notes, "progress": progress}
             saved["forgotten"] = sorted({type(c).__name__ for c in self.callback_handler.callbacks if _forgets(c)})
             saved["frozen"] = [name for name, p in self.model.named_parameters() if not p.requires_grad]
@@ -281,8 +266,7 @@ class ResumableTrainer:
         except Exception as error:
             shutil.rmtree(written.parent, ignore_errors=True)
             what = f"({type(error).__name__}: {error}). Fix this and run again; earlier checkpoints are intact"
-            number = getattr(error, "errno", None) or errno.EIO
-            raise OSError(number, f"{target} could not be written {what}") from error
+            raise OSError(f"{target} could not be written {what}") from error
         finally:
             args.output_dir = folder
         self._saved_at = time.monotonic()
@@ -294,12 +278,11 @@ class ResumableTrainer:
         """The trainer's state, what this class saved, and the best weights. Raises OSError if it is damaged."""
         try:
             manifest = json.loads((checkpoint / _MANIFEST).read_bytes())
-            if changed := [name for name, written in manifest.items() if _fingerprint(checkpoint / name) != written]:
+            if changed := [name for name, written in manifest.items() if _sha256(checkpoint / name) != written]:
                 raise ValueError(f"checksum mismatch in {' and '.join(changed)}")
             state, saved = (json.loads((checkpoint / name).read_bytes()) for name in ("trainer_state.json", _LAB))
             best = safetensors.torch.load_file(checkpoint / (_BEST if _BEST in manifest else _WEIGHTS))
-            held, needed = ({n: w.shape for n, w in each.items()} for each in (best, self.model.state_dict()))
-            if held != needed:
+            if best.keys() != self.model.state_dict().keys():
                 raise ValueError("it holds the weights of another architecture")
             return state, saved, best
         except Exception as error:
@@ -308,21 +291,20 @@ class ResumableTrainer:
     def _restore(self, state: dict, saved: dict, best: dict[str, torch.Tensor]):
         before, now = saved["environment"], self.environment
         notes, resumed = [], f"resumed at step {state['global_step']}"
-        known = [name for name in before if name in now]  # another version of lablib may write other settings
-        if changed := [name for name in known if before[name] != now[name]]:
-            was, now_is = (", ".join(f"{name} {values[name]}" for name in changed) for values in (before, now))
+        if changed := [name for name in before | now if before.get(name) != now.get(name)]:
+            was, now_is = (", ".join(f"{name} {values.get(name)}" for name in changed) for values in (before, now))
             notes.append(f"started with {was}, {resumed} with {now_is}")
-        if forgotten := ", ".join(saved.get("forgotten", [])):
+        if forgotten := ", ".join(saved["forgotten"]):
             advice = "derive the callback from transformers' ExportableState to keep them"
             notes.append(f"{resumed} without the attributes of {forgotten} as they were; {advice}")
         for note in notes:
             warnings.warn(f"{self.args.output_dir}: {note}; the result will carry this note", stacklevel=3)
         self.notes = [*saved["notes"], *notes]
-        self._frozen = saved.get("frozen")  # an older lablib did not save it
+        self._frozen = saved["frozen"]
         self._best_weights = best if state["best_global_step"] else None
         if state["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"]:
             self.args.num_train_epochs = int(state["epoch"])  # or another step would be made
-        self._since_last_log.restore(saved["progress"]["measured"])
+        self._since_last_log.restore(saved["progress"]["batches"])
         self._clock = time.monotonic() - saved["progress"]["seconds"]
 
 

@@ -1,6 +1,5 @@
 """Every setting of a run (`TrainingConfig`) and every parameter of a notebook, checked before anything else happens."""
 
-import ast
 import atexit
 import dataclasses
 import difflib
@@ -39,7 +38,6 @@ _Chat = Annotated[str, Field(pattern=r"^(-?\d+|@\w+)$")]  # a number or a name; 
 _CHECKED = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
 _TOKEN = re.compile(r"\d+(?::|%3[Aa])[\w-]{30,}")
 
-
 DATASET_NAMES = ("digits", "MNIST", "FashionMNIST", "KMNIST", "EMNIST", "CIFAR10", "CIFAR100", "SVHN", "STL10")
 
 # What has no influence on a run's outcome: where it runs, where its files lie, and who is notified.
@@ -47,10 +45,6 @@ NOT_IDENTITY = (
     "output_dir", "checkpoint_seconds", "device", "use_wandb", "wandb_project", "wandb_group", "wandb_watch",
     "use_telegram_notifications", "telegram_additional_info", "telegram_bot_token", "telegram_chat_id",
 )  # fmt: skip
-
-# What these names of transformers are called here.
-_ALIASES = {"lr": "learning_rate", "bf16": "precision", "fp16": "precision"}
-_ALIASES |= {"per_device_train_batch_size": "batch_size", "report_to": "use_wandb"}
 
 _PRIVATE = ("telegram_bot_token", "telegram_chat_id")  # no error shows what they hold
 _PLAINER = {  # type of a pydantic error -> plainer words for it
@@ -94,8 +88,7 @@ def _line(fault: dict, values: dict[str, Any], known: list[str]) -> str:
     """One of pydantic's errors in words: the argument, its value, and what is allowed."""
     name, *place = fault["loc"]
     if name not in known:
-        alias = _ALIASES.get(name)
-        close = [alias] if alias in known else difflib.get_close_matches(str(name), known, n=1)
+        close = difflib.get_close_matches(str(name), known, n=1)
         hint = f"Did you mean {close[0]!r}?" if close else f"There are: {', '.join(known)}"
         return f"there is no parameter {name!r}. {hint}"
     shown = "" if name in _PRIVATE else f"{name} = {values[name]!r}: "
@@ -147,15 +140,13 @@ class TrainingConfig:
     telegram_bot_token: Annotated[SecretStr, Field(min_length=1)] | None = None  # None: TELEGRAM_BOT_TOKEN is read
     telegram_chat_id: int | _Chat | None = None  # None: TELEGRAM_CHAT_ID is read from the environment
 
-    def identity(self) -> dict[str, Any]:
+    def __identity__(self) -> dict[str, Any]:
         """The settings that change a run's outcome, without those that are off (None, False, 0 or empty).
 
         Thus a setting that is added later and off by default changes no run's name.
         """
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in NOT_IDENTITY}
         return {name: value for name, value in values.items() if value}
-
-    __identity__ = identity
 
     def to_training_arguments(self, output_dir: str, *, precision: str = "fp32") -> "TrainingArguments":
         """The same settings as `transformers.TrainingArguments`; checkpoints go to `output_dir`.
@@ -220,8 +211,7 @@ def check_parameters(namespace: dict[str, Any]) -> None:
     if not annotations:
         raise ValueError("the notebook has no annotated parameters; run its cell tagged 'parameters' first")
     cells = [cell for cell in namespace.get("In", []) if cell.lstrip().startswith("# Parameters")]  # as papermill does
-    nodes = [node for cell in cells for node in ast.walk(ast.parse(cell))]
-    injected = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    injected = {name for cell in cells for name in re.findall(r"^(\w+) = ", cell, re.MULTILINE)}
     fields = dataclasses.make_dataclass("parameters", annotations.items(), kw_only=True)
     parameters = _with_plain_errors(dataclass(fields, config=_CHECKED))
     parameters(**{name: namespace[name] for name in [*annotations, *sorted(injected - annotations.keys())]})

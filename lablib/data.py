@@ -4,7 +4,6 @@ import hashlib
 import math
 import warnings
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from zlib import crc32
@@ -37,13 +36,11 @@ class ImageData:
     class_names: tuple[str, ...]
 
     def __post_init__(self):
-        arrays = {name: np.asanyarray(getattr(self, name)) for name in _TENSORS}
+        given = {name: getattr(self, name) for name in _TENSORS}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-            given = {name: getattr(self, name) for name in _TENSORS}  # a tensor stays the user's, to notice its changes
-            kept = {n: v for n, v in given.items() if isinstance(v, torch.Tensor) and not v.is_inference()}
-            tensors = {name: kept.get(name, torch.from_numpy(array)) for name, array in arrays.items()}
-        vars(self).update(tensors, _arrays=[*arrays.values()], _hashed_at=None)  # the dataclass is frozen
+            tensors = {name: torch.as_tensor(value) for name, value in given.items()}  # a tensor stays the user's own
+        vars(self).update(tensors, _arrays=[np.asanyarray(value) for value in given.values()], _hashed_at=None)
         if self.num_classes < 2:
             raise ValueError(f"{self.name} has {self.num_classes} class; a classifier needs at least two")
         for part in ("train", "test"):
@@ -198,20 +195,15 @@ def stratified_split(labels: torch.Tensor, validation_split: float, seed: int) -
 
     Raises ValueError if a class has a single image, or if a part would have fewer images than there are classes.
     """
-    classes, counts = labels.unique(return_counts=True)
     options = {"test_size": round(validation_split * len(labels)), "stratify": labels.numpy(), "random_state": seed}
-    with suppress(ValueError):  # scikit-learn's, of a class with one image or a part with fewer images than classes
+    try:
         train, validation = train_test_split(np.arange(len(labels)), **options)
-        absent = np.setdiff1d(classes, labels[validation])  # from validation: classes too small for their share
-        moved = [np.random.default_rng(seed).choice(np.flatnonzero(labels == label)) for label in absent]
-        parts = np.setdiff1d(train, moved), np.union1d(validation, moved)
-        train, validation = (torch.from_numpy(part).long() for part in parts)
-        if all(len(labels[part].unique()) == len(classes) for part in (train, validation)):
-            return train, validation
-    smallest = f"{counts.min()} of class {classes[counts.argmin()]} (counted from 0)"
-    failed = f"{len(labels)} images of {len(classes)} classes, {smallest}, cannot be split with a share of"
-    advice = "each part needs at least one image of each class; add images or change the share"
-    raise ValueError(f"{failed} {validation_split}: {advice}")
+    except ValueError as error:
+        raise ValueError(f"{len(labels)} images cannot be split with a share of {validation_split}: {error}") from error
+    absent = np.setdiff1d(labels, labels[validation])  # from validation: classes too small for their share
+    moved = [np.random.default_rng(seed).choice(np.flatnonzero(labels == label)) for label in absent]
+    parts = np.setdiff1d(train, moved), np.union1d(validation, moved)
+    return tuple(torch.from_numpy(part).long() for part in parts)
 
 
 def stratified_subset(indices: torch.Tensor, labels: torch.Tensor, size: int | None, seed: int) -> torch.Tensor:

@@ -205,17 +205,13 @@ def read_image(
 def split(folder: str | os.PathLike, test: float = 0.2, seed: int = 0) -> None:
     """Copy the images of a folder of class folders to `train/` and `test/` in a new folder, named FOLDER-split.
 
-    `test` is the share of each class that goes to `test/`. Raises ValueError for an unsuitable folder or share,
-    FileNotFoundError if FOLDER does not exist, and FileExistsError if FOLDER-split does.
+    `test` is the share of each class that goes to `test/`. Raises ValueError for an unsuitable folder or share, and
+    FileExistsError if FOLDER-split exists.
     """
     folder = Path(os.path.abspath(os.path.expanduser(folder)))
     target = folder.with_name(f"{folder.name}-split")
     if os.path.lexists(target):
         raise FileExistsError(f"{target} exists; rename or delete it first")
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is not a folder")
-    if not 0 < test < 1:
-        raise ValueError(f"test = {test:g}, but it must be a share between 0 and 1, such as 0.2")
     classes, images = list_images(folder)
     if {"train", "test"} <= {*classes}:
         raise ValueError(f"{folder} is already split: it contains train/ and test/")

@@ -26,23 +26,21 @@ def gradient_norms(
     torchvision's `BasicBlock`, and layers that are not called, as in PyTorch's attention. The loss is the mean
     cross-entropy without dropout; the model and its gradients stay as they were.
     `outputs(model, images)` gives the logits, or a tuple that begins with them, where `model(images)` does not.
-    Raises ValueError if there is no layer to measure.
+    Raises RuntimeError if there is no layer to measure.
     """
     # a projection belongs to the shortcut; it is not a layer of F
     shortcuts = [m.projection for m in model.modules() if isinstance(m, ResidualBlock)]
     shortcuts += [m.downsample[0] for m in model.modules() if isinstance(m, BasicBlock) and m.downsample]
     kinds = (nn.Linear, nn.modules.conv._ConvNd)
     found = {name: m for name, m in model.named_modules() if isinstance(m, kinds) and m not in shortcuts}
-    called = {}  # name -> layer
+    called = []  # names, in the order of the calls
     images, labels = batch
     with untouched(model), torch.enable_grad(), parametrize.cached():  # or a parametrised weight is new at each access
         model.eval()
         for name, layer in found.items():
-            layer.register_forward_pre_hook(lambda layer, inputs, name=name: called.setdefault(name, layer) and None)
+            layer.register_forward_pre_hook(lambda *_, name=name: called.append(name))
         loss = F.cross_entropy(first_logits(outputs(model, images.clone())), labels)
-        weights = {name: layer.weight for name, layer in called.items() if layer.weight.requires_grad}
-        if not weights:
-            raise ValueError(f"{type(model).__name__} has no linear or convolutional layers to measure")
+        weights = {name: found[name].weight for name in called if found[name].weight.requires_grad}
         gradients = torch.autograd.grad(loss, [*weights.values()], materialize_grads=True)
     rms = [gradient.cpu().double().norm().item() / gradient.numel() ** 0.5 for gradient in gradients]
     return pd.DataFrame({"layer": range(1, len(rms) + 1), "name": list(weights), "rms": rms})
@@ -67,9 +65,8 @@ def multiply_adds(model: nn.Module, image_shape: Sequence[int]) -> int:
     """
     from torch.utils.flop_counter import FlopCounterMode  # a quarter of a second to import
 
-    device = next(model.parameters()).device
     # with gradients attention is not fused, and is counted
     with untouched(model), torch.enable_grad(), FlopCounterMode(display=False) as counter:
         model.eval()
-        model(torch.zeros(1, *image_shape, device=device))
+        model(next(model.parameters()).new_zeros(1, *image_shape))
     return counter.get_total_flops() // 2  # which counts a multiply-add as two

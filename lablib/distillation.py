@@ -1,8 +1,6 @@
 """Knowledge distillation: a small network learns from the logits of a large one."""
 
 import copy
-import numbers
-from functools import cached_property
 from weakref import WeakKeyDictionary
 
 import torch
@@ -12,7 +10,6 @@ from torch.nn import functional as F
 from lablib.config import TrainingConfig
 from lablib.data import ImageData
 from lablib.hardware import memory_format
-from lablib.identity import weights_digest
 from lablib.metrics import are_probabilities
 from lablib.models import unprepared
 from lablib.trainer import StreamlinedTrainer
@@ -52,10 +49,9 @@ class KnowledgeDistillationTrainer(StreamlinedTrainer):
         alpha: float = 0.7,
         **trainer_arguments,
     ):
-        if not isinstance(alpha, numbers.Real) or not 0 <= alpha <= 1:
+        if not 0 <= alpha <= 1:
             raise ValueError(f"alpha = {alpha!r}, but it must be a number from 0 (labels only) to 1 (teacher only)")
-        # beyond 1000, float32 would round the soft loss away
-        if not isinstance(temperature, numbers.Real) or not 0 < temperature <= 1000:
+        if not 0 < temperature <= 1000:  # beyond, float32 would round the soft loss away
             raise ValueError(f"temperature = {temperature!r}, but it must be above 0 and at most 1000, such as 4")
         if teacher is student:
             raise ValueError("the teacher is the student; give a network of its own, trained before, as the teacher")
@@ -68,20 +64,12 @@ class KnowledgeDistillationTrainer(StreamlinedTrainer):
         with torch.no_grad():
             images = self.prepare_images(data.train_images[:2].to(self.args.device), False)
             logits = super().outputs(self.teacher, images)
-        if (shape := tuple(getattr(logits, "shape", ()))) != (2, data.num_classes):
-            given = f"{type(logits).__name__} of shape {shape}" if shape else type(logits).__name__
-            needed = f"logits of shape (2, {data.num_classes})"
-            raise ValueError(f"for 2 images, the teacher returns a {given}, not {needed}")
+        if getattr(logits, "shape", None) != (2, data.num_classes):
+            raise ValueError(f"the teacher must return logits (images × {data.num_classes} classes)")
         if are_probabilities(logits):
             raise ValueError("the teacher returns probabilities, not logits; remove its final softmax")
         self._answers = WeakKeyDictionary()  # data set that was evaluated -> the teacher's logits for each batch
         self._remembered, self._recorded = iter(()), []  # of the evaluation that is running
-
-    @cached_property
-    def environment(self) -> dict[str, str]:
-        """As `ResumableTrainer.environment`, with the loss and the teacher's weights."""
-        loss = {"temperature": str(self.temperature), "alpha": str(self.alpha)}
-        return super().environment | loss | {"teacher": weights_digest(self.teacher)[:12]}
 
     def outputs(self, model: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Student's and teacher's logits (batch × classes each) for the same images, in the same precision."""

@@ -5,7 +5,7 @@ import os
 import signal
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, product
@@ -22,11 +22,9 @@ from lablib import figures
 from lablib.checkpoints import Interruption
 from lablib.config import TrainingConfig, num_processes
 from lablib.data import UNBALANCED, ImageData
-from lablib.identity import describe, described_callbacks, described_network, json_digest, run_identity, run_name
+from lablib.identity import described_network, json_digest, run_identity, run_name
 from lablib.runs import Key, Run, TrainedModel, attempt, find_run, line_and_trace, local_sources, progress
 from lablib.statistics import compare, compare_effects, readable_table, results_table, save_table, verdicts
-
-TrainerClass = type | partial | None  # a StreamlinedTrainer; None is that itself
 
 
 @dataclass
@@ -40,11 +38,6 @@ class Experiment:
     callbacks: Sequence | None = ()  # None as for config
     runs: dict[Key, Run] = field(default_factory=dict)
     failures: dict[Key, str] = field(default_factory=dict)
-    fingerprint: str = ""
-
-    def __post_init__(self):
-        # as it is now: the data may be changed in place later
-        self.fingerprint = self.fingerprint or self.data.fingerprint
 
     def __repr__(self) -> str:
         models, seeds = ", ".join(self.models), ", ".join(map(str, self.seeds))
@@ -55,32 +48,28 @@ class Experiment:
 
     def select(self, *models: str) -> "Experiment":
         """The same experiment with some of its models only. Raises KeyError for a model that it does not have."""
-        if unknown := [name for name in models if name not in self.models]:
-            raise KeyError(f"no model {unknown[0]!r}; there are {', '.join(self.models)}")
         runs, failures = ({k: v for k, v in part.items() if k[0] in models} for part in (self.runs, self.failures))
         return replace(self, models={name: self.models[name] for name in models}, runs=runs, failures=failures)
 
     def __or__(self, other: "Experiment") -> "Experiment":
         """Both experiments' models and runs as one; the seeds are those of either.
 
-        Raises ValueError for two data sets, and for a model of both unless a seed's run shows that it is the same.
+        Raises ValueError for two data sets, and for a model of both unless they have one of its runs in common.
         """
-        if len({self.fingerprint, self.data.fingerprint, other.fingerprint, other.data.fingerprint}) > 1:
+        if len({run.identity["data"][1] for run in (*self.runs.values(), *other.runs.values())}) > 1:
             names = f"{self.data.name} and {other.data.name}"
             raise ValueError(f"experiments on {names} have different data, or data changed in place")
         for name in self.models.keys() & other.models.keys():
-            mine, theirs = ({k: run.path.name for k, run in e.runs.items() if k[0] == name} for e in (self, other))
-            shared = mine.keys() & theirs.keys()
-            if any(mine[key] != theirs[key] for key in shared) or (mine and theirs and not shared):
+            mine, theirs = ({run.path.name for key, run in e.runs.items() if key[0] == name} for e in (self, other))
+            if mine and theirs and not mine & theirs:
                 advice = "use another name, or the same settings and seeds in both (in a notebook, run all cells)"
                 raise ValueError(f"the experiments trained {name!r} differently, or with other seeds; {advice}")
-        config = self.config if describe(self.config, "config") == describe(other.config, "config") else None
-        acting = [e.callbacks if e.callbacks is None else described_callbacks(e.callbacks) for e in (self, other)]
-        callbacks = self.callbacks if acting[0] == acting[1] else None
+        config = self.config if self.config == other.config else None
+        callbacks = self.callbacks if self.callbacks == other.callbacks else None
         models, runs = self.models | other.models, self.runs | other.runs
         failures = {key: error for key, error in (self.failures | other.failures).items() if key not in runs}
         seeds = tuple(sorted({*self.seeds, *other.seeds}))
-        return Experiment(self.data, config, models, seeds, callbacks, runs, failures, self.fingerprint)
+        return Experiment(self.data, config, models, seeds, callbacks, runs, failures)
 
     def values(self, model: str, key: str = "test_accuracy") -> dict[int, float]:
         """One of a model's results, such as its test accuracy, by seed."""
@@ -123,10 +112,7 @@ class Experiment:
         """Every run's answers to the test images: model, seed, image, label, predicted, confidence, correct.
 
         `image` is the image's number; `datasets.list_images` gives the paths of those in a folder's `test/`.
-        Raises ValueError if the data were changed in place after the experiment.
         """
-        if self.data.fingerprint != self.fingerprint:
-            raise ValueError(f"{self.data.name} was changed after the experiment; clone a tensor before changing it")
         true = self.data.test_labels.numpy()
 
         def predictions(run: Run) -> pd.DataFrame:
@@ -141,8 +127,6 @@ class Experiment:
         """The tables of all runs in one, with the columns model and seed."""
         keys = [key for key in product(self.models, self.seeds) if key in self.runs]
         tables = {key: table for key in keys if len(table := table_of(self.runs[key]))}
-        if not tables:
-            return pd.DataFrame(columns=["model", "seed"])
         return pd.concat(tables, names=["model", "seed"]).droplevel(-1).reset_index()
 
     def table(self, reference: Mapping[str, float] | None = None, save_to: str | Path | None = None) -> pd.DataFrame:
@@ -167,7 +151,7 @@ class Experiment:
             }
         pairs = {label or f"{one} − {other}": (one, other) for label, (one, other) in pairs.items() if one != other}
         table = compare(self.select(*chain(*pairs.values())).frame(), pairs)
-        return Comparison(table, self.data.name, self.fingerprint)
+        return Comparison(table, self.data.name)
 
     def distil(
         self,
@@ -184,50 +168,32 @@ class Experiment:
         """Train one of the networks as a student: each seed's run learns from the `teacher`'s run with that seed.
 
         With a list of temperatures or alphas there is a student for each pair, named "T = 4, α = 0.7"; else it has the
-        `name`. Callbacks, config and seeds are those of this experiment unless others are given. A student whose
-        teacher failed has failed too. Raises as `experiment` does, and KeyError for an unknown network or a seed
-        without a teacher.
+        `name`. Callbacks, config and seeds are those of this experiment unless others are given. A seed whose teacher
+        failed is left out. Raises as `experiment` does, and KeyError for an unknown network or if there is no teacher.
         """
         from lablib.distillation import KnowledgeDistillationTrainer  # with transformers, which takes seconds
 
+        config, seeds = config or self.config, self.seeds if seeds is None else _seeds(seeds)
+        if config is None or self.callbacks is None:
+            what = "the joined experiments have different configs or callbacks"
+            raise ValueError(f"{what}; call distil on one of them, or pass config= if only that differs")
+        seeds = [seed for seed in seeds if (teacher, seed) not in self.failures] or seeds
+        teachers = {seed: self._trained(teacher, seed) for seed in seeds}  # if all failed, the error says why
+        if (student, seeds[0]) in self.runs:
+            trainer = self._trained(student, seeds[0]).run.identity["trainer"]  # refuses a builder that has changed
+            if not json.dumps(trainer).startswith(('"lablib.', '{"partial": "lablib.')):
+                why = "has a trainer of its own, but distil uses KnowledgeDistillationTrainer"
+                raise ValueError(f"{student!r} {why}; derive yours from it and pass it to experiment")
         several = np.ndim(temperature) or np.ndim(alpha)
         pairs = product(np.ravel(temperature).tolist(), np.ravel(alpha).tolist())
-        text = partial(np.format_float_positional, trim="-")  # with all digits
-        students = {
-            f"T = {text(t)}, α = {text(a)}" if several else name: {"temperature": t, "alpha": a} for t, a in pairs
-        }
-        seeds = self.seeds if seeds is None else _seeds(seeds)
-        failed = {seed: self.failures[teacher, seed] for seed in seeds if (teacher, seed) in self.failures}
-        taught = [seed for seed in seeds if seed not in failed]
-        if not taught:
-            raise RuntimeError(f"all teachers failed: {'; '.join(dict.fromkeys(failed.values()))}")
-        if not (config := config or self.config):
-            raise ValueError("the joined experiments have different configs; pass config= to distil")
-        if self.callbacks is None:
-            raise ValueError("the joined experiments have different callbacks; call distil on one of them")
-        teachers = {seed: self._trained(teacher, seed) for seed in taught}
-        if (student, taught[0]) in self.runs:
-            self._trained(student, taught[0])  # checks that its builder has not changed
-        self._check_trainers(student, teacher)
+        students = {f"T = {t:g}, α = {a:g}" if several else name: {"temperature": t, "alpha": a} for t, a in pairs}
         trainers = {
             (cell, seed): partial(KnowledgeDistillationTrainer, teacher=teachers[seed], **knobs)
-            for (cell, knobs), seed in product(students.items(), taught)
+            for (cell, knobs), seed in product(students.items(), seeds)
         }
         models = dict.fromkeys(students, self.select(student).models[student])
         more = {"jobs": jobs, "trainer_class": trainers, "callbacks": self.callbacks}
-        result = experiment(models, config, self.data, taught, **more)
-        failures = {(cell, seed): f"its teacher failed: {failed[seed]}" for cell, seed in product(students, failed)}
-        return replace(result, seeds=seeds, failures=result.failures | failures)
-
-    def _check_trainers(self, student: str, teacher: str):
-        """Refuse a student's own trainer, and a teacher's own inputs, which distillation would silently replace."""
-        for (model, _), run in self.runs.items():
-            trainer = json.dumps(run.identity["trainer"])
-            own = not trainer.startswith(('"lablib.', '{"partial": "lablib.'))
-            other_inputs = any(f'"{method}"' in trainer for method in ("outputs", "prepare_images"))
-            if (model == student and own) or (model == teacher and other_inputs):
-                why = "has a trainer of its own, but distil uses KnowledgeDistillationTrainer"
-                raise ValueError(f"{model!r} {why}; derive yours from it and pass it to experiment")
+        return experiment(models, config, self.data, seeds, **more)
 
     def trained_model(self, model: str, seed: int | None = None) -> nn.Module:
         """A model with the best epoch's weights of one of its runs (of the first seed by default), in eval mode.
@@ -241,11 +207,9 @@ class Experiment:
         if key not in self.runs:
             raise KeyError(f"no finished run {key}: {self.failures.get(key) or f'there are {sorted(self.runs)}'}")
         run, build = self.runs[key], self.models[model]
-        with suppress(TypeError):  # its source is no longer there
-            before, (_, now) = run.identity["model"], described_network(build, seed)
-            if json_digest(now.get("content", now)) != json_digest(before.get("content", before)):
-                advice = "a lambda sees the latest values of its variables; use functools.partial(Network, width)"
-                raise ValueError(f"{model!r} now stands for a different network from the one trained ({advice})")
+        if json_digest(described_network(build, seed)[1]) != json_digest(run.identity["model"]):
+            advice = "a lambda sees the latest values of its variables; use functools.partial(Network, width)"
+            raise ValueError(f"{model!r} now stands for a different network from the one trained ({advice})")
         return TrainedModel(run, build)
 
 
@@ -255,7 +219,6 @@ class Comparison:
 
     table: pd.DataFrame
     dataset: str
-    fingerprint: str  # of the data set
 
     def plot(self, title: str, *paths: str | Path) -> Figure:
         """A dot for each seed, the means, and intervals from three seeds on; written to the paths too."""
@@ -276,9 +239,8 @@ class Comparison:
         return replace(self, table=compare_effects(self.table, self._table_of(other)))
 
     def _table_of(self, other: "Comparison") -> pd.DataFrame:
-        if other.fingerprint != self.fingerprint:
-            names = f"{self.dataset} and {other.dataset}"
-            raise ValueError(f"comparisons on {names} have different data; they must be on the same data set")
+        if other.dataset != self.dataset:
+            raise ValueError(f"comparisons on {self.dataset} and {other.dataset} must be on the same data set")
         return other.table
 
 
@@ -296,7 +258,7 @@ def experiment(
     seeds: int | Iterable[int],
     *,
     jobs: int = 1,
-    trainer_class: TrainerClass | Mapping[Key, TrainerClass] = None,
+    trainer_class: Callable | Mapping[Key, Callable] | None = None,
     callbacks: Sequence = (),
     weights: bool = False,
 ) -> Experiment:
@@ -313,14 +275,10 @@ def experiment(
     RuntimeError if all fail, and TypeError or ValueError for arguments that cannot be used. Telegram gets one message
     at the end; none if all runs are loaded.
     """
-    _check_arguments(models, config, data, jobs, callbacks)
+    _check_arguments(models, config, data)
     result = Experiment(data, config, dict(models), _seeds(seeds), callbacks)
     keys = [*product(result.models, result.seeds)]
-    if not keys:
-        raise ValueError(f"{len(result.models)} models and {len(result.seeds)} seeds, but at least one each is needed")
     trainers = trainer_class if isinstance(trainer_class, Mapping) else dict.fromkeys(keys, trainer_class)
-    if lacking := [key for key in keys if key not in trainers]:
-        raise ValueError(f"trainer_class has no trainer for {lacking}; it has some for {list(trainers)}")
     telling = nullcontext()
     if config.use_telegram_notifications:
         from lablib.telegram import ExperimentMessages  # with transformers
@@ -351,31 +309,21 @@ def experiment(
                 tasks.append(joblib.delayed(attempt)((name, seed), result.models[name], seeded, data, **own, **shared))
             _train_all(result, tasks, paths, jobs)
             result.runs = {key: result.runs[key] for key in keys if key in result.runs}
-    if result.failures:
-        failed, why = f"{len(result.failures)} of {len(keys)} runs failed", dict.fromkeys(result.failures.values())
-        if not result.runs:
-            raise RuntimeError(f"{failed}: {'; '.join(why)}")
-        print(f"{failed}: {', '.join(dict.fromkeys(name for name, _ in result.failures))}", flush=True)
+    if result.failures and not result.runs:
+        raise RuntimeError(f"all {len(keys)} runs failed: {'; '.join(dict.fromkeys(result.failures.values()))}")
     return result
 
 
-def _check_arguments(models: Mapping, config: TrainingConfig, data: ImageData, jobs: int, callbacks: Sequence):
-    """Raise TypeError or ValueError, in terms of what the user wrote, for what `experiment` cannot use."""
-    for name, value, kind, words in (
-        ("models", models, Mapping, "a dict that gives for each name a function which builds the network"),
-        ("config", config, TrainingConfig, "a TrainingConfig"),
-        ("data", data, ImageData, "an ImageData, as load_data gives"),
-        ("jobs", jobs, int, "a whole number"),
-        ("callbacks", callbacks, Sequence, "a list"),
-    ):
+def _check_arguments(models: Mapping, config: TrainingConfig, data: ImageData):
+    """Raise TypeError or ValueError for likely mistakes that would show late, or not at all."""
+    for value, kind in ((models, Mapping), (config, TrainingConfig), (data, ImageData)):
         if not isinstance(value, kind):
-            raise TypeError(f"{name} = {value!r}, but it must be {words}")
+            needed = "a dict of functions that build networks, a TrainingConfig, and what load_data returns"
+            raise TypeError(f"an experiment needs {needed}, not {value!r}")
     if config.seed:
         raise ValueError(f"the config has seed = {config.seed}; write seeds = [{config.seed}] instead")
     if num_processes() > 1:
         raise ValueError("under torchrun, use train_or_load: an experiment trains each run in one process")
-    if odd := [name for name in models if not isinstance(name, str) or name.startswith("_") or "$" in name]:
-        raise ValueError(f"models: the name {odd[0]!r} must be a text without $ that does not begin with _")
     if built := [name for name, build in models.items() if isinstance(build, nn.Module) or not callable(build)]:
         raise TypeError(f"models: {built[0]!r} needs a function that builds the network, such as lambda: Net()")
 
@@ -408,11 +356,10 @@ def _refuse_twins(paths: dict[Key, Path]):
 def _announce(result: Experiment, paths: dict[Key, Path], number: int):
     """Say how many of the runs are loaded, from where, and how many are to be trained."""
     result.data.warn_if_unbalanced()
-    images = len(result.data.train_labels)
-    images -= round(result.config.validation_split * images)
-    images = min(images, result.config.max_train_images or images)
-    if paths and result.config.batch_size > images:
-        print(f"batch_size = {result.config.batch_size} for {images} training images: an epoch is a single step")
+    config, images = result.config, len(result.data.train_labels)
+    images = min(images - round(config.validation_split * images), config.max_train_images or images)
+    if paths and config.batch_size > images:
+        print(f"batch_size = {config.batch_size} for {images} training images: an epoch is a single step")
     places = {str(run.path.parent).removeprefix(f"{Path.cwd()}{os.sep}") for run in result.runs.values()}
     where = f" from {' and '.join(sorted(places))}" if places else ""
     begun = sum(any(path.glob("checkpoints/checkpoint-*")) for path in paths.values())
@@ -421,13 +368,8 @@ def _announce(result: Experiment, paths: dict[Key, Path], number: int):
 
 
 def _seeds(seeds: int | Iterable[int]) -> tuple[int, ...]:
-    try:
-        numbers = tuple(map(index, seeds if isinstance(seeds, Iterable) else range(seeds)))
-    except TypeError:
-        raise TypeError(f"seeds = {seeds!r}, but it must be a number of seeds, or a list such as [0, 1, 2]") from None
-    if len({*numbers}) < len(numbers):
-        raise ValueError(f"seeds = {seeds!r}, but each seed may be there once: its runs would be the same")
-    return numbers
+    """3 means 0, 1 and 2; a seed that is there twice counts once."""
+    return tuple(dict.fromkeys(map(index, seeds if isinstance(seeds, Iterable) else range(seeds))))
 
 
 def _note_failure(result: Experiment, key: Key, line: str, trace: str):

@@ -1,6 +1,5 @@
 """Tables -> figures. Accuracies come as fractions and are drawn in percent; each figure names its data set and n."""
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -35,15 +34,11 @@ def use_style():
 def save(figure: Figure, *paths: str | Path) -> Figure:
     """Write a figure to each path, in the format of its suffix and without a date, so that it is reproducible."""
     for path in paths:
-        path = Path(os.path.expanduser(path))
+        path = Path(path).expanduser()
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
         figure.set_layout_engine("none")  # keeps the present layout, which takes long to compute again
     return figure
-
-
-def _title(figure: Figure, text: str):
-    figure.suptitle(text, parse_math=False)  # a data set's name may contain dollar signs
 
 
 def loss_curves(
@@ -58,7 +53,7 @@ def loss_curves(
         axis.set(title=title, yscale="log")
     axes[0].set_ylabel(f"{what} (cross-entropy, nats)")
     _label_log(axes[0].yaxis)
-    _title(figure, f"{dataset}: {what} ({_seeds(histories, 'model')})\n{LINES}")
+    figure.suptitle(f"{dataset}: {what} ({_seeds(histories, 'model')})\n{LINES}")
     return figure
 
 
@@ -75,15 +70,13 @@ def loss_terms(histories: pd.DataFrame, dataset: str, alpha: float) -> Figure:
         _line_per_seed(axis, histories[keys].assign(**terms).melt(keys, var_name="term"), "value", "term")
         axis.set_title(title)
     axes[0].set(ylabel="contribution to the loss (nats)", ylim=(0, None))
-    _title(figure, f"{dataset}: the distilled student's loss, α = {alpha:g} ({_seeds(histories, 'model')})\n{LINES}")
+    figure.suptitle(f"{dataset}: the distilled student's loss, α = {alpha:g} ({_seeds(histories, 'model')})\n{LINES}")
     return figure
 
 
 def _seeds(table: pd.DataFrame, *by: str) -> str:
     """Numbers of seeds by these columns, or of a comparison, in the tables' words; "n = 3 to 5" where they differ."""
     counts = table.groupby([*by])["seed"].nunique() if by else table["n"]
-    if counts.empty:
-        return "no runs to show"
     low, high = counts.min(), counts.max()
     return f"n = {low} to {high}" if low < high else seeds_text(low)
 
@@ -127,7 +120,7 @@ def accuracy_by_depth(frames: pd.DataFrame | Mapping[str, pd.DataFrame], dataset
         axis.set_title(title)
     for axis in axes:  # once all are drawn, as they share a scale
         _label_errors(axis, table)
-    _title(figure, f"{dataset}: test error by depth ({_seeds(table, 'panel', 'model')})\n{DOTS}")
+    figure.suptitle(f"{dataset}: test error by depth ({_seeds(table, 'panel', 'model')})\n{DOTS}")
     return figure
 
 
@@ -150,7 +143,7 @@ def gradient_ratio(gradients: pd.DataFrame, frame: pd.DataFrame, dataset: str, c
     below.legend(**BELOW, ncols=3)
     _label_errors(below, table)
     what = f"initial gradients, and test error, by depth ({_seeds(table, 'model')})"
-    _title(figure, f"{dataset}: {what}\none point per run; geometric means above, means and 95 % intervals below")
+    figure.suptitle(f"{dataset}: {what}\none point per run; geometric means above, means and 95 % intervals below")
     return figure
 
 
@@ -169,7 +162,7 @@ def accuracy_by_cost(frame: pd.DataFrame, costs: pd.DataFrame, dataset: str) -> 
         axis.margins(y=0.1)
         _label_log(axis.xaxis)
     what = f"test accuracy by cost (numbers: depth; {_seeds(table, 'model')})"
-    _title(figure, f"{dataset}: {what}\n{DOTS}")
+    figure.suptitle(f"{dataset}: {what}\n{DOTS}")
     return figure
 
 
@@ -213,13 +206,12 @@ def gradient_norms(gradients: pd.DataFrame, dataset: str) -> Figure:
     """
     table = with_depth(gradients.assign(rms=gradients["rms"].where(gradients["rms"] > 0)))  # on a logarithmic axis
     table["position"] = (table["layer"] - 1) / (table.groupby("model")["layer"].transform("max") - 1)
-    table = table.dropna(subset="position")  # of a single layer
     look = {"x": "position", "y": "rms", "col": "family", "row": "when", "hue": "depth", "style": "depth"}
     look |= {"palette": sns.color_palette("viridis", table["depth"].nunique())}
     grid = sns.relplot(table, kind="line", **look, estimator=gmean, errorbar=None, legend="full", height=2.9)
     grid.set(yscale="log").set_titles("{col_name}, {row_name}")
     grid.set_axis_labels("layer (0: first, 1: last)", "gradient (RMS)")
-    _title(grid.figure, f"{dataset}: loss gradient by layer, geometric mean over seeds ({_seeds(table, 'model')})")
+    grid.figure.suptitle(f"{dataset}: loss gradient by layer, geometric mean over seeds ({_seeds(table, 'model')})")
     grid.tight_layout()
     return grid.figure
 
@@ -239,7 +231,7 @@ def paired_differences(comparison: pd.DataFrame, dataset: str, title: str) -> Fi
     axis.set_ylim(len(names) - 0.5, -0.5)
     legend = "circle: one seed; diamond: mean, filled if significant; bar: 95 % interval"
     axis.set_xlabel(f"difference in test accuracy (percentage points)\n{legend}", fontsize="small")
-    _title(figure, f"{dataset}: {title} ({_seeds(comparison)})")
+    figure.suptitle(f"{dataset}: {title} ({_seeds(comparison)})")
     return figure
 
 
@@ -270,7 +262,7 @@ def distillation(frame: pd.DataFrame, names: Mapping[str, str], dataset: str, ch
     pairs = {"lead": (names[teacher], names[alone]), "gain": (names[distilled], names[alone])}
     gain = compare(frame, pairs).query("label == 'gain'").to_dict("records")
     what = f"{distilled} − {alone}: {points(gain[0])}" if gain else f"{distilled} and {alone} share no seed"
-    _title(figure, f"{dataset}\n{what}")
+    figure.suptitle(f"{dataset}\n{what}")
     return figure
 
 
@@ -291,7 +283,7 @@ def distillation_grid(frame: pd.DataFrame, dataset: str, used: tuple[float, floa
     axis.tick_params(axis="y", rotation=0)
     title = f"{dataset}, {_seeds(frame, 'temperature', 'alpha')}; without a teacher: {100 * alone:.2f} %"
     axis.set(xlabel="α, the weight of the teacher's term", ylabel="temperature T")
-    _title(figure, title)
+    figure.suptitle(title)
     return figure
 
 
@@ -308,7 +300,7 @@ def reliability(predictions: pd.DataFrame, errors: Mapping[str, Sequence[float]]
         CalibrationDisplay.from_predictions(table["correct"].astype(int), table["confidence"], **look)
     axis.set(xlabel="mean confidence", ylabel="accuracy")
     axis.legend(**BELOW)
-    _title(figure, f"{dataset}, test set: accuracy by confidence\n(below the dotted line: overconfident)")
+    figure.suptitle(f"{dataset}, test set: accuracy by confidence\n(below the dotted line: overconfident)")
     return figure
 
 
@@ -318,12 +310,11 @@ def image_grid(
     """Images (uint8, or float from 0 to 255; images × channels × height × width), each with its title."""
     rows = max(1, -(-len(images) // columns))
     options = {"figsize": (size * columns, 1.35 * size * rows + 0.4), "squeeze": False, "layout": "constrained"}
-    figure, axes = plt.subplots(rows, columns, **options)
-    for axis in axes.flat:
-        axis.set_axis_off()
+    empty = {"frameon": False, "xticks": [], "yticks": []}
+    figure, axes = plt.subplots(rows, columns, subplot_kw=empty, **options)
     for axis, image, text in zip(axes.flat, images, titles, strict=False):
         _show(axis, image, text)
-    _title(figure, title)
+    figure.suptitle(title)
     return figure
 
 
@@ -335,9 +326,9 @@ def _show(axis: Axes, image: torch.Tensor, title: str):
 
 
 def _short(text: str, length: int) -> str:
-    """The text, cut in the middle to `length` characters, its dollar signs escaped for Matplotlib."""
+    """The text, cut in the middle to `length` characters."""
     half = length // 2
-    return (text if len(text) <= length else f"{text[: length - half]}…{text[1 - half :]}").replace("$", r"\$")
+    return text if len(text) <= length else f"{text[: length - half]}…{text[1 - half :]}"
 
 
 def confusion_matrix(matrix: np.ndarray, class_names: Sequence[str], title: str) -> Figure:
@@ -352,7 +343,7 @@ def confusion_matrix(matrix: np.ndarray, class_names: Sequence[str], title: str)
     sns.heatmap(mistakes, **counts, **colours, square=True, ax=axis)
     axis.tick_params(axis="y", rotation=0)
     axis.set(xlabel="predicted", ylabel="true")
-    _title(figure, title)
+    figure.suptitle(title)
     return figure
 
 
@@ -376,5 +367,5 @@ def softened_predictions(
         table.nlargest(10, table.columns[0]).plot.bar(ax=bars, rot=0, fontsize="x-small", width=0.8, legend=False)
         bars.set(ylim=(0, 1), ylabel="probability")
     figure.legend(*bars.get_legend_handles_labels(), loc="outside lower center", ncols=len(softened))
-    _title(figure, title)
+    figure.suptitle(title)
     return figure

@@ -21,9 +21,9 @@ _lock = threading.RLock()
 
 def check_device(device: str) -> None:
     """Raise ValueError for a device that this machine lacks."""
-    present = {"auto": True, "cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not present[device]:
-        there = ", ".join(repr(name) for name in present if present[name])
+    backends = {"cuda": torch.cuda, "mps": torch.backends.mps}
+    there = ["auto", "cpu", *(name for name, backend in backends.items() if backend.is_available())]
+    if device not in there:
         raise ValueError(f"device = {device!r}, but PyTorch finds no such device here; write one of {there}")
 
 
@@ -75,30 +75,21 @@ def memory_format(model: nn.Module, device: torch.device, image_shape: Sequence[
 
 
 @contextlib.contextmanager
-def untouched(owner: object) -> Iterator[None]:
-    """Afterwards restore the attributes of a model, or of a trainer and the models that it holds.
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Afterwards restore a model's weights, buffers, modes, hooks and other attributes, and what its dicts hold.
 
-    Restores weights, buffers, modes, and what lists and dicts hold. Only tensors are copied, since a model as a whole
-    may not be.
+    Only tensors are copied, since a model as a whole may not be. What its lists hold stays changed.
     """
-    models = [value for value in (owner, *vars(owner).values()) if isinstance(value, nn.Module)]
-    modules = {module for model in models for module in model.modules()}
-    dicts = [vars(holder) for holder in (owner, *modules)]
-    attributes = [value for holder in dicts for value in holder.values()]
-    dicts += [value for value in attributes if isinstance(value, dict)]
+    dicts = [vars(module) for module in model.modules()]
+    dicts += [value for attributes in dicts for value in attributes.values() if isinstance(value, dict)]
     old_dicts = [(now, dict(now)) for now in dicts]
-    old_lists = [(now, list(now)) for now in attributes if isinstance(now, list)]
     old_tensors = {t: t.detach().clone() for now in dicts for t in now.values() if isinstance(t, torch.Tensor)}
     try:
         yield
     finally:
         for now, old in old_dicts:
-            if [*map(id, (*now, *now.values()))] != [*map(id, (*old, *old.values()))]:
-                now.clear()
-                now.update(old)
-        for now, old in old_lists:
-            if [*map(id, now)] != [*map(id, old)]:
-                now[:] = old
+            now.clear()
+            now.update(old)
         for now, old in old_tensors.items():
             if not torch.equal(now, old):  # an expanded tensor cannot be written to
                 now.data.copy_(old)

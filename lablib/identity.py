@@ -1,26 +1,25 @@
 """What a run is: everything that changes its outcome, described by content, and the name that follows from it."""
 
-import ast
 import copyreg
 import dataclasses
+import dis
 import hashlib
 import inspect
 import json
-import linecache
 import os
 import sys
 import sysconfig
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from enum import Enum
-from functools import cache, cached_property, lru_cache, partial, partialmethod
+from functools import cache, cached_property, partial
 from pathlib import Path, PurePath
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from torch import nn
 
@@ -28,11 +27,11 @@ from lablib.config import TrainingConfig
 from lablib.data import ImageData
 from lablib.hardware import resolve_precision
 
-_BEGAN = psutil.Process().create_time()  # a file that is written later may not be what was imported
+_BEGAN = time.time()  # a file that is written later may not be what was imported
 _SCHEME = 2  # increase it when a change to lablib means that stored runs no longer answer the same question
 _OF_EVERY_MODULE = {*vars(nn.Module()), "_hub_mixin_config"}
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-_DESCRIBED_BY_REPR = (bytes, complex, range, PurePath, np.dtype, torch.dtype, torch.device, torch.memory_format)
+_DESCRIBED_BY_REPR = (bytes, complex, range, PurePath, Enum, np.dtype, torch.dtype, torch.device, torch.memory_format)
 _NOT_THE_USERS = [os.path.realpath(path) for path in (sysconfig.get_path("stdlib"), Path(__file__).parent)]
 
 
@@ -41,7 +40,7 @@ def run_identity(
 ) -> dict[str, Any]:
     """What is trained, on what, and how; not where, nor who is notified. `trainer_class=None`: StreamlinedTrainer.
 
-    lablib's networks are identified by class, arguments and seed; any other, by the source of the function that
+    lablib's networks are identified by class, arguments and seed; any other, by the code of the function that
     builds it, its layers, their attributes and its initial weights. A callback whose `__identity__` returns None only
     watches: it changes no identity. Raises TypeError for what cannot be described by its content, and ValueError if two
     calls of `build_model` do not give two equal networks.
@@ -100,9 +99,7 @@ def described_network(build_model: Callable[[], nn.Module], seed: int) -> tuple[
     if not isinstance(model, nn.Module):
         raise TypeError(f"the function that builds the model returned {model!r}, which is not a torch.nn.Module")
     if hasattr(model, "_orig_mod"):
-        raise TypeError(
-            "the model is compiled; build it without torch.compile and write TrainingConfig(torch_compile=True)"
-        )
+        raise TypeError("the model is compiled; instead of torch.compile, write TrainingConfig(torch_compile=True)")
     cls, name, known = type(model), type(model).__name__, _by_arguments(model)
     if known and cls is (build_model.func if type(build_model) is partial else build_model):
         return model, known  # as the class itself built it
@@ -134,7 +131,10 @@ def _trained_parts(model: nn.Module) -> set[int]:
 
 
 def describe(value: Any, where: str, _above: tuple[int, ...] = (), _seen: dict | None = None) -> Any:
-    """A value as JSON, by its content: the same for equal values in every process and on Python 3.11 to 3.13.
+    """A value as JSON, by its content: the same for equal values in every process.
+
+    Functions are described by their bytecode: comments and docstrings do not change it, another layout rarely does, and
+    another minor version of Python does.
 
     `where` names the value in an error. An object with a method `__identity__` is described by what that returns.
     Raises TypeError where the content cannot be told.
@@ -158,7 +158,7 @@ def describe(value: Any, where: str, _above: tuple[int, ...] = (), _seen: dict |
         return int(value) if value.is_integer() else value  # 4 and 4.0 are the same setting
     if isinstance(value, np.generic):
         return inside(value.item())
-    if isinstance(value, _DESCRIBED_BY_REPR):
+    if isinstance(value, _DESCRIBED_BY_REPR) and _installed(kind):
         return {"repr": repr(value)}
     if kind in (np.ndarray, np.memmap) and not value.dtype.hasobject:
         return [str(value.dtype), list(value.shape), sha256(np.ascontiguousarray(value))]
@@ -179,17 +179,13 @@ def describe(value: Any, where: str, _above: tuple[int, ...] = (), _seen: dict |
         return _layers(value, inside)
     if isinstance(value, partial):
         return {"partial": inside(value.func), "with": [inside(value.args), inside(value.keywords)]}
-    if isinstance(value, (staticmethod, classmethod, property, MethodType)):
-        parts = ("__self__", "__func__", "fget", "fset", "fdel")
+    if isinstance(value, (staticmethod, classmethod, property, cached_property, MethodType)):
+        parts = ("__self__", "__func__", "fget", "fset", "fdel", "func")
         return [kind.__name__, *(inside(getattr(value, part, None)) for part in parts)]
-    if isinstance(value, cached_property):  # which has a lock on Python 3.11
-        return ["cached_property", inside(value.func)]
     if isinstance(value, BuiltinFunctionType):
         return [inside(value.__self__), f"{value.__module__}.{value.__name__}"]
     if isinstance(value, ModuleType) and _is_installed(value.__name__):
         return value.__name__
-    if isinstance(value, Enum) and _installed(kind):
-        return f"{_installed(kind)}.{value.name}"
     attributes, copied = getattr(value, "__dict__", {}), ()
     with suppress(Exception):  # a lock, an open file, what lies outside of Python
         copied = value.__reduce_ex__(4)  # what pickle would make of it
@@ -204,23 +200,16 @@ def describe(value: Any, where: str, _above: tuple[int, ...] = (), _seen: dict |
 
 
 def _layers(model: nn.Module, inside: Callable) -> dict[str, Any]:
-    """Classes and attributes of all modules, in order, their hooks, what is frozen or tied, and the weights' digest."""
-    layers, marked, first = [], {}, {}
+    """Classes and attributes of all modules, in order, with their hooks, what is frozen, and the weights' digest."""
+    layers = []
     for name, module in model.named_modules(remove_duplicate=False):
         own, place = not all(map(_installed, type(module).__mro__)), f".{name}" if name else ""
         held = {n: v for n, v in vars(module).items() if n not in _OF_EVERY_MODULE and (own or n[0] != "_")}
         held |= {n: list(vars(module)[n].values()) for n in _HOOKS if vars(module)[n]}
         held = {n: inside(v, f"{place}.{n}") for n, v in sorted(held.items())}
         layers.append([name, inside(type(module), place), held])
-    for name, parameter in model.named_parameters():
-        hooks = [*(parameter._backward_hooks or {}).values(), *(parameter._post_accumulate_grad_hooks or {}).values()]
-        if hooks or vars(parameter):
-            marked[name] = inside([hooks, vars(parameter)], f".{name}")
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
-    parameters = model.named_parameters(remove_duplicate=False)
-    tied = [[name, first[p]] for name, p in parameters if first.setdefault(p, name) != name]
-    told = {"layers": layers, "frozen": frozen, "marked": marked, "weights": weights_digest(model)}
-    return told | ({"tied": tied} if tied else {})
+    return {"layers": layers, "frozen": frozen, "weights": weights_digest(model)}
 
 
 def _class(cls: type, inside: Callable) -> Any:
@@ -236,35 +225,32 @@ def _class(cls: type, inside: Callable) -> Any:
 
 
 def _is_written(member: Any) -> bool:
-    function = inspect.unwrap(member)
-    if isinstance(function, FunctionType):  # a dataclass's generated methods are from "<string>"
-        return not _installed(function) and function.__code__.co_filename != "<string>"
-    return isinstance(function, (partial, partialmethod)) or _installed(type(function)) is None
+    function = inspect.unwrap(member)  # a dataclass's generated methods are from "<string>"
+    own = isinstance(function, FunctionType) and not _installed(function)
+    return own and function.__code__.co_filename != "<string>"
 
 
 def _function(function: FunctionType, inside: Callable) -> Any:
-    """Of an installed function the name; of the user's own the source; of both, the values that it refers to."""
+    """Of an installed function the name; of the user's own the code; of both, the values that it refers to."""
     code = function.__code__
     held = dict(zip(code.co_freevars, (cell.cell_contents for cell in function.__closure__ or ()), strict=True))
     if name := _installed(function):
         return {"function": name, "uses": inside(held)} if held else name
-    node = _definition(code)
-    if node is None:
-        raise TypeError(
-            f"the source of the function {function.__qualname__} is not found in {code.co_filename}. Define it in a "
-            "file or in a notebook's cell, on a line of its own, and restart Python if the file was changed"
-        )
-    if not _is_current(code):
-        raise TypeError(f"{code.co_filename} was changed after {function.__qualname__} was imported; restart Python")
-    looked_up = {name for part in _codes(code) for name in part.co_names}  # global names, and those of attributes
-    names = looked_up & {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
+    file = Path(code.co_filename)
+    if file.exists() and file.stat().st_mtime > _BEGAN:  # a notebook's cell has no file
+        now = _codes(compile(file.read_bytes(), str(file), "exec", dont_inherit=True))
+        if _bytecode(code) not in map(_bytecode, now):
+            raise TypeError(f"{file} was changed after {function.__qualname__} was imported; restart Python")
+    steps = [step for part in _codes(code) for step in dis.get_instructions(part)]
+    names = {step.argval for step in steps if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
     known = {n: v for n, v in function.__globals__.items() if n in names and not (n[:2] == n[-2:] == "__")}
-    for part in ast.walk(node):
-        if isinstance(part, (ast.Import, ast.ImportFrom)):  # within the function
+    for level, parts, step in zip(steps, steps[1:], steps[2:], strict=False):
+        if step.opname == "IMPORT_NAME":  # within the function
             with suppress(Exception):  # it may be guarded there
-                exec(compile(ast.Module([part], []), code.co_filename, "exec"), dict(function.__globals__), known)
+                module = __import__(step.argval, function.__globals__, None, parts.argval, level.argval)
+                known |= {n: getattr(module, n) for n in parts.argval} if parts.argval else {step.argval: module}
     return {
-        "source": sha256(repr(_canonical(node)).encode()),
+        "code": json_digest(_bytecode(code)),
         "uses": {name: inside(value, f" -> {name}") for name, value in sorted((known | held).items())},
         "defaults": inside([function.__defaults__, function.__kwdefaults__]),
         "attributes": inside(vars(function)),
@@ -276,43 +262,13 @@ def _codes(code: CodeType) -> list[CodeType]:
     return [code, *(inner for part in code.co_consts if isinstance(part, CodeType) for inner in _codes(part))]
 
 
-def _is_current(code: CodeType) -> bool:
-    """Whether a file that has been written since Python began still has the code that was imported from it."""
-    file = Path(code.co_filename)
-    if not file.exists() or file.stat().st_mtime < _BEGAN:  # a notebook's cell has no file
-        return True
-    return code in _codes(compile("".join(linecache.getlines(str(file))), str(file), "exec", dont_inherit=True))
-
-
-def _definition(code: CodeType) -> ast.AST | None:
-    """The syntax tree of the function or lambda that a code object was compiled from."""
-    linecache.checkcache(code.co_filename)
-    functions = _functions("".join(linecache.getlines(code.co_filename)))
-    named = [n for n in functions if getattr(n, "name", "<lambda>") == code.co_name]
-    found = [n for n in named if min(p.lineno for p in (n, *getattr(n, "decorator_list", ()))) == code.co_firstlineno]
-    if len(found) > 1:  # lambdas on one line
-        places = [(line, column) for line, _, column, end in code.co_positions() if end]
-        found = [n for n in found if (n.body.lineno, n.body.col_offset) == min(places, default=None)]
-    return found[0] if len(found) == 1 else None
-
-
-@lru_cache(maxsize=64)
-def _functions(text: str) -> list[ast.AST]:
-    """The functions of a file or cell."""
-    nodes = ast.walk(ast.parse(text))
-    return [node for node in nodes if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))]
-
-
-def _canonical(node: Any) -> Any:
-    """A syntax tree without layout, comments and docstrings, and without what differs between versions of Python."""
-    if isinstance(node, list):
-        return [_canonical(n) for n in node if not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant))]
-    if not isinstance(node, ast.AST):
-        return ascii(node)
-    fields = {name: value for name, value in ast.iter_fields(node) if name not in ("ctx", "kind", "type_comment")}
-    if isinstance(node, ast.JoinedStr):  # Python 3.12 adds empty texts
-        fields["values"] = [part for part in node.values if getattr(part, "value", None) != ""]
-    return [type(node).__name__, {name: _canonical(value) for name, value in fields.items() if value not in (None, [])}]
+def _bytecode(code: CodeType) -> list:
+    """What a code object does: its arguments, its instructions and their exceptions; no docstring, no line numbers."""
+    described = {CodeType: _bytecode, frozenset: lambda items: sorted(map(ascii, items))}
+    steps = [[s.opname, described.get(type(s.argval), ascii)(s.argval)] for s in dis.get_instructions(code)]
+    starred = code.co_flags & (inspect.CO_VARARGS | inspect.CO_VARKEYWORDS)
+    counts = [code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, starred]
+    return [counts, code.co_varnames, steps, code.co_exceptiontable.hex()]
 
 
 def _installed(thing: type | FunctionType) -> str | None:
@@ -326,12 +282,9 @@ def _installed(thing: type | FunctionType) -> str | None:
 @cache
 def _is_installed(module: str) -> bool:
     package = module.partition(".")[0]
-    if package == "__main__":
-        return False
-    if package in sys.builtin_module_names:
-        return True
     files = (getattr(sys.modules.get(name), "__file__", None) for name in (package, module))
-    return is_installed_file(next(filter(None, files), ""))
+    file = next(filter(None, files), "")
+    return package != "__main__" and (package in sys.builtin_module_names or is_installed_file(file))
 
 
 def is_installed_file(file: str) -> bool:

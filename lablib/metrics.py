@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 
 
@@ -15,51 +16,46 @@ class BatchMeter:
 
     def __init__(self, processes: int = 1):
         self.processes = processes
-        self.restore({"sizes": [], "correct": [], "losses": {}})
+        self.restore([])
 
     def __len__(self) -> int:
-        return len(self._before["sizes"]) + sum(map(len, self._rows))
+        return len(self._before) + sum(map(len, self._rows))
 
-    def restore(self, state: dict) -> None:
-        """Continue from a `state`, whatever the number of processes was."""
-        self._before, self._names = state, [*state["losses"]]
+    def restore(self, batches: list[dict]) -> None:
+        """Continue from earlier `batches()`, whatever the number of processes was."""
+        self._before, self._names = batches, []
         self._rows: list[torch.Tensor] = []  # batches × (size, hits and losses)
 
     @torch.no_grad()
     def add(self, losses: dict[str, torch.Tensor], logits: torch.Tensor, labels: torch.Tensor) -> None:
         """Add one batch: its mean losses, its logits (batch × classes) and labels (batch)."""
-        if self._names and self._names != [*losses]:
-            raise ValueError(f"`losses` gave {self._names} for one batch and {[*losses]} for another; always give all")
         if unnamed := [name for name in losses if not name.endswith("loss")]:
             raise ValueError(f"`losses` gave {unnamed[0]!r}; the names of its terms must end in 'loss'")
-        self._names, hits = [*losses], (logits.argmax(1) == labels).sum()
-        values = [torch.full_like(hits, len(labels)), hits, *losses.values()]
-        self._rows.append(torch.stack([value.float() for value in values])[None])
+        hits = (logits.argmax(1) == labels).sum()
+        values = {"size": torch.full_like(hits, len(labels)), "hits": hits, **losses}
+        self._names = [*values]
+        self._rows.append(torch.stack([value.float() for value in values.values()])[None])
         if len(self._rows) == 64:  # many small tensors would fragment the memory between the tensors of a step
             self._rows = [torch.cat(self._rows)]
 
-    def state(self) -> dict:
-        """All measurements as JSON, exactly."""
+    def batches(self) -> list[dict[str, float]]:
+        """Of each batch its size, hits and mean losses, exactly, also as JSON."""
         if not self._rows:
             return self._before
         rows = torch.cat(self._rows)
         if self.processes > 1:
             torch.distributed.all_reduce(rows)
-        sizes, correct, *losses = rows.cpu().double().T
-        losses = {name: (values / self.processes).tolist() for name, values in zip(self._names, losses, strict=True)}
-        return {
-            "sizes": self._before["sizes"] + sizes.tolist(),
-            "correct": self._before["correct"] + correct.tolist(),
-            "losses": {name: self._before["losses"].get(name, []) + values for name, values in losses.items()},
-        }
+        rows = rows.cpu().double()
+        rows[:, 2:] /= self.processes  # the means are added up too
+        return self._before + [dict(zip(self._names, row, strict=True)) for row in rows.tolist()]
 
     def means(self) -> dict[str, float]:
         """Each loss and the accuracy, averaged over images; the losses leave out batches whose loss is not finite."""
-        state = self.state()
-        sizes, finite = np.array(state["sizes"]), np.isfinite(state["losses"]["loss"])
-        losses = {name: np.array(values)[finite] for name, values in state["losses"].items()}
-        means = {name: np.average(values, weights=sizes[finite]).item() for name, values in losses.items()}
-        return means | {"accuracy": sum(state["correct"]) / sizes.sum().item()}
+        batches = pd.DataFrame(self.batches())
+        finite = batches[np.isfinite(batches["loss"])]
+        losses = finite.drop(columns=["size", "hits"])
+        means = {name: np.average(values, weights=finite["size"]).item() for name, values in losses.items()}
+        return means | {"accuracy": (batches["hits"].sum() / batches["size"].sum()).item()}
 
 
 def first_logits(outputs: Any) -> Any:

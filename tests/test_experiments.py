@@ -117,7 +117,7 @@ def test_histories_and_gradients_are_tables_of_what_each_run_has(finished):
         measured = finished.runs[model, seed].measured()
         assert layers["rms"].tolist() == measured[f"gradient_{when}"].tolist()
         assert layers["layer"].tolist() == [1, 2]
-    assert [len(each.gradients()) for each in (finished, replace(finished, runs={}))] == [4 * 2 * 2, 0]
+    assert len(gradients) == 4 * 2 * 2
 
 
 def test_models_and_families_are_compared_but_no_model_with_itself(finished):
@@ -130,11 +130,11 @@ def test_models_and_families_are_compared_but_no_model_with_itself(finished):
     deep.runs.update({(name, 0): finished.runs["wide", 0] for name in deep.models})
     assert deep.compare({"it": ("a", "b")}, by=[2]).table["label"].tolist() == ["it, depth 2"]
     assert deep.compare("a", "b", by=[2]).table["label"].tolist() == ["depth 2"]
-    with pytest.raises(KeyError, match="no model 'a-4'; there are a-2, b-2"):
+    with pytest.raises(KeyError, match="a-4"):
         deep.compare("a", "b", by=[2, 4])
     for join in ("__or__", "__sub__"):
-        with pytest.raises(ValueError, match="comparisons on tiny and tiny have different data"):
-            getattr(comparison, join)(replace(comparison, fingerprint="other"))
+        with pytest.raises(ValueError, match="comparisons on tiny and other must be on the same data set"):
+            getattr(comparison, join)(replace(comparison, dataset="other"))
 
 
 def test_experiments_can_be_divided_and_joined_if_they_agree_on_the_data_and_what_both_have(finished, tiny_data):
@@ -144,32 +144,22 @@ def test_experiments_can_be_divided_and_joined_if_they_agree_on_the_data_and_wha
     assert both.runs == finished.runs
     assert (replace(narrow, runs={}) | finished).runs == finished.runs  # all of its runs failed there
     assert (list(both.models), both.seeds) == (["narrow", "wide"], (0, 1, 7))
-    assert (finished | replace(narrow, config=replace(finished.config, output_dir="elsewhere"))).runs == finished.runs
-    darker = replace(tiny_data, name="darker", train_images=tiny_data.train_images // 2)
-    copied = replace(tiny_data, train_images=tiny_data.train_images.clone())
-    changed = replace(narrow, data=copied, fingerprint="")
-    copied.train_images[0] = 0  # in place, as for all experiments with these data
-    for other in (replace(narrow, data=darker), changed):
-        with pytest.raises(ValueError, match="have different data"):
-            narrow | other
-    with pytest.raises(ValueError, match="tiny was changed after the experiment"):
-        changed.predictions()
+    darker = replace(tiny_data, train_images=tiny_data.train_images // 2)
+    with pytest.raises(ValueError, match="have different data"):
+        narrow | experiment(NARROW, finished.config, darker, 1)
     failed = replace(narrow, runs={}, failures=dict.fromkeys(narrow.runs, "trained since"))
     assert (failed | narrow).failures == {}
     longer = replace(narrow, config=replace(finished.config, num_epochs=3))
-    with pytest.raises(ValueError, match="different configs; pass config="):
-        (longer | finished).distil("narrow", "wide", 4, 0.5)
-    with pytest.raises(ValueError, match="different callbacks; call distil on one of them"):
-        (replace(narrow, callbacks=[Counting()]) | wide | finished).distil("narrow", "wide", 4, 0.5)
-    counted = [replace(part, callbacks=[Counting()]) for part in (narrow, wide)]
-    assert (counted[0] | counted[1]).callbacks == counted[0].callbacks
+    for part in (longer, replace(narrow, callbacks=[Counting()])):
+        with pytest.raises(ValueError, match="different configs or callbacks; call distil on one of them"):
+            (part | finished).distil("narrow", "wide", 4, 0.5)
     for seed in (0, 7):
         with pytest.raises(ValueError, match="'narrow' differently, or with other seeds"):
             finished | replace(narrow, runs={("narrow", seed): finished.runs["wide", 0]})
 
 
 def test_a_second_experiment_trains_nothing_and_says_where_the_runs_are(finished, tiny_data, capsys, no_training):
-    for seeds in (2, np.arange(2), range(2), [0, 1], np.int64(2)):  # a number of them, or whole numbers
+    for seeds in (2, np.arange(2), [0, 1, 0], np.int64(2)):  # a number of them, or whole numbers
         again = experiment(MODELS, finished.config, tiny_data, seeds, jobs=2)
         assert capsys.readouterr().out == f"4 of 4 runs loaded from {finished.config.output_dir}, 0 to train\n"
         assert list(again.runs.items()) == list(finished.runs.items())
@@ -258,17 +248,13 @@ def test_a_student_in_a_grid_is_the_one_trained_alone_with_its_teacher(distilled
     assert list(finished.distil("narrow", "wide", np.array([1, 4]), 0.5).models) == cells[::2]
 
 
-def test_a_student_whose_teacher_failed_has_failed_and_the_others_are_trained(finished, tmp_path):
+def test_a_student_whose_teacher_failed_is_left_out_and_the_others_are_trained(finished, tmp_path):
     partly = replace(finished, config=config_in(tmp_path), failures={("wide", 1): "ArithmeticError: no forward today"})
     partly = replace(partly, runs={key: run for key, run in finished.runs.items() if key != ("wide", 1)})
-    students = partly.distil("narrow", "wide", 4, 0.7)
-    assert list(students.runs) == [("Distilled", 0)]
-    assert students.failures == {("Distilled", 1): "its teacher failed: ArithmeticError: no forward today"}
-    assert students.frame()["seed"].tolist() == [0, 1]
-    with pytest.raises(RuntimeError, match="all teachers failed: ArithmeticError"):
-        partly.distil("narrow", "wide", 4, 0.7, seeds=[1])
-    with pytest.raises(KeyError, match=r"no finished run \('[\w-]+', 7\): there are "):
-        partly.distil("narrow", "wide", 4, 0.7, seeds=[7])
+    assert list(partly.distil("narrow", "wide", 4, 0.7).runs) == [("Distilled", 0)]
+    for seed, why in {1: "ArithmeticError: no forward today", 7: "there are "}.items():
+        with pytest.raises(KeyError, match=rf"no finished run \('wide', {seed}\): {why}"):
+            partly.distil("narrow", "wide", 4, 0.7, seeds=[seed])
 
 
 def test_distil_refuses_a_network_that_is_built_differently_now_or_has_its_own_trainer(finished, config, tiny_data):
@@ -314,28 +300,21 @@ def test_a_run_that_fails_loses_no_other_and_the_users_lines_are_shown_once(brok
         assert error in text
     with pytest.raises(KeyError, match=error):
         result.trained_model("broken one")
-    with pytest.warns(UserWarning, match="failed"), pytest.raises(RuntimeError, match="2 of 2 runs failed"):
+    with pytest.warns(UserWarning, match="failed"), pytest.raises(RuntimeError, match="all 2 runs failed"):
         experiment({"broken one": broken}, config, tiny_data, 2)
 
 
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [
-        ({"data": "digits"}, TypeError, "data = 'digits', but it must be an ImageData, as load_data gives"),
-        ({"config": {"seed": 1}}, TypeError, "config = {'seed': 1}, but it must be a TrainingConfig"),
+        ({"data": "digits"}, TypeError, "what load_data returns, not 'digits'"),
+        ({"config": {"seed": 1}}, TypeError, "a TrainingConfig, .* not {'seed': 1}"),
+        ({"models": [tiny_mlp]}, TypeError, "needs a dict of functions that build networks, .*, not "),
         ({"config": TrainingConfig(seed=5)}, ValueError, r"the config has seed = 5; write seeds = \[5\] instead"),
-        ({"jobs": "2"}, TypeError, "jobs = '2', but it must be a whole number"),
-        ({"seeds": "012"}, TypeError, "seeds = '012'"),
-        ({"seeds": 1.5}, TypeError, "seeds = 1.5"),
-        ({"models": {}}, ValueError, "0 models and 1 seeds"),
+        ({"seeds": 1.5}, TypeError, "'float' object cannot be interpreted as an integer"),
         ({"models": dict.fromkeys("ab", MODELS["wide"])}, ValueError, "the models 'a' and 'b' are the same network"),
-        ({"models": {8: tiny_mlp}}, ValueError, "the name 8 must be a text"),
-        ({"models": [tiny_mlp]}, TypeError, "but it must be a dict that gives for each name a function"),
-        ({"seeds": [0, 1, 0]}, ValueError, r"seeds = \[0, 1, 0\], but each seed may be there once"),
         ({"models": {"net": tiny_mlp()}}, TypeError, "'net' needs a function that builds the network"),
         ({"models": {"net": "MLP"}}, TypeError, "'net' needs a function that builds the network"),
-        ({"seeds": []}, ValueError, "2 models and 0 seeds"),
-        ({"trainer_class": {("wide", 0): StreamlinedTrainer}}, ValueError, r"no trainer for \[\('narrow', 0\)\]"),
     ],
 )
 def test_arguments_that_cannot_be_used_are_refused(arguments, error, words, config, tiny_data, no_training):

@@ -249,9 +249,10 @@ def test_reliability_draws_the_accuracy_of_bins_with_equally_many_images():
 
 def test_a_confusion_matrix_writes_all_counts_and_colours_the_mistakes():
     matrix = np.array([[50, 1, 0], [2, 40, 3], [0, 7, 30]])
-    axis, _ = drawn(figures.confusion_matrix(matrix, ("cat", "dog", "$10 to $20"), "my $_$ pictures"))
+    axis, _ = drawn(figures.confusion_matrix(matrix, ("cat", "dog", "a name of more than 25 letters"), "pictures"))
     assert [int(text.get_text()) for text in axis.texts] == matrix.flatten().tolist()
     np.testing.assert_array_equal(axis.collections[0].get_array(), [[0, 1, 0], [2, 0, 3], [0, 7, 0]])
+    assert axis.get_yticklabels()[2].get_text() == "a name of mor… 25 letters"
 
 
 def test_softened_predictions_are_the_likeliest_classes_with_a_bar_for_each_temperature():

@@ -2,6 +2,7 @@
 
 import copy
 import random
+from dataclasses import replace
 from functools import partial
 from unittest.mock import Mock
 
@@ -12,7 +13,7 @@ from outcomes import findings
 from torch import nn
 from torch.nn import functional as F
 
-from lablib import MLP, ImageData, ResidualCNN, SimpleCNN, StreamlinedTrainer, TrainingConfig
+from lablib import MLP, ResidualCNN, SimpleCNN, StreamlinedTrainer, TrainingConfig
 from lablib.distillation import KnowledgeDistillationTrainer
 from lablib.trainer import SanityCheckError, sanity_check
 
@@ -50,16 +51,6 @@ class Expanded(Linear):
         self.register_buffer("scale", torch.ones(1).expand(3))
 
 
-class Late(Linear):
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("scale", None)
-
-    def forward(self, images):
-        self.scale = torch.ones(3)
-        return super().forward(images)
-
-
 class Listed(Linear):
     def __init__(self):
         super().__init__()
@@ -72,7 +63,7 @@ def batch_normed() -> nn.Module:
 
 NO_LOGITS = "a network must return logits (images × classes), or a tuple that begins with them"
 NO_DICT = "`losses` must return a dict of scalar tensors"
-NO_MEMORY = "(9 images) does not fit into memory: use a smaller batch_size or image_size"
+SMALLER = "Use a smaller batch_size or image_size"
 
 
 @pytest.mark.parametrize(
@@ -86,10 +77,9 @@ NO_MEMORY = "(9 images) does not fit into memory: use a smaller batch_size or im
         (Linear(nn.Softmax(1)), "the network returns probabilities, but the loss takes logits"),
         (Linear(torch.detach), "a full batch (9 of 27 images) fails with RuntimeError: element 0"),
         (Listed(), "Listed holds layers in a list or dict of Python, so they would not be trained; use nn.ModuleList"),
-        (Expanded(), "no checkpoint of Expanded can be loaded: its state_dict() must hold ordinary tensors"),
-        (Late(), "names or shapes in the state_dict() of Late change in training; create all buffers in __init__"),
-        (Linear(Mock(side_effect=RuntimeError("DefaultCPUAllocator: can't allocate"))), NO_MEMORY),
-        (Linear(Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory."))), NO_MEMORY),
+        (Expanded(), 'While copying the parameter named "scale"'),
+        (Linear(Mock(side_effect=RuntimeError("DefaultCPUAllocator: can't allocate memory"))), SMALLER),
+        (Linear(Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory."))), SMALLER),
     ],
 )
 def test_what_would_fail_in_a_training_is_refused_before_it(model, words, tiny_data):
@@ -126,19 +116,15 @@ def test_a_last_batch_that_fails_is_refused(batch_size, tiny_data):
     assert words.endswith("Sequential was given float32 (1, 1, 6, 6). Use another batch_size")
 
 
-def test_the_check_is_of_several_classes_and_of_as_few_images_as_the_last_test_batch_has(tiny_data):
+def test_the_check_is_of_several_classes(tiny_data):
     class Margin(StreamlinedTrainer):
         def losses(self, logits, labels):
             between = torch.cdist(logits, logits)[labels[:, None] != labels]
             return {"loss": F.cross_entropy(logits, labels) + F.relu(1 - between.min())}
 
-    order, one_alone = tiny_data.train_labels.argsort(stable=True), torch.arange(1001) % 18  # as folders are sorted
-    train_set = tiny_data.train_images[order], tiny_data.train_labels[order]
-    test_set = tiny_data.test_images[one_alone], tiny_data.test_labels[one_alone]
-    data = ImageData("sorted", *train_set, *test_set, tiny_data.class_names)
+    order = tiny_data.train_labels.argsort(stable=True)  # as folders are sorted
+    data = replace(tiny_data, train_images=tiny_data.train_images[order], train_labels=tiny_data.train_labels[order])
     assert train(Linear(), data, Margin).state.global_step == 6
-    words = refused(Linear(torch.squeeze), data)
-    assert words.startswith("an evaluation (1 of 9 images) fails with TypeError: a network must return logits")
 
 
 def test_a_model_that_cannot_be_copied_and_whose_train_returns_nothing_is_checked_and_trained(tiny_data):
@@ -165,14 +151,13 @@ class Drawing(nn.Module):
         super().__init__()
         self.normalised, self.linear = nn.BatchNorm2d(1), nn.Linear(36, 3)
         self.register_buffer("mean", torch.zeros(()), persistent=False)
-        self.passes, self.scale, self.seen, self.last = 0, torch.ones(()), [], {"mean": 0.0}
+        self.passes, self.scale, self.last = 0, torch.ones(()), {"mean": 0.0}
 
     def forward(self, images):
         self.passes += 1
         self.scale.mul_(1.01)
-        self.mean = 0.9 * self.mean + 0.1 * images.mean().detach() + len(self.seen) * self.last["mean"]
+        self.mean = 0.9 * self.mean + 0.1 * images.mean().detach() + self.passes * self.last["mean"]
         self.last["mean"] = self.mean.item()
-        self.seen.append(1)
         noise = random.random() + np.random.rand() + torch.rand(len(images), 3)  # noqa: NPY002
         return self.linear(F.dropout(self.normalised(images), 0.3).flatten(1)) + noise * self.scale + self.mean
 

@@ -168,7 +168,7 @@ THINGS = {
     "config in a container": lambda: {"configs": [TrainingConfig(telegram_bot_token=SecretStr(TOKEN))]},
     "replaced config": lambda: dataclasses.replace(TrainingConfig(telegram_bot_token=TOKEN), seed=1),
     "training arguments": lambda: TrainingConfig(telegram_bot_token=TOKEN).to_training_arguments("out"),
-    "identity": lambda: TrainingConfig(telegram_bot_token=TOKEN, telegram_chat_id=42).identity(),
+    "identity": lambda: TrainingConfig(telegram_bot_token=TOKEN, telegram_chat_id=42).__identity__(),
     "notifier": lambda: TelegramNotifier(TOKEN, 42),
 }
 

@@ -192,7 +192,6 @@ def test_one_that_fails_gives_one_warning_and_the_same_weights(failing, tmp_path
     monkeypatch.setattr(wandb, "init", run.init)
     trainer = distilling(dataclasses.replace(tracked.trainer.config, output_dir=str(tmp_path)), tiny_data)
     assert one_warning(trainer.train) == f"Weights & Biases: broken in {failing}; continuing without it"
-    assert run.finish.call_count == (failing != "init")
     first, other = (each.model.state_dict().values() for each in (trainer, tracked.trainer))
     assert all(map(torch.equal, first, other))
 
@@ -231,4 +230,4 @@ def test_an_experiment_has_the_mode_of_the_users_own_run_in_its_workers_too(tmp_
         attempt(("net", 0), None, None, None, -1, {}, wandb_mode=mode)  # as in a worker; without a network it fails
         assert os.environ["WANDB_MODE"] == mode
     monkeypatch.setitem(sys.modules, "wandb", None)
-    assert "`pip install wandb`" in one_warning(mode_here)
+    assert "import of wandb halted" in one_warning(mode_here)

@@ -15,7 +15,7 @@ from outcomes import findings, timeless_rows
 from scripted import Scripted
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.utils import parameters_to_vector, prune
+from torch.nn.utils import parameters_to_vector
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers import TrainerCallback
 
@@ -326,26 +326,6 @@ def test_an_optimizer_and_a_schedule_of_ones_own_are_used_or_refused(build):
 
     with pytest.raises(ValueError, match="no checkpoint could restore the optimizer or the schedule: their attributes"):
         build(config(), trainer_class=type("Own", (OwnSchedule,), {"create_scheduler": unsavable})).train()
-
-
-def test_what_changes_the_weights_or_their_names_behind_the_best_epoch_is_said(build):
-    def pruned(state, control):
-        if state.epoch == 2:
-            prune.l1_unstructured(trainer.model.classifier, "weight", 0.5)
-
-    trainer = build(config(num_epochs=3), callbacks=[on("on_epoch_end", pruned)])
-    with pytest.raises(ValueError, match=r"names in the network's state_dict\(\) changed during training"):
-        trainer.train()
-    late = on("on_train_end", lambda state, control: nn.init.zeros_(trainer.model.classifier.bias))
-    trainer = build(config(), callbacks=[late])
-    with pytest.warns(UserWarning, match="a callback changed the best weights in on_train_end, after the validation"):
-        trainer.train()
-    assert len(trainer.notes) == 1
-
-
-def test_a_checkpoint_of_fp16_resumes_in_another_precision(build, tmp_path):
-    torch.save({"scale": 65536.0}, tmp_path / "scaler.pt")
-    build(config())._load_scaler(str(tmp_path))  # upstream would look for a scaler
 
 
 @pytest.mark.parametrize(
