@@ -204,10 +204,10 @@ class ResumableTrainer:
     def _maybe_log_save_evaluate(self, *args, **kwargs):
         # upstream calls this after each step, and once more when an epoch is over, so twice after its last step
         state, control = self.state, self.control
-        first_call, self._last_step = self._last_step != state.global_step, state.global_step
+        after_step, self._last_step = self._last_step != state.global_step, state.global_step
         if state.epoch == int(state.epoch) or control.should_training_stop:
             control.should_save = False  # `_determine_best_metric` decides after the evaluation
-            if first_call:  # the second one logs and evaluates
+            if after_step:  # the call at the epoch's end logs and evaluates
                 control.should_log = control.should_evaluate = False
         elif control.should_evaluate or control.should_log or control.should_epoch_stop:
             advice = "let it ask in on_epoch_end, or set max_train_images for shorter epochs"
@@ -230,7 +230,7 @@ class ResumableTrainer:
         reasons = [self._interruption.asked, time.monotonic() - self._saved_at >= seconds]
         if self.args.world_size > 1:
             reasons = self.accelerator.gather(torch.tensor([reasons], device=self.args.device)).any(0).tolist()
-        self._leaving, _ = reasons  # all processes after the same step
+        self._leaving = reasons[0]  # in all processes after the same step
         return any(reasons)
 
     def _finalize_training(self, *args, **kwargs):

@@ -123,7 +123,7 @@ class ImageData:
             vars(self).update(_hashed_at=state, _digest=digest.hexdigest())
         return self._digest
 
-    def _changes(self) -> tuple:
+    def _changes(self) -> tuple[list[int], list[int]]:
         """Differs after a change in place: PyTorch counts its own; NumPy's show in the labels and 1,000 images."""
         samples = (a if a.ndim == 1 else a[fixed_sample(len(a), 1000).numpy()] for a in self._arrays)
         sums = [crc32(np.ascontiguousarray(sample)) for sample in samples]

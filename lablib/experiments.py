@@ -284,17 +284,17 @@ def experiment(
         from lablib.telegram import ExperimentMessages  # with transformers
 
         telling = ExperimentMessages(result)
-    # the experiment speaks for its runs, and the token stays in this process; workers may be in another folder
-    config = replace(config, use_telegram_notifications=False, telegram_bot_token=None)
-    config, wandb_mode = replace(config, output_dir=os.path.abspath(config.output_dir)), ""
+    # for the runs: the experiment speaks for them, the token stays in this process, workers may be in another folder
+    silent = replace(config, use_telegram_notifications=False, telegram_bot_token=None)
+    run_config, wandb_mode = replace(silent, output_dir=os.path.abspath(config.output_dir)), ""
     with telling as messages:
-        missing = _look_up(result, config, trainers, weights)
-        paths = {key: Path(config.output_dir, run_name(identity)) for key, identity in missing.items()}
+        missing = _load_finished(result, run_config, trainers, weights)
+        paths = {key: Path(run_config.output_dir, run_name(identity)) for key, identity in missing.items()}
         _refuse_twins({key: run.path for key, run in result.runs.items()} | paths)
         if missing and config.use_wandb:  # asked once, for all runs
             from lablib.tracking import mode_here  # with transformers
 
-            config = replace(config, use_wandb=bool(wandb_mode := mode_here()))
+            run_config = replace(run_config, use_wandb=bool(wandb_mode := mode_here()))
         _announce(result, paths, len(keys))
         if missing:
             if messages:
@@ -304,7 +304,7 @@ def experiment(
             tasks = []
             for (name, seed), identity in missing.items():
                 # the precision as resolved here: another machine has to follow
-                seeded = replace(config, seed=seed, precision=identity["config"]["precision"])
+                seeded = replace(run_config, seed=seed, precision=identity["config"]["precision"])
                 own = {"trainer_class": trainers[name, seed], "identity": identity}
                 tasks.append(joblib.delayed(attempt)((name, seed), result.models[name], seeded, data, **own, **shared))
             _train_all(result, tasks, paths, jobs)
@@ -328,7 +328,7 @@ def _check_arguments(models: Mapping, config: TrainingConfig, data: ImageData):
         raise TypeError(f"models: {built[0]!r} needs a function that builds the network, such as lambda: Net()")
 
 
-def _look_up(result: Experiment, config: TrainingConfig, trainers: Mapping, weights: bool) -> dict[Key, dict]:
+def _load_finished(result: Experiment, config: TrainingConfig, trainers: Mapping, weights: bool) -> dict[Key, dict]:
     """Add the finished runs to an experiment, and return the identities of those that are to be trained."""
     missing = {}
     for name, seed in product(result.models, result.seeds):
@@ -381,7 +381,7 @@ def _note_failure(result: Experiment, key: Key, line: str, trace: str):
 
 
 def _train_all(result: Experiment, tasks: list[tuple], paths: dict[Key, Path], jobs: int):
-    jobs = min(joblib.effective_n_jobs(jobs), jobs if jobs > 0 else len(tasks), len(tasks))
+    jobs = min(joblib.effective_n_jobs(jobs), jobs if jobs > 0 else len(tasks), len(tasks))  # dask ignores jobs
     backend, _ = joblib.parallel.get_active_backend()
     interruption = Interruption([signal.SIGINT] if jobs > 1 else [])  # workers get Ctrl-C too: await their checkpoints
     ended = set()

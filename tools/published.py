@@ -106,8 +106,8 @@ def blocks(lab: "Lab", together: int = 5) -> Iterator[Block]:
         yield students("F", "cosine", {"subset teacher": best}, five, lab.grid_images, lab.grid_images)
         yield students("G", "cosine", {f"Distilled-{lab.depths[0]}, tuned": best}, five)
     strong = {"networks": {distilled: lab.cnns(lab.strong)[shallow]}, "teacher": middle[0], "width": lab.strong}
-    yield replace(cnns("I", "cosine", [middle[0], shallow], three, lab.strong), table="distillation_strong")
-    yield replace(students("I", "cosine", {distilled: (4, 0.7)}, three), **strong, table="distillation_strong")
+    yield replace(cnns("I", "cosine", [middle[0], shallow], five, lab.strong), table="distillation_strong")
+    yield replace(students("I", "cosine", {distilled: (4, 0.7)}, five), **strong, table="distillation_strong")
     yield replace(cnns("H", "reference", wide, (0,), lab.wide), table="cnns_wide")
 
 
