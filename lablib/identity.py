@@ -6,17 +6,19 @@ import dis
 import hashlib
 import inspect
 import json
+import logging
 import os
 import sys
 import sysconfig
 import time
+import typing
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from enum import Enum
-from functools import cache, cached_property, partial
+from functools import cache, cached_property, partial, partialmethod
 from pathlib import Path, PurePath
-from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
+from types import BuiltinFunctionType, CodeType, FunctionType, GenericAlias, MethodType, ModuleType, UnionType
 from typing import Any
 
 import numpy as np
@@ -32,6 +34,7 @@ _SCHEME = 2  # increase it when a change to lablib means that stored runs no lon
 _OF_EVERY_MODULE = {*vars(nn.Module()), "_hub_mixin_config"}
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _DESCRIBED_BY_REPR = (bytes, complex, range, PurePath, Enum, np.dtype, torch.dtype, torch.device, torch.memory_format)
+_DESCRIBED_BY_REPR += (logging.Logger, np.ufunc, typing._Final, GenericAlias, UnionType)  # the last three: annotations
 _NOT_THE_USERS = [os.path.realpath(path) for path in (sysconfig.get_path("stdlib"), Path(__file__).parent)]
 
 
@@ -168,7 +171,8 @@ def describe(value: Any, where: str, _above: tuple[int, ...] = (), _seen: dict |
         return {"above": len(_above) - _above.index(id(value))}
     if kind in (list, tuple) or (isinstance(value, tuple) and _installed(kind)):
         return [inside(item, f"[{number}]") for number, item in enumerate(value)]
-    if kind is dict and all(isinstance(key, str) for key in value):
+    # the order of settings does not matter, that of steps might
+    if kind is dict and all(isinstance(key, str) and not callable(item) for key, item in value.items()):
         return {key: inside(item, f"[{key!r}]") for key, item in sorted(value.items())}
     if kind in (set, frozenset):
         items = sorted(value, key=lambda item: json_digest(describe(item, where, (*_above, id(value)))))
@@ -208,8 +212,10 @@ def _layers(model: nn.Module, inside: Callable) -> dict[str, Any]:
         held |= {n: list(vars(module)[n].values()) for n in _HOOKS if vars(module)[n]}
         held = {n: inside(v, f"{place}.{n}") for n, v in sorted(held.items())}
         layers.append([name, inside(type(module), place), held])
-    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
-    return {"layers": layers, "frozen": frozen, "weights": weights_digest(model)}
+    named = [*model.named_parameters()]
+    frozen = [name for name, p in named if not p.requires_grad]
+    marked = [name for name, p in named if p._backward_hooks or p._post_accumulate_grad_hooks or vars(p)]
+    return {"layers": layers, "frozen": frozen, "marked": marked, "weights": weights_digest(model)}
 
 
 def _class(cls: type, inside: Callable) -> Any:
@@ -217,17 +223,19 @@ def _class(cls: type, inside: Callable) -> Any:
     if all(map(_installed, cls.__mro__)):
         return _installed(cls)
     added = ("__", "_abc_", "_hub_mixin_")  # by Python and the Hub, unless the user wrote a method so named
-    members = {name: v for name, v in vars(cls).items() if not name.startswith(added) or _is_written(v)}
+    members = {name: v for name, v in vars(cls).items() if not name.startswith(added) or _is_written(v, cls)}
     if dataclasses.is_dataclass(cls):
         members["fields"] = [[f.name, f.default, f.default_factory] for f in dataclasses.fields(cls)]
     members = {name: inside(value, f".{name}") for name, value in sorted(members.items())}
     return {"class": cls.__name__, "bases": inside(cls.__bases__), "members": members}
 
 
-def _is_written(member: Any) -> bool:
-    function = inspect.unwrap(member)  # a dataclass's generated methods are from "<string>"
-    own = isinstance(function, FunctionType) and not _installed(function)
-    return own and function.__code__.co_filename != "<string>"
+def _is_written(member: Any, cls: type) -> bool:
+    function = inspect.unwrap(member)
+    if isinstance(function, FunctionType):  # a dataclass's generated methods are from "<string>"
+        generated = dataclasses.is_dataclass(cls) and function.__code__.co_filename == "<string>"
+        return not generated and not _installed(function)
+    return isinstance(function, (partial, partialmethod)) or _installed(type(function)) is None
 
 
 def _function(function: FunctionType, inside: Callable) -> Any:
@@ -236,9 +244,11 @@ def _function(function: FunctionType, inside: Callable) -> Any:
     held = dict(zip(code.co_freevars, (cell.cell_contents for cell in function.__closure__ or ()), strict=True))
     if name := _installed(function):
         return {"function": name, "uses": inside(held)} if held else name
-    file = Path(code.co_filename)
-    if file.exists() and file.stat().st_mtime > _BEGAN:  # a notebook's cell has no file
-        now = _codes(compile(file.read_bytes(), str(file), "exec", dont_inherit=True))
+    file = Path(getattr(sys.modules.get(function.__globals__.get("__name__")), "__file__", None) or "")  # a module's
+    if str(file) == code.co_filename and file.exists() and file.stat().st_mtime > _BEGAN:
+        now = []
+        with suppress(SyntaxError):  # half written
+            now = _codes(compile(file.read_bytes(), str(file), "exec", dont_inherit=True))
         if _bytecode(code) not in map(_bytecode, now):
             raise TypeError(f"{file} was changed after {function.__qualname__} was imported; restart Python")
     steps = [step for part in _codes(code) for step in dis.get_instructions(part)]

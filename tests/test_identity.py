@@ -46,7 +46,7 @@ def scaled(f, n):
 def cell(code: str, module: str = "__main__"):
     """What a notebook's cell defines as `it`."""
     names = {"__name__": module}
-    exec(compile(PRELUDE + code, "cell", "exec"), names)
+    exec(compile(PRELUDE + code, "<string>", "exec"), names)
     return names["it"]
 
 
@@ -88,6 +88,13 @@ ANOTHER = {  # what stands for … in the code makes another run
         *("ab", "ba"),
     ),
     "module of a function": ("from torchvision.transforms.… import adjust_gamma as it", "functional", "v2.functional"),
+    "method that is no function": ("class it:\n __call__ = functools.partialmethod(print, …)", "1", "2"),
+    "order of steps": (
+        "STEPS = {…}\ndef it(x): return [f(x) for f in STEPS.values()]",
+        "'a': abs, 'b': len",
+        "'b': len, 'a': abs",
+    ),
+    "hook of a weight": ("it = ones(MLP((4,)))\nif …: it.hidden[0].weight.register_hook(lambda g: g * 0)", "0", "1"),
     "module in a plain list": ("it = nn.ReLU()\nit.layers = [nn.Dropout(…)]", "0.1", "0.2"),
     "forward hook": ("it = nn.ReLU()\nit.register_forward_hook(lambda module, x, y: y * …)", "1", "2"),
     "forward of an object": ("it = nn.ReLU()\nit.forward = lambda x: x * …", "1", "2"),
