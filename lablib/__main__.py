@@ -25,7 +25,8 @@ _IS_FIRST_PROCESS = os.environ.get("RANK", "0") == "0"  # of those that torchrun
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train a run, or load it, and print its result as a line of JSON.
 
-    Exits with status 2 for an unknown option, 1 for an unsuitable value or a training that fails, 130 after Ctrl-C.
+    Exits with status 2 for an unknown or missing option or choice, 1 for any other unsuitable value or a training that
+    fails, and 130 after Ctrl-C.
     """
     try:
         run = _run(vars(_parser().parse_args(arguments)))
@@ -91,7 +92,7 @@ def _add(parser: argparse.ArgumentParser, name: str, default: Any, text: str, ki
         more |= {"nargs": "+"}
     more |= {"required": True} if default is inspect.Parameter.empty else {"default": default}
     text = f"{text} ({'required' if 'required' in more else f'default: {default!r}'})".strip().replace("%", "%%")
-    read = str if isinstance(default, str) else _value
+    read = str if isinstance(default, str) or kind == (str | None) else _value
     parser.add_argument("--" + name.replace("_", "-"), type=read, help=text, **more)
 
 

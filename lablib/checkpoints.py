@@ -220,8 +220,9 @@ class ResumableTrainer:
 
     def _determine_best_metric(self, metrics, trial):
         better = super()._determine_best_metric(metrics, trial)
+        evaluated, self._evaluated_weights = self._evaluated_weights, None
         if better:
-            self._best_weights = self._evaluated_weights or contiguous_weights(self.model)
+            self._best_weights = evaluated or contiguous_weights(self.model)
         self.control.should_save = self._is_time_to_save(self.seconds_between_epochs)  # upstream: after every epoch
         return better
 

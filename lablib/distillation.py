@@ -65,7 +65,8 @@ class KnowledgeDistillationTrainer(StreamlinedTrainer):
             images = self.prepare_images(data.train_images[:2].to(self.args.device), False)
             logits = super().outputs(self.teacher, images)
         if getattr(logits, "shape", None) != (2, data.num_classes):
-            raise ValueError(f"the teacher must return logits (images × {data.num_classes} classes)")
+            given = tuple(getattr(logits, "shape", ())) or type(logits).__name__
+            raise ValueError(f"for 2 images, the teacher returns {given}, not logits (2, {data.num_classes})")
         if are_probabilities(logits):
             raise ValueError("the teacher returns probabilities, not logits; remove its final softmax")
         self._answers = WeakKeyDictionary()  # data set that was evaluated -> the teacher's logits for each batch

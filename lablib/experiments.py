@@ -64,8 +64,11 @@ class Experiment:
             if mine and theirs and not mine & theirs:
                 advice = "use another name, or the same settings and seeds in both (in a notebook, run all cells)"
                 raise ValueError(f"the experiments trained {name!r} differently, or with other seeds; {advice}")
-        config = self.config if self.config == other.config else None
-        callbacks = self.callbacks if self.callbacks == other.callbacks else None
+        config, callbacks = self.config, self.callbacks
+        if None in (config, other.config) or config.__identity__() != other.config.__identity__():
+            config = None
+        if None in (callbacks, other.callbacks) or [*callbacks] != [*other.callbacks]:
+            callbacks = None
         models, runs = self.models | other.models, self.runs | other.runs
         failures = {key: error for key, error in (self.failures | other.failures).items() if key not in runs}
         seeds = tuple(sorted({*self.seeds, *other.seeds}))
@@ -179,8 +182,8 @@ class Experiment:
             raise ValueError(f"{what}; call distil on one of them, or pass config= if only that differs")
         seeds = [seed for seed in seeds if (teacher, seed) not in self.failures] or seeds
         teachers = {seed: self._trained(teacher, seed) for seed in seeds}  # if all failed, the error says why
-        if (student, seeds[0]) in self.runs:
-            trainer = self._trained(student, seeds[0]).run.identity["trainer"]  # refuses a builder that has changed
+        if trained := [seed for seed in seeds if (student, seed) in self.runs]:
+            trainer = self._trained(student, trained[0]).run.identity["trainer"]  # refuses a builder that has changed
             if not json.dumps(trainer).startswith(('"lablib.', '{"partial": "lablib.')):
                 why = "has a trainer of its own, but distil uses KnowledgeDistillationTrainer"
                 raise ValueError(f"{student!r} {why}; derive yours from it and pass it to experiment")
@@ -198,7 +201,8 @@ class Experiment:
     def trained_model(self, model: str, seed: int | None = None) -> nn.Module:
         """A model with the best epoch's weights of one of its runs (of the first seed by default), in eval mode.
 
-        Raises KeyError if there is no such run, and ValueError if it was published without its weights.
+        Raises KeyError if there is no such run, and ValueError if it was published without its weights or the function
+        that builds it has changed.
         """
         return self._trained(model, self.seeds[0] if seed is None else seed).load()
 

@@ -24,7 +24,8 @@ def check_device(device: str) -> None:
     backends = {"cuda": torch.cuda, "mps": torch.backends.mps}
     there = ["auto", "cpu", *(name for name, backend in backends.items() if backend.is_available())]
     if device not in there:
-        raise ValueError(f"device = {device!r}, but PyTorch finds no such device here; write one of {there}")
+        choices = ", ".join(map(repr, there))
+        raise ValueError(f"device = {device!r}, but PyTorch finds no such device here; write one of {choices}")
 
 
 def resolve_precision(config: TrainingConfig, model: nn.Module) -> str:

@@ -34,7 +34,7 @@ _SCHEME = 2  # increase it when a change to lablib means that stored runs no lon
 _OF_EVERY_MODULE = {*vars(nn.Module()), "_hub_mixin_config"}
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _DESCRIBED_BY_REPR = (bytes, complex, range, PurePath, Enum, np.dtype, torch.dtype, torch.device, torch.memory_format)
-_DESCRIBED_BY_REPR += (logging.Logger, np.ufunc, typing._Final, GenericAlias, UnionType)  # the last three: annotations
+_DESCRIBED_BY_REPR += (typing._Final, GenericAlias, UnionType)  # annotations
 _NOT_THE_USERS = [os.path.realpath(path) for path in (sysconfig.get_path("stdlib"), Path(__file__).parent)]
 
 
@@ -190,6 +190,8 @@ def describe(value: Any, where: str, _above: tuple[int, ...] = (), _seen: dict |
         return [inside(value.__self__), f"{value.__module__}.{value.__name__}"]
     if isinstance(value, ModuleType) and _is_installed(value.__name__):
         return value.__name__
+    if isinstance(value, logging.Logger):
+        return {"logger": value.name}
     attributes, copied = getattr(value, "__dict__", {}), ()
     with suppress(Exception):  # a lock, an open file, what lies outside of Python
         copied = value.__reduce_ex__(4)  # what pickle would make of it
@@ -244,7 +246,8 @@ def _function(function: FunctionType, inside: Callable) -> Any:
     held = dict(zip(code.co_freevars, (cell.cell_contents for cell in function.__closure__ or ()), strict=True))
     if name := _installed(function):
         return {"function": name, "uses": inside(held)} if held else name
-    file = Path(getattr(sys.modules.get(function.__globals__.get("__name__")), "__file__", None) or "")  # a module's
+    module = sys.modules.get(function.__globals__.get("__name__"))
+    file = Path(getattr(module, "__file__", None) or "")
     if str(file) == code.co_filename and file.exists() and file.stat().st_mtime > _BEGAN:
         now = []
         with suppress(SyntaxError):  # half written
@@ -276,6 +279,9 @@ def _bytecode(code: CodeType) -> list:
     """What a code object does: its arguments, its instructions and their exceptions; no docstring, no line numbers."""
     described = {CodeType: _bytecode, frozenset: lambda items: sorted(map(ascii, items))}
     steps = [[s.opname, described.get(type(s.argval), ascii)(s.argval)] for s in dis.get_instructions(code)]
+    about = [["STORE_NAME", ascii(n)] for n in ("__doc__", "__firstlineno__", "__static_attributes__")]  # a class
+    pairs = zip(steps, [*steps[1:], None], strict=True)
+    steps = [step for step, following in pairs if step not in about and following not in about]
     starred = code.co_flags & (inspect.CO_VARARGS | inspect.CO_VARKEYWORDS)
     counts = [code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, starred]
     return [counts, code.co_varnames, steps, code.co_exceptiontable.hex()]

@@ -427,8 +427,8 @@ def publish(run: Run, folder: Path | None = None) -> Path:
 def runs_table(output_dir: str | Path) -> pd.DataFrame:
     """One row per run of a store; accuracies are fractions.
 
-    The state is "finished", "published" (finished, without weights), "unfinished" (a process trains it, or it resumes
-    when it is asked for again) or "damaged" (`notes` says why).
+    The state is "finished", "published" (finished, without weights), "unfinished" (a process trains it, or it failed or
+    was interrupted and resumes when it is asked for again) or "damaged" (`notes` says why).
     """
     paths = sorted(Path(output_dir).glob(f"*-{'[0-9a-f]' * 12}*/"))
     columns = ["run", "state", "dataset", "seed", "epochs", "val_accuracy", "test_accuracy", "mib", "notes"]

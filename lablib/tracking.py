@@ -4,6 +4,7 @@ import functools
 import math
 import os
 import secrets
+import time
 import warnings
 from pathlib import Path
 
@@ -87,6 +88,7 @@ class WandbCallback(Harmless, TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         import wandb
 
+        began = time.perf_counter()
         trainer, config, id_file = self.trainer, self.trainer.config, Path(args.output_dir) / WANDB_RUN
         mode, self._histograms = _mode(), {}
         if not state.global_step or not id_file.exists():
@@ -105,6 +107,7 @@ class WandbCallback(Harmless, TrainerCallback):
         )
         self.run.define_metric("epoch")
         self.run.define_metric("*", step_metric="epoch")
+        trainer._clock += time.perf_counter() - began  # a run's seconds are those of its training
 
     @harmless
     def on_pre_optimizer_step(self, args, state, control, **kwargs):

@@ -6,7 +6,6 @@ import functools
 import gc
 import io
 import math
-import pickle
 import shutil
 import tempfile
 import time
@@ -39,7 +38,7 @@ from lablib.models import unprepared
 
 Outputs = torch.Tensor | tuple[torch.Tensor, ...]  # logits (batch × classes), or a tuple that begins with them
 
-_NUMPY = [np.dtype, type(np.dtype(float)), np.float64().__reduce__()[0]]  # of a saved schedule that uses NumPy
+_NUMPY = [np.dtype, type(np.dtype(float)), np.float64().__reduce__()[0]]  # of a saved schedule with a float64
 _OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
 
 
@@ -201,12 +200,13 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
         """Raise ValueError for an optimizer or a schedule that a checkpoint could not restore."""
         if {p for group in self.optimizer.param_groups for p in group["params"]} - {*self.model.parameters()}:
             raise ValueError("the optimizer has parameters that are not the network's; register them in the network")
-        torch.save([self.optimizer.state_dict(), self.lr_scheduler.state_dict()], saved := io.BytesIO())
+        states = [self.optimizer.state_dict(), self.lr_scheduler.state_dict()]
         try:
+            torch.save(states, saved := io.BytesIO())
             with torch.serialization.safe_globals(_NUMPY):
                 torch.load(io.BytesIO(saved.getvalue()), weights_only=True)
-        except pickle.UnpicklingError as error:
-            advice = "their attributes must be numbers, strings, lists, dicts or tensors"
+        except Exception as error:
+            advice = "their attributes must be Python's numbers, strings, lists, dicts or tensors"
             raise ValueError(f"no checkpoint could restore the optimizer or the schedule: {advice}") from error
 
     @torch.no_grad()
@@ -259,6 +259,10 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
             for name, value in state.items():
                 if torch.is_tensor(value) and value.shape == parameter.shape:
                     state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+    def _load_scaler(self, checkpoint):
+        if self.accelerator.scaler:  # an fp16 training may be resumed in another precision
+            super()._load_scaler(checkpoint)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As upstream; training loss and accuracy are means over the images since the last log."""

@@ -112,11 +112,14 @@ def test_what_changes_a_result_makes_another_run(case):
     assert first != described(code.replace("…", other))
 
 
+LOG = "import logging\nlog = logging.getLogger('mine')\ndef it(x): log.info(x)"
 THE_SAME = {
     "layout, comments, docstrings": ("def it(x):\n  'Doubled.'\n  return [(x*2)] # it", "def it( x ): return [\n x*2]"),
     "order of methods": ("class it:\n a = 1\n def b(self): return 2", "class it:\n def b(self): return 2\n a = 1"),
     "unused globals": ("W = x = 1\ndef it(x): return x.W", "W = x = 2\ndef it(x): return x.W"),
     "whole numbers": ("it = [4, 1.5, True]", "it = [4.0, np.float64(1.5), np.True_]"),
+    "docstring of a class within": ("def it():\n class A: x = 1", 'def it():\n class A: "…"; x = 1'),
+    "level of a logger": (LOG, LOG + "\nlog.setLevel('DEBUG')"),
     "order of a dict": ("it = {'a': 1, 'b': [3]}", "it = {'b': [3], 'a': 1}"),
     "shared and equal values": ("a = [torch.ones(1)]\nit = [a, a]", "it = [[torch.ones(1)], [torch.ones(1)]]"),
     "class of an earlier cell": ("class A:\n x = 1\nit = A()", "class A:\n x = 2\nclass A:\n x = 1\nit = A()"),
