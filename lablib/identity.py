@@ -13,7 +13,7 @@ import sysconfig
 import time
 import typing
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from enum import Enum
 from functools import cache, cached_property, partial, partialmethod
@@ -49,7 +49,7 @@ def run_identity(
     calls of `build_model` do not give two equal networks.
     """
     model, network = described_network(build_model, config.seed)
-    effects = described_callbacks(callbacks)
+    effects = [content for content in describe(list(callbacks), "callbacks") if content is not None]
     return {
         "scheme": _SCHEME,
         "model": network,
@@ -57,11 +57,6 @@ def run_identity(
         "config": describe(config, "config") | {"precision": resolve_precision(config, model)},
         "trainer": describe(trainer_class or "lablib.StreamlinedTrainer", "trainer_class"),
     } | ({"callbacks": effects} if effects else {})
-
-
-def described_callbacks(callbacks: Sequence) -> list:
-    """The callbacks that do more than watch, by their content. Raises TypeError as `describe` does."""
-    return [content for content in describe(list(callbacks), "callbacks") if content is not None]
 
 
 def run_name(identity: dict[str, Any]) -> str:
