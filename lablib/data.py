@@ -196,13 +196,16 @@ def stratified_split(labels: torch.Tensor, validation_split: float, seed: int) -
     Raises ValueError if a class has a single image, or if a part would have fewer images than there are classes.
     """
     options = {"test_size": round(validation_split * len(labels)), "stratify": labels.numpy(), "random_state": seed}
+    failed = f"{len(labels)} images cannot be split with a share of {validation_split}"
     try:
         train, validation = train_test_split(np.arange(len(labels)), **options)
     except ValueError as error:
-        raise ValueError(f"{len(labels)} images cannot be split with a share of {validation_split}: {error}") from error
+        raise ValueError(f"{failed}: {error}") from error
     absent = np.setdiff1d(labels, labels[validation])  # from validation: classes too small for their share
     moved = [np.random.default_rng(seed).choice(np.flatnonzero(labels == label)) for label in absent]
     parts = np.setdiff1d(train, moved), np.union1d(validation, moved)
+    if len(np.unique(labels[parts[0]])) < len(np.unique(labels)):
+        raise ValueError(f"{failed}: The training part would lack a class; write a smaller share")
     return tuple(torch.from_numpy(part).long() for part in parts)
 
 

@@ -2,8 +2,10 @@
 
 import atexit
 import contextlib
+import difflib
 import functools
 import gc
+import inspect
 import io
 import math
 import shutil
@@ -77,6 +79,7 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
         run_name: str | None = None,
     ):
         _avoid_overhead()  # first: a trainer that existed by then would never be collected
+        _refuse_misspelt(type(self), callbacks)
         check_device(config.device)
         keep_memory()
         if hasattr(model, "config") and not isinstance(model, transformers.PreTrainedModel):
@@ -358,6 +361,20 @@ def _try(trainer: StreamlinedTrainer, what: str, dataset: ImageBatches, size: in
         advice = ". Use a smaller batch_size or image_size" if should_reduce_batch_size(error) else advice
         words = f"{what} ({size} of {len(dataset)} images) fails with {type(error).__name__}: {error}. {network}"
         raise SanityCheckError(words + advice) from error
+
+
+def _refuse_misspelt(trainer: type, callbacks: Sequence[TrainerCallback]) -> None:
+    """Raise ValueError for an event that does not exist, and for a method that nothing calls though it looks so."""
+    events = [name for name in dir(TrainerCallback) if name.startswith("on_")]
+    for callback in callbacks:
+        own = {name for name in dir(callback) if name.startswith("on_")}
+        if unknown := sorted(own - {*events, "on_train_failed"}):
+            known = difflib.get_close_matches(unknown[0], events, n=1, cutoff=0)[0]
+            raise ValueError(f"{type(callback).__name__}.{unknown[0]} is no event of a TrainerCallback; {known} is one")
+    methods = [name for name in dir(StreamlinedTrainer) if name[0] != "_" and name not in vars(trainer)]
+    for name, _ in inspect.getmembers(trainer, inspect.isfunction):
+        if not hasattr(StreamlinedTrainer, name) and (known := difflib.get_close_matches(name, methods, 1, 0.8)):
+            raise ValueError(f"nothing calls {trainer.__name__}.{name}; write {known[0]}, or use another name")
 
 
 @functools.cache

@@ -49,6 +49,7 @@ def test_a_class_too_small_for_the_share_has_one_image_in_validation():
         (torch.tensor([0] * 20 + [1]), 0.2),  # a class of one image
         (torch.arange(4).repeat(5), 0.1),  # 2 images for 4 classes in validation
         (torch.arange(4).repeat(5), 0.95),  # 1 image for 4 classes in training
+        (torch.tensor([0] * 20 + [1] * 20 + [2] * 2), 0.9),  # none of the small class in training
     ],
 )
 def test_too_few_images_for_a_split_are_refused(labels, validation_split):

@@ -286,6 +286,22 @@ def test_the_best_weights_are_those_that_were_evaluated_whatever_a_callback_does
     assert trainer.evaluate()["eval_loss"] == min(row["val_loss"] for row in timeless_rows(trainer))
 
 
+@pytest.mark.parametrize(
+    ("base", "name", "message"),
+    [
+        (TrainerCallback, "on_batch_end", "Mine.on_batch_end is no event of a TrainerCallback; on_epoch_end is one"),
+        (StreamlinedTrainer, "loss", "nothing calls Mine.loss; write losses, or use another name"),
+    ],
+)
+def test_a_method_that_nothing_would_call_is_refused(base, name, message, build):
+    mine = type("Mine", (base,), {name: lambda self, *args, **kwargs: None})
+    own = {"callbacks": [mine()]} if base is TrainerCallback else {"trainer_class": mine}
+    with pytest.raises(ValueError, match=message):
+        build(config(), **own)
+    helper = type("Mine", (StreamlinedTrainer,), {name: lambda *batch: None for name in ("loss", "losses")})
+    build(config(), trainer_class=helper)
+
+
 def test_what_would_be_overwritten_or_could_not_be_resumed_is_refused(build):
     for wish in ("should_evaluate", "should_log", "should_epoch_stop"):
         asking = on("on_step_end", lambda state, control, wish=wish: setattr(control, wish, True))
