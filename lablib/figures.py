@@ -134,7 +134,7 @@ def gradient_ratio(gradients: pd.DataFrame, frame: pd.DataFrame, dataset: str, c
     table = _with_place(frame).merge(ratios, "left", ["model", "seed"])
     figure, (above, below) = plt.subplots(2, 1, figsize=(6.8, 7.4), sharex=True, layout="constrained")
     _line_per_family(above, table, "place", "ratio", estimator=gmean, errorbar=None)
-    above.axhline(1, color="0.4", linewidth=1, linestyle=":")
+    above.axhline(1, color="0.4", linewidth=1)
     above.set_yscale("log", nonpositive="mask")
     above.set(ylabel="gradient of the first layer /\nthat of the last hidden layer")
     above.get_legend().remove()
