@@ -8,9 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import lablib  # imports PyTorch only when a name is used: those seconds fall within main, which handles Ctrl-C
@@ -42,23 +40,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _run(options: dict[str, Any]) -> "lablib.Run":
     """Train a run with a progress bar, or load it."""
-    from lablib import identity, runs
-
     config = TrainingConfig(**{name: options.pop(name) for name in _SETTINGS if name not in _NOT_OPTIONS})
     with config.to_training_arguments(config.output_dir).main_process_first():  # to download and decode once
         scale = {name: options.pop(name) for name in ("image_size", "channels")}
         data = lablib.load_data(options.pop("data"), options.pop("data_dir"), **scale)
     fitting = {"image_shape": data.image_shape, "num_classes": data.num_classes}
     build_model = partial(getattr(lablib, options.pop("model")), **options, **fitting)  # the rest are its own
-    key, ended, bar = (build_model.func.__name__, config.seed), set(), nullcontext()
     if _IS_FIRST_PROCESS:
         data.warn_if_unbalanced()
-        path = Path(config.output_dir, identity.run_name(identity.run_identity(build_model, config, data)))
-        bar = runs.progress({key: path}, config.num_epochs, ended, sys.stderr)
-    with bar:
-        run = runs.train_or_load(build_model, config, data)
-        ended.add(key)
-    return run
+    return lablib.train_or_load(build_model, config, data, bar=sys.stderr if _IS_FIRST_PROCESS else None)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -1,30 +1,31 @@
 """Checkpoints that are whole or absent, and a trainer that resumes exactly from them after a signal or a crash."""
 
-import hashlib
 import json
 import os
 import platform
+import secrets
 import shutil
 import signal
 import threading
 import time
-import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
+from types import FunctionType
+from typing import Any
 
 import safetensors.torch
 import torch
 from torch import nn
 
-from lablib.config import NOT_IDENTITY
+from lablib.config import NOT_IDENTITY, warn
 from lablib.hardware import algorithms
+from lablib.identity import sha256
 
 UNFINISHED = "unfinished"  # the folder in which a checkpoint is written before it gets its place
 EPOCHS = "epochs"  # a file: how many epochs an unfinished run has completed, such as 1.5
-WANDB_RUN = "wandb_run_id"  # a file
 _LIBRARIES = ("lablib.", "transformers.")
 _MANIFEST, _LAB, _WEIGHTS, _BEST = "manifest.json", "lablib_0.json", "model.safetensors", "best_model.safetensors"
 
@@ -105,23 +106,18 @@ def delete_checkpoints(folder: Path):
     for path in (*checkpoints_in(folder), *folder.glob("damaged-checkpoint-*"), folder / UNFINISHED):
         shutil.rmtree(path, ignore_errors=True)
     with suppress(OSError):  # the store may be read-only
-        for name in (EPOCHS, WANDB_RUN):
-            (folder / name).unlink(missing_ok=True)
+        (folder / EPOCHS).unlink(missing_ok=True)
         folder.rmdir()
 
 
 def seal(written: Path, target: Path):
     """Turn a written folder into a checkpoint: add checksums, move it into place, keep only the newest two."""
-    sums = {path.name: _sha256(path) for path in sorted(written.iterdir())}
+    sums = {path.name: sha256(path.read_bytes()) for path in sorted(written.iterdir())}
     write_atomically(written / _MANIFEST, json.dumps(sums, indent=1).encode())
     shutil.rmtree(target, ignore_errors=True)
     os.replace(written, target)
     for old in checkpoints_in(target.parent)[2:]:
         shutil.rmtree(old)
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 class ResumableTrainer:
@@ -131,8 +127,9 @@ class ResumableTrainer:
     least `seconds_between_epochs` old, and on SIGINT and SIGTERM: the step is finished, then the process exits. Each
     holds all that the training depends on; the best weights are also kept in memory. Nothing is unpickled.
 
-    `notes` lists what differs from the training that is resumed. The other half has `config`, `before_training()`, the
-    evaluations, `_since_last_log` (a `BatchMeter`) and `_clock` (when the training would have begun without pauses).
+    `notes` lists what differs from the training that is resumed; `wandb_id` is resumed too. The other half has
+    `config`, `before_training()`, the evaluations, `_since_last_log` (a `BatchMeter`) and `_clock` (when the training
+    would have begun without pauses).
     """
 
     seconds_between_epochs = 60.0
@@ -149,9 +146,12 @@ class ResumableTrainer:
         if path is True and not (path := self.newest_checkpoint()):
             raise ValueError(f"there is no checkpoint in {folder} to resume from; train without resuming")
         loaded = self._load(Path(path)) if path else None
-        self.notes, self._best_weights, self._frozen = [], None, None
-        self._interruption, self._saved_at, self._leaving = Interruption(), time.monotonic(), False
-        self._evaluated_weights, self._evaluating_epoch, self._last_step = None, False, None
+        self.notes, self.wandb_id = [], secrets.token_hex(4)
+        self._interruption, self._leaving, self._saved_at = Interruption(), False, time.monotonic()
+        self._best_weights = None  # those of the best epoch so far
+        self._evaluated_weights, self._evaluating_epoch = None, False  # of the evaluation at an epoch's end
+        self._resumed = None  # between a resume and its first step: weights, frozen parameters, and layers' attributes
+        self._last_step = None  # the step after which `_maybe_log_save_evaluate` was called last
         with algorithms(self.config.deterministic), self._interruption:
             try:
                 self.before_training()
@@ -177,7 +177,7 @@ class ResumableTrainer:
             except OSError as error:
                 shutil.rmtree(aside := path.with_name(f"damaged-{path.name}"), ignore_errors=True)
                 path.rename(aside)
-                warnings.warn(f"{path.name} cannot be used: {error}. It is set aside as {aside}.", stacklevel=3)
+                warn(f"{path.name} cannot be used: {error}. It is set aside as {aside}.")
         self.accelerator.wait_for_everyone()
         return next(iter(checkpoints_in(folder)), None)
 
@@ -194,17 +194,22 @@ class ResumableTrainer:
         }
 
     def training_step(self, *args, **kwargs):
-        """As upstream; after a resume, callbacks that freeze layers when a training begins have done so by now."""
-        if self._frozen is not None:
+        """As upstream; after a resume, callbacks that change the model when a training begins have done so by now."""
+        if self._resumed:
+            weights, frozen, attributes = self._resumed
+            self.model.load_state_dict(weights)
             for name, parameter in self.model.named_parameters():
-                parameter.requires_grad_(name not in self._frozen)
-            self._frozen = None
+                parameter.requires_grad_(name not in frozen)
+            for name, values in attributes.items():
+                vars(self.model.get_submodule(name)).update(values)
+            self._resumed = None
         return super().training_step(*args, **kwargs)
 
     def _maybe_log_save_evaluate(self, *args, **kwargs):
         # upstream calls this after each step, and once more when an epoch is over, so twice after its last step
         state, control = self.state, self.control
-        after_step, self._last_step = self._last_step != state.global_step, state.global_step
+        after_step = self._last_step != state.global_step
+        self._last_step = state.global_step
         if state.epoch == int(state.epoch) or control.should_training_stop:
             control.should_save = False  # `_determine_best_metric` decides after the evaluation
             if after_step:  # the call at the epoch's end logs and evaluates
@@ -228,11 +233,12 @@ class ResumableTrainer:
 
     def _is_time_to_save(self, seconds: float) -> bool:
         """Whether a signal came or the last checkpoint is that old; `_leaving` notes whether to end the training."""
-        reasons = [self._interruption.asked, time.monotonic() - self._saved_at >= seconds]
-        if self.args.world_size > 1:
-            reasons = self.accelerator.gather(torch.tensor([reasons], device=self.args.device)).any(0).tolist()
-        self._leaving = reasons[0]  # in all processes after the same step
-        return any(reasons)
+        asked, old = self._interruption.asked, time.monotonic() - self._saved_at >= seconds
+        if self.args.world_size > 1:  # all processes decide alike
+            anywhere = self.accelerator.gather(torch.tensor([[asked, old]], device=self.args.device)).any(0)
+            asked, old = anywhere.tolist()
+        self._leaving = asked
+        return asked or old
 
     def _finalize_training(self, *args, **kwargs):
         best, self._best_weights = self._best_weights, None
@@ -250,9 +256,11 @@ class ResumableTrainer:
             stateful = [c for c in (*self.callback_handler.callbacks, self.control) if hasattr(c, "from_state")]
             state.stateful_callbacks = type(state)(stateful_callbacks=stateful).stateful_callbacks  # as they are now
             super()._save_checkpoint(model, trial)
-            progress = {"batches": self._since_last_log.batches(), "seconds": time.monotonic() - self._clock}
-            saved = {"environment": self.environment, "notes": self.notes, "progress": progress}
+            saved = {"environment": self.environment, "notes": self.notes, "wandb_id": self.wandb_id}
+            saved["progress"] = {"batches": self._since_last_log.batches(), "seconds": time.monotonic() - self._clock}
             saved["forgotten"] = sorted({type(c).__name__ for c in self.callback_handler.callbacks if _forgets(c)})
+            saved["attributes"] = {name: _plain(vars(layer)) for name, layer in self.model.named_modules()}
+            saved["counters"] = _plain({name: value for name, value in vars(self).items() if name in self._own_names()})
             saved["frozen"] = [name for name, p in self.model.named_parameters() if not p.requires_grad]
             if first:
                 (written / _LAB).write_text(json.dumps(saved))
@@ -272,24 +280,30 @@ class ResumableTrainer:
             args.output_dir = folder
         self._saved_at = time.monotonic()
 
+    def _own_names(self) -> set[str]:
+        """The names that the user's own code of the trainer uses, those of counters among them."""
+        own = [vars(c) for c in type(self).__mro__ if c is not object and not c.__module__.startswith(_LIBRARIES)]
+        return {n for c in own for f in c.values() if isinstance(f, FunctionType) for n in f.__code__.co_names}
+
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, contiguous_weights(self.model) if state_dict is None else state_dict)
 
-    def _load(self, checkpoint: Path) -> tuple[dict, dict, dict[str, torch.Tensor]]:
-        """The trainer's state, what this class saved, and the best weights. Raises OSError if it is damaged."""
+    def _load(self, checkpoint: Path) -> tuple[dict, dict, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """The trainer's state, what this class saved, the best and the last weights. Raises OSError if damaged."""
         try:
             manifest = json.loads((checkpoint / _MANIFEST).read_bytes())
-            if changed := [name for name, written in manifest.items() if _sha256(checkpoint / name) != written]:
+            if changed := [name for name, old in manifest.items() if sha256((checkpoint / name).read_bytes()) != old]:
                 raise ValueError(f"checksum mismatch in {' and '.join(changed)}")
             state, saved = (json.loads((checkpoint / name).read_bytes()) for name in ("trainer_state.json", _LAB))
-            best = safetensors.torch.load_file(checkpoint / (_BEST if _BEST in manifest else _WEIGHTS))
+            weights = safetensors.torch.load_file(checkpoint / _WEIGHTS)
+            best = safetensors.torch.load_file(checkpoint / _BEST) if _BEST in manifest else weights
             if best.keys() != self.model.state_dict().keys():
                 raise ValueError("it holds the weights of another architecture")
-            return state, saved, best
+            return state, saved, best, weights
         except Exception as error:
             raise OSError(f"{checkpoint} cannot be loaded: {type(error).__name__}: {error}") from error
 
-    def _restore(self, state: dict, saved: dict, best: dict[str, torch.Tensor]):
+    def _restore(self, state: dict, saved: dict, best: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]):
         before, now = saved["environment"], self.environment
         notes, resumed = [], f"resumed at step {state['global_step']}"
         if changed := [name for name in before | now if before.get(name) != now.get(name)]:
@@ -299,9 +313,10 @@ class ResumableTrainer:
             advice = "derive the callback from transformers' ExportableState to keep them"
             notes.append(f"{resumed} without the attributes of {forgotten} as they were; {advice}")
         for note in notes:
-            warnings.warn(f"{self.args.output_dir}: {note}; the result will carry this note", stacklevel=3)
-        self.notes = [*saved["notes"], *notes]
-        self._frozen = saved["frozen"]
+            warn(f"{self.args.output_dir}: {note}; the result will carry this note")
+        self.notes, self.wandb_id = [*saved["notes"], *notes], saved.get("wandb_id", self.wandb_id)
+        self._resumed = weights, saved["frozen"], saved.get("attributes", {})
+        vars(self).update(saved.get("counters", {}))
         self._best_weights = best if state["best_global_step"] else None
         if state["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"]:
             self.args.num_train_epochs = int(state["epoch"])  # or another step would be made
@@ -309,7 +324,14 @@ class ResumableTrainer:
         self._clock = time.monotonic() - saved["progress"]["seconds"]
 
 
+def _plain(attributes: dict[str, Any]) -> dict[str, bool | int | float | str]:
+    """Those attributes that JSON can hold, such as counters; a layer's mode is set at each step."""
+    return {n: v for n, v in attributes.items() if type(v) in (bool, int, float, str) and n != "training"}
+
+
 def _forgets(callback) -> bool:
     """Whether a user's callback, of which no checkpoint holds a state, has attributes and does more than watch."""
-    library, watches = type(callback).__module__.startswith(_LIBRARIES), getattr(callback, "__identity__", str)
-    return not library and bool(vars(callback)) and watches() is not None and not hasattr(callback, "from_state")
+    if type(callback).__module__.startswith(_LIBRARIES) or hasattr(callback, "from_state"):
+        return False
+    only_watches = hasattr(callback, "__identity__") and callback.__identity__() is None
+    return bool(vars(callback)) and not only_watches

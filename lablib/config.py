@@ -10,6 +10,7 @@ import numbers
 import os
 import re
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
@@ -62,6 +63,11 @@ def redacted(text: str) -> str:
 def one_line(error: BaseException) -> str:
     """An error's type and the first line of its message, without tokens; further lines may be a traceback."""
     return ": ".join([type(error).__name__, *redacted(str(error)).splitlines()[:1]])[:500]
+
+
+def warn(text: str) -> None:
+    """Warn the user without showing a source line, which would be lablib's own or one of an unrelated file."""
+    warnings.warn_explicit(text, UserWarning, "lablib", 0)
 
 
 def _with_plain_errors(cls: type) -> type:
@@ -122,7 +128,7 @@ class TrainingConfig:
     early_stopping_metric: Literal["accuracy", "loss"] = "accuracy"  # of validation; also selects the best epoch
     rotation_degrees: Annotated[float, Field(ge=0, le=180)] = 10.0  # each image by an angle from [-r, r]
     translation_fraction: Share = 0.1  # shift by up to this fraction of the height and of the width
-    horizontal_flip: bool = False
+    horizontal_flip: bool = False  # each image with probability 1/2
     crop_padding: Natural = 0  # zero padding in pixels, followed by a random crop to the original size
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 or fp16 for convolutions if faster here
     torch_compile: bool = False  # compile the network first, for seconds or minutes; it may pay off on a GPU
@@ -131,11 +137,11 @@ class TrainingConfig:
     deterministic: bool = False  # bitwise reproducible on a GPU too, but slower; a CPU always is
     output_dir: _Folder = "runs"  # the run store
     checkpoint_seconds: _Above0 = 300.0  # between checkpoints within an epoch; at the end of an epoch, 60 are enough
-    use_wandb: bool = False
+    use_wandb: bool = False  # log to Weights & Biases
     wandb_project: _Text = "residual-and-distillation-lab"
     wandb_group: _Text | None = None  # None: the data set's name
     wandb_watch: bool = False  # also log histograms of gradients and parameters, which takes time
-    use_telegram_notifications: bool = False
+    use_telegram_notifications: bool = False  # when a run or an experiment ends
     telegram_additional_info: str = ""
     telegram_bot_token: Annotated[SecretStr, Field(min_length=1)] | None = None  # None: TELEGRAM_BOT_TOKEN is read
     telegram_chat_id: int | _Chat | None = None  # None: TELEGRAM_CHAT_ID is read from the environment

@@ -5,7 +5,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from zlib import crc32
 
 import numpy as np
@@ -13,8 +13,10 @@ import torch
 from sklearn.model_selection import train_test_split
 from torch.utils.data import Dataset, Sampler
 
+from lablib.config import warn
+
 UNBALANCED = 5  # above this ratio of the largest to the smallest class, accuracy alone is misleading
-_warned = set()  # the warnings that were shown
+_warn_once = cache(warn)
 _IMAGES = "torch.uint8 from 0 to 255, images × channels × height × width"
 _TENSORS = "train_images", "train_labels", "test_images", "test_labels"  # the fields of ImageData that hold tensors
 
@@ -36,11 +38,12 @@ class ImageData:
     class_names: tuple[str, ...]
 
     def __post_init__(self):
-        given = {name: getattr(self, name) for name in _TENSORS}
+        values = [getattr(self, name) for name in _TENSORS]
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-            tensors = {name: torch.as_tensor(value) for name, value in given.items()}  # a tensor stays the user's own
-        vars(self).update(tensors, _arrays=[np.asanyarray(value) for value in given.values()], _hashed_at=None)
+            tensors = [torch.as_tensor(value) for value in values]  # a tensor stays the user's own
+        vars(self).update(zip(_TENSORS, tensors, strict=True))  # as the dataclass is frozen
+        vars(self).update(_arrays=[np.asanyarray(value) for value in values], _hashed_at=None)
         if self.num_classes < 2:
             raise ValueError(f"{self.name} has {self.num_classes} class; a classifier needs at least two")
         for part in ("train", "test"):
@@ -83,10 +86,7 @@ class ImageData:
         """Say once that accuracy alone is misleading, if it is."""
         if self.imbalance > UNBALANCED:
             largest = f"The largest class of {self.name} has {self.imbalance:.0f} times the images of the smallest"
-            text = f"{largest}; an experiment's table has the balanced accuracy too, the mean over classes."
-            if text not in _warned:
-                warnings.warn_explicit(text, UserWarning, "lablib", 0)  # shows no source line
-                _warned.add(text)
+            _warn_once(f"{largest}; an experiment's table has the balanced accuracy too, the mean over classes.")
 
     @cached_property
     def channel_statistics(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,6 +5,7 @@ import hashlib
 import math
 import os
 import shutil
+import sys
 import uuid
 import warnings
 from collections.abc import Iterator, Sequence
@@ -114,6 +115,11 @@ def list_images(folder: str | os.PathLike) -> tuple[list[str], list[tuple[str, i
     images = [(path, label) for path, label in files if path.lower().endswith((*IMG_EXTENSIONS, ".jfif", ".gif"))]
     if empty := labels.keys() - {classes[label] for _, label in images}:
         raise ValueError(f"no image in {folder / min(empty)}; add some or delete the folder")
+    inner = [sorted(place.name for place in (folder / name).glob("[!.]*/")) for name in classes]
+    direct = any(Path(path).parent.parent == folder for path, _ in images)
+    if not direct and len(inner[0]) > 1 and inner.count(inner[0]) == len(classes):  # such as Training/ and Testing/
+        same = f"each of the folders {', '.join(classes)} in {folder} has {', '.join(inner[0])}"
+        raise ValueError(f"{same}; if these are the classes, rename the outer folders to train and test")
     if others := {*files} - {*images}:
         more = f" and {len(others) - 1} more" if len(others) > 1 else ""
         warnings.warn(f"files that are not images are ignored: {min(others)[0]}{more}", stacklevel=5)
@@ -122,7 +128,8 @@ def list_images(folder: str | os.PathLike) -> tuple[list[str], list[tuple[str, i
 
 def _from_folder(folder: Path, size, channels: int) -> ImageData:
     if not (folder / "train").is_dir():
-        advice = f"`python -m lablib.datasets split {folder}` makes train/ and test/ from one folder per class"
+        command = f"{sys.executable} -m lablib.datasets split {folder}"
+        advice = f"`{command}` makes {folder.name}-split, which has them, from one folder per class"
         raise ValueError(f"{folder} has no folder train/; {advice}")
     (classes, train), (test_classes, test) = (list_images(folder / part) for part in ("train", "test"))
     if classes != test_classes:

@@ -70,7 +70,7 @@ class KnowledgeDistillationTrainer(StreamlinedTrainer):
         if are_probabilities(logits):
             raise ValueError("the teacher returns probabilities, not logits; remove its final softmax")
         self._answers = WeakKeyDictionary()  # data set that was evaluated -> the teacher's logits for each batch
-        self._remembered, self._recorded = iter(()), []  # of the evaluation that is running
+        self._remembered, self._recorded = iter(()), []  # of the evaluation that is running: known, and new answers
 
     def outputs(self, model: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Student's and teacher's logits (batch × classes each) for the same images, in the same precision."""
@@ -85,11 +85,10 @@ class KnowledgeDistillationTrainer(StreamlinedTrainer):
 
     def evaluation_loop(self, dataloader, *args, **kwargs):
         """As upstream; the teacher sees the validation images only once, as they are the same in every epoch."""
-        self._remembered, self._recorded = iter(self._answers.get(dataloader.dataset, ())), []
+        answers = self._answers.setdefault(dataloader.dataset, [])
+        self._remembered, self._recorded = iter([*answers]), answers
         try:
-            output = super().evaluation_loop(dataloader, *args, **kwargs)
-            self._answers.setdefault(dataloader.dataset, self._recorded)
-            return output
+            return super().evaluation_loop(dataloader, *args, **kwargs)
         finally:
             self._remembered, self._recorded = iter(()), []
 

@@ -3,7 +3,7 @@
 import json
 import os
 import signal
-import warnings
+import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -20,10 +20,10 @@ from torch import nn
 
 from lablib import figures
 from lablib.checkpoints import Interruption
-from lablib.config import TrainingConfig, num_processes
+from lablib.config import TrainingConfig, num_processes, redacted, warn
 from lablib.data import UNBALANCED, ImageData
-from lablib.identity import described_network, json_digest, run_identity, run_name
-from lablib.runs import Key, Run, TrainedModel, attempt, find_run, line_and_trace, local_sources, progress
+from lablib.identity import LABLIB_VERSION, described_network, json_digest, run_identity, run_name
+from lablib.runs import Key, Run, TrainedModel, attempt, described_error, find_run, progress
 from lablib.statistics import compare, compare_effects, readable_table, results_table, save_table, verdicts
 
 
@@ -35,7 +35,7 @@ class Experiment:
     config: TrainingConfig | None  # None if experiments with different ones were joined
     models: dict[str, Callable[[], nn.Module]]
     seeds: tuple[int, ...]
-    callbacks: Sequence | None = ()  # None as for config
+    callbacks: tuple | None = ()  # None as for config
     runs: dict[Key, Run] = field(default_factory=dict)
     failures: dict[Key, str] = field(default_factory=dict)
 
@@ -48,6 +48,8 @@ class Experiment:
 
     def select(self, *models: str) -> "Experiment":
         """The same experiment with some of its models only. Raises KeyError for a model that it does not have."""
+        if unknown := [name for name in models if name not in self.models]:
+            raise KeyError(f"there is no model {unknown[0]!r} in this experiment; there are {[*self.models]}")
         runs, failures = ({k: v for k, v in part.items() if k[0] in models} for part in (self.runs, self.failures))
         return replace(self, models={name: self.models[name] for name in models}, runs=runs, failures=failures)
 
@@ -64,11 +66,9 @@ class Experiment:
             if mine and theirs and not mine & theirs:
                 advice = "use another name, or the same settings and seeds in both (in a notebook, run all cells)"
                 raise ValueError(f"the experiments trained {name!r} differently, or with other seeds; {advice}")
-        config, callbacks = self.config, self.callbacks
-        if None in (config, other.config) or config.__identity__() != other.config.__identity__():
-            config = None
-        if None in (callbacks, other.callbacks) or [*callbacks] != [*other.callbacks]:
-            callbacks = None
+        same = self.config and other.config and self.config.__identity__() == other.config.__identity__()
+        config = self.config if same else None
+        callbacks = self.callbacks if self.callbacks == other.callbacks else None
         models, runs = self.models | other.models, self.runs | other.runs
         failures = {key: error for key, error in (self.failures | other.failures).items() if key not in runs}
         seeds = tuple(sorted({*self.seeds, *other.seeds}))
@@ -180,8 +180,8 @@ class Experiment:
         if config is None or self.callbacks is None:
             what = "the joined experiments have different configs or callbacks"
             raise ValueError(f"{what}; call distil on one of them, or pass config= if only that differs")
-        seeds = [seed for seed in seeds if (teacher, seed) not in self.failures] or seeds
-        teachers = {seed: self._trained(teacher, seed) for seed in seeds}  # if all failed, the error says why
+        seeds = [seed for seed in seeds if (teacher, seed) not in self.failures] or seeds  # all: `_trained` says why
+        teachers = {seed: self._trained(teacher, seed) for seed in seeds}
         if trained := [seed for seed in seeds if (student, seed) in self.runs]:
             trainer = self._trained(student, trained[0]).run.identity["trainer"]  # refuses a builder that has changed
             if not json.dumps(trainer).startswith(('"lablib.', '{"partial": "lablib.')):
@@ -191,8 +191,8 @@ class Experiment:
         pairs = product(np.ravel(temperature).tolist(), np.ravel(alpha).tolist())
         students = {f"T = {t:g}, α = {a:g}" if several else name: {"temperature": t, "alpha": a} for t, a in pairs}
         trainers = {
-            (cell, seed): partial(KnowledgeDistillationTrainer, teacher=teachers[seed], **knobs)
-            for (cell, knobs), seed in product(students.items(), seeds)
+            (label, seed): partial(KnowledgeDistillationTrainer, teacher=teachers[seed], **knobs)
+            for (label, knobs), seed in product(students.items(), seeds)
         }
         models = dict.fromkeys(students, self.select(student).models[student])
         more = {"jobs": jobs, "trainer_class": trainers, "callbacks": self.callbacks}
@@ -280,31 +280,34 @@ def experiment(
     at the end; none if all runs are loaded.
     """
     _check_arguments(models, config, data)
-    result = Experiment(data, config, dict(models), _seeds(seeds), callbacks)
+    result = Experiment(data, config, dict(models), _seeds(seeds), tuple(callbacks))
     keys = [*product(result.models, result.seeds)]
     trainers = trainer_class if isinstance(trainer_class, Mapping) else dict.fromkeys(keys, trainer_class)
+    if not keys:
+        raise ValueError("an experiment needs a model and a seed; seeds=2 stands for the seeds 0 and 1")
+    if lacking := {*keys} - trainers.keys():
+        raise ValueError(f"trainer_class has no trainer for {sorted(lacking)[0]}")
+    # for the runs: the experiment speaks for them, the token stays in this process, workers may be in another folder
+    silent = {"use_telegram_notifications": False, "telegram_bot_token": None}
+    run_config = replace(config, **silent, output_dir=os.path.abspath(config.output_dir))
+    missing = _load_finished(result, run_config, trainers, weights)
+    paths = {key: Path(run_config.output_dir, run_name(identity)) for key, identity in missing.items()}
+    _refuse_twins({key: run.path for key, run in result.runs.items()} | paths)
+    wandb_mode = ""
+    if missing and config.use_wandb:  # asked once, for all runs
+        from lablib.tracking import mode_here  # with transformers
+
+        run_config = replace(run_config, use_wandb=bool(wandb_mode := mode_here()))
+    _announce(result, paths, len(keys))
     telling = nullcontext()
-    if config.use_telegram_notifications:
+    if config.use_telegram_notifications and (missing or result.failures):
         from lablib.telegram import ExperimentMessages  # with transformers
 
         telling = ExperimentMessages(result)
-    # for the runs: the experiment speaks for them, the token stays in this process, workers may be in another folder
-    silent = replace(config, use_telegram_notifications=False, telegram_bot_token=None)
-    run_config, wandb_mode = replace(silent, output_dir=os.path.abspath(config.output_dir)), ""
-    with telling as messages:
-        missing = _load_finished(result, run_config, trainers, weights)
-        paths = {key: Path(run_config.output_dir, run_name(identity)) for key, identity in missing.items()}
-        _refuse_twins({key: run.path for key, run in result.runs.items()} | paths)
-        if missing and config.use_wandb:  # asked once, for all runs
-            from lablib.tracking import mode_here  # with transformers
-
-            run_config = replace(run_config, use_wandb=bool(wandb_mode := mode_here()))
-        _announce(result, paths, len(keys))
+    with telling:
         if missing:
-            if messages:
-                messages.begin(paths)
-            shared = {"callbacks": callbacks, "weights": weights, "wandb_mode": wandb_mode}
-            shared |= {"parent": os.getpid(), "sources": local_sources()}
+            shared = {"callbacks": result.callbacks, "weights": weights}
+            shared |= {"wandb_mode": wandb_mode, "parent": os.getpid()}
             tasks = []
             for (name, seed), identity in missing.items():
                 # the precision as resolved here: another machine has to follow
@@ -314,7 +317,9 @@ def experiment(
             _train_all(result, tasks, paths, jobs)
             result.runs = {key: result.runs[key] for key in keys if key in result.runs}
     if result.failures and not result.runs:
-        raise RuntimeError(f"all {len(keys)} runs failed: {'; '.join(dict.fromkeys(result.failures.values()))}")
+        raise RuntimeError(
+            f"{'the run' if len(keys) == 1 else f'all {len(keys)} runs'} failed: {'; '.join(dict.fromkeys(result.failures.values()))}"
+        )
     return result
 
 
@@ -323,7 +328,7 @@ def _check_arguments(models: Mapping, config: TrainingConfig, data: ImageData):
     for value, kind in ((models, Mapping), (config, TrainingConfig), (data, ImageData)):
         if not isinstance(value, kind):
             needed = "a dict of functions that build networks, a TrainingConfig, and what load_data returns"
-            raise TypeError(f"an experiment needs {needed}, not {value!r}")
+            raise TypeError(f"an experiment needs {needed}, not {value!r}: experiment({{'mine': Mine}}, config, data)")
     if config.seed:
         raise ValueError(f"the config has seed = {config.seed}; write seeds = [{config.seed}] instead")
     if num_processes() > 1:
@@ -344,7 +349,7 @@ def _load_finished(result: Experiment, config: TrainingConfig, trainers: Mapping
             else:
                 missing[name, seed] = identity
         except Exception as error:
-            _note_failure(result, (name, seed), *line_and_trace(error))
+            _note_failure(result, (name, seed), *described_error(error))
     return missing
 
 
@@ -363,9 +368,17 @@ def _announce(result: Experiment, paths: dict[Key, Path], number: int):
     config, images = result.config, len(result.data.train_labels)
     images = min(images - round(config.validation_split * images), config.max_train_images or images)
     if paths and config.batch_size > images:
-        print(f"batch_size = {config.batch_size} for {images} training images: an epoch is a single step")
+        advice = "an epoch is a single step; try batch_size = 16 and more epochs"
+        print(f"batch_size = {config.batch_size} for {images} training images: {advice}")
+    checked = round(config.validation_split * len(result.data.train_labels))
+    if paths and checked < 100 and config.early_stopping_metric == "accuracy":
+        advice = "early_stopping_metric = 'loss' and early_stopping_patience = None may work better"
+        print(f"only {checked} validation images choose the best epoch: {advice}")
     places = {str(run.path.parent).removeprefix(f"{Path.cwd()}{os.sep}") for run in result.runs.values()}
     where = f" from {' and '.join(sorted(places))}" if places else ""
+    own = [run.result["versions"].get("lablib") for run in result.runs.values() if run.has_weights]  # not published
+    if others := len(own) - own.count(LABLIB_VERSION):
+        print(f"{others} of the loaded runs are older than lablib's files; delete them to train them again")
     begun = sum(any(path.glob("checkpoints/checkpoint-*")) for path in paths.values())
     resumed = f", {begun} of them to resume" if begun else ""
     print(f"{len(result.runs)} of {number} runs loaded{where}, {len(paths)} to train{resumed}", flush=True)
@@ -376,12 +389,12 @@ def _seeds(seeds: int | Iterable[int]) -> tuple[int, ...]:
     return tuple(dict.fromkeys(map(index, seeds if isinstance(seeds, Iterable) else range(seeds))))
 
 
-def _note_failure(result: Experiment, key: Key, line: str, trace: str):
+def _note_failure(result: Experiment, key: Key, line: str, frames: list[traceback.FrameSummary], message: str):
     """Warn of a failed run, with the lines that led to the error unless another run has failed in the same way."""
+    trace = redacted("".join([*traceback.format_list(frames), message])).rstrip()
     what = f" too: {line}" if line in result.failures.values() else f":\n{trace}"
     result.failures[key] = line
-    text = f"the run of {key[0]!r} with seed {key[1]} failed{what}"
-    warnings.warn_explicit(text, UserWarning, "lablib", 0)  # shows no source line
+    warn(f"the run of {key[0]!r} with seed {key[1]} failed{what}")
 
 
 def _train_all(result: Experiment, tasks: list[tuple], paths: dict[Key, Path], jobs: int):
@@ -397,12 +410,11 @@ def _train_all(result: Experiment, tasks: list[tuple], paths: dict[Key, Path], j
             for key, run, error in parallel(task for task in tasks if not interruption.asked):
                 if run:
                     result.runs[key] = run
+                    ended.add(key)
                 elif error:
                     _note_failure(result, key, *error)
                 else:
                     interruption.ask()
-                    continue
-                ended.add(key)
         except Exception:  # a worker died
             if not interruption.asked:
                 raise

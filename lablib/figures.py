@@ -170,7 +170,8 @@ def _with_place(frame: pd.DataFrame) -> pd.DataFrame:
     """The finished runs with percentages, family (categorical: alike in each panel), depth and place on the x axis."""
     table = with_depth(frame.dropna(subset="test_accuracy"))
     family = pd.Categorical(table["family"], table["family"].unique())
-    place = table["depth"].rank(method="dense") - 1 + 0.09 * (family.codes - (len(family.categories) - 1) / 2)
+    beside = 0.09 * (family.codes - (len(family.categories) - 1) / 2)  # or points of several families would coincide
+    place = table["depth"].rank(method="dense") - 1 + beside
     accuracy = 100 * table["test_accuracy"]
     return table.assign(family=family, place=place, accuracy=accuracy, error=100 - accuracy)
 

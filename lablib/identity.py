@@ -4,13 +4,14 @@ import copyreg
 import dataclasses
 import dis
 import hashlib
+import importlib.util
 import inspect
 import json
 import logging
 import os
+import struct
 import sys
 import sysconfig
-import time
 import typing
 from collections import OrderedDict
 from collections.abc import Callable
@@ -29,7 +30,6 @@ from lablib.config import TrainingConfig
 from lablib.data import ImageData
 from lablib.hardware import resolve_precision
 
-_BEGAN = time.time()  # a file that is written later may not be what was imported
 _SCHEME = 2  # increase it when a change to lablib means that stored runs no longer answer the same question
 _OF_EVERY_MODULE = {*vars(nn.Module()), "_hub_mixin_config"}
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
@@ -71,12 +71,6 @@ def build_seeded(build_model: Callable[[], nn.Module], seed: int) -> nn.Module:
         return build_model()
 
 
-def weights_digest(model: nn.Module) -> str:
-    """SHA-256 over the names, types and bytes of a model's parameters and buffers, unsaved buffers included."""
-    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    return json_digest([[name, *_tensor(tensor)] for name, tensor in tensors])
-
-
 def sha256(content: bytes | np.ndarray) -> str:
     return hashlib.sha256(content).hexdigest()
 
@@ -84,6 +78,10 @@ def sha256(content: bytes | np.ndarray) -> str:
 def json_digest(content: Any) -> str:
     """SHA-256 over a value as JSON, whatever the order of its keys."""
     return sha256(json.dumps(content, sort_keys=True).encode())
+
+
+# changes with each change to one of lablib's files
+LABLIB_VERSION = json_digest([sha256(file.read_bytes()) for file in sorted(Path(__file__).parent.glob("*.py"))])[:12]
 
 
 def _tensor(tensor: torch.Tensor) -> list:
@@ -212,7 +210,10 @@ def _layers(model: nn.Module, inside: Callable) -> dict[str, Any]:
     named = [*model.named_parameters()]
     frozen = [name for name, p in named if not p.requires_grad]
     marked = [name for name, p in named if p._backward_hooks or p._post_accumulate_grad_hooks or vars(p)]
-    return {"layers": layers, "frozen": frozen, "marked": marked, "weights": weights_digest(model)}
+    # buffers that are not saved included
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    weights = json_digest([[name, *_tensor(tensor)] for name, tensor in tensors])
+    return {"layers": layers, "frozen": frozen, "marked": marked, "weights": weights}
 
 
 def _class(cls: type, inside: Callable) -> Any:
@@ -241,14 +242,8 @@ def _function(function: FunctionType, inside: Callable) -> Any:
     held = dict(zip(code.co_freevars, (cell.cell_contents for cell in function.__closure__ or ()), strict=True))
     if name := _installed(function):
         return {"function": name, "uses": inside(held)} if held else name
-    module = sys.modules.get(function.__globals__.get("__name__"))
-    file = Path(getattr(module, "__file__", None) or "")
-    if str(file) == code.co_filename and file.exists() and file.stat().st_mtime > _BEGAN:
-        now = []
-        with suppress(SyntaxError):  # half written
-            now = _codes(compile(file.read_bytes(), str(file), "exec", dont_inherit=True))
-        if _bytecode(code) not in map(_bytecode, now):
-            raise TypeError(f"{file} was changed after {function.__qualname__} was imported; restart Python")
+    if _is_stale(code.co_filename):
+        raise TypeError(f"{code.co_filename} was changed after {function.__qualname__} was imported; restart Python")
     steps = [step for part in _codes(code) for step in dis.get_instructions(part)]
     names = {step.argval for step in steps if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
     known = {n: v for n, v in function.__globals__.items() if n in names and not (n[:2] == n[-2:] == "__")}
@@ -263,6 +258,15 @@ def _function(function: FunctionType, inside: Callable) -> Any:
         "defaults": inside([function.__defaults__, function.__kwdefaults__]),
         "attributes": inside(vars(function)),
     }
+
+
+def _is_stale(file: str) -> bool:
+    """Whether a module's file was changed since Python compiled it and noted its time and size (PEP 552)."""
+    with suppress(OSError, NotImplementedError):  # a notebook's cell, or nothing was noted
+        compiled, now = Path(importlib.util.cache_from_source(file)).read_bytes(), os.stat(file)
+        flags, *noted = struct.unpack("<III", compiled[4:16])
+        return flags == 0 and noted != [int(now.st_mtime) & 0xFFFFFFFF, now.st_size & 0xFFFFFFFF]
+    return False
 
 
 def _codes(code: CodeType) -> list[CodeType]:

@@ -4,14 +4,12 @@ import argparse
 import copy
 import io
 import json
-import linecache
 import os
 import shutil
 import sys
 import threading
 import time
 import traceback
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
@@ -28,11 +26,19 @@ from torch import nn
 from tqdm import tqdm
 
 from lablib.checkpoints import EPOCHS, Interruption, contiguous_weights, delete_checkpoints, write_atomically
-from lablib.config import TrainingConfig, num_processes, one_line, redacted
+from lablib.config import TrainingConfig, num_processes, one_line, warn
 from lablib.data import ImageData, fixed_sample
 from lablib.diagnostics import gradient_norms
 from lablib.hardware import own_randomness, untouched
-from lablib.identity import build_seeded, is_installed_file, json_digest, run_identity, run_name, sha256
+from lablib.identity import (
+    LABLIB_VERSION,
+    build_seeded,
+    is_installed_file,
+    json_digest,
+    run_identity,
+    run_name,
+    sha256,
+)
 from lablib.metrics import are_probabilities, first_logits, history, summary
 
 Key = tuple[str, int]  # a run's model and seed
@@ -121,6 +127,7 @@ def train_or_load(
     callbacks: Sequence = (),
     weights: bool = False,
     identity: dict[str, Any] | None = None,
+    bar: TextIO | None = None,
 ) -> Run:
     """Load a finished run, from `output_dir` or from the published ones; resume an interrupted one; train a new one.
 
@@ -128,8 +135,9 @@ def train_or_load(
     `functools.partial` with what else the class needs, such as a teacher. Pass new `callbacks` to each call: they
     keep what they collected. With `weights`, a published run, which has none, does not count. A damaged run is reported
     by a warning, set aside as `NAME.damaged`, and trained again. Where another process trains the same run, this one
-    waits and loads what it finds. Raises as `run_identity` and the trainer do, and RuntimeError if `identity`, what
-    `run_identity` gave before or in another process, is not that of the arguments here and now.
+    waits and loads what it finds. `bar` is a file that gets a progress bar, such as sys.stderr. Raises as
+    `run_identity` and the trainer do, and RuntimeError if `identity`, what `run_identity` gave before or in another
+    process, is not that of the arguments here and now.
     """
     now = run_identity(build_model, config, data, trainer_class, callbacks)
     asked = identity or now
@@ -144,8 +152,11 @@ def train_or_load(
         return run
     # of several processes (`torchrun`) the first looks after the store; the arguments make them a group
     first = not together or config.to_training_arguments(str(path)).process_index == 0
-    with _locked(path) if first else nullcontext():
-        found = [find_run(path.name, config.output_dir, weights) if first else None]  # another may have been faster
+    key, ended = (path.name.rpartition("-")[0], config.seed), set()
+    shown = progress({key: path}, config.num_epochs, ended, bar) if first and bar else nullcontext()
+    with shown, _locked(path) if first else nullcontext():
+        # another process may have been faster; a list, since that is what can be broadcast
+        found = [find_run(path.name, config.output_dir, weights) if first else None]
         if first and not found[0]:
             if _row(path)["state"] == "damaged":
                 shutil.rmtree(aside := f"{path}.damaged", ignore_errors=True)
@@ -157,38 +168,33 @@ def train_or_load(
             _train(path, now, build_model, config, data, trainer_class, callbacks)
         if together:
             torch.distributed.barrier()
+        ended.add(key)
     return found[0] or load_run(path)
 
 
-def local_sources() -> dict[str, tuple]:
-    """What `linecache` holds of notebook cells, for the traces of errors in other processes."""
-    return {name: entry for name, entry in linecache.cache.items() if len(entry) == 4 and entry[1] is None}
-
-
-def attempt(key: Key, build_model, config, data, parent: int, sources: dict[str, tuple], wandb_mode="", **options):
+def attempt(key: Key, build_model, config, data, parent: int, wandb_mode="", **options):
     """Train one of an experiment's runs: its key, and the run or its error; neither if a worker was interrupted."""
     Interruption.parent = parent if os.getppid() == parent else None  # a worker's training ends with its parent
-    if os.getpid() != parent:
-        linecache.cache |= sources
-        if wandb_mode:  # the parent's may be another than when this process began
-            os.environ["WANDB_MODE"] = wandb_mode
+    if wandb_mode and os.getpid() != parent:  # the parent's may be another than when this process began
+        os.environ["WANDB_MODE"] = wandb_mode
     try:
         options = copy.deepcopy(options)  # a trainer and callbacks of its own, as a run in a worker has
         return key, train_or_load(build_model, config, data, **options), None
     except Exception as error:
-        return key, None, line_and_trace(error)
+        return key, None, described_error(error)
     except KeyboardInterrupt:
         if os.getpid() == parent:
             raise
         return key, None, None
 
 
-def line_and_trace(error: Exception) -> tuple[str, str]:
-    """An error in one line, and with the user's own lines that led to it; both are shown, so without tokens."""
-    frames = [f for e in (error.__cause__, error) if e for f in traceback.extract_tb(e.__traceback__)]
+def described_error(error: Exception) -> tuple[str, list[traceback.FrameSummary], str]:
+    """An error in one line, the user's own frames that led to it, and its full message."""
+    described = partial(traceback.TracebackException.from_exception, lookup_lines=False)
+    # the lines are looked up where they are shown: a notebook's cells are known in its own process only
+    frames = [frame for e in (error.__cause__, error) if e for frame in described(e).stack]
     own = [frame for frame in frames if not is_installed_file(frame.filename)]
-    trace = traceback.format_list((own or frames)[-3:]) + traceback.format_exception_only(error)
-    return one_line(error), redacted("".join(trace)).rstrip()
+    return one_line(error), (own or frames)[-3:], "".join(traceback.format_exception_only(error))
 
 
 def find_run(name: str, output_dir: str | Path, weights: bool = False) -> Run | None:
@@ -202,8 +208,7 @@ def find_run(name: str, output_dir: str | Path, weights: bool = False) -> Run | 
                 delete_checkpoints(run.path / "checkpoints")  # its process ended before
                 return run
         except DamagedRunError as error:
-            text = f"{error}. Another copy is loaded, or the run is set aside and trained again."
-            warnings.warn_explicit(text, UserWarning, "lablib", 0)  # shows no source line
+            warn(f"{error}. Another copy is loaded, or the run is set aside and trained again.")
     return None
 
 
@@ -288,7 +293,10 @@ def _result(trainer, rows: list[dict], test: dict[str, float]) -> dict[str, Any]
         "precision": trainer.environment["precision"],
         "processes": trainer.args.world_size,
         "threads": torch.get_num_threads(),
-        "versions": {name: trainer.environment[name] for name in ("torch", "transformers", "python")},
+        "versions": {
+            **{name: trainer.environment[name] for name in ("torch", "transformers", "python")},
+            "lablib": LABLIB_VERSION,
+        },
     } | ({"notes": trainer.notes} if trainer.notes else {})
 
 
@@ -314,7 +322,7 @@ def _measured(trainer, logits, build: Callable[[], nn.Module]) -> bytes:
                 arrays[f"gradient_{when}"] = gradient_norms(model, batch, trainer.outputs)["rms"].to_numpy(np.float32)
     else:
         trainer.notes.append(f"{type(twin).__name__}: {_NOT_WHOLE}")
-        warnings.warn(trainer.notes[-1], stacklevel=2)
+        warn(trainer.notes[-1])
     np.savez_compressed(content := io.BytesIO(), **arrays)
     return content.getvalue()
 
@@ -332,7 +340,7 @@ def _loads_whole(trainer, twin: nn.Module, shown: torch.Tensor, answers: torch.T
             twin.eval()
             off, noise = ((_logits(trainer, m, shown) - answers).abs().mean() for m in (twin, trainer.model))
             allowed = 0.1 if trainer.args.bf16 or trainer.args.fp16 else 0.01
-            return not off > max(allowed * answers.abs().mean(), 2 * noise)
+            return not off > max(allowed * answers.abs().mean(), 2 * noise)  # `not`: both may give NaN
     except Exception:
         return False
 
@@ -360,7 +368,7 @@ def _json_lines(rows: list[dict]) -> bytes:
 def progress(paths: Mapping[Key, Path], num_epochs: int, ended: set[Key], file: TextIO | None = None):
     """One bar over all epochs of all runs, with time left and latest metrics; after Ctrl-C, where it stopped.
 
-    `paths` maps each run to its folder; the caller adds a run to `ended` when it is over. The bar reads files in the
+    `paths` maps each run to its folder; the caller adds a run to `ended` when it is finished. The bar reads files in the
     store, so it also works for runs in other processes and on other machines.
     """
 

@@ -125,8 +125,9 @@ def verdict(row: Mapping, word: str = "better") -> str:
         return f"{first} − {second}: {points(row)}, {why}."
     if not row["significant"]:
         return f"No significant difference between {first} and {second}: {points(row)}."
+    if second.endswith(_OTHER):  # effects, whose sign matters
+        return f"**{first} is {'larger' if row['mean'] > 0 else 'smaller'} than {second}**: {points(row)}."
     larger, smaller = (first, second) if row["mean"] > 0 else (second, first)
-    word = "larger" if second.endswith(_OTHER) else word
     return f"**{larger} is {word} than {smaller}**: {points({**row, 'mean': abs(row['mean'])})}."
 
 

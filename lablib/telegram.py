@@ -6,7 +6,6 @@ import os
 import re
 import threading
 import time
-import warnings
 from datetime import timedelta
 from functools import cached_property
 
@@ -14,7 +13,7 @@ import httpx
 from pydantic import SecretStr
 from transformers import TrainerCallback
 
-from lablib.config import one_line, redacted
+from lablib.config import one_line, redacted, warn
 from lablib.tracking import Harmless, final_result, harmless
 
 _WHERE = "in the environment or in Colab's secrets"
@@ -39,24 +38,20 @@ class TelegramNotifier:
     get through within `deadline` seconds.
     """
 
+    base_url = "https://api.telegram.org"
+    timeout = 10.0  # seconds for one attempt
     deadline = 30.0  # seconds for a request with all its attempts
     pause = 1.0  # seconds before the second attempt; doubled for each further one
 
-    def __init__(
-        self,
-        bot_token: str | SecretStr | None = None,
-        chat_id: str | int | None = None,
-        base_url: str = "https://api.telegram.org",
-        timeout: float = 10,  # seconds for one attempt
-    ):
+    def __init__(self, bot_token: str | SecretStr | None = None, chat_id: str | int | None = None):
         token = bot_token.get_secret_value() if isinstance(bot_token, SecretStr) else bot_token
         token = str(token or _credential("TELEGRAM_BOT_TOKEN")).strip()
         self.chat_id = str(chat_id or _credential("TELEGRAM_CHAT_ID")).strip()
         if not re.fullmatch(r"\d+:[\w-]+", token, re.ASCII):
-            raise TelegramError(f"set TELEGRAM_BOT_TOKEN to your bot's token, 123456:AAq7… {_WHERE}")
+            raise TelegramError(f"set TELEGRAM_BOT_TOKEN to your bot's token, such as 123456:AAq7…, {_WHERE}")
         if not re.fullmatch(r"-?\d+|@\w+", self.chat_id):
             raise TelegramError(f"set TELEGRAM_CHAT_ID to a chat's number or @name {_WHERE}")
-        self._token, self.base_url, self.timeout = SecretStr(token), base_url, timeout
+        self._token = SecretStr(token)
 
     def check(self) -> str:
         """Ask Telegram whose token this is; the answer names the bot."""
@@ -73,7 +68,7 @@ class TelegramNotifier:
         while not (reply := self._attempt(method, fields, until - time.monotonic())).get("ok"):
             status, parameters = reply.get("error_code"), reply.get("parameters") or {}
             if (new := str(parameters.get("migrate_to_chat_id", self.chat_id))) != self.chat_id:
-                warnings.warn(f"Telegram: the group has a new chat ID; set TELEGRAM_CHAT_ID to {new}", stacklevel=3)
+                warn(f"Telegram: the group has a new chat ID; set TELEGRAM_CHAT_ID to {new}")
                 self.chat_id = new
                 continue
             wait = max(pause, parameters.get("retry_after", 0))
@@ -108,8 +103,9 @@ class _Messenger(Harmless):
     def notifier(self) -> TelegramNotifier:
         return TelegramNotifier(self.config.telegram_bot_token, self.config.telegram_chat_id)
 
+    @harmless
     def check_credentials(self) -> None:
-        """Raise TelegramError if they are malformed; a thread finds out whether Telegram accepts the token."""
+        """Say if they are missing or malformed; a thread finds out whether Telegram accepts the token."""
         threading.Thread(target=self._ask, args=(self.notifier,), name="telegram check", daemon=True).start()
 
     def _ask(self, notifier: TelegramNotifier):
@@ -134,7 +130,6 @@ class TelegramCallback(_Messenger, TrainerCallback):
         self._what = f"{type(trainer.model).__name__} on {trainer.data.name}: training"
         self._run = f"run: {trainer.run_name}"
 
-    @harmless
     def on_train_begin(self, args, state, control, **kwargs):
         self.check_credentials()
 
@@ -150,32 +145,24 @@ class TelegramCallback(_Messenger, TrainerCallback):
         self.send(self._what, error, [self._run, epochs, one_line(error)])
 
 
-class ExperimentMessages(_Messenger, contextlib.AbstractContextManager):
-    """Sends the outcome of an experiment, as a context manager around it.
+class ExperimentMessages(_Messenger):
+    """Sends the outcome of an experiment, as a context manager around its training.
 
-    The runs themselves send nothing, so worker processes need no credentials. If nothing was trained and nothing
-    failed, nothing is sent.
+    The runs themselves send nothing, so worker processes need no credentials.
     """
 
     def __init__(self, experiment):
         self.experiment, self.config = experiment, experiment.config
-        self._pending, self._began = set(), time.monotonic()
+        self._loaded, self._began = len(experiment.runs), time.monotonic()
 
-    @harmless
-    def begin(self, pending):
-        """Remember the runs, as (model, seed), that are about to be trained."""
-        self._pending = set(pending)
-        self.check_credentials()
+    __enter__ = _Messenger.check_credentials
 
     @harmless
     def __exit__(self, kind, error, trace):
         result = self.experiment
-        if not (error or self._pending or result.failures):
-            return
         total = len(result.models) * len(result.seeds)
-        loaded = len(result.runs.keys() - self._pending)
         lines = [
-            f"runs: {len(result.runs)} of {total} finished ({loaded} loaded), {len(result.failures)} failed",
+            f"runs: {len(result.runs)} of {total} finished ({self._loaded} loaded), {len(result.failures)} failed",
             f"duration: {timedelta(seconds=round(time.monotonic() - self._began))}",
         ]
         if error:

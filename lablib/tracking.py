@@ -3,17 +3,14 @@
 import functools
 import math
 import os
-import secrets
 import time
-import warnings
 from pathlib import Path
 
 import httpx
 import torch
 from transformers import TrainerCallback
 
-from lablib.checkpoints import WANDB_RUN
-from lablib.config import redacted
+from lablib.config import redacted, warn
 from lablib.metrics import history, summary
 
 # The fields of a TrainingConfig that are logged: an allow-list of what may leave this machine; others hold secrets.
@@ -44,9 +41,7 @@ class Harmless:
         """Say once what is wrong, and do nothing more."""
         if not self.broken:
             self.broken = True
-            reason = redacted(str(error)) or type(error).__name__
-            # warn_explicit prints no source line below the message; it would be of an unrelated file
-            warnings.warn_explicit(f"{self.service}: {reason}; continuing without it", UserWarning, "lablib", 0)
+            warn(f"{self.service}: {redacted(str(error)) or type(error).__name__}; continuing without it")
 
 
 def harmless(method):
@@ -89,15 +84,13 @@ class WandbCallback(Harmless, TrainerCallback):
         import wandb
 
         began = time.perf_counter()
-        trainer, config, id_file = self.trainer, self.trainer.config, Path(args.output_dir) / WANDB_RUN
+        trainer, config = self.trainer, self.trainer.config
         mode, self._histograms = _mode(), {}
-        if not state.global_step or not id_file.exists():
-            id_file.write_text(secrets.token_hex(4))
         self.run = wandb.init(
             project=config.wandb_project,
             group=config.wandb_group or trainer.data.name,
             name=trainer.run_name,
-            id=id_file.read_text(),
+            id=trainer.wandb_id,
             resume="allow",
             reinit="create_new",
             config=wandb_config(trainer),

@@ -11,7 +11,6 @@ import math
 import shutil
 import tempfile
 import time
-import warnings
 import weakref
 from collections.abc import Sequence
 
@@ -32,7 +31,7 @@ from transformers.trainer_utils import PredictionOutput
 
 from lablib.augmentation import augment
 from lablib.checkpoints import ResumableTrainer, contiguous_weights
-from lablib.config import TrainingConfig
+from lablib.config import TrainingConfig, warn
 from lablib.data import ImageBatches, ImageData, ShuffledBatches, fixed_sample, stratified_split, stratified_subset
 from lablib.hardware import check_device, fits, keep_memory, memory_format, resolve_precision, untouched
 from lablib.metrics import BatchMeter, are_probabilities, first_logits
@@ -41,6 +40,7 @@ from lablib.models import unprepared
 Outputs = torch.Tensor | tuple[torch.Tensor, ...]  # logits (batch × classes), or a tuple that begins with them
 
 _NUMPY = [np.dtype, type(np.dtype(float)), np.float64().__reduce__()[0]]  # of a saved schedule with a float64
+_UNUSED = ("create_optimizer_and_scheduler", "get_optimizer_cls_and_kwargs", "get_decay_parameter_names")
 _OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
 
 
@@ -126,7 +126,10 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
         """Run the sanity check, then seed and start the clock. Raises SanityCheckError."""
         if self.model_wrapped is self.model:  # not if several processes have wrapped it already
             unprepared(self.model)
+        held = dict(vars(self))
         sanity_check(self)
+        vars(self).clear()  # a trainer of one's own may count its calls
+        vars(self).update(held)
         if self.args.world_size > 1 and self.args.device.type == "cuda":
             nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         if self.config.torch_compile:  # in place: transformers would also compile all later runs of this process
@@ -200,7 +203,14 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
         return super().training_step(*args, **kwargs)
 
     def _check_optimizer(self):
-        """Raise ValueError for an optimizer or a schedule that a checkpoint could not restore."""
+        """Raise ValueError for an optimizer or a schedule that no checkpoint could restore or that counts epochs."""
+        schedule, steps = self.lr_scheduler, len(self.callback_handler.train_dataloader)
+        for name in {"step_size", "milestones", "T_max", "T_0"} & vars(schedule).keys():
+            value = vars(schedule)[name]  # a number, or a dict by milestone
+            last = max(value) if isinstance(value, dict) else value
+            if last <= self.config.num_epochs < self.state.max_steps:
+                what = f"{type(schedule).__name__}'s {name} counts batches, of which an epoch has {steps}"
+                raise ValueError(f"{what}; multiply it by {steps}")
         if {p for group in self.optimizer.param_groups for p in group["params"]} - {*self.model.parameters()}:
             raise ValueError("the optimizer has parameters that are not the network's; register them in the network")
         states = [self.optimizer.state_dict(), self.lr_scheduler.state_dict()]
@@ -234,10 +244,10 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
     def evaluation_loop(self, dataloader, description, *args, **kwargs):
         """As upstream; an epoch's weights are kept, since a callback may change them before they prove the best."""
         broadcast([*self.model.buffers()])  # all processes take the first one's, such as a CPU's batch norm statistics
-        counts = self.is_in_train and description == "Evaluation"  # else `predict` calls this
-        with torch.random.fork_rng(devices=[], enabled=self.is_in_train and not counts):
+        ends_epoch = self.is_in_train and description == "Evaluation"  # else `predict` calls this
+        with torch.random.fork_rng(devices=[], enabled=self.is_in_train and not ends_epoch):
             output = super().evaluation_loop(dataloader, description, *args, **kwargs)
-        if counts:
+        if ends_epoch:
             self._evaluated_weights, self._evaluating_epoch = contiguous_weights(self.model), False
             if not math.isfinite(loss := output.metrics["eval_loss"]):
                 raise self._not_finite(f"evaluation loss is {loss}")
@@ -314,8 +324,9 @@ def sanity_check(trainer: StreamlinedTrainer) -> None:
     """
     model, processes, number = trainer.model, trainer.args.world_size, len(trainer.train_dataset)
     full, last = min(number, trainer.args.train_batch_size // processes), number % trainer.args.train_batch_size
-    held = {m for owner in model.modules() for m in tree_leaves(vars(owner)) if isinstance(m, nn.Module)}
-    if any(p.requires_grad for m in held - {*model.modules()} for p in m.parameters()):
+    attributes = [leaf for module in model.modules() for leaf in tree_leaves(vars(module))]
+    unregistered = {leaf for leaf in attributes if isinstance(leaf, nn.Module)} - {*model.modules()}
+    if any(p.requires_grad for module in unregistered for p in module.parameters()):
         what = f"{type(model).__name__} holds layers in a list or dict of Python, so they would not be trained"
         raise SanityCheckError(f"{what}; use nn.ModuleList or nn.ModuleDict, or freeze them")
     with untouched(model):
@@ -336,7 +347,11 @@ def _try(trainer: StreamlinedTrainer, what: str, dataset: ImageBatches, size: in
         batch = trainer._prepare_inputs(dataset.__getitems__(fixed_sample(len(dataset), size)))
         model.train(dataset is trainer.train_dataset)
         if dataset is trainer.train_dataset:
-            trainer.compute_loss(model, batch).backward()
+            loss = trainer.compute_loss(model, batch)
+            loss.backward()
+            recorded = [{}, *trainer._since_last_log.batches()][-1].get("loss", math.nan)
+            if abs(loss.item() - recorded) > 0.01 * abs(recorded):
+                warn("compute_loss returns another loss than `losses`, which histories show; override `losses` instead")
             return
         _, outputs, labels = trainer.prediction_step(model, batch, prediction_loss_only=False)
         logits = first_logits(outputs)
@@ -349,8 +364,7 @@ def _try(trainer: StreamlinedTrainer, what: str, dataset: ImageBatches, size: in
         if type(trainer).losses.__module__.startswith("lablib.") and are_probabilities(logits):
             raise ValueError("the network returns probabilities, but the loss takes logits; remove its final softmax")
         if are_probabilities(logits) or logits.min() == 0 < logits.max():
-            ends = f"{type(model).__name__} ends in a softmax or ReLU"
-            warnings.warn(f"{ends}; a loss on logits needs the values before it", stacklevel=2)
+            warn(f"{type(model).__name__} ends in a softmax or ReLU; a loss on logits needs the values before it")
         losses = trainer.losses(outputs, labels)
         if not isinstance(losses, dict) or "loss" not in losses or any(value.ndim for value in losses.values()):
             raise TypeError('`losses` must return a dict of scalar tensors with the key "loss"')
@@ -359,6 +373,8 @@ def _try(trainer: StreamlinedTrainer, what: str, dataset: ImageBatches, size: in
     except Exception as error:
         network = f"{type(model).__name__} was given float32 {(size, *data.image_shape)}"
         advice = ". Use a smaller batch_size or image_size" if should_reduce_batch_size(error) else advice
+        if "shapes cannot be multiplied" in str(error):
+            advice = ". A linear layer needs nn.Flatten() before it; lablib's MLPs need image_shape=data.image_shape"
         words = f"{what} ({size} of {len(dataset)} images) fails with {type(error).__name__}: {error}. {network}"
         raise SanityCheckError(words + advice) from error
 
@@ -371,6 +387,8 @@ def _refuse_misspelt(trainer: type, callbacks: Sequence[TrainerCallback]) -> Non
         if unknown := sorted(own - {*events, "on_train_failed"}):
             known = difflib.get_close_matches(unknown[0], events, n=1, cutoff=0)[0]
             raise ValueError(f"{type(callback).__name__}.{unknown[0]} is no event of a TrainerCallback; {known} is one")
+    if unused := [name for name in _UNUSED if getattr(trainer, name) is not getattr(transformers.Trainer, name)]:
+        raise ValueError(f"nothing calls {trainer.__name__}.{unused[0]}; write create_optimizer and create_scheduler")
     methods = [name for name in dir(StreamlinedTrainer) if name[0] != "_" and name not in vars(trainer)]
     for name, _ in inspect.getmembers(trainer, inspect.isfunction):
         if not hasattr(StreamlinedTrainer, name) and (known := difflib.get_close_matches(name, methods, 1, 0.8)):

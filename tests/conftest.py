@@ -69,7 +69,7 @@ def api(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(TelegramNotifier, "pause", 0.01)
     with BotApi() as api:
-        monkeypatch.setattr(TelegramNotifier.__init__, "__defaults__", (None, None, api.url, 10))
+        monkeypatch.setattr(TelegramNotifier, "base_url", api.url)
         yield api
 
 

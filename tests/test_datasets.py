@@ -277,7 +277,10 @@ def test_an_image_that_does_not_fit_is_named_and_no_cache_written(folder, file):
     [
         (lambda folder: (folder / "test/dog").rename(folder / "test/wolf"), "only one .*'dog', 'wolf'"),
         (lambda folder: (folder / "train/fox").mkdir(), "no image in .*/train/fox"),
-        (lambda folder: (folder / "train").rename(folder / "x"), "no folder train/.*datasets split .* makes train/"),
+        (
+            lambda folder: (folder / "train").rename(folder / "x"),
+            "no folder train/.*datasets split .* makes .*-split, which",
+        ),
         (lambda folder: (folder / "test").rename(folder / "val"), "test needs a folder of images for each class"),
     ],
 )
@@ -312,12 +315,20 @@ def test_a_split_copies_each_image_to_one_part_and_each_class_in_proportion(unsp
     assert drawn[0] == drawn[1] != drawn[2]
 
 
+def nested(folder):
+    for number, image in enumerate(sorted(folder.rglob("*.png"))):
+        (inner := folder / image.relative_to(folder).parts[0] / "ab"[number % 2]).mkdir(exist_ok=True)
+        image.rename(inner / image.name)
+    (folder / "cat" / "deep").rmdir()
+
+
 @pytest.mark.parametrize(
     ("change", "share", "words"),
     [
         (lambda folder: folder.with_name(f"{folder.name}-split").mkdir(), "0.2", "exists; rename or delete it first"),
         (lambda folder: shutil.rmtree(folder / "dog"), "0.2", r"at least two; it has \['cat'\]"),
         (lambda f: [(f / a).rename(f / b) for a, b in (("cat", "train"), ("dog", "test"))], "0.2", "already"),
+        (nested, "0.2", "has a, b; if these are the classes, rename the outer folders to train and test"),
         (lambda folder: None, "0.03", "cannot be split with a share of 0.03"),
         (lambda folder: None, "20", "cannot be split with a share of 20"),
     ],

@@ -158,12 +158,15 @@ def test_experiments_can_be_divided_and_joined_if_they_agree_on_the_data_and_wha
             finished | replace(narrow, runs={("narrow", seed): finished.runs["wide", 0]})
 
 
-def test_a_second_experiment_trains_nothing_and_says_where_the_runs_are(finished, tiny_data, capsys, no_training):
+def test_a_second_experiment_trains_nothing_and_says_so(finished, tiny_data, capsys, no_training, monkeypatch):
     for seeds in (2, np.arange(2), [0, 1, 0], np.int64(2)):  # a number of them, or whole numbers
         again = experiment(MODELS, finished.config, tiny_data, seeds, jobs=2)
         assert capsys.readouterr().out == f"4 of 4 runs loaded from {finished.config.output_dir}, 0 to train\n"
         assert list(again.runs.items()) == list(finished.runs.items())
         assert [type(seed) for seed in again.seeds] == [int, int]
+    monkeypatch.setattr("lablib.experiments.LABLIB_VERSION", "another")
+    experiment(MODELS, finished.config, tiny_data, 2)
+    assert "4 of the loaded runs are older than lablib's files" in capsys.readouterr().out
     with pytest.raises(AssertionError, match="trained again"):
         experiment(MODELS, replace(finished.config, batch_size=28), tiny_data, [0, 2])
     assert "batch_size = 28 for 27 training images: an epoch is a single step" in capsys.readouterr().out
@@ -314,6 +317,12 @@ def test_a_run_that_fails_loses_no_other_and_the_users_lines_are_shown_once(brok
         ({"seeds": 1.5}, TypeError, "'float' object cannot be interpreted as an integer"),
         ({"models": dict.fromkeys("ab", MODELS["wide"])}, ValueError, "the models 'a' and 'b' are the same network"),
         ({"models": {"net": tiny_mlp()}}, TypeError, "'net' needs a function that builds the network"),
+        ({"seeds": 0}, ValueError, "needs a model and a seed; seeds=2 stands for the seeds 0 and 1"),
+        (
+            {"trainer_class": {"wide": StreamlinedTrainer}},
+            ValueError,
+            r"trainer_class has no trainer for \('narrow', 0\)",
+        ),
         ({"models": {"net": "MLP"}}, TypeError, "'net' needs a function that builds the network"),
     ],
 )

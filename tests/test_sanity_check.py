@@ -70,7 +70,10 @@ SMALLER = "Use a smaller batch_size or image_size"
     ("model", "words"),
     [
         (MLP((4,), 0.0, (1, 6, 6), 10), "the network has 10 outputs, but tiny has 3 classes"),
-        (MLP((4,), 0.0, (1, 8, 8), 3), "cannot be multiplied (9x36 and 64x4). MLP was given float32 (9, 1, 6, 6)"),
+        (
+            MLP((4,), 0.0, (1, 8, 8), 3),
+            "(9x36 and 64x4). MLP was given float32 (9, 1, 6, 6). A linear layer needs nn.Flatten()",
+        ),
         (Linear(lambda logits: {"out": logits}), NO_LOGITS),
         (Linear(lambda logits: logits.argmax(1)), NO_LOGITS),
         (Linear(lambda logits: (logits, logits.T)), "each output must be a tensor whose first dimension is the images"),
@@ -102,6 +105,15 @@ def fails_when_evaluated(logits, labels):
 )
 def test_a_loss_that_would_fail_or_not_be_recorded_is_refused(method, own, words, tiny_data):
     assert words in refused(Linear(), tiny_data, type("Own", (StreamlinedTrainer,), {method: own}))
+
+
+def test_a_loss_that_no_history_would_show_is_warned_of(tiny_data):
+    class Doubled(StreamlinedTrainer):
+        def compute_loss(self, *batch, **more):
+            return 2 * super().compute_loss(*batch, **more)
+
+    with pytest.warns(UserWarning, match="compute_loss returns another loss than `losses`, which histories show"):
+        train(Linear(), tiny_data, Doubled)
 
 
 def test_a_network_that_ends_in_a_relu_is_warned_of(tiny_data):

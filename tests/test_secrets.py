@@ -110,7 +110,7 @@ FAULTS = {  # what Telegram answers, what the error says, and whether there was 
 def test_a_training_leaves_no_trace_of_the_token(fault, ends, api, tiny_data, tmp_path, trace, monkeypatch):
     problem = None if ends == "well" else ArithmeticError(f"no GET https://api.telegram.org/bot{TOKEN}/getMe")
     if fault == "refused":
-        monkeypatch.setattr(TelegramNotifier.__init__, "__defaults__", (None, None, closed_port(), 10))
+        monkeypatch.setattr(TelegramNotifier, "base_url", closed_port())
     api.script = [FAULTS[fault][0]] * 99 if fault not in ("all well", "refused") else []
     config = TrainingConfig(**KNOBS, output_dir=tmp_path / "runs", telegram_bot_token=TOKEN, telegram_chat_id=42)
     print(config)
@@ -137,10 +137,14 @@ def test_the_search_finds_a_token_in_each_place(tmp_path, trace):
 
 
 @pytest.mark.parametrize(("answer", "problem", "again"), FAULTS.values(), ids=FAULTS)
-def test_an_error_says_what_is_wrong_and_has_the_token_in_neither_text_nor_causes(answer, problem, again, api, trace):
+def test_an_error_says_what_is_wrong_and_has_the_token_in_neither_text_nor_causes(
+    answer, problem, again, api, trace, monkeypatch
+):
     api.script = [answer] * 99
+    if not answer:
+        monkeypatch.setattr(TelegramNotifier, "base_url", closed_port())
     with pytest.raises(TelegramError, match=f"^({problem})") as caught:
-        TelegramNotifier(TOKEN, 42, api.url if answer else closed_port()).send_message("text")
+        TelegramNotifier(TOKEN, 42).send_message("text")
     assert again is None or (len(api.requests) > 1) == again
     assert not leaks(shown(caught.value))
     assert isinstance(caught.value.__context__, TelegramError | None)  # and no error of httpx, which holds the URL

@@ -38,7 +38,7 @@ def _alone(api, monkeypatch):
 
 @pytest.fixture
 def notifier(api):
-    return TelegramNotifier(TOKEN, CHAT, api.url)
+    return TelegramNotifier(TOKEN, CHAT)
 
 
 @pytest.fixture
@@ -64,11 +64,11 @@ def test_arguments_come_before_the_environment_and_the_environment_before_colab(
     colab.userdata = SimpleNamespace(get={"TELEGRAM_BOT_TOKEN": f"3{TOKEN}", "TELEGRAM_CHAT_ID": "333"}.__getitem__)
     monkeypatch.setitem(sys.modules, "google", ModuleType("google"))
     monkeypatch.setitem(sys.modules, "google.colab", colab)
-    TelegramNotifier(base_url=api.url).send_message("text")
+    TelegramNotifier().send_message("text")
     monkeypatch.setenv("TELEGRAM_BOT_TOKEN", f" 2{TOKEN}\n")
     monkeypatch.setenv("TELEGRAM_CHAT_ID", "@name")
-    TelegramNotifier(base_url=api.url).send_message("text")
-    TelegramNotifier(SecretStr(f"1{TOKEN}"), 111, api.url).send_message("text")
+    TelegramNotifier().send_message("text")
+    TelegramNotifier(SecretStr(f"1{TOKEN}"), 111).send_message("text")
     used = [(request.token, request.chat) for request in api.requests]
     assert used == [(f"3{TOKEN}", "333"), (f"2{TOKEN}", "@name"), (f"1{TOKEN}", "111")]
 
@@ -178,12 +178,12 @@ def test_an_experiment_sends_one_message_at_its_end_and_none_if_all_was_loaded(a
 def test_an_experiment_with_bad_credentials_says_so_once_at_its_start(token, api, config):
     knobs = replace(config, telegram_bot_token=token, telegram_chat_id=42)
     api.script = [error(401, "Unauthorized")]
+    messages = ExperimentMessages(SimpleNamespace(config=knobs, runs={}))
 
     with (  # noqa: PT031
         pytest.warns(UserWarning, match="Telegram: (set|401 Unauthorized; is) TELEGRAM_BOT_TOKEN") as warned,
-        ExperimentMessages(SimpleNamespace(config=knobs, failures={}, runs={})) as messages,
+        messages,
     ):
-        messages.begin({("narrow", 0): None})
         while not messages.broken:
             time.sleep(0.01)
     assert len(warned) == 1

@@ -227,7 +227,7 @@ def test_an_experiment_has_the_mode_of_the_users_own_run_in_its_workers_too(tmp_
         monkeypatch.setenv("WANDB_MODE", "online")
         with wandb.init(mode=mode, dir=str(tmp_path)):
             assert mode_here() == mode
-        attempt(("net", 0), None, None, None, -1, {}, wandb_mode=mode)  # as in a worker; without a network it fails
+        attempt(("net", 0), None, None, None, -1, wandb_mode=mode)  # as in a worker; without a network it fails
         assert os.environ["WANDB_MODE"] == mode
     monkeypatch.setitem(sys.modules, "wandb", None)
     assert "import of wandb halted" in one_warning(mode_here)

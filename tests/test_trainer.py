@@ -16,7 +16,7 @@ from scripted import Scripted
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parameters_to_vector
-from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim.lr_scheduler import MultiStepLR, ReduceLROnPlateau, StepLR
 from transformers import TrainerCallback
 
 from lablib import MLP, ImageData, StreamlinedTrainer, TrainingConfig, stratified_split
@@ -291,6 +291,7 @@ def test_the_best_weights_are_those_that_were_evaluated_whatever_a_callback_does
     [
         (TrainerCallback, "on_batch_end", "Mine.on_batch_end is no event of a TrainerCallback; on_epoch_end is one"),
         (StreamlinedTrainer, "loss", "nothing calls Mine.loss; write losses, or use another name"),
+        (StreamlinedTrainer, "create_optimizer_and_scheduler", "; write create_optimizer and create_scheduler"),
     ],
 )
 def test_a_method_that_nothing_would_call_is_refused(base, name, message, build):
@@ -298,8 +299,7 @@ def test_a_method_that_nothing_would_call_is_refused(base, name, message, build)
     own = {"callbacks": [mine()]} if base is TrainerCallback else {"trainer_class": mine}
     with pytest.raises(ValueError, match=message):
         build(config(), **own)
-    helper = type("Mine", (StreamlinedTrainer,), {name: lambda *batch: None for name in ("loss", "losses")})
-    build(config(), trainer_class=helper)
+    build(config(), trainer_class=type("Mine", (StreamlinedTrainer,), {"loss": mine.__init__, "losses": mine.__init__}))
 
 
 def test_what_would_be_overwritten_or_could_not_be_resumed_is_refused(build):
@@ -335,6 +335,13 @@ def test_an_optimizer_and_a_schedule_of_ones_own_are_used_or_refused(build):
     own = type("Own", (OwnSchedule,), {"create_optimizer": lambda self: setattr(self, "optimizer", learned)})
     with pytest.raises(ValueError, match="parameters that are not the network's; register them in the network"):
         build(config(), trainer_class=own).train()
+
+    for in_epochs in (partial(StepLR, step_size=2), partial(MultiStepLR, milestones=[1])):
+        stepped = {
+            "create_scheduler": lambda self, own=in_epochs, **_: setattr(self, "lr_scheduler", own(self.optimizer))
+        }
+        with pytest.raises(ValueError, match=r"StepLR's \w+ counts batches, of which an epoch has 4; multiply it by 4"):
+            build(config(), trainer_class=type("Own", (StreamlinedTrainer,), stepped)).train()
 
     def unsavable(self, *args, **more):
         OwnSchedule.create_scheduler(self, *args, **more)
