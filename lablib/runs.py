@@ -30,15 +30,7 @@ from lablib.config import TrainingConfig, num_processes, one_line, warn
 from lablib.data import ImageData, fixed_sample
 from lablib.diagnostics import gradient_norms
 from lablib.hardware import own_randomness, untouched
-from lablib.identity import (
-    LABLIB_VERSION,
-    build_seeded,
-    is_installed_file,
-    json_digest,
-    run_identity,
-    run_name,
-    sha256,
-)
+from lablib.identity import LABLIB_VERSION, build_seeded, is_installed_file, json_digest, run_identity, run_name, sha256
 from lablib.metrics import are_probabilities, first_logits, history, summary
 
 Key = tuple[str, int]  # a run's model and seed
@@ -293,10 +285,8 @@ def _result(trainer, rows: list[dict], test: dict[str, float]) -> dict[str, Any]
         "precision": trainer.environment["precision"],
         "processes": trainer.args.world_size,
         "threads": torch.get_num_threads(),
-        "versions": {
-            **{name: trainer.environment[name] for name in ("torch", "transformers", "python")},
-            "lablib": LABLIB_VERSION,
-        },
+        "versions": {n: trainer.environment[n] for n in ("torch", "transformers", "python")}
+        | {"lablib": LABLIB_VERSION},
     } | ({"notes": trainer.notes} if trainer.notes else {})
 
 
@@ -368,8 +358,8 @@ def _json_lines(rows: list[dict]) -> bytes:
 def progress(paths: Mapping[Key, Path], num_epochs: int, ended: set[Key], file: TextIO | None = None):
     """One bar over all epochs of all runs, with time left and latest metrics; after Ctrl-C, where it stopped.
 
-    `paths` maps each run to its folder; the caller adds a run to `ended` when it is finished. The bar reads files in the
-    store, so it also works for runs in other processes and on other machines.
+    `paths` maps each run to its folder; the caller adds a finished run to `ended`. The bar reads files in the store, so
+    it also works for runs in other processes and on other machines.
     """
 
     def show():
