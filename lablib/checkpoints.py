@@ -22,7 +22,7 @@ from torch import nn
 
 from lablib.config import NOT_IDENTITY, warn
 from lablib.hardware import algorithms
-from lablib.identity import sha256
+from lablib.identity import LABLIB_VERSION, sha256
 
 UNFINISHED = "unfinished"  # the folder in which a checkpoint is written before it gets its place
 EPOCHS = "epochs"  # a file: how many epochs an unfinished run has completed, such as 1.5
@@ -188,6 +188,7 @@ class ResumableTrainer:
             **{name: str(value) for name, value in vars(self.config).items() if name not in NOT_IDENTITY},
             **{name: version(name) for name in ("torch", "transformers")},
             "python": platform.python_version(),
+            "lablib": LABLIB_VERSION,
             "precision": "bf16" if self.args.bf16 else "fp16" if self.args.fp16 else "fp32",
             "device": self.args.device.type,
             "processes": str(self.args.world_size),

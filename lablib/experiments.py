@@ -317,9 +317,8 @@ def experiment(
             _train_all(result, tasks, paths, jobs)
             result.runs = {key: result.runs[key] for key in keys if key in result.runs}
     if result.failures and not result.runs:
-        raise RuntimeError(
-            f"{'the run' if len(keys) == 1 else f'all {len(keys)} runs'} failed: {'; '.join(dict.fromkeys(result.failures.values()))}"
-        )
+        what = "the run" if len(keys) == 1 else f"all {len(keys)} runs"
+        raise RuntimeError(f"{what} failed: {'; '.join(dict.fromkeys(result.failures.values()))}")
     return result
 
 
