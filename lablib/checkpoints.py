@@ -13,8 +13,6 @@ from contextlib import suppress
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from types import FunctionType
-from typing import Any
 
 import safetensors.torch
 import torch
@@ -26,7 +24,6 @@ from lablib.identity import LABLIB_VERSION, sha256
 
 UNFINISHED = "unfinished"  # the folder in which a checkpoint is written before it gets its place
 EPOCHS = "epochs"  # a file: how many epochs an unfinished run has completed, such as 1.5
-_LIBRARIES = ("lablib.", "transformers.")
 _MANIFEST, _LAB, _WEIGHTS, _BEST = "manifest.json", "lablib_0.json", "model.safetensors", "best_model.safetensors"
 
 
@@ -150,7 +147,7 @@ class ResumableTrainer:
         self._interruption, self._leaving, self._saved_at = Interruption(), False, time.monotonic()
         self._best_weights = None  # those of the best epoch so far
         self._evaluated_weights, self._evaluating_epoch = None, False  # of the evaluation at an epoch's end
-        self._resumed = None  # between a resume and its first step: weights, frozen parameters, and layers' attributes
+        self._frozen = None  # names of frozen parameters, between a resume and its first step
         self._last_step = None  # the step after which `_maybe_log_save_evaluate` was called last
         with algorithms(self.config.deterministic), self._interruption:
             try:
@@ -195,15 +192,11 @@ class ResumableTrainer:
         }
 
     def training_step(self, *args, **kwargs):
-        """As upstream; after a resume, callbacks that change the model when a training begins have done so by now."""
-        if self._resumed:
-            weights, frozen, attributes = self._resumed
-            self.model.load_state_dict(weights)
+        """As upstream; after a resume, callbacks that freeze layers when a training begins have done so by now."""
+        if self._frozen is not None:
             for name, parameter in self.model.named_parameters():
-                parameter.requires_grad_(name not in frozen)
-            for name, values in attributes.items():
-                vars(self.model.get_submodule(name)).update(values)
-            self._resumed = None
+                parameter.requires_grad_(name not in self._frozen)
+            self._frozen = None
         return super().training_step(*args, **kwargs)
 
     def _maybe_log_save_evaluate(self, *args, **kwargs):
@@ -260,8 +253,6 @@ class ResumableTrainer:
             saved = {"environment": self.environment, "notes": self.notes, "wandb_id": self.wandb_id}
             saved["progress"] = {"batches": self._since_last_log.batches(), "seconds": time.monotonic() - self._clock}
             saved["forgotten"] = sorted({type(c).__name__ for c in self.callback_handler.callbacks if _forgets(c)})
-            saved["attributes"] = {name: _plain(vars(layer)) for name, layer in self.model.named_modules()}
-            saved["counters"] = _plain({name: value for name, value in vars(self).items() if name in self._own_names()})
             saved["frozen"] = [name for name, p in self.model.named_parameters() if not p.requires_grad]
             if first:
                 (written / _LAB).write_text(json.dumps(saved))
@@ -281,33 +272,27 @@ class ResumableTrainer:
             args.output_dir = folder
         self._saved_at = time.monotonic()
 
-    def _own_names(self) -> set[str]:
-        """The names that the user's own code of the trainer uses, those of counters among them."""
-        own = [vars(c) for c in type(self).__mro__ if c is not object and not c.__module__.startswith(_LIBRARIES)]
-        return {n for c in own for f in c.values() if isinstance(f, FunctionType) for n in f.__code__.co_names}
-
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, contiguous_weights(self.model) if state_dict is None else state_dict)
 
-    def _load(self, checkpoint: Path) -> tuple[dict, dict, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """The trainer's state, what this class saved, the best and the last weights. Raises OSError if damaged."""
+    def _load(self, checkpoint: Path) -> tuple[dict, dict, dict[str, torch.Tensor]]:
+        """The trainer's state, what this class saved, and the best weights. Raises OSError if it is damaged."""
         try:
             manifest = json.loads((checkpoint / _MANIFEST).read_bytes())
             if changed := [name for name, old in manifest.items() if sha256((checkpoint / name).read_bytes()) != old]:
                 raise ValueError(f"checksum mismatch in {' and '.join(changed)}")
             state, saved = (json.loads((checkpoint / name).read_bytes()) for name in ("trainer_state.json", _LAB))
-            weights = safetensors.torch.load_file(checkpoint / _WEIGHTS)
-            best = safetensors.torch.load_file(checkpoint / _BEST) if _BEST in manifest else weights
+            best = safetensors.torch.load_file(checkpoint / (_BEST if _BEST in manifest else _WEIGHTS))
             if best.keys() != self.model.state_dict().keys():
                 raise ValueError("it holds the weights of another architecture")
-            return state, saved, best, weights
+            return state, saved, best
         except Exception as error:
             raise OSError(f"{checkpoint} cannot be loaded: {type(error).__name__}: {error}") from error
 
-    def _restore(self, state: dict, saved: dict, best: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]):
+    def _restore(self, state: dict, saved: dict, best: dict[str, torch.Tensor]):
         before, now = saved["environment"], self.environment
         notes, resumed = [], f"resumed at step {state['global_step']}"
-        if changed := [name for name in before | now if before.get(name) != now.get(name)]:
+        if changed := [name for name in before if before[name] != now.get(name)]:
             was, now_is = (", ".join(f"{name} {values.get(name)}" for name in changed) for values in (before, now))
             notes.append(f"started with {was}, {resumed} with {now_is}")
         if forgotten := ", ".join(saved["forgotten"]):
@@ -316,8 +301,7 @@ class ResumableTrainer:
         for note in notes:
             warn(f"{self.args.output_dir}: {note}; the result will carry this note")
         self.notes, self.wandb_id = [*saved["notes"], *notes], saved.get("wandb_id", self.wandb_id)
-        self._resumed = weights, saved["frozen"], saved.get("attributes", {})
-        vars(self).update(saved.get("counters", {}))
+        self._frozen = saved["frozen"]
         self._best_weights = best if state["best_global_step"] else None
         if state["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"]:
             self.args.num_train_epochs = int(state["epoch"])  # or another step would be made
@@ -325,14 +309,9 @@ class ResumableTrainer:
         self._clock = time.monotonic() - saved["progress"]["seconds"]
 
 
-def _plain(attributes: dict[str, Any]) -> dict[str, bool | int | float | str]:
-    """Those attributes that JSON can hold, such as counters; a layer's mode is set at each step."""
-    return {n: v for n, v in attributes.items() if type(v) in (bool, int, float, str) and n != "training"}
-
-
 def _forgets(callback) -> bool:
     """Whether a user's callback, of which no checkpoint holds a state, has attributes and does more than watch."""
-    if type(callback).__module__.startswith(_LIBRARIES) or hasattr(callback, "from_state"):
+    if type(callback).__module__.startswith(("lablib.", "transformers.")) or hasattr(callback, "from_state"):
         return False
     only_watches = hasattr(callback, "__identity__") and callback.__identity__() is None
     return bool(vars(callback)) and not only_watches

@@ -70,6 +70,9 @@ def warn(text: str) -> None:
     warnings.warn_explicit(text, UserWarning, "lablib", 0)
 
 
+warn_once = functools.cache(warn)
+
+
 def _with_plain_errors(cls: type) -> type:
     """Let a pydantic dataclass raise a ValueError with one line for each wrong argument."""
     validate = cls.__init__

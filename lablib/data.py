@@ -5,7 +5,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from zlib import crc32
 
 import numpy as np
@@ -13,10 +13,9 @@ import torch
 from sklearn.model_selection import train_test_split
 from torch.utils.data import Dataset, Sampler
 
-from lablib.config import warn
+from lablib.config import warn_once
 
 UNBALANCED = 5  # above this ratio of the largest to the smallest class, accuracy alone is misleading
-_warn_once = cache(warn)
 _IMAGES = "torch.uint8 from 0 to 255, images × channels × height × width"
 _TENSORS = "train_images", "train_labels", "test_images", "test_labels"  # the fields of ImageData that hold tensors
 
@@ -86,7 +85,7 @@ class ImageData:
         """Say once that accuracy alone is misleading, if it is."""
         if self.imbalance > UNBALANCED:
             largest = f"The largest class of {self.name} has {self.imbalance:.0f} times the images of the smallest"
-            _warn_once(f"{largest}; an experiment's table has the balanced accuracy too, the mean over classes.")
+            warn_once(f"{largest}; an experiment's table has the balanced accuracy too, the mean over classes.")
 
     @cached_property
     def channel_statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -205,7 +204,7 @@ def stratified_split(labels: torch.Tensor, validation_split: float, seed: int) -
     moved = [np.random.default_rng(seed).choice(np.flatnonzero(labels == label)) for label in absent]
     parts = np.setdiff1d(train, moved), np.union1d(validation, moved)
     if len(np.unique(labels[parts[0]])) < len(np.unique(labels)):
-        raise ValueError(f"{failed}: The training part would lack a class; write a smaller share")
+        raise ValueError(f"{failed}: the training part would lack a class; write a smaller share")
     return tuple(torch.from_numpy(part).long() for part in parts)
 
 

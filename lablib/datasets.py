@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import math
 import os
+import shlex
 import shutil
 import sys
 import uuid
@@ -115,11 +116,6 @@ def list_images(folder: str | os.PathLike) -> tuple[list[str], list[tuple[str, i
     images = [(path, label) for path, label in files if path.lower().endswith((*IMG_EXTENSIONS, ".jfif", ".gif"))]
     if empty := labels.keys() - {classes[label] for _, label in images}:
         raise ValueError(f"no image in {folder / min(empty)}; add some or delete the folder")
-    inner = [sorted(place.name for place in (folder / name).glob("[!.]*/")) for name in classes]
-    direct = any(Path(path).parent.parent == folder for path, _ in images)
-    if not direct and len(inner[0]) > 1 and inner.count(inner[0]) == len(classes):  # such as Training/ and Testing/
-        same = f"each of the folders {', '.join(classes)} in {folder} has {', '.join(inner[0])}"
-        raise ValueError(f"{same}; if these are the classes, rename the outer folders to train and test")
     if others := {*files} - {*images}:
         more = f" and {len(others) - 1} more" if len(others) > 1 else ""
         warnings.warn(f"files that are not images are ignored: {min(others)[0]}{more}", stacklevel=5)
@@ -128,8 +124,8 @@ def list_images(folder: str | os.PathLike) -> tuple[list[str], list[tuple[str, i
 
 def _from_folder(folder: Path, size, channels: int) -> ImageData:
     if not (folder / "train").is_dir():
-        command = f"{sys.executable} -m lablib.datasets split {folder}"
-        advice = f"`{command}` makes {folder.name}-split, which has them, from one folder per class"
+        command = shlex.join([sys.executable, "-m", "lablib.datasets", "split", str(folder)])
+        advice = f"from one folder per class, `{command}` makes {folder.name}-split with train/ and test/"
         raise ValueError(f"{folder} has no folder train/; {advice}")
     (classes, train), (test_classes, test) = (list_images(folder / part) for part in ("train", "test"))
     if classes != test_classes:
@@ -222,6 +218,12 @@ def split(folder: str | os.PathLike, test: float = 0.2, seed: int = 0) -> None:
     classes, images = list_images(folder)
     if {"train", "test"} <= {*classes}:
         raise ValueError(f"{folder} is already split: it contains train/ and test/")
+    inner = [sorted(place.name for place in (folder / name).glob("[!.]*/")) for name in classes]
+    direct = any(Path(path).parent.parent == folder for path, _ in images)
+    if not direct and len(inner[0]) > 1 and inner.count(inner[0]) == len(classes):  # such as Training/ and Testing/
+        same = f"{', '.join(classes)} in {folder} all have the folders {', '.join(inner[0])}"
+        advice = "rename the outer folders to train and test; otherwise put the images of each class into one folder"
+        raise ValueError(f"{same}; if these are the classes, {advice}")
     training, tested = stratified_split(torch.tensor([label for _, label in images]), test, seed)
     with TemporaryDirectory(prefix=".split-", dir=folder.parent) as scratch:  # so that the target is never half full
         for part, indices in {"train": training, "test": tested}.items():

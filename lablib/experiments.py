@@ -370,14 +370,13 @@ def _announce(result: Experiment, paths: dict[Key, Path], number: int):
         advice = "an epoch is a single step; try batch_size = 16 and more epochs"
         print(f"batch_size = {config.batch_size} for {images} training images: {advice}")
     checked = round(config.validation_split * len(result.data.train_labels))
-    if paths and checked < 100 and config.early_stopping_metric == "accuracy":
-        advice = "early_stopping_metric = 'loss' and early_stopping_patience = None may work better"
-        print(f"only {checked} validation images choose the best epoch: {advice}")
+    if paths and checked < 100 and config.early_stopping_patience:
+        print(f"only {checked} validation images decide when to stop: early_stopping_patience = None may work better")
     places = {str(run.path.parent).removeprefix(f"{Path.cwd()}{os.sep}") for run in result.runs.values()}
     where = f" from {' and '.join(sorted(places))}" if places else ""
     own = [run.result["versions"].get("lablib") for run in result.runs.values() if run.has_weights]  # not published
     if others := len(own) - own.count(LABLIB_VERSION):
-        print(f"{others} of the loaded runs are older than lablib's files; delete them to train them again")
+        print(f"loaded runs made by another version of lablib: {others} (delete them to train them again)")
     begun = sum(any(path.glob("checkpoints/checkpoint-*")) for path in paths.values())
     resumed = f", {begun} of them to resume" if begun else ""
     print(f"{len(result.runs)} of {number} runs loaded{where}, {len(paths)} to train{resumed}", flush=True)

@@ -4,14 +4,13 @@ import copyreg
 import dataclasses
 import dis
 import hashlib
-import importlib.util
 import inspect
 import json
 import logging
 import os
-import struct
 import sys
 import sysconfig
+import time
 import typing
 from collections import OrderedDict
 from collections.abc import Callable
@@ -30,6 +29,7 @@ from lablib.config import TrainingConfig
 from lablib.data import ImageData
 from lablib.hardware import resolve_precision
 
+_BEGAN = time.time()  # a file that is written later may not be what was imported
 _SCHEME = 2  # increase it when a change to lablib means that stored runs no longer answer the same question
 _OF_EVERY_MODULE = {*vars(nn.Module()), "_hub_mixin_config"}
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
@@ -242,8 +242,14 @@ def _function(function: FunctionType, inside: Callable) -> Any:
     held = dict(zip(code.co_freevars, (cell.cell_contents for cell in function.__closure__ or ()), strict=True))
     if name := _installed(function):
         return {"function": name, "uses": inside(held)} if held else name
-    if _is_stale(code.co_filename):
-        raise TypeError(f"{code.co_filename} was changed after {function.__qualname__} was imported; restart Python")
+    module = sys.modules.get(function.__globals__.get("__name__"))
+    file = Path(getattr(module, "__file__", None) or "")
+    if str(file) == code.co_filename and file.exists() and file.stat().st_mtime > _BEGAN:
+        now = []
+        with suppress(SyntaxError):  # half written
+            now = _codes(compile(file.read_bytes(), str(file), "exec", dont_inherit=True))
+        if _bytecode(code) not in map(_bytecode, now):
+            raise TypeError(f"{file} was changed after {function.__qualname__} was imported; restart Python")
     steps = [step for part in _codes(code) for step in dis.get_instructions(part)]
     names = {step.argval for step in steps if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
     known = {n: v for n, v in function.__globals__.items() if n in names and not (n[:2] == n[-2:] == "__")}
@@ -258,15 +264,6 @@ def _function(function: FunctionType, inside: Callable) -> Any:
         "defaults": inside([function.__defaults__, function.__kwdefaults__]),
         "attributes": inside(vars(function)),
     }
-
-
-def _is_stale(file: str) -> bool:
-    """Whether a module's file was changed since Python compiled it and noted its time and size (PEP 552)."""
-    with suppress(OSError, NotImplementedError):  # a notebook's cell, or nothing was noted
-        compiled, now = Path(importlib.util.cache_from_source(file)).read_bytes(), os.stat(file)
-        flags, *noted = struct.unpack("<III", compiled[4:16])
-        return flags == 0 and noted != [int(now.st_mtime) & 0xFFFFFFFF, now.st_size & 0xFFFFFFFF]
-    return False
 
 
 def _codes(code: CodeType) -> list[CodeType]:

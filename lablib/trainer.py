@@ -31,7 +31,7 @@ from transformers.trainer_utils import PredictionOutput
 
 from lablib.augmentation import augment
 from lablib.checkpoints import ResumableTrainer, contiguous_weights
-from lablib.config import TrainingConfig, warn
+from lablib.config import TrainingConfig, warn, warn_once
 from lablib.data import ImageBatches, ImageData, ShuffledBatches, fixed_sample, stratified_split, stratified_subset
 from lablib.hardware import check_device, fits, keep_memory, memory_format, resolve_precision, untouched
 from lablib.metrics import BatchMeter, are_probabilities, first_logits
@@ -40,7 +40,7 @@ from lablib.models import unprepared
 Outputs = torch.Tensor | tuple[torch.Tensor, ...]  # logits (batch × classes), or a tuple that begins with them
 
 _NUMPY = [np.dtype, type(np.dtype(float)), np.float64().__reduce__()[0]]  # of a saved schedule with a float64
-_UNUSED = ("create_optimizer_and_scheduler", "get_optimizer_cls_and_kwargs", "get_decay_parameter_names")
+_UNUSED = {"create_optimizer_and_scheduler", "get_optimizer_cls_and_kwargs", "get_decay_parameter_names"}
 _OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
 
 
@@ -79,7 +79,8 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
         run_name: str | None = None,
     ):
         _avoid_overhead()  # first: a trainer that existed by then would never be collected
-        _refuse_misspelt(type(self), callbacks)
+        callbacks = [*callbacks]
+        _refuse_unused(type(self), callbacks)
         check_device(config.device)
         keep_memory()
         if hasattr(model, "config") and not isinstance(model, transformers.PreTrainedModel):
@@ -126,10 +127,7 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
         """Run the sanity check, then seed and start the clock. Raises SanityCheckError."""
         if self.model_wrapped is self.model:  # not if several processes have wrapped it already
             unprepared(self.model)
-        held = dict(vars(self))
         sanity_check(self)
-        vars(self).clear()  # a trainer of one's own may count its calls
-        vars(self).update(held)
         if self.args.world_size > 1 and self.args.device.type == "cuda":
             nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         if self.config.torch_compile:  # in place: transformers would also compile all later runs of this process
@@ -203,14 +201,14 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
         return super().training_step(*args, **kwargs)
 
     def _check_optimizer(self):
-        """Raise ValueError for an optimizer or a schedule that no checkpoint could restore or that counts epochs."""
+        """Raise ValueError for an optimizer or a schedule that no checkpoint could restore; warn of epochs."""
         schedule, steps = self.lr_scheduler, len(self.callback_handler.train_dataloader)
-        for name in {"step_size", "milestones", "T_max", "T_0"} & vars(schedule).keys():
-            value = vars(schedule)[name]  # a number, or a dict by milestone
-            last = max(value) if isinstance(value, dict) else value
-            if last <= self.config.num_epochs < self.state.max_steps:
+        for name in ("step_size", "milestones", "T_max", "T_0"):
+            value = vars(schedule).get(name)
+            last = max(value, default=None) if isinstance(value, (dict, list, tuple)) else value
+            if isinstance(last, (int, float)) and last <= self.config.num_epochs < self.state.max_steps:
                 what = f"{type(schedule).__name__}'s {name} counts batches, of which an epoch has {steps}"
-                raise ValueError(f"{what}; multiply it by {steps}")
+                warn_once(f"{what}; if you mean epochs, multiply it by {steps}")
         if {p for group in self.optimizer.param_groups for p in group["params"]} - {*self.model.parameters()}:
             raise ValueError("the optimizer has parameters that are not the network's; register them in the network")
         states = [self.optimizer.state_dict(), self.lr_scheduler.state_dict()]
@@ -351,7 +349,9 @@ def _try(trainer: StreamlinedTrainer, what: str, dataset: ImageBatches, size: in
             loss.backward()
             recorded = [{}, *trainer._since_last_log.batches()][-1].get("loss", math.nan)
             if abs(loss.item() - recorded) > 0.01 * abs(recorded):
-                warn("compute_loss returns another loss than `losses`, which histories show; override `losses` instead")
+                warn_once(
+                    "histories show the loss of `losses`, but compute_loss returns another; override `losses` instead"
+                )
             return
         _, outputs, labels = trainer.prediction_step(model, batch, prediction_loss_only=False)
         logits = first_logits(outputs)
@@ -374,25 +374,26 @@ def _try(trainer: StreamlinedTrainer, what: str, dataset: ImageBatches, size: in
         network = f"{type(model).__name__} was given float32 {(size, *data.image_shape)}"
         advice = ". Use a smaller batch_size or image_size" if should_reduce_batch_size(error) else advice
         if "shapes cannot be multiplied" in str(error):
-            advice = ". A linear layer needs nn.Flatten() before it; lablib's MLPs need image_shape=data.image_shape"
+            number = math.prod(data.image_shape)
+            advice = f". Flattened (nn.Flatten()), an image has {number} values; lablib's MLPs need image_shape"
         words = f"{what} ({size} of {len(dataset)} images) fails with {type(error).__name__}: {error}. {network}"
         raise SanityCheckError(words + advice) from error
 
 
-def _refuse_misspelt(trainer: type, callbacks: Sequence[TrainerCallback]) -> None:
-    """Raise ValueError for an event that does not exist, and for a method that nothing calls though it looks so."""
+def _refuse_unused(trainer: type[StreamlinedTrainer], callbacks: Sequence[TrainerCallback]) -> None:
+    """Raise ValueError for methods that look as if they were called, but are not."""
     events = [name for name in dir(TrainerCallback) if name.startswith("on_")]
     for callback in callbacks:
-        own = {name for name in dir(callback) if name.startswith("on_")}
-        if unknown := sorted(own - {*events, "on_train_failed"}):
-            known = difflib.get_close_matches(unknown[0], events, n=1, cutoff=0)[0]
-            raise ValueError(f"{type(callback).__name__}.{unknown[0]} is no event of a TrainerCallback; {known} is one")
-    if unused := [name for name in _UNUSED if getattr(trainer, name) is not getattr(transformers.Trainer, name)]:
+        kind = callback if isinstance(callback, type) else type(callback)
+        methods = [name for name, _ in inspect.getmembers(kind, inspect.isfunction) if name.startswith("on_")]
+        for name in {*methods} - {*events, "on_train_failed"}:
+            if known := difflib.get_close_matches(name, events, n=1):
+                raise ValueError(f"{kind.__name__}.{name} is no event of a TrainerCallback; {known[0]} is one")
+    own = {name for name in dir(trainer) if getattr(trainer, name) is not getattr(StreamlinedTrainer, name, None)}
+    if "loss" in own and not own & {"losses", "compute_loss"} and inspect.isfunction(trainer.loss):
+        raise ValueError(f"nothing calls {trainer.__name__}.loss; write losses, or use another name")
+    if (unused := sorted(own & _UNUSED)) and "create_optimizer" not in own:
         raise ValueError(f"nothing calls {trainer.__name__}.{unused[0]}; write create_optimizer and create_scheduler")
-    methods = [name for name in dir(StreamlinedTrainer) if name[0] != "_" and name not in vars(trainer)]
-    for name, _ in inspect.getmembers(trainer, inspect.isfunction):
-        if not hasattr(StreamlinedTrainer, name) and (known := difflib.get_close_matches(name, methods, 1, 0.8)):
-            raise ValueError(f"nothing calls {trainer.__name__}.{name}; write {known[0]}, or use another name")
 
 
 @functools.cache

@@ -108,23 +108,6 @@ class Custom(StreamlinedTrainer):
         self.lr_scheduler = OneCycleLR(self.optimizer, 0.1, num_training_steps)
 
 
-class Stateful(StreamlinedTrainer):
-    """Counts its steps, sets weights when a training begins, and changes a layer after an epoch."""
-
-    calls = 0
-
-    def __init__(self, model, **arguments):
-        super().__init__(model, **arguments)
-        acting = At(None, lambda: None)
-        acting.on_train_begin = lambda *more, **kw: [nn.init.zeros_(model.classifier.weight), None][1]
-        acting.on_epoch_end = lambda *more, **kw: setattr(model.hidden[2], "p", 0.5)
-        self.add_callback(acting)
-
-    def losses(self, outputs, labels):
-        self.calls += self.model.training
-        return {"loss": super().losses(outputs, labels)["loss"] * min(1, self.calls / 9)}
-
-
 class OnceInfinite(Scaled):
     def losses(self, outputs, labels):
         is_second_step = self.model.training and self.state.global_step == 1
@@ -165,7 +148,6 @@ PATIENT = {"num_epochs": 6, "early_stopping_patience": 2, "trainer_class": Scrip
         ((STEPS + 1,), {"model": partial(ResidualCNN, 1, 4, (1, 6, 6), 3), "precision": "bf16"}),
         ((STEPS + 2,), {"trainer_class": Scaled}),
         ((STEPS + 2,), {"trainer_class": Custom}),
-        ((STEPS + 2,), {"trainer_class": Stateful}),
         ((STEPS + 1, 3 * STEPS + 2), PATIENT),
         ((4 * STEPS,), PATIENT),
         ((STEPS + 1, 3 * STEPS + 2), PATIENT | {"trainer_class": TwicePatient}),

@@ -53,7 +53,7 @@ def test_a_class_too_small_for_the_share_has_one_image_in_validation():
     ],
 )
 def test_too_few_images_for_a_split_are_refused(labels, validation_split):
-    with pytest.raises(ValueError, match=f"^{len(labels)} images .* with a share of {validation_split}: The "):
+    with pytest.raises(ValueError, match=f"^{len(labels)} images .* with a share of {validation_split}: [Tt]he "):
         stratified_split(labels, validation_split, seed=0)
 
 

@@ -279,7 +279,7 @@ def test_an_image_that_does_not_fit_is_named_and_no_cache_written(folder, file):
         (lambda folder: (folder / "train/fox").mkdir(), "no image in .*/train/fox"),
         (
             lambda folder: (folder / "train").rename(folder / "x"),
-            "no folder train/.*datasets split .* makes .*-split, which",
+            "no folder train/.*datasets split .* makes .*-split with train/",
         ),
         (lambda folder: (folder / "test").rename(folder / "val"), "test needs a folder of images for each class"),
     ],
@@ -328,7 +328,7 @@ def nested(folder):
         (lambda folder: folder.with_name(f"{folder.name}-split").mkdir(), "0.2", "exists; rename or delete it first"),
         (lambda folder: shutil.rmtree(folder / "dog"), "0.2", r"at least two; it has \['cat'\]"),
         (lambda f: [(f / a).rename(f / b) for a, b in (("cat", "train"), ("dog", "test"))], "0.2", "already"),
-        (nested, "0.2", "has a, b; if these are the classes, rename the outer folders to train and test"),
+        (nested, "0.2", "all have the folders a, b; if these are the classes, rename the outer folders to train"),
         (lambda folder: None, "0.03", "cannot be split with a share of 0.03"),
         (lambda folder: None, "20", "cannot be split with a share of 20"),
     ],

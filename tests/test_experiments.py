@@ -166,7 +166,7 @@ def test_a_second_experiment_trains_nothing_and_says_so(finished, tiny_data, cap
         assert [type(seed) for seed in again.seeds] == [int, int]
     monkeypatch.setattr("lablib.experiments.LABLIB_VERSION", "another")
     experiment(MODELS, finished.config, tiny_data, 2)
-    assert "4 of the loaded runs are older than lablib's files" in capsys.readouterr().out
+    assert "loaded runs made by another version of lablib: 4 (delete" in capsys.readouterr().out
     with pytest.raises(AssertionError, match="trained again"):
         experiment(MODELS, replace(finished.config, batch_size=28), tiny_data, [0, 2])
     assert "batch_size = 28 for 27 training images: an epoch is a single step" in capsys.readouterr().out

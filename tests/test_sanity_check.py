@@ -72,7 +72,7 @@ SMALLER = "Use a smaller batch_size or image_size"
         (MLP((4,), 0.0, (1, 6, 6), 10), "the network has 10 outputs, but tiny has 3 classes"),
         (
             MLP((4,), 0.0, (1, 8, 8), 3),
-            "(9x36 and 64x4). MLP was given float32 (9, 1, 6, 6). A linear layer needs nn.Flatten()",
+            "(9x36 and 64x4). MLP was given float32 (9, 1, 6, 6). Flattened (nn.Flatten()), an image has 36 values",
         ),
         (Linear(lambda logits: {"out": logits}), NO_LOGITS),
         (Linear(lambda logits: logits.argmax(1)), NO_LOGITS),
@@ -112,7 +112,7 @@ def test_a_loss_that_no_history_would_show_is_warned_of(tiny_data):
         def compute_loss(self, *batch, **more):
             return 2 * super().compute_loss(*batch, **more)
 
-    with pytest.warns(UserWarning, match="compute_loss returns another loss than `losses`, which histories show"):
+    with pytest.warns(UserWarning, match="histories show the loss of `losses`, but compute_loss returns another"):
         train(Linear(), tiny_data, Doubled)
 
 

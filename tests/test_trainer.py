@@ -299,7 +299,9 @@ def test_a_method_that_nothing_would_call_is_refused(base, name, message, build)
     own = {"callbacks": [mine()]} if base is TrainerCallback else {"trainer_class": mine}
     with pytest.raises(ValueError, match=message):
         build(config(), **own)
-    build(config(), trainer_class=type("Mine", (StreamlinedTrainer,), {"loss": mine.__init__, "losses": mine.__init__}))
+    helping = {"loss": mine.__init__, "losses": mine.__init__, "on_new_best": mine.__init__}
+    build(config(), trainer_class=type("Mine", (StreamlinedTrainer,), helping))
+    build(config(), callbacks=iter([type("Mine", (TrainerCallback,), helping)]))
 
 
 def test_what_would_be_overwritten_or_could_not_be_resumed_is_refused(build):
@@ -340,7 +342,7 @@ def test_an_optimizer_and_a_schedule_of_ones_own_are_used_or_refused(build):
         stepped = {
             "create_scheduler": lambda self, own=in_epochs, **_: setattr(self, "lr_scheduler", own(self.optimizer))
         }
-        with pytest.raises(ValueError, match=r"StepLR's \w+ counts batches, of which an epoch has 4; multiply it by 4"):
+        with pytest.warns(UserWarning, match=r"StepLR's \w+ counts batches, of which an epoch has 4; if .* by 4"):
             build(config(), trainer_class=type("Own", (StreamlinedTrainer,), stepped)).train()
 
     def unsavable(self, *args, **more):
