@@ -147,7 +147,7 @@ class ResumableTrainer:
         self._interruption, self._leaving, self._saved_at = Interruption(), False, time.monotonic()
         self._best_weights = None  # those of the best epoch so far
         self._evaluated_weights, self._evaluating_epoch = None, False  # of the evaluation at an epoch's end
-        self._frozen = None  # names of frozen parameters, between a resume and its first step
+        self._last_callback = None  # of a resumed training
         self._last_step = None  # the step after which `_maybe_log_save_evaluate` was called last
         with algorithms(self.config.deterministic), self._interruption:
             try:
@@ -163,6 +163,9 @@ class ResumableTrainer:
                     if hasattr(callback, "on_train_failed"):  # Weights & Biases and Telegram
                         callback.on_train_failed(error)
                 raise
+            finally:
+                if self._last_callback:
+                    self.remove_callback(self._last_callback)
 
     def newest_checkpoint(self) -> Path | None:
         """The newest usable checkpoint, or None; those that cannot be used are set aside with a warning."""
@@ -190,14 +193,6 @@ class ResumableTrainer:
             "device": self.args.device.type,
             "processes": str(self.args.world_size),
         }
-
-    def training_step(self, *args, **kwargs):
-        """As upstream; after a resume, callbacks that freeze layers when a training begins have done so by now."""
-        if self._frozen is not None:
-            for name, parameter in self.model.named_parameters():
-                parameter.requires_grad_(name not in self._frozen)
-            self._frozen = None
-        return super().training_step(*args, **kwargs)
 
     def _maybe_log_save_evaluate(self, *args, **kwargs):
         # upstream calls this after each step, and once more when an epoch is over, so twice after its last step
@@ -275,21 +270,22 @@ class ResumableTrainer:
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, contiguous_weights(self.model) if state_dict is None else state_dict)
 
-    def _load(self, checkpoint: Path) -> tuple[dict, dict, dict[str, torch.Tensor]]:
-        """The trainer's state, what this class saved, and the best weights. Raises OSError if it is damaged."""
+    def _load(self, checkpoint: Path) -> tuple[dict, dict, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """The trainer's state, what this class saved, the last and the best weights. Raises OSError if damaged."""
         try:
             manifest = json.loads((checkpoint / _MANIFEST).read_bytes())
             if changed := [name for name, old in manifest.items() if sha256((checkpoint / name).read_bytes()) != old]:
                 raise ValueError(f"checksum mismatch in {' and '.join(changed)}")
             state, saved = (json.loads((checkpoint / name).read_bytes()) for name in ("trainer_state.json", _LAB))
-            best = safetensors.torch.load_file(checkpoint / (_BEST if _BEST in manifest else _WEIGHTS))
+            weights = safetensors.torch.load_file(checkpoint / _WEIGHTS)
+            best = safetensors.torch.load_file(checkpoint / _BEST) if _BEST in manifest else weights
             if best.keys() != self.model.state_dict().keys():
                 raise ValueError("it holds the weights of another architecture")
-            return state, saved, best
+            return state, saved, weights, best
         except Exception as error:
             raise OSError(f"{checkpoint} cannot be loaded: {type(error).__name__}: {error}") from error
 
-    def _restore(self, state: dict, saved: dict, best: dict[str, torch.Tensor]):
+    def _restore(self, state: dict, saved: dict, weights: dict[str, torch.Tensor], best: dict[str, torch.Tensor]):
         before, now = saved["environment"], self.environment
         notes, resumed = [], f"resumed at step {state['global_step']}"
         if changed := [name for name in before if before[name] != now.get(name)]:
@@ -301,12 +297,30 @@ class ResumableTrainer:
         for note in notes:
             warn(f"{self.args.output_dir}: {note}; the result will carry this note")
         self.notes, self.wandb_id = [*saved["notes"], *notes], saved.get("wandb_id", self.wandb_id)
-        self._frozen = saved["frozen"]
+        self._last_callback = _set_back(weights, saved["frozen"])
+        self.add_callback(self._last_callback)
         self._best_weights = best if state["best_global_step"] else None
         if state["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"]:
             self.args.num_train_epochs = int(state["epoch"])  # or another step would be made
         self._since_last_log.restore(saved["progress"]["batches"])
         self._clock = time.monotonic() - saved["progress"]["seconds"]
+
+
+def _set_back(weights: dict[str, torch.Tensor], frozen: list[str]):
+    """The last callback of a resumed training: undoes what others do to the model when it, or half an epoch, begins."""
+    from transformers import TrainerCallback  # takes seconds, which loading a run saves
+
+    class SetBack(TrainerCallback):
+        def on_train_begin(self, args, state, control, model=None, **kwargs):
+            model.load_state_dict(weights)
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(name not in frozen)
+
+        def on_epoch_begin(self, args, state, control, model=None, **kwargs):
+            if state.epoch % 1:  # the epoch began before the interruption
+                self.on_train_begin(args, state, control, model)
+
+    return SetBack()
 
 
 def _forgets(callback) -> bool:

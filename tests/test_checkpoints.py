@@ -92,14 +92,20 @@ class Scaled(StreamlinedTrainer):
 
 
 class Custom(StreamlinedTrainer):
-    """Draws its images by weight, unfreezes a layer after an epoch, and has another schedule."""
+    """Draws its images by weight, has another schedule, and sets and unfreezes weights as training and epochs begin."""
 
     def __init__(self, model, **arguments):
         super().__init__(model.requires_grad_(False), **arguments)
         model.classifier.requires_grad_(True)
-        unfreezing = At(None, lambda: None)
-        unfreezing.on_epoch_end = lambda *more, **kw: model.requires_grad_(True) and None
-        self.add_callback(unfreezing)
+        weight, acting = model.classifier.weight, At(None, lambda: None)
+        acting.on_train_begin = lambda *more, **kw: [nn.init.ones_(weight), None][1]
+
+        def begin_epoch(args, state, *more, **kw):
+            weight.data /= 2
+            model.requires_grad_(state.epoch >= 1).classifier.requires_grad_(True)
+
+        acting.on_epoch_begin = begin_epoch
+        self.add_callback(acting)
 
     def _get_train_sampler(self, train_dataset=None):
         return torch.utils.data.WeightedRandomSampler(torch.arange(27) + 1.0, 27)
@@ -147,7 +153,7 @@ PATIENT = {"num_epochs": 6, "early_stopping_patience": 2, "trainer_class": Scrip
         ((STEPS + 1,), {"model": tiny_vit}),
         ((STEPS + 1,), {"model": partial(ResidualCNN, 1, 4, (1, 6, 6), 3), "precision": "bf16"}),
         ((STEPS + 2,), {"trainer_class": Scaled}),
-        ((STEPS + 2,), {"trainer_class": Custom}),
+        ((2, STEPS, STEPS + 2), {"trainer_class": Custom}),
         ((STEPS + 1, 3 * STEPS + 2), PATIENT),
         ((4 * STEPS,), PATIENT),
         ((STEPS + 1, 3 * STEPS + 2), PATIENT | {"trainer_class": TwicePatient}),
