@@ -169,7 +169,9 @@ def test_a_second_experiment_trains_nothing_and_says_so(finished, tiny_data, cap
     assert "loaded runs made by another version of lablib: 4 (delete" in capsys.readouterr().out
     with pytest.raises(AssertionError, match="trained again"):
         experiment(MODELS, replace(finished.config, batch_size=28), tiny_data, [0, 2])
-    assert "batch_size = 28 for 27 training images: an epoch is a single step" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "batch_size = 28 for 27 training images: an epoch is a single step; try batch_size = 16" in said
+    assert "only 9 validation images decide when to stop: early_stopping_patience = None may work better" in said
 
 
 def test_only_what_is_missing_is_trained_each_run_by_its_own_trainer_and_the_order_stays(config, tiny_data):

@@ -93,7 +93,7 @@ def test_effects_are_compared_by_seed_where_both_tables_have_the_label():
     assert list(readable.index) == ["2", "4"]
     assert readable.loc["4", "change"] == ""
     assert statistics.verdicts(compare_effects(second, first[1:])).endswith("two comparisons a label in common.")
-    assert " is larger than A − C in the other" in statistics.verdict({**row, "significant": True, "mean": 0.1})
+    assert " is smaller than A − C in the other" in statistics.verdict({**row, "significant": True, "mean": -0.1})
     assert readable.loc["2", "first"] == f"{100 * first['mean'][0]:+.2f} ± {100 * first['ci95'][0]:.2f} (n = 5)"
 
 
