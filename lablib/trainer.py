@@ -40,6 +40,7 @@ from lablib.models import unprepared
 Outputs = torch.Tensor | tuple[torch.Tensor, ...]  # logits (batch × classes), or a tuple that begins with them
 
 _NUMPY = [np.dtype, type(np.dtype(float)), np.float64().__reduce__()[0]]  # of a saved schedule with a float64
+# methods of transformers.Trainer that only its own optimizer needs, or that it no longer calls
 _UNUSED = {"create_optimizer_and_scheduler", "get_optimizer_cls_and_kwargs", "get_decay_parameter_names"}
 _OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
 
