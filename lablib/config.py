@@ -157,10 +157,10 @@ class TrainingConfig:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in NOT_IDENTITY}
         return {name: value for name, value in values.items() if value}
 
-    def to_training_arguments(self, output_dir: str, *, precision: str = "fp32") -> "TrainingArguments":
-        """The same settings as `transformers.TrainingArguments`; checkpoints go to `output_dir`.
+    def to_training_arguments(self, output_dir: str) -> "TrainingArguments":
+        """What `transformers.Trainer` and callbacks need of it as `TrainingArguments`; checkpoints go to `output_dir`.
 
-        The batch size counts the images of all processes. Raises ValueError if it is no multiple of their number.
+        Raises ValueError if the batch size, of all processes together, is no multiple of their number.
         """
         import torch
         from transformers import TrainingArguments
@@ -170,20 +170,16 @@ class TrainingConfig:
             raise ValueError(f"TrainingConfig: batch_size = {self.batch_size}, but {reason}")
         if num_processes() > 1:
             atexit.register(_leave_group)
-        arguments = TrainingArguments(
+        return TrainingArguments(
             output_dir=output_dir,
             num_train_epochs=self.num_epochs,
-            per_device_train_batch_size=self.batch_size,
-            accelerator_config={"split_batches": True},
+            per_device_train_batch_size=self.batch_size // num_processes(),
             learning_rate=self.learning_rate,
             weight_decay=self.weight_decay,
             lr_scheduler_type="constant_with_warmup" if self.lr_schedule == "constant" else "cosine",
             warmup_steps=self.warmup_fraction,  # below 1 it is a fraction of all steps
             max_grad_norm=self.max_grad_norm or 0.0,
             seed=self.seed,
-            data_seed=self.seed,
-            bf16=precision == "bf16",
-            fp16=precision == "fp16",
             use_cpu=self.device == "cpu" or not (torch.cuda.is_available() or torch.backends.mps.is_available()),
             eval_strategy="epoch",
             save_strategy="epoch",
@@ -191,17 +187,10 @@ class TrainingConfig:
             load_best_model_at_end=True,
             metric_for_best_model=f"eval_{self.early_stopping_metric}",
             greater_is_better=self.early_stopping_metric == "accuracy",
-            restore_callback_states_from_checkpoint=True,  # or the patience would start again on resume
             report_to="none",
             log_level="error",
-            logging_nan_inf_filter=False,  # the trainer stops on a loss that is not finite instead
-            remove_unused_columns=False,
-            dataloader_pin_memory=False,  # the images are on the device already
             disable_tqdm=True,
-            ddp_find_unused_parameters=False,
         )
-        arguments.mixed_precision = "no" if precision == "fp32" else precision  # whatever `accelerate launch` says
-        return arguments
 
 
 # as help() and JupyterLab show it: without pydantic's bounds

@@ -11,7 +11,7 @@ from zlib import crc32
 import numpy as np
 import torch
 from sklearn.model_selection import train_test_split
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 
 from lablib.config import warn_once
 
@@ -153,35 +153,6 @@ class ImageBatches(Dataset):
         chosen = self.indices[torch.as_tensor(positions).to(self.indices.device)]
         # index_select copies whole images; indexing with [] takes 20 times as long for uint8
         return {"images": self.images.index_select(0, chosen), "labels": self.labels.index_select(0, chosen)}
-
-
-class ShuffledBatches(Sampler):
-    """Batches of positions, as tensors on a device: those of a sampler, or all, as accelerate shuffles them.
-
-    Each epoch's order follows from the seed, so that a resumed run draws the same.
-    """
-
-    def __init__(self, length: int, batch_size: int, seed: int, device: torch.device, sampler: Sampler | None = None):
-        self.batch_size, self.seed, self.device, self.epoch = batch_size, seed, device, 0
-        self.positions, self.length = sampler, length if sampler is None else len(sampler)
-        self.drop_last, self.sampler = False, self  # attributes that accelerate expects of a batch sampler
-
-    def set_epoch(self, epoch: int):
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return math.ceil(self.length / self.batch_size)
-
-    def __iter__(self):
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(self.seed + self.epoch)  # the CPU's alone
-            if getattr(self.positions, "generator", None) is not None:
-                self.positions.generator.manual_seed(self.seed + self.epoch)
-            if hasattr(self.positions, "set_epoch"):
-                self.positions.set_epoch(self.epoch)
-            order = torch.randperm(self.length) if self.positions is None else torch.tensor([*self.positions])
-        yield from order.to(self.device).split(self.batch_size)
-        self.epoch += 1
 
 
 def fixed_sample(length: int, number: int) -> torch.Tensor:

@@ -11,7 +11,6 @@ from lablib.config import TrainingConfig
 from lablib.data import ImageData
 from lablib.hardware import memory_format
 from lablib.metrics import are_probabilities
-from lablib.models import unprepared
 from lablib.trainer import StreamlinedTrainer
 
 
@@ -57,7 +56,7 @@ class KnowledgeDistillationTrainer(StreamlinedTrainer):
             raise ValueError("the teacher is the student; give a network of its own, trained before, as the teacher")
         self.temperature, self.alpha = float(temperature), float(alpha)
         super().__init__(student, config, data, **trainer_arguments)
-        self.teacher = unprepared(copy.deepcopy(teacher)).requires_grad_(False).to(self.args.device)
+        self.teacher = copy.deepcopy(teacher).requires_grad_(False).to(self.args.device)
         self.teacher.eval()
         if memory_format(self.teacher, self.args.device, data.image_shape) == torch.contiguous_format:
             self._memory_format = torch.contiguous_format  # the student sees what the teacher sees
@@ -76,19 +75,18 @@ class KnowledgeDistillationTrainer(StreamlinedTrainer):
         """Student's and teacher's logits (batch × classes each) for the same images, in the same precision."""
         teacher_logits = next(self._remembered, None)  # none in training and in a data set's first evaluation
         if teacher_logits is None:
-            with torch.no_grad(), self.accelerator.autocast():
-                # a teacher may change its input in place
-                teacher_logits = super().outputs(self.teacher, images.clone()).float()
+            with torch.no_grad():
+                teacher_logits = super().outputs(self.teacher, images.clone())  # it may change its input in place
             if not model.training:
                 self._recorded.append(teacher_logits)
         return super().outputs(model, images), teacher_logits
 
-    def evaluation_loop(self, dataloader, *args, **kwargs):
+    def predict(self, test_dataset, ignore_keys=None, metric_key_prefix="test"):
         """As upstream; the teacher sees the validation images only once, as they are the same in every epoch."""
-        answers = self._answers.setdefault(dataloader.dataset, [])
+        answers = self._answers.setdefault(test_dataset, [])
         self._remembered, self._recorded = iter([*answers]), answers
         try:
-            return super().evaluation_loop(dataloader, *args, **kwargs)
+            return super().predict(test_dataset, ignore_keys, metric_key_prefix)
         finally:
             self._remembered, self._recorded = iter(()), []
 

@@ -181,11 +181,3 @@ def _residual_stage(in_channels: int, out_channels: int, shortcut: bool) -> nn.S
     if shortcut:
         block, projection = BasicBlock, Conv2dNormActivation(in_channels, out_channels, 1, 2, activation_layer=None)
     return nn.Sequential(block(in_channels, out_channels, 2, projection), block(out_channels, out_channels))
-
-
-def unprepared(model: nn.Module) -> nn.Module:
-    """Undo, in place, what accelerate did to a model for a training or an evaluation, perhaps in half precision."""
-    vars(model).pop("_is_accelerate_prepared", None)
-    if original := vars(model).pop("_original_forward", None):
-        model.forward = original
-    return model

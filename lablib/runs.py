@@ -29,9 +29,9 @@ from lablib.checkpoints import EPOCHS, Interruption, contiguous_weights, delete_
 from lablib.config import TrainingConfig, num_processes, one_line, warn
 from lablib.data import ImageData, fixed_sample
 from lablib.diagnostics import gradient_norms
-from lablib.hardware import own_randomness, untouched
+from lablib.hardware import own_randomness
 from lablib.identity import LABLIB_VERSION, build_seeded, is_installed_file, json_digest, run_identity, run_name, sha256
-from lablib.metrics import are_probabilities, first_logits, history, summary
+from lablib.metrics import are_probabilities, first_logits, summary
 
 Key = tuple[str, int]  # a run's model and seed
 
@@ -244,7 +244,7 @@ def _train(path: Path, identity, build_model, config, data, trainer_class, callb
 
         def on_evaluate(self, args, state, control, **kwargs):
             if state.is_world_process_zero:
-                write_atomically(path / "history.jsonl", _json_lines(history(state.log_history)))
+                write_atomically(path / "history.jsonl", _json_lines(trainer.history))
 
         on_train_begin = on_evaluate  # the file may be ahead of the checkpoint from which a killed run resumes
 
@@ -262,31 +262,30 @@ def _train(path: Path, identity, build_model, config, data, trainer_class, callb
     arguments |= {name: model.load() for name, model in given.items() if isinstance(model, TrainedModel)}
     trainer = (trainer_class or StreamlinedTrainer)(build_seeded(build_model, config.seed), **arguments)
     trainer.train(resume_from_checkpoint=trainer.newest_checkpoint())
-    rows, prediction = history(trainer.state.log_history), trainer.predict_test()
+    prediction = trainer.predict_test()
     if trainer.is_world_process_zero():
         files = {
             _WEIGHTS: safetensors.torch.save(contiguous_weights(trainer.model)),
-            "history.jsonl": _json_lines(rows),
+            "history.jsonl": _json_lines(trainer.history),
             "identity.json": json.dumps(identity, indent=1).encode(),
             "measured.npz": _measured(trainer, prediction.predictions, partial(build_seeded, build_model, config.seed)),
         }
-        _write(path, _result(trainer, rows, prediction.metrics), files)
+        _write(path, _result(trainer, prediction.metrics), files)
         delete_checkpoints(path / "checkpoints")
 
 
-def _result(trainer, rows: list[dict], test: dict[str, float]) -> dict[str, Any]:
+def _result(trainer, test: dict[str, float]) -> dict[str, Any]:
     return {
         "model": type(trainer.model).__name__,
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
         "dataset": trainer.data.name,
         "seed": trainer.config.seed,
-        **summary(rows, trainer.config.early_stopping_metric, test),
+        **summary(trainer.history, trainer.config.early_stopping_metric, test),
         "device": trainer.args.device.type,
-        "precision": trainer.environment["precision"],
+        "precision": trainer.precision,
         "processes": trainer.args.world_size,
         "threads": torch.get_num_threads(),
-        "versions": {n: trainer.environment[n] for n in ("torch", "transformers", "python")}
-        | {"lablib": LABLIB_VERSION},
+        "versions": {n: trainer.environment[n] for n in ("torch", "transformers", "python", "lablib")},
     } | ({"notes": trainer.notes} if trainer.notes else {})
 
 
@@ -296,6 +295,7 @@ def _measured(trainer, logits, build: Callable[[], nn.Module]) -> bytes:
     logits = torch.from_numpy(first_logits(logits)).double()
     confidence, predicted = (logits if are_probabilities(logits) else logits.softmax(1)).max(1)
     shown = fixed_sample(len(validation), max(8, 1000 // trainer.data.num_classes))
+    initial, reloaded = build().to(device), build().to(device)
     answers = _logits(trainer, trainer.model, shown)
     arrays = {
         "test_class": predicted.numpy().astype(np.int16),
@@ -303,42 +303,25 @@ def _measured(trainer, logits, build: Callable[[], nn.Module]) -> bytes:
         "validation_images": shown.numpy(),
         "validation_logits": answers.cpu().numpy().astype(np.float16),
     }
+    reloaded.load_state_dict(trainer.model.state_dict())
+    off = (_logits(trainer, reloaded.eval(), shown) - answers).abs().mean()
+    if off > 0.1 * answers.abs().mean():  # rounding is far less, in half precision too
+        trainer.notes.append(f"{type(reloaded).__name__}: {_NOT_WHOLE}")
+        warn(trainer.notes[-1])
     chosen = train.__getitems__(fixed_sample(len(train), 256))
     batch = trainer.prepare_images(chosen["images"].to(device), training=False), chosen["labels"].to(device)
-    initial, twin = build().to(device), build().to(device)  # in float32, unlike the trained one after bf16 or fp16
-    if _loads_whole(trainer, twin, shown, answers):
-        with suppress(Exception):  # a model without layers to measure
-            for when, model in {"initial": initial, "trained": twin}.items():
-                arrays[f"gradient_{when}"] = gradient_norms(model, batch, trainer.outputs)["rms"].to_numpy(np.float32)
-    else:
-        trainer.notes.append(f"{type(twin).__name__}: {_NOT_WHOLE}")
-        warn(trainer.notes[-1])
+    with suppress(RuntimeError):  # a model without layers to measure
+        for when, model in {"initial": initial, "trained": reloaded}.items():
+            arrays[f"gradient_{when}"] = gradient_norms(model, batch, trainer.outputs)["rms"].to_numpy(np.float32)
     np.savez_compressed(content := io.BytesIO(), **arrays)
     return content.getvalue()
 
 
-def _loads_whole(trainer, twin: nn.Module, shown: torch.Tensor, answers: torch.Tensor) -> bool:
-    """Load the trained weights into an untrained copy of the network; whether it then gives the trained one's logits.
-
-    In half precision a tenth of their size is allowed, else a hundredth: rounding is far less. A network may draw
-    random numbers in evaluation.
-    """
-    try:
-        twin.load_state_dict(trainer.model.state_dict())
-        with untouched(twin):
-            trainer.use_precision(twin)
-            twin.eval()
-            off, noise = ((_logits(trainer, m, shown) - answers).abs().mean() for m in (twin, trainer.model))
-            allowed = 0.1 if trainer.args.bf16 or trainer.args.fp16 else 0.01
-            return not off > max(allowed * answers.abs().mean(), 2 * noise)  # `not`: both may give NaN
-    except Exception:
-        return False
-
-
 def _logits(trainer, model: nn.Module, validation_images: torch.Tensor) -> torch.Tensor:
     """Images × classes, for some of the validation images."""
-    _, outputs, _ = trainer.prediction_step(model, trainer.eval_dataset.__getitems__(validation_images), False)
-    return first_logits(outputs).float()
+    images = trainer.eval_dataset.__getitems__(validation_images)["images"].to(trainer.args.device)
+    with torch.no_grad():
+        return first_logits(trainer.run_model(model, images))
 
 
 def _write(path: Path, result: dict[str, Any], files: dict[str, bytes]) -> None:

@@ -1,7 +1,6 @@
 """Weights & Biases: each run is logged there. If an optional service fails, training continues."""
 
 import functools
-import math
 import os
 import time
 from pathlib import Path
@@ -11,7 +10,7 @@ import torch
 from transformers import TrainerCallback
 
 from lablib.config import redacted, warn
-from lablib.metrics import history, summary
+from lablib.metrics import summary
 
 # The fields of a TrainingConfig that are logged: an allow-list of what may leave this machine; others hold secrets.
 LOGGED = [
@@ -62,7 +61,7 @@ def harmless(method):
 def final_result(trainer) -> dict[str, float]:
     """The `summary` of a finished run, whose best weights are loaded by now; under `torchrun` without test metrics."""
     test = trainer.test() if trainer.args.world_size == 1 else {}  # in which every process would have to take part
-    result = summary(history(trainer.state.log_history), trainer.config.early_stopping_metric, test)
+    result = summary(trainer.history, trainer.config.early_stopping_metric, test)
     return {name.replace("val_", "best_val_"): value for name, value in result.items()}
 
 
@@ -116,9 +115,9 @@ class WandbCallback(Harmless, TrainerCallback):
 
     @harmless
     def on_evaluate(self, args, state, control, **kwargs):
-        rows = history(state.log_history)
-        if self.run and rows and rows[-1]["epoch"] == math.ceil(state.epoch):
-            self.run.log(rows[-1] | self._histograms, step=rows[-1]["epoch"])
+        if self.run:
+            row = self.trainer.history[-1]
+            self.run.log(row | self._histograms, step=row["epoch"])
 
     @harmless
     def on_train_end(self, args, state, control, **kwargs):

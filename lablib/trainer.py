@@ -1,48 +1,51 @@
-"""StreamlinedTrainer: trains one model on one data set, on top of transformers.Trainer."""
+"""StreamlinedTrainer: trains one model on one data set, as a transformers.Trainer with a loop of its own."""
 
-import atexit
-import contextlib
-import difflib
-import functools
-import gc
-import inspect
-import io
 import math
+import platform
+import secrets
 import shutil
 import tempfile
 import time
 import weakref
 from collections.abc import Sequence
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
-import accelerate.optimizer
-import numpy as np
 import torch
 import transformers
-from accelerate.utils import broadcast, convert_outputs_to_fp32
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 from torch.nn import functional as F
-from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau  # the config's schedules are LambdaLR
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.data import DataLoader, default_convert
-from transformers import EarlyStoppingCallback, EvalPrediction, PrinterCallback, TrainerCallback
+from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback, TrainerState
 from transformers.trainer_pt_utils import nested_numpify
-from transformers.trainer_utils import PredictionOutput
+from transformers.trainer_utils import PredictionOutput, TrainOutput
 
 from lablib.augmentation import augment
-from lablib.checkpoints import ResumableTrainer, contiguous_weights
-from lablib.config import TrainingConfig, warn, warn_once
-from lablib.data import ImageBatches, ImageData, ShuffledBatches, fixed_sample, stratified_split, stratified_subset
-from lablib.hardware import check_device, fits, keep_memory, memory_format, resolve_precision, untouched
-from lablib.metrics import BatchMeter, are_probabilities, first_logits
-from lablib.models import unprepared
+from lablib.checkpoints import (
+    Interruption,
+    checkpoints_in,
+    contiguous_weights,
+    load_checkpoint,
+    random_states,
+    restore_random_states,
+    save_checkpoint,
+)
+from lablib.config import NOT_IDENTITY, TrainingConfig, warn
+from lablib.data import ImageBatches, ImageData, fixed_sample, stratified_split, stratified_subset
+from lablib.hardware import algorithms, check_device, fits, keep_memory, memory_format, resolve_precision, untouched
+from lablib.identity import LABLIB_VERSION
+from lablib.metrics import BatchMeter, are_probabilities, first_logits, means
 
 Outputs = torch.Tensor | tuple[torch.Tensor, ...]  # logits (batch × classes), or a tuple that begins with them
 
-_NUMPY = [np.dtype, type(np.dtype(float)), np.float64().__reduce__()[0]]  # of a saved schedule with a float64
-# methods of transformers.Trainer that only its own optimizer needs, or that it no longer calls
-_UNUSED = {"create_optimizer_and_scheduler", "get_optimizer_cls_and_kwargs", "get_decay_parameter_names"}
 _OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+_HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class NonFiniteLossError(ArithmeticError):
@@ -53,22 +56,28 @@ class SanityCheckError(RuntimeError):
     """The training would fail at its first step or hours later; it has not started."""
 
 
-class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
+class StreamlinedTrainer(transformers.Trainer):
     """Trains, validates after each epoch, stops early and restores the best weights; `.test()` evaluates the test set.
 
     The training set is split by class into a training and a validation part. Augmentation and normalisation happen in
-    the training step, on the device, so that a resumed run draws the random numbers of an uninterrupted one (see
-    `ResumableTrainer`). Callbacks and checkpoints work as in any `transformers.Trainer`. Checkpoints go to
-    `checkpoint_dir`, or to a temporary folder that is deleted with the trainer. `run_name` is the name in Weights &
-    Biases and Telegram. `train` prints nothing; add transformers' `ProgressCallback` for a bar.
+    the training step, on the device. Callbacks work as in any `transformers.Trainer`; `compute_loss`, `training_step`,
+    `create_optimizer` and `create_scheduler` can be overridden as there, besides `outputs`, `losses` and `epoch_order`.
 
-    Under `torchrun` accelerate splits each batch among the processes, each of which draws its own augmentation and
-    dropout; docs/scaling.md says how the result compares with that of one process.
+    A checkpoint is written to `checkpoint_dir` (by default a temporary folder, deleted with the trainer) every
+    `checkpoint_seconds` within an epoch, at the end of an epoch if the last one is `seconds_between_epochs` old, and on
+    SIGINT and SIGTERM: the step is finished, then the process exits. It holds all that the training depends on, so a
+    resumed one ends as if it had never stopped. `notes` says what differs from the training that is resumed.
 
-    Raises ValueError for a device that does not exist, and for what would silently change results. `train` raises
-    SanityCheckError before its first step (see `sanity_check`), and NonFiniteLossError, naming epoch and step, for a
-    loss that is NaN or infinite.
+    `history` has the metrics by epoch: epoch, train_loss, train_accuracy, learning_rate and grad_norm (of the last
+    step), seconds (since the run began), val_loss, val_accuracy; and the terms of the loss, if it has several.
+    `run_name` is the name in Weights & Biases and Telegram. Under `torchrun` each process takes its share of each batch
+    and draws its own augmentation and dropout; docs/scaling.md says how the result compares with that of one process.
+
+    Raises ValueError for a device that does not exist. `train` raises SanityCheckError before its first step (see
+    `sanity_check`), and NonFiniteLossError, naming epoch and step, for a loss that is NaN or infinite.
     """
+
+    seconds_between_epochs = 60.0
 
     def __init__(
         self,
@@ -79,39 +88,33 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
         checkpoint_dir: str | None = None,
         run_name: str | None = None,
     ):
-        _avoid_overhead()  # first: a trainer that existed by then would never be collected
-        callbacks = [*callbacks]
-        _refuse_unused(type(self), callbacks)
         check_device(config.device)
         keep_memory()
         if hasattr(model, "config") and not isinstance(model, transformers.PreTrainedModel):
             raise ValueError("transformers would write to the model's attribute `config`; give it another name")
         self.config, self.data = config, data
         self.run_name = run_name or type(model).__name__
+        self.precision = resolve_precision(config, model)
         if checkpoint_dir is None:
             checkpoint_dir = tempfile.mkdtemp(prefix="lablib-")
             weakref.finalize(self, shutil.rmtree, checkpoint_dir, ignore_errors=True)
-        args = config.to_training_arguments(checkpoint_dir, precision=resolve_precision(config, model))
-        args._n_gpu = min(args.n_gpu, 1)  # or Trainer multiplies the batch by the GPUs it sees
+        args = config.to_training_arguments(checkpoint_dir)
         most = min(1000, 2**22 // data.train_images[0].numel())  # as many images as hold 4 million values
-        args.per_device_eval_batch_size = max(config.batch_size, most) // args.world_size * args.world_size
+        args.per_device_eval_batch_size = max(config.batch_size, most)
         images, labels = data.train_images, data.train_labels
         if fits(images, args.device):
             images, labels = images.to(args.device), labels.to(args.device)
         train, validation = stratified_split(data.train_labels, config.validation_split, config.seed)
         train = stratified_subset(train, data.train_labels, config.max_train_images, config.seed)
         patience = config.early_stopping_patience
-        self._memory_format = memory_format(unprepared(model), args.device, data.image_shape)
+        self._memory_format = memory_format(model, args.device, data.image_shape)
         super().__init__(
             model=model,
             args=args,
             train_dataset=ImageBatches(images, labels, train),
             eval_dataset=ImageBatches(images, labels, validation),
-            data_collator=default_convert,
-            compute_metrics=self._evaluated,
             callbacks=[*([EarlyStoppingCallback(patience)] if patience else []), *callbacks],
         )
-        self.model_accepts_loss_kwargs = False  # or a forward with **kwargs counts as one that scales its own loss
         self.remove_callback(PrinterCallback)
         if config.use_wandb:
             from lablib.tracking import WandbCallback
@@ -123,37 +126,177 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
             self.add_callback(TelegramCallback(self))
         mean, std = (s.to(args.device).view(-1, 1, 1) for s in data.channel_statistics)
         self._scale, self._offset = 1 / (255 * std), -mean / std
+        self.steps_per_epoch = math.ceil(len(train) / config.batch_size)
+        self._meter = BatchMeter(args.world_size)
 
-    def before_training(self) -> None:
-        """Run the sanity check, then seed and start the clock. Raises SanityCheckError."""
-        if self.model_wrapped is self.model:  # not if several processes have wrapped it already
-            unprepared(self.model)
+    # ---- training
+
+    def train(self, resume_from_checkpoint: str | Path | bool | None = None) -> TrainOutput:
+        """Train, or resume from a checkpoint (a path, or True for the newest usable one), then load the best weights.
+
+        Raises OSError if the path cannot be loaded or no checkpoint can be written, and ValueError if True finds none.
+        """
+        path = self.newest_checkpoint() if resume_from_checkpoint is True else resume_from_checkpoint
+        if resume_from_checkpoint and not path:
+            raise ValueError(f"there is no checkpoint in {self.args.output_dir} to resume from")
+        self.is_in_train = True
+        with algorithms(self.config.deterministic), Interruption() as self._interruption:
+            try:
+                self._begin(load_checkpoint(Path(path)) if path else None)
+                while self.state.epoch < self.config.num_epochs and not self.control.should_training_stop:
+                    self._train_epoch()
+                    self._end_epoch()
+                return self._finish()
+            except BaseException as error:
+                for callback in self.callback_handler.callbacks:
+                    if hasattr(callback, "on_train_failed"):  # Weights & Biases and Telegram
+                        callback.on_train_failed(error)
+                raise
+            finally:
+                self.is_in_train = False
+
+    def _begin(self, saved: dict[str, Any] | None) -> None:
+        """Check, seed and set up everything; then continue from a checkpoint, if there is one."""
+        config, args, several = self.config, self.args, self.args.world_size > 1
         sanity_check(self)
-        if self.args.world_size > 1 and self.args.device.type == "cuda":
+        self.model.zero_grad()
+        if several and args.device.type == "cuda":
             nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
-        if self.config.torch_compile:  # in place: transformers would also compile all later runs of this process
+        if config.torch_compile:
             self.model.compile()
-        transformers.set_seed((self.args.seed + self.args.process_index * 2_654_435_761) % 2**32)  # not a nearby seed
-        self._since_last_log = BatchMeter(self.args.world_size)
-        self._clock = time.monotonic()
+        if self.state.global_step:  # trained before: a further training has an optimizer and a schedule of its own
+            self.optimizer = self.lr_scheduler = None
+        max_steps = config.num_epochs * self.steps_per_epoch
+        self.create_optimizer()
+        self.create_scheduler(max_steps, self.optimizer)
+        self._scaler = torch.amp.GradScaler(args.device.type, enabled=self.precision == "fp16")
+        self._trained = DistributedDataParallel(self.model) if several else self.model
+        self._meter, self.history, self._best_weights = BatchMeter(args.world_size), [], None
+        self.notes, self.wandb_id = [], secrets.token_hex(4)
+        first = {"is_world_process_zero": self.is_world_process_zero()}
+        self.state = TrainerState(0.0, 0, max_steps, num_train_epochs=config.num_epochs, **first)
+        handler = self.callback_handler
+        handler.optimizer, handler.lr_scheduler = self.optimizer, self.lr_scheduler
+        self._clock = self._saved_at = time.monotonic()
+        transformers.set_seed((config.seed + args.process_index * 2_654_435_761) % 2**32)  # not a nearby seed
+        if saved:
+            vars(self.state).update(saved["state"])
+            self.history, self.wandb_id = saved["history"], saved["wandb_id"]
+            self.notes = saved["notes"] + self._difference(saved)
+        self.control = handler.on_train_begin(args, self.state, self.control)
+        if saved:
+            self._restore(saved)
 
-    def test(self) -> dict[str, float]:
-        """Loss and accuracy on the test set with the current weights: after `train()`, those of the best epoch."""
-        return self.predict_test().metrics
+    def _train_epoch(self) -> None:
+        """The steps of an epoch, or what is left of it."""
+        args, state, handler = self.args, self.state, self.callback_handler
+        epoch, done = divmod(state.global_step, self.steps_per_epoch)
+        if not done:
+            self.control = handler.on_epoch_begin(args, state, self.control)
+        order = self.epoch_order(epoch).to(self.train_dataset.indices.device)
+        for number, positions in enumerate(order.split(self.config.batch_size)[done:], done + 1):
+            self.control = handler.on_step_begin(args, state, self.control)
+            batch = self._prepare_inputs(self.train_dataset.__getitems__(self._share(positions, order)))
+            self.training_step(self._trained, batch)
+            self._update()
+            state.global_step += 1
+            state.epoch = epoch + number / self.steps_per_epoch
+            self.control = control = handler.on_step_end(args, state, self.control)
+            if number < self.steps_per_epoch:
+                if control.should_evaluate or control.should_log or control.should_epoch_stop:
+                    advice = "let it ask in on_epoch_end, or set max_train_images for shorter epochs"
+                    raise ValueError(f"a callback asks to evaluate, to log or to stop within an epoch; {advice}")
+                if args.world_size == 1 or number % 50 == 0:  # it takes time until all processes agree
+                    self._save_if_due(0 if control.should_save else self.config.checkpoint_seconds)
 
-    def predict_test(self) -> PredictionOutput:
-        """Logits (images × classes), labels and metrics of the test set."""
-        return self.predict(ImageBatches(self.data.test_images, self.data.test_labels), metric_key_prefix="test")
+    def epoch_order(self, epoch: int) -> torch.Tensor:
+        """Positions in `train_dataset` as an epoch shows them; they follow from the seed. Override it to draw others."""
+        generator = torch.Generator().manual_seed(self.config.seed + epoch)
+        return torch.randperm(len(self.train_dataset), generator=generator)
 
-    def get_train_dataloader(self) -> DataLoader:
-        """As upstream; a single process draws its batches as tensors of indices."""
-        if self.args.world_size > 1:
-            return super().get_train_dataloader()
-        data, seed = self.train_dataset, self.args.data_seed
-        own = type(self)._get_train_sampler is not transformers.Trainer._get_train_sampler
-        sampler = self._get_train_sampler(data) if own else None
-        batches = ShuffledBatches(len(data), self._train_batch_size, seed, data.indices.device, sampler)
-        return self.accelerator.prepare(DataLoader(data, batch_sampler=batches, collate_fn=default_convert))
+    def _share(self, positions: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+        """This process's part of a batch, which is filled up from the epoch's first one until it can be divided."""
+        size, number = self.args.world_size, len(positions)
+        return torch.cat([positions, order[: -number % size]]).chunk(size)[self.args.process_index]
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+        """Compute the gradients of one batch, and return its loss."""
+        model.train()
+        loss = self.compute_loss(model, inputs)
+        self._scaler.scale(loss).backward()
+        return loss.detach()
+
+    def _update(self) -> None:
+        """Clip the gradients and take a step, which fp16's loss scaler skips if they overflow."""
+        args, state, handler, limit = self.args, self.state, self.callback_handler, self.config.max_grad_norm
+        self._scaler.unscale_(self.optimizer)
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        if limit or self.is_last_step():
+            self._grad_norm = get_total_norm([p.grad for p in parameters])
+        if limit:
+            clip_grads_with_norm_(parameters, limit, self._grad_norm)
+        self.control = handler.on_pre_optimizer_step(args, state, self.control)
+        self._scaler.step(self.optimizer)
+        self._scaler.update()
+        self.control = handler.on_optimizer_step(args, state, self.control)
+        self._learning_rate = self.optimizer.param_groups[0]["lr"]
+        if not isinstance(self.lr_scheduler, ReduceLROnPlateau):
+            self.lr_scheduler.step()
+        self.model.zero_grad()
+
+    def is_last_step(self) -> bool:
+        """Whether the current step is the last one of an epoch."""
+        return (self.state.global_step + 1) % self.steps_per_epoch == 0
+
+    def _end_epoch(self) -> None:
+        """Validate, keep the weights if they are the best, and write a checkpoint if it is time."""
+        args, state, handler = self.args, self.state, self.callback_handler
+        self.control = handler.on_epoch_end(args, state, self.control)
+        trained = self._training_metrics()
+        last = {"learning_rate": self._learning_rate, "grad_norm": self._grad_norm.item()}
+        last["seconds"] = time.monotonic() - self._clock
+        self.log(trained | last)
+        validated = self.evaluate()
+        if not math.isfinite(validated["eval_loss"]):
+            raise self._not_finite(f"evaluation loss is {validated['eval_loss']}")
+        row = {f"train_{name}": value for name, value in trained.items()} | last
+        row |= {name.replace("eval_", "val_", 1): value for name, value in validated.items()}
+        self.history.append({"epoch": round(state.epoch), **row})
+        self.log(dict(validated))
+        value, best = validated[args.metric_for_best_model], state.best_metric
+        better = best is None or (value > best if args.greater_is_better else value < best)
+        if better:
+            self._best_weights = contiguous_weights(self.model)
+        self.control = handler.on_evaluate(args, state, self.control, validated)
+        if better:  # only now, as early stopping compares with the best so far
+            state.best_metric, state.best_global_step = value, state.global_step
+        if isinstance(self.lr_scheduler, ReduceLROnPlateau):
+            self.lr_scheduler.step(validated["eval_loss"])
+        self._save_if_due(self.seconds_between_epochs)
+
+    def _training_metrics(self) -> dict[str, float]:
+        """The loss, its terms and the accuracy, as means over the epoch's images."""
+        batches = self._meter.batches()  # the only wait for the device in an epoch
+        self._meter = BatchMeter(self.args.world_size)
+        finite = batches["loss"].map(math.isfinite)
+        if not (finite.any() if self.precision == "fp16" else finite.all()):  # fp16's loss scaler skips some steps
+            wrong = finite.idxmin()
+            step = self.state.global_step - len(batches) + wrong + 1
+            raise self._not_finite(f"training loss is {batches['loss'][wrong]}", f", step {step}")
+        return means(batches)
+
+    def _not_finite(self, what: str, where: str = "") -> NonFiniteLossError:
+        advice = f"a smaller learning_rate than {self.config.learning_rate:g} or max_grad_norm=1.0 may help"
+        return NonFiniteLossError(f"the {what} at epoch {math.ceil(self.state.epoch)}{where}; {advice}")
+
+    def _finish(self) -> TrainOutput:
+        metrics = {"train_loss": self.history[-1]["train_loss"], "train_runtime": time.monotonic() - self._clock}
+        self.log(dict(metrics))
+        self.model.load_state_dict(self._best_weights)
+        self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+        return TrainOutput(self.state.global_step, metrics["train_loss"], metrics)
+
+    # ---- what may be overridden
 
     def prepare_images(self, images: torch.Tensor, training: bool) -> torch.Tensor:
         """uint8 images -> the model's input: augmented if training, normalised by the training set's statistics."""
@@ -162,11 +305,6 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
             knobs = config.rotation_degrees, config.translation_fraction, config.horizontal_flip, config.crop_padding
             pixels = augment(pixels, *knobs)
         return (pixels * self._scale + self._offset).contiguous(memory_format=self._memory_format)
-
-    def use_precision(self, model: nn.Module) -> None:
-        """Let a model compute in the run's precision, as accelerate does when a training begins."""
-        if self.args.bf16 or self.args.fp16:
-            model.forward = convert_outputs_to_fp32(self.accelerator.autocast()(model.forward))
 
     def outputs(self, model: nn.Module, images: torch.Tensor) -> Outputs:
         """The model's logits (batch × classes), or a tuple that begins with them, as `losses` needs.
@@ -182,75 +320,18 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The loss of one batch, augmented in training."""
-        outputs = self.outputs(model, self.prepare_images(inputs["images"], model.training))
+        outputs = self.run_model(model, inputs["images"], model.training)
         losses = self.losses(outputs, inputs["labels"])
         if model.training:
-            self._since_last_log.add(losses, first_logits(outputs), inputs["labels"])
+            self._meter.add(losses, first_logits(outputs), inputs["labels"])
         return (losses["loss"], outputs) if return_outputs else losses["loss"]
 
-    def training_step(self, *args, **kwargs):
-        """As upstream. Raises ValueError for a learning rate that would not be what its author meant."""
-        schedule, best = self.lr_scheduler, "max" if self.args.greater_is_better else "min"
-        if isinstance(schedule, ReduceLROnPlateau) and schedule.mode != best:
-            metric = self.config.early_stopping_metric
-            raise ValueError(f"ReduceLROnPlateau is given the validation {metric}; write mode={best!r}")
-        groups = self.optimizer.param_groups
-        if isinstance(schedule, LambdaLR) and [group["lr"] for group in groups] != schedule.get_last_lr():
-            raise ValueError("a learning rate was set outside the schedule, which resets it; override create_scheduler")
-        if not self.state.global_step:
-            self._check_optimizer()
-        return super().training_step(*args, **kwargs)
-
-    def _check_optimizer(self):
-        """Raise ValueError for an optimizer or a schedule that no checkpoint could restore; warn of epochs."""
-        schedule, steps = self.lr_scheduler, len(self.callback_handler.train_dataloader)
-        for name in ("step_size", "milestones", "T_max", "T_0"):
-            value = vars(schedule).get(name)
-            last = max(value, default=None) if isinstance(value, (dict, list, tuple)) else value
-            if isinstance(last, (int, float)) and last <= self.config.num_epochs < self.state.max_steps:
-                what = f"{type(schedule).__name__}'s {name} counts batches, of which an epoch has {steps}"
-                warn_once(f"{what}; if you mean epochs, multiply it by {steps}")
-        if {p for group in self.optimizer.param_groups for p in group["params"]} - {*self.model.parameters()}:
-            raise ValueError("the optimizer has parameters that are not the network's; register them in the network")
-        states = [self.optimizer.state_dict(), self.lr_scheduler.state_dict()]
-        try:
-            torch.save(states, saved := io.BytesIO())
-            with torch.serialization.safe_globals(_NUMPY):
-                torch.load(io.BytesIO(saved.getvalue()), weights_only=True)
-        except Exception as error:
-            advice = "their attributes must be Python's numbers, strings, lists, dicts or tensors"
-            raise ValueError(f"no checkpoint could restore the optimizer or the schedule: {advice}") from error
-
-    @torch.no_grad()
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Outputs and labels of one batch; `_evaluated` computes the losses of all batches at once."""
-        inputs = self._prepare_inputs(inputs)
-        outputs = self.outputs(model, self.prepare_images(inputs["images"], training=False))
-        return None, outputs, inputs["labels"]
-
-    def _evaluate(self, *args, **kwargs):
-        # until `evaluation_loop` has the epoch's result: the only one that may stop the training or be the best
-        self._evaluating_epoch = True
-        return super()._evaluate(*args, **kwargs)
-
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """As upstream; during training, extra evaluations only measure, or they would count towards early stopping."""
-        if not self.is_in_train or (self._evaluating_epoch and eval_dataset is None):
-            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        return self.predict(dataset, ignore_keys, metric_key_prefix).metrics
-
-    def evaluation_loop(self, dataloader, description, *args, **kwargs):
-        """As upstream; an epoch's weights are kept, since a callback may change them before they prove the best."""
-        broadcast([*self.model.buffers()])  # all processes take the first one's, such as a CPU's batch norm statistics
-        ends_epoch = self.is_in_train and description == "Evaluation"  # else `predict` calls this
-        with torch.random.fork_rng(devices=[], enabled=self.is_in_train and not ends_epoch):
-            output = super().evaluation_loop(dataloader, description, *args, **kwargs)
-        if ends_epoch:
-            self._evaluated_weights, self._evaluating_epoch = contiguous_weights(self.model), False
-            if not math.isfinite(loss := output.metrics["eval_loss"]):
-                raise self._not_finite(f"evaluation loss is {loss}")
-        return output
+    def run_model(self, model: nn.Module, images: torch.Tensor, training: bool = False) -> Outputs:
+        """Outputs in float32 for uint8 images on the device, computed in the run's precision."""
+        pixels, half = self.prepare_images(images, training), _HALF.get(self.precision)
+        with torch.autocast(self.args.device.type, half, enabled=half is not None):
+            outputs = self.outputs(model, pixels)
+        return tree_map(lambda t: t.float() if isinstance(t, torch.Tensor) and t.dtype == half else t, outputs)
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """The config's plain optimizer, with weight decay on every parameter."""
@@ -258,83 +339,166 @@ class StreamlinedTrainer(ResumableTrainer, transformers.Trainer):
             config = self.config
             options = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "fused": True}
             options |= {"momentum": 0.9} if config.optimizer == "sgd" else {}
-            parameters = [*(model or self.model).parameters()]
+            parameters = [*self.model.parameters()]
             self.optimizer = _OPTIMIZERS[config.optimizer](parameters, **options)
             if config.optimizer == "sgd":  # or it stays uninitialised if fp16's loss scaler skips the first step
                 self.optimizer.state |= {p: {"momentum_buffer": torch.zeros_like(p)} for p in parameters}
         return self.optimizer
 
-    def _load_optimizer_and_scheduler(self, checkpoint):
-        with torch.serialization.safe_globals(_NUMPY):
-            super()._load_optimizer_and_scheduler(checkpoint)
-        for parameter, state in self.optimizer.state.items():  # fused optimizers mix up values in another memory format
+    # ---- evaluation
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
+        """Loss and accuracy on the validation images, or on other `ImageBatches`, with the current weights."""
+        return self.predict(eval_dataset or self.eval_dataset, metric_key_prefix=metric_key_prefix).metrics
+
+    def test(self) -> dict[str, float]:
+        """Loss and accuracy on the test set with the current weights: after `train()`, those of the best epoch."""
+        return self.predict_test().metrics
+
+    def predict_test(self) -> PredictionOutput:
+        """Logits (images × classes), labels and metrics of the test set."""
+        return self.predict(ImageBatches(self.data.test_images, self.data.test_labels))
+
+    @torch.no_grad()
+    def predict(self, test_dataset: ImageBatches, ignore_keys=None, metric_key_prefix="test") -> PredictionOutput:
+        """Outputs, labels and metrics; the losses are over all images at once, as a weighted one is no mean of means."""
+        if self.args.world_size > 1:
+            for buffer in self.model.buffers():  # such as batch norm statistics, which on CPUs are each process's own
+                torch.distributed.broadcast(buffer, 0)
+        self.model.eval()
+        parts = []
+        for positions in torch.arange(len(test_dataset)).split(self.args.per_device_eval_batch_size):
+            batch = self._prepare_inputs(test_dataset.__getitems__(positions))
+            parts.append((self.run_model(self.model, batch["images"]), batch["labels"]))
+        outputs, labels = tree_map(lambda *tensors: torch.cat(tensors), *parts)
+        metrics = {name: value.item() for name, value in self.losses(outputs, labels).items()}
+        metrics["accuracy"] = (first_logits(outputs).argmax(1) == labels).double().mean().item()
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        return PredictionOutput(nested_numpify(outputs), labels.cpu().numpy(), metrics)
+
+    # ---- checkpoints
+
+    def newest_checkpoint(self) -> Path | None:
+        """The newest checkpoint that is not damaged, or None; a warning names those that are."""
+        for path in checkpoints_in(Path(self.args.output_dir)):
+            try:
+                load_checkpoint(path)
+                return path
+            except OSError as error:
+                warn(f"{error}; an earlier checkpoint is used, or the training begins again")
+        return None
+
+    def _save_if_due(self, seconds: float) -> None:
+        """Write a checkpoint if a signal came, after which the training ends, or if the last one is that old."""
+        asked, old = self._interruption.asked, time.monotonic() - self._saved_at >= seconds
+        if self.args.world_size > 1:  # all processes decide alike
+            flags = torch.tensor([asked, old], dtype=torch.int32, device=self.args.device)
+            torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
+            asked, old = flags.tolist()
+        if asked or old:
+            self._save()
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+        if asked:
+            self._interruption.leave()
+
+    def _save(self) -> None:
+        args, state, callbacks = self.args, self.state, self.callback_handler.callbacks
+        everyone = [random_states(args.device)]
+        if args.world_size > 1:
+            torch.distributed.all_gather_object(everyone := [None] * args.world_size, random_states(args.device))
+        kept = ("epoch", "global_step", "log_history", "best_metric", "best_global_step")
+        content = {
+            "state": {name: getattr(state, name) for name in kept},
+            "stop": self.control.should_training_stop,
+            "history": self.history,
+            "batches": self._meter.batches().to_dict("list"),
+            "seconds": time.monotonic() - self._clock,
+            "weights": self.model.state_dict(),
+            "best_weights": self._best_weights,
+            "frozen": [name for name, parameter in self.model.named_parameters() if not parameter.requires_grad],
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.lr_scheduler.state_dict(),
+            "scaler": self._scaler.state_dict(),
+            "random": everyone,
+            "callbacks": [c.state()["attributes"] for c in callbacks if hasattr(c, "from_state")],
+            "environment": self.environment,
+            "notes": self.notes,
+            "wandb_id": self.wandb_id,
+        }
+        if self.is_world_process_zero():
+            folder = Path(args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            save_checkpoint(folder / f"checkpoint-{state.global_step}.pt", content)
+        if args.world_size > 1:
+            torch.distributed.barrier()
+        self._saved_at = time.monotonic()
+
+    def _restore(self, saved: dict[str, Any]) -> None:
+        """What a checkpoint holds besides the state; after the callbacks have begun, which may set weights."""
+        self.model.load_state_dict(saved["weights"])
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(name not in saved["frozen"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        for parameter, state in self.optimizer.state.items():  # fused ones mix up values in another memory format
             for name, value in state.items():
                 if torch.is_tensor(value) and value.shape == parameter.shape:
                     state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+        self.lr_scheduler.load_state_dict(saved["scheduler"])
+        if saved["scaler"]:
+            self._scaler.load_state_dict(saved["scaler"])
+        stateful = (c for c in self.callback_handler.callbacks if hasattr(c, "from_state"))
+        for callback, attributes in zip(stateful, saved["callbacks"], strict=False):
+            vars(callback).update(attributes)
+        self.control.should_training_stop = saved["stop"]
+        self._best_weights = saved["best_weights"]
+        self._meter.restore(saved["batches"], self.args.device)
+        self._clock = time.monotonic() - saved["seconds"]
+        restore_random_states(saved["random"][self.args.process_index % len(saved["random"])], self.args.device)
 
-    def _load_scaler(self, checkpoint):
-        if self.accelerator.scaler:  # an fp16 training may be resumed in another precision
-            super()._load_scaler(checkpoint)
+    @cached_property
+    def environment(self) -> dict[str, str]:
+        """What a resumed training should find unchanged: settings, versions, device, number of processes."""
+        return {
+            **{name: str(value) for name, value in vars(self.config).items() if name not in NOT_IDENTITY},
+            **{name: version(name) for name in ("torch", "transformers")},
+            "python": platform.python_version(),
+            "lablib": LABLIB_VERSION,
+            "precision": self.precision,
+            "device": self.args.device.type,
+            "processes": str(self.args.world_size),
+        }
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As upstream; training loss and accuracy are means over the images since the last log."""
-        if "loss" in logs and len(self._since_last_log):
-            logs |= self._training_metrics()
-        super().log(logs, start_time)
-
-    def is_last_step(self) -> bool:
-        """Whether the current step is the last one of an epoch."""
-        return (self.state.global_step + 1) % len(self.callback_handler.train_dataloader) == 0
-
-    def _get_grad_norm(self, model, grad_norm=None):
-        # Upstream computes the norm in every step (a tenth of a small MLP's time) and logs it once per epoch.
-        return super()._get_grad_norm(model, grad_norm) if self.is_last_step() else grad_norm
-
-    def _training_metrics(self) -> dict[str, float]:
-        losses = [batch["loss"] for batch in self._since_last_log.batches()]  # the only wait for the device in an epoch
-        wrong = [number for number, loss in enumerate(losses) if not math.isfinite(loss)]
-        if wrong and not (self.args.fp16 and len(wrong) < len(losses)):  # the loss scaler of fp16 skips such a step
-            step = self.state.global_step - len(losses) + wrong[0] + 1
-            raise self._not_finite(f"training loss is {losses[wrong[0]]}", f", step {step}")
-        means = self._since_last_log.means()
-        self._since_last_log = BatchMeter(self.args.world_size)
-        return means | {"seconds": time.monotonic() - self._clock}
-
-    @torch.no_grad()
-    def _evaluated(self, prediction: EvalPrediction) -> dict[str, float]:
-        """Losses and accuracy over all images at once, since a weighted loss is not a mean over batches."""
-        arrays, device = (prediction.predictions, prediction.label_ids), self.args.device  # that of `losses`' tensors
-        outputs, labels = tree_map(lambda array: torch.from_numpy(array).to(device), arrays)
-        metrics = {name: value.item() for name, value in self.losses(outputs, labels).items()}
-        return metrics | {"accuracy": (first_logits(outputs).argmax(1) == labels).sum().item() / len(labels)}
-
-    def _not_finite(self, what: str, where: str = "") -> NonFiniteLossError:
-        advice = f"a smaller learning_rate than {self.config.learning_rate:g} or max_grad_norm=1.0 may help"
-        return NonFiniteLossError(f"the {what} at epoch {math.ceil(self.state.epoch or 0)}{where}; {advice}")
+    def _difference(self, saved: dict[str, Any]) -> list[str]:
+        """In words, and as a warning, how the training that is resumed differs from this one."""
+        before, now = saved["environment"], self.environment
+        changed = [name for name in before if before[name] != now.get(name)]
+        if not changed:
+            return []
+        was, is_now = (", ".join(f"{name} {values.get(name)}" for name in changed) for values in (before, now))
+        note = f"started with {was}, resumed at step {saved['state']['global_step']} with {is_now}"
+        warn(f"{self.args.output_dir}: {note}; the result will carry this note")
+        return [note]
 
 
 def sanity_check(trainer: StreamlinedTrainer) -> None:
     """Try what training does on a few real images, so that it fails in the first seconds or not at all.
 
-    An evaluation, whose outputs must be logits, one for each class, and whose weights are kept and loaded; a full batch
-    and the last batch of an epoch (forward and backward). It leaves the model as it was (see `untouched`) and needs no
-    other process.
+    An evaluation, whose outputs must be logits, one for each class; a full batch and the last batch of an epoch
+    (forward and backward). It leaves the model as it was (see `untouched`) and needs no other process.
     Raises SanityCheckError, which says what failed, what the network was given, and the original error.
     """
     model, processes, number = trainer.model, trainer.args.world_size, len(trainer.train_dataset)
-    full, last = min(number, trainer.args.train_batch_size // processes), number % trainer.args.train_batch_size
+    size = trainer.config.batch_size
+    full, last = min(number, size) // processes, number % size
     attributes = [leaf for module in model.modules() for leaf in tree_leaves(vars(module))]
     unregistered = {leaf for leaf in attributes if isinstance(leaf, nn.Module)} - {*model.modules()}
     if any(p.requires_grad for module in unregistered for p in module.parameters()):
         what = f"{type(model).__name__} holds layers in a list or dict of Python, so they would not be trained"
         raise SanityCheckError(f"{what}; use nn.ModuleList or nn.ModuleDict, or freeze them")
     with untouched(model):
-        trainer._since_last_log = BatchMeter()
-        trainer.use_precision(model)
+        trainer._meter = BatchMeter()
         _try(trainer, "an evaluation", trainer.eval_dataset, min(len(trainer.eval_dataset), 16))
         _try(trainer, "a full batch", trainer.train_dataset, full)
-        if not len(trainer._since_last_log):
-            raise SanityCheckError("compute_loss recorded nothing; override `losses` or `outputs` instead of it")
         if 0 < last < full and processes == 1:  # several processes fill it up
             _try(trainer, "the last batch of an epoch", trainer.train_dataset, last, ". Use another batch_size")
 
@@ -346,63 +510,26 @@ def _try(trainer: StreamlinedTrainer, what: str, dataset: ImageBatches, size: in
         batch = trainer._prepare_inputs(dataset.__getitems__(fixed_sample(len(dataset), size)))
         model.train(dataset is trainer.train_dataset)
         if dataset is trainer.train_dataset:
-            loss = trainer.compute_loss(model, batch)
-            loss.backward()
-            recorded = [{}, *trainer._since_last_log.batches()][-1].get("loss", math.nan)
-            if abs(loss.item() - recorded) > 0.01 * abs(recorded):
-                warn_once(
-                    "histories show the loss of `losses`, but compute_loss returns another; override `losses` instead"
-                )
+            trainer.compute_loss(model, batch).backward()
+            if trainer._meter.batches().empty:
+                raise TypeError("compute_loss recorded nothing; override `losses` or `outputs` instead of it")
             return
-        _, outputs, labels = trainer.prediction_step(model, batch, prediction_loss_only=False)
-        logits = first_logits(outputs)
+        with torch.no_grad():
+            logits = first_logits(trainer.run_model(model, batch["images"]))
         if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
             raise TypeError("a network must return logits (images × classes), or a tuple that begins with them")
-        if not all(isinstance(part, torch.Tensor) and part.shape[:1] == (size,) for part in tree_leaves(outputs)):
-            raise TypeError("each output must be a tensor whose first dimension is the images")
         if (number := logits.shape[1]) != data.num_classes:
             raise ValueError(f"the network has {number} outputs, but {data.name} has {data.num_classes} classes")
-        if type(trainer).losses.__module__.startswith("lablib.") and are_probabilities(logits):
-            raise ValueError("the network returns probabilities, but the loss takes logits; remove its final softmax")
-        if are_probabilities(logits) or logits.min() == 0 < logits.max():
-            warn(f"{type(model).__name__} ends in a softmax or ReLU; a loss on logits needs the values before it")
-        losses = trainer.losses(outputs, labels)
+        takes_logits = type(trainer).losses.__module__.startswith("lablib.")
+        if takes_logits and (are_probabilities(logits) or logits.min() == 0 < logits.max()):
+            raise ValueError("the network ends in a softmax or a ReLU, but the loss takes logits; remove it")
+        losses = trainer.losses(trainer.run_model(model, batch["images"]), batch["labels"])
         if not isinstance(losses, dict) or "loss" not in losses or any(value.ndim for value in losses.values()):
             raise TypeError('`losses` must return a dict of scalar tensors with the key "loss"')
-        trainer._evaluated(EvalPrediction(*nested_numpify((outputs, labels))))
+        trainer.predict(ImageBatches(batch["images"], batch["labels"]))
         model.load_state_dict(contiguous_weights(model))  # as the best epoch's
     except Exception as error:
         network = f"{type(model).__name__} was given float32 {(size, *data.image_shape)}"
         advice = ". Use a smaller batch_size or image_size" if should_reduce_batch_size(error) else advice
-        if "shapes cannot be multiplied" in str(error):
-            number = math.prod(data.image_shape)
-            advice = f". Flattened (nn.Flatten()), an image has {number} values; lablib's MLPs need image_shape"
         words = f"{what} ({size} of {len(dataset)} images) fails with {type(error).__name__}: {error}. {network}"
         raise SanityCheckError(words + advice) from error
-
-
-def _refuse_unused(trainer: type[StreamlinedTrainer], callbacks: Sequence[TrainerCallback]) -> None:
-    """Raise ValueError for methods that look as if they were called, but are not."""
-    events = [name for name in dir(TrainerCallback) if name.startswith("on_")]
-    for callback in callbacks:
-        kind = callback if isinstance(callback, type) else type(callback)
-        methods = [name for name, _ in inspect.getmembers(kind, inspect.isfunction) if name.startswith("on_")]
-        for name in {*methods} - {*events, "on_train_failed"}:
-            if known := difflib.get_close_matches(name, events, n=1):
-                raise ValueError(f"{kind.__name__}.{name} is no event of a TrainerCallback; {known[0]} is one")
-    own = {name for name in dir(trainer) if getattr(trainer, name) is not getattr(StreamlinedTrainer, name, None)}
-    if "loss" in own and not own & {"losses", "compute_loss"} and inspect.isfunction(trainer.loss):
-        raise ValueError(f"nothing calls {trainer.__name__}.loss; write losses, or use another name")
-    if (unused := sorted(own & _UNUSED)) and "create_optimizer" not in own:
-        raise ValueError(f"nothing calls {trainer.__name__}.{unused[0]}; write create_optimizer and create_scheduler")
-
-
-@functools.cache
-def _avoid_overhead() -> None:
-    """Avoid two costs in accelerate: a garbage collection over all imported modules at the start of each training
-    (0.3 s), and a search of the disk for an optional package twice per step (6 to 10 % of an MLP's step)."""
-    with contextlib.suppress(AttributeError):  # absent in another version
-        accelerate.optimizer.is_lomo_available = functools.cache(accelerate.optimizer.is_lomo_available)
-    gc.collect()
-    gc.freeze()
-    atexit.register(gc.unfreeze)  # or extension modules report leaks when the process ends

@@ -1,6 +1,5 @@
 """What several test files share: small data, and quick starts of trainings."""
 
-import gc
 import signal
 from pathlib import Path
 
@@ -9,8 +8,7 @@ import pytest
 import torch
 from bot_api import BotApi
 
-from lablib import ImageData, load_data
-from lablib.checkpoints import ResumableTrainer
+from lablib import ImageData, StreamlinedTrainer, load_data
 from lablib.telegram import TelegramNotifier
 
 matplotlib.use("Agg")
@@ -22,7 +20,7 @@ DATA_DIR = Path(__file__).parents[1] / "data"
 @pytest.fixture(scope="session", autouse=True)
 def _checkpoints_after_each_epoch():
     """So that an epoch of milliseconds has one to resume from."""
-    ResumableTrainer.seconds_between_epochs = 0.0
+    StreamlinedTrainer.seconds_between_epochs = 0.0
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -71,11 +69,3 @@ def api(monkeypatch):
     with BotApi() as api:
         monkeypatch.setattr(TelegramNotifier, "base_url", api.url)
         yield api
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_collections():
-    """Each training begins with a collection of garbage, which would look through all of PyTorch every time."""
-    gc.freeze()
-    yield
-    gc.unfreeze()

@@ -1,7 +1,6 @@
 """What there is to compare of a training or a run, without what a clock adds."""
 
 from lablib import Run, StreamlinedTrainer
-from lablib.metrics import history
 
 
 def timeless(run: Run) -> dict:
@@ -12,7 +11,7 @@ def timeless(run: Run) -> dict:
 
 
 def timeless_rows(trainer: StreamlinedTrainer) -> list[dict]:
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in history(trainer.state.log_history)]
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in trainer.history]
 
 
 def findings(trainer: StreamlinedTrainer) -> tuple:

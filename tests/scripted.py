@@ -14,9 +14,9 @@ class Scripted(StreamlinedTrainer):
 
     script = (0.5, 0.9, 0.4, 0.9)
 
-    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        if metric_key_prefix == "eval":
+    def predict(self, *args, metric_key_prefix="test", **kwargs):
+        output = super().predict(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if metric_key_prefix == "eval" and self.is_in_train:
             output.metrics[f"eval_{self.config.early_stopping_metric}"] = self.script[round(self.state.epoch) - 1]
         return output
 

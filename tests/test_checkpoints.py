@@ -22,7 +22,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback, ViTConfig, ViTF
 from lablib import MLP, ResidualCNN, SimpleCNN, StreamlinedTrainer, TrainingConfig, checkpoints, train_or_load
 from lablib.checkpoints import UNFINISHED, Interruption, checkpoints_in, seal
 from lablib.identity import build_seeded
-from lablib.metrics import BatchMeter, history
+from lablib.metrics import BatchMeter
 
 STEPS = 4  # an epoch: 27 of tiny_data's 36 images in batches of 8
 tiny_mlp = partial(MLP, (8,), image_shape=(1, 6, 6), num_classes=3)
@@ -137,7 +137,7 @@ def test_a_step_that_loss_scaling_skips_changes_no_weights_and_is_no_non_finite_
     trainer = build("undisturbed", noting, trainer_class=OnceInfinite)
     trainer.train()
     assert weights[0] == weights[1] != weights[2]
-    assert all(math.isfinite(row["train_loss"]) for row in history(trainer.state.log_history))
+    assert all(math.isfinite(row["train_loss"]) for row in trainer.history)
 
 
 PATIENT = {"num_epochs": 6, "early_stopping_patience": 2, "trainer_class": Scripted}
@@ -278,7 +278,7 @@ def test_the_seconds_of_a_resumed_training_do_not_include_the_pause(build):
     with pytest.raises(KeyboardInterrupt):
         build("interrupted", slow, At(STEPS + 2, press_ctrl_c)).train()
     time.sleep(0.3)
-    seconds = [row["seconds"] for row in history(trained(build, "interrupted").state.log_history)]
+    seconds = [row["seconds"] for row in trained(build, "interrupted").history]
     assert seconds[1] - seconds[0] >= 0.2
     assert seconds[1] < seconds[2] <= time.perf_counter() - began - 0.3
 

@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 from lablib import MLP, KnowledgeDistillationTrainer, ResidualCNN, StreamlinedTrainer, TrainingConfig
 from lablib.data import ImageBatches, ShuffledBatches
-from lablib.metrics import BatchMeter, history
+from lablib.metrics import BatchMeter
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 BATCH = 128
@@ -94,6 +94,6 @@ def test_fp16_scales_the_loss_and_learns_what_fp32_learns(digits):
         trainer = StreamlinedTrainer(cnn(), config, digits)
         assert (trainer.accelerator.scaler is None) == (precision == "fp32")
         trainer.train()
-        accuracies.append(history(trainer.state.log_history)[-1]["val_accuracy"])
+        accuracies.append(trainer.history[-1]["val_accuracy"])
     assert accuracies[0] > 0.9
     assert accuracies[1] == pytest.approx(accuracies[0], abs=0.05)

@@ -22,7 +22,6 @@ from wandb.util import get_core_path
 
 from lablib import MLP, KnowledgeDistillationTrainer, StreamlinedTrainer, TrainingConfig, experiment
 from lablib.identity import build_seeded
-from lablib.metrics import history
 from lablib.runs import attempt, train_or_load
 from lablib.tracking import LOGGED, mode_here
 
@@ -138,7 +137,7 @@ def test_no_secret_and_no_private_text_is_in_any_file(tracked):
 
 
 def test_each_epoch_is_one_row_with_all_of_its_metrics_and_the_summary_is_the_result(tracked):
-    rows, summary, test = history(tracked.trainer.state.log_history), tracked.first.summary, tracked.trainer.test()
+    rows, summary, test = tracked.trainer.history, tracked.first.summary, tracked.trainer.test()
     assert tracked.first.metrics() == rows
     assert [row["_step"] for row in tracked.first.history] == [row["epoch"] for row in rows] == [1, 2, 3]
     best = max(rows, key=lambda row: row["val_accuracy"])
@@ -175,7 +174,7 @@ def test_an_interrupted_training_is_marked_so_and_continues_its_own_run(tmp_path
     trainer.train(resume_from_checkpoint=True)
     interrupted, resumed = runs_in(tmp_path)
     assert resumed.run["run_id"] == interrupted.run["run_id"]
-    assert interrupted.metrics() + resumed.metrics() == history(trainer.state.log_history)
+    assert interrupted.metrics() + resumed.metrics() == trainer.history
     assert (interrupted.exit_code, resumed.exit_code) == (1, 0)
     assert (interrupted.summary["error"], resumed.summary["error"]) == ("KeyboardInterrupt", None)
 
