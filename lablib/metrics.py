@@ -41,10 +41,10 @@ class BatchMeter:
 
     def restore(self, batches: dict[str, list[float]], device: torch.device) -> None:
         """Continue from earlier `batches()`, whatever the number of processes was."""
-        self._names = [*batches]
-        rows = torch.tensor([*batches.values()], dtype=torch.float64).T
-        rows[:, :2] /= self.processes
-        self._rows = [rows.float().to(device)] if rows.numel() else []
+        if batches:
+            rows = torch.tensor([*batches.values()], dtype=torch.float64).T
+            rows[:, :2] /= self.processes
+            self._names, self._rows = [*batches], [rows.float().to(device)]
 
 
 def means(batches: pd.DataFrame) -> dict[str, float]:

@@ -167,9 +167,9 @@ class StreamlinedTrainer(transformers.Trainer):
         if self.state.global_step:  # trained before: a further training has an optimizer and a schedule of its own
             self.optimizer = self.lr_scheduler = None
         max_steps = config.num_epochs * self.steps_per_epoch
+        self._scaler = torch.amp.GradScaler(args.device.type, enabled=self.precision == "fp16")
         self.create_optimizer()
         self.create_scheduler(max_steps, self.optimizer)
-        self._scaler = torch.amp.GradScaler(args.device.type, enabled=self.precision == "fp16")
         self._trained = DistributedDataParallel(self.model) if several else self.model
         self._meter, self.history, self._best_weights = BatchMeter(args.world_size), [], None
         self.notes, self.wandb_id = [], secrets.token_hex(4)
@@ -215,9 +215,11 @@ class StreamlinedTrainer(transformers.Trainer):
         return torch.randperm(len(self.train_dataset), generator=generator)
 
     def _share(self, positions: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-        """This process's part of a batch, which is filled up from the epoch's first one until it can be divided."""
-        size, number = self.args.world_size, len(positions)
-        return torch.cat([positions, order[: -number % size]]).chunk(size)[self.args.process_index]
+        """This process's part of a batch; if there are others, the last one is filled up from the epoch's first."""
+        if self.args.world_size == 1:
+            return positions
+        filled = torch.cat([positions, order])[: self.config.batch_size]
+        return filled.chunk(self.args.world_size)[self.args.process_index]
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         """Compute the gradients of one batch, and return its loss."""
@@ -279,7 +281,7 @@ class StreamlinedTrainer(transformers.Trainer):
         batches = self._meter.batches()  # the only wait for the device in an epoch
         self._meter = BatchMeter(self.args.world_size)
         finite = batches["loss"].map(math.isfinite)
-        if not (finite.any() if self.precision == "fp16" else finite.all()):  # fp16's loss scaler skips some steps
+        if not (finite.any() if self._scaler.is_enabled() else finite.all()):  # fp16's loss scaler skips some steps
             wrong = finite.idxmin()
             step = self.state.global_step - len(batches) + wrong + 1
             raise self._not_finite(f"training loss is {batches['loss'][wrong]}", f", step {step}")

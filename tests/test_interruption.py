@@ -98,7 +98,7 @@ def test_workers_end_with_a_checkpoint_on_ctrl_c_and_when_their_parent_is_killed
         wait_for(lambda process=process: group_is_gone(process))
         reached = sorted(int(path.read_text()) for path in at)
         newest = [checkpoints_in(path)[0] for path in store.glob("*/checkpoints")]
-        kept = sorted(int(path.name.rpartition("-")[2]) for path in newest)
+        kept = sorted(int(path.stem.rpartition("-")[2]) for path in newest)
         assert [0 <= step - before <= 2 for step, before in zip(kept, reached, strict=True)] == [True, True]
         for path in at:
             path.unlink()
@@ -116,11 +116,11 @@ def test_torchrun_ends_when_a_process_gets_a_signal_or_fails_and_resumes_exactly
     os.kill(int(second.read_text()), signal.SIGINT)  # all end after the same step
     assert process.wait(timeout=120) != 0
     log = interrupted.with_suffix(".log")
-    assert [*interrupted.glob(f"*/checkpoints/checkpoint-{2 * STEPS}")], log.read_text()
+    assert [*interrupted.glob(f"*/checkpoints/checkpoint-{2 * STEPS}.pt")], log.read_text()
     assert "RuntimeError" not in log.read_text()
     (interrupted / "slow").unlink()
     began = time.monotonic()
     assert start(stores, *TOGETHER).wait(timeout=300) != 0
     assert time.monotonic() - began < 200  # the group itself would wait for half an hour
-    assert [*failing.glob(f"*/checkpoints/checkpoint-{STEPS}")], log.read_text()
+    assert [*failing.glob(f"*/checkpoints/checkpoint-{STEPS}.pt")], log.read_text()
     assert train(str(interrupted), seeds=1) == train(str(undisturbed), seeds=1)  # which loads them

@@ -21,12 +21,11 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-import safetensors.torch
 import torch
 from outcomes import timeless
 
 from lablib import MLP, KnowledgeDistillationTrainer, ResidualCNN, StreamlinedTrainer, TrainingConfig
-from lablib.checkpoints import UNFINISHED, ResumableTrainer, checkpoints_in
+from lablib.checkpoints import checkpoints_in
 from lablib.datasets import load_data
 from lablib.identity import build_seeded
 from lablib.runs import load_run, train_or_load
@@ -63,30 +62,36 @@ class Torturer:
     moment: tuple | None = None
     fault: str | None = None  # instead of being killed
     seen: list[tuple] = field(default_factory=list)
+    saving: bool = False
     trained: bool = False
-    trainer: ResumableTrainer | None = None
+    trainer: StreamlinedTrainer | None = None
 
     def install(self):
         """Get between lablib and what it calls; for the rest of this process."""
         self._after(StreamlinedTrainer, "training_step", lambda: self._reached("step"))
-        self._after(StreamlinedTrainer, "prediction_step", lambda: self._reached("validation"))
+        self._after(StreamlinedTrainer, "run_model", lambda: self.trainer.model.training or self._reached("validation"))
         self._after(StreamlinedTrainer, "train", lambda: setattr(self, "trained", True))
-        for module, name, path in (
-            (torch, "save", lambda obj, path, *rest: path),
-            (safetensors.torch, "save_file", lambda tensors, path, *rest, **more: path),
-            (builtins, "open", lambda path, mode="r", *rest, **more: path if set("wx") & set(mode) else None),
-            (os, "replace", lambda source, target: None),
-        ):
-            self._operation(module, name, path)
-        ResumableTrainer._is_time_to_save = lambda trainer, seconds: (
-            trainer.state.epoch.is_integer() or trainer.state.global_step % STEPS_BETWEEN_CHECKPOINTS == 0
+        save = StreamlinedTrainer._save
+
+        def saving(trainer):
+            self.saving = True
+            save(trainer)
+            self.saving = False
+
+        StreamlinedTrainer._save = saving
+        written = lambda path, mode="r", *rest, **more: path if set("wx") & set(mode) else None  # noqa: E731
+        self._operation(builtins, "open", written)
+        self._operation(os, "replace", lambda source, target: target)
+        due = StreamlinedTrainer._save_if_due
+        StreamlinedTrainer._save_if_due = lambda trainer, seconds: due(
+            trainer,
+            0 if trainer.state.epoch.is_integer() or not trainer.state.global_step % STEPS_BETWEEN_CHECKPOINTS else 1e9,
         )
 
     @property
     def phase(self) -> str | None:
         """What is being written."""
-        writes = self.trainer and Path(self.trainer.args.output_dir).name == UNFINISHED
-        return "checkpoint" if writes else "result" if self.trained else None
+        return "checkpoint" if self.saving else "result" if self.trained else None
 
     def _after(self, cls, name: str, action):
         original = getattr(cls, name)
@@ -230,8 +235,8 @@ def damaged_files(case: Case, limit: int | None) -> list[dict]:
         template = Path(tempfile.mkdtemp(dir=case.folder))
         case.attempt(template, moment)
         (folder,) = template.glob("*/")
-        folder = checkpoints_in(folder / "checkpoints")[0] if moment else folder
-        files = sorted(path.relative_to(template) for path in folder.iterdir() if path.is_file())
+        files = checkpoints_in(folder / "checkpoints")[:1] if moment else sorted(folder.glob("*.*"))
+        files = [path.relative_to(template) for path in files if path.is_file()]
         plans = [(file, damage) for file in files for damage in DAMAGES]
         for file, damage in random.Random(0).sample(plans, min(limit or len(plans), len(plans))):
             store = shutil.copytree(template, Path(tempfile.mkdtemp(dir=case.folder)), dirs_exist_ok=True)
@@ -241,7 +246,7 @@ def damaged_files(case: Case, limit: int | None) -> list[dict]:
                 (store / file).write_bytes(DAMAGES[damage](content))
             said = case.finish(store)
             # a flipped bit in result.json may be one of another file's sum, which is then named
-            damaged = file.parent.name if moment else "the run is set aside and trained again"
+            damaged = file.name if moment else "the run is set aside and trained again"
             noticed = any(damaged in text for text in said["warnings"])
             noticed |= not moment and file.name == "result.json" and damage == "missing"  # then it is not finished
             row = {"fault": f"{damage}, {at}", "noticed": noticed, "moment": str(file)}
