@@ -108,7 +108,7 @@ def test_a_bar_shows_the_epochs_and_ctrl_c_leaves_a_checkpoint_and_says_how_to_r
     assert out == ""
     assert said.splitlines()[-1] == "interrupted at epoch 1 of 4; run again to resume"
     assert re.search(r"1\.\d/4 epochs \[.*, loss \d\.\d{3}, validation \d+\.\d % \(MLP, seed 0\)\]", said)
-    assert list(tmp_path.glob("*/checkpoints/checkpoint-3"))
+    assert list(tmp_path.glob("*/checkpoints/checkpoint-3.pt"))
 
 
 def test_two_processes_train_a_run_from_the_command_line_and_one_loads_it(run, tmp_path):

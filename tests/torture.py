@@ -248,7 +248,7 @@ def damaged_files(case: Case, limit: int | None) -> list[dict]:
             # a flipped bit in result.json may be one of another file's sum, which is then named
             damaged = file.name if moment else "the run is set aside and trained again"
             noticed = any(damaged in text for text in said["warnings"])
-            noticed |= not moment and file.name == "result.json" and damage == "missing"  # then it is not finished
+            noticed |= damage == "missing" and file.suffix in (".pt", ".json")  # then it is another or no result
             row = {"fault": f"{damage}, {at}", "noticed": noticed, "moment": str(file)}
             rows.append(row | {"differences": case.differences(store)})
             shutil.rmtree(store)
@@ -275,7 +275,7 @@ ENOSPC (no space left) and EIO (disk error) are raised by each operation in turn
 renaming a file of the first, a middle and the last checkpoint, and of the result. *Torn* leaves half of the bytes and
 kills the process. Files are damaged in the newest checkpoint of an interrupted run, or in a finished run. *Detected*
 means that the run stopped with an error that names the path, or that a warning named the damaged file (a missing
-result leaves nothing to name).
+checkpoint or result leaves nothing to name).
 
 | fault | injected | detected | same outcome |
 |---|---|---|---|
