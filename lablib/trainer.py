@@ -27,15 +27,7 @@ from transformers.trainer_pt_utils import nested_numpify
 from transformers.trainer_utils import PredictionOutput, TrainOutput
 
 from lablib.augmentation import augment
-from lablib.checkpoints import (
-    Interruption,
-    checkpoints_in,
-    contiguous_weights,
-    load_checkpoint,
-    random_states,
-    restore_random_states,
-    save_checkpoint,
-)
+from lablib.checkpoints import Interruption, checkpoints_in, contiguous_weights, load_checkpoint, save_checkpoint
 from lablib.config import NOT_IDENTITY, TrainingConfig, warn
 from lablib.data import ImageBatches, ImageData, fixed_sample, stratified_split, stratified_subset
 from lablib.hardware import algorithms, check_device, fits, keep_memory, memory_format, resolve_precision, untouched
@@ -60,18 +52,17 @@ class StreamlinedTrainer(transformers.Trainer):
     """Trains, validates after each epoch, stops early and restores the best weights; `.test()` evaluates the test set.
 
     The training set is split by class into a training and a validation part. Augmentation and normalisation happen in
-    the training step, on the device. Callbacks work as in any `transformers.Trainer`; `compute_loss`, `training_step`,
-    `create_optimizer` and `create_scheduler` can be overridden as there, besides `outputs`, `losses` and `epoch_order`.
+    the training step, on the device. Callbacks, `compute_loss`, `training_step`, `create_optimizer` and
+    `create_scheduler` work as in any `transformers.Trainer`; also `outputs`, `losses` and `epoch_order` may be overridden.
 
-    A checkpoint is written to `checkpoint_dir` (by default a temporary folder, deleted with the trainer) every
+    Checkpoints go to `checkpoint_dir` (by default a temporary folder, deleted with the trainer): every
     `checkpoint_seconds` within an epoch, at the end of an epoch if the last one is `seconds_between_epochs` old, and on
-    SIGINT and SIGTERM: the step is finished, then the process exits. It holds all that the training depends on, so a
-    resumed one ends as if it had never stopped. `notes` says what differs from the training that is resumed.
+    SIGINT and SIGTERM, which end the training after its step. A resumed training ends as if it had never stopped;
+    `notes` says if versions, settings or device have changed.
 
-    `history` has the metrics by epoch: epoch, train_loss, train_accuracy, learning_rate and grad_norm (of the last
-    step), seconds (since the run began), val_loss, val_accuracy; and the terms of the loss, if it has several.
-    `run_name` is the name in Weights & Biases and Telegram. Under `torchrun` each process takes its share of each batch
-    and draws its own augmentation and dropout; docs/scaling.md says how the result compares with that of one process.
+    `history` has by epoch: epoch, train_loss, train_accuracy, learning_rate and grad_norm (of the last step), seconds
+    (since the run began), val_loss, val_accuracy, and the loss's terms if it has several. `run_name` is the name in
+    Weights & Biases and Telegram. For several processes (`torchrun`) see docs/scaling.md.
 
     Raises ValueError for a device that does not exist. `train` raises SanityCheckError before its first step (see
     `sanity_check`), and NonFiniteLossError, naming epoch and step, for a loss that is NaN or infinite.
@@ -210,7 +201,7 @@ class StreamlinedTrainer(transformers.Trainer):
                     self._save_if_due(0 if control.should_save else self.config.checkpoint_seconds)
 
     def epoch_order(self, epoch: int) -> torch.Tensor:
-        """Positions in `train_dataset` as an epoch shows them; they follow from the seed. Override it to draw others."""
+        """Positions in `train_dataset` in the order of an epoch, which follows from the seed; override it to draw others."""
         generator = torch.Generator().manual_seed(self.config.seed + epoch)
         return torch.randperm(len(self.train_dataset), generator=generator)
 
@@ -363,7 +354,7 @@ class StreamlinedTrainer(transformers.Trainer):
 
     @torch.no_grad()
     def predict(self, test_dataset: ImageBatches, ignore_keys=None, metric_key_prefix="test") -> PredictionOutput:
-        """Outputs, labels and metrics; the losses are over all images at once, as a weighted one is no mean of means."""
+        """Outputs, labels and metrics. Losses are over all images at once, as a weighted one is no mean over batches."""
         if self.args.world_size > 1:
             for buffer in self.model.buffers():  # such as batch norm statistics, which on CPUs are each process's own
                 torch.distributed.broadcast(buffer, 0)
