@@ -86,8 +86,8 @@ class ImageData:
     def normalise(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 images as a model takes them: float, normalised by the training images' statistics, or ValueError."""
         if images.dtype != torch.uint8 or images.shape[1:] != self.image_shape:
-            given = f"{images.dtype} of shape {tuple(images.shape)}"
-            raise ValueError(f"the images are {given}; they must be torch.uint8, images × {self.image_shape}")
+            given = f"the images are {images.dtype} of shape {tuple(images.shape)}"
+            raise ValueError(f"{given}; they must be torch.uint8, images × {self.image_shape}")
         mean, std = (s.view(-1, 1, 1).to(images.device) for s in self.channel_statistics)
         return (images.float() / 255 - mean) / std
 
