@@ -1,24 +1,22 @@
 """Random rotation, shift, crop and flip of a batch, drawn for each image on its own, on the batch's device."""
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 
-def affine(
-    images: torch.Tensor, angles: torch.Tensor, shifts: torch.Tensor, flips: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Rotate, shift and mirror each image about its centre; pixels from outside the image are 0.
+def affine(images: Tensor, angles: Tensor, shifts: Tensor, flips: Tensor | None = None) -> Tensor:
+    """Rotate, shift and mirror each image about its centre, as torchvision's bilinear `affine`; outside it is 0.
 
     images: float, batch × channels × height × width. angles: degrees anticlockwise, batch. shifts: pixels to the right
-    and down, batch × 2. flips: True mirrors left and right first, batch. Bilinear, like torchvision's `affine` on each.
+    and down, batch × 2. flips: True mirrors left and right first, batch.
     """
     height, width = images.shape[-2:]
     radians = torch.deg2rad(angles)[:, None, None]
-    cos, sin = radians.cos(), radians.sin()
+    cos, sin, aspect = radians.cos(), radians.sin(), height / width
     # grid_sample asks where an output pixel comes from: the inverse map, in coordinates from -1 to 1 along each side.
     # Built by broadcasting, since F.affine_grid's batched product takes longer than the sampling.
     dx, dy = shifts[:, 0] * (2 / width), shifts[:, 1] * (2 / height)
-    aspect = height / width
     x = torch.linspace(-1 + 1 / width, 1 - 1 / width, width, device=images.device) - dx[:, None]  # (batch, width)
     y = torch.linspace(-1 + 1 / height, 1 - 1 / height, height, device=images.device) - dy[:, None]  # (batch, height)
     grid = images.new_empty(len(images), height, width, 2)
@@ -29,37 +27,32 @@ def affine(
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
 
-def crop(images: torch.Tensor, corners: torch.Tensor, padding: int) -> torch.Tensor:
+def crop(images: Tensor, corners: Tensor, padding: int) -> Tensor:
     """Pad each image with `padding` rows and columns of zeros and crop it to its original size.
 
-    images: batch × channels × height × width. corners: each piece's first column and row in the padded image, whole
-    numbers from 0 to 2 · `padding`, batch × 2. Nothing is interpolated, so edges stay as sharp as they were.
+    images: batch × channels × height × width. corners: first column and row in the padded image, batch × 2.
     """
     height, width = images.shape[-2:]
-    padded = F.pad(images, [padding] * 4)
-    pieces = padded.unfold(2, height, 1).unfold(3, width, 1)  # a view: batch × channels × row × column × height × width
-    left, top = corners.unbind(1)
+    pieces = F.pad(images, [padding] * 4).unfold(2, height, 1).unfold(3, width, 1)
+    left, top = corners.unbind(1)  # pieces is a view: batch × channels × row × column × height × width
     return pieces[torch.arange(len(images), device=images.device), :, top, left]
 
 
 def augment(
-    images: torch.Tensor,
+    images: Tensor,
     rotation_degrees: float = 0.0,
     translation_fraction: float = 0.0,
     horizontal_flip: bool = False,
     crop_padding: int = 0,
-    *,
     generator: torch.Generator | None = None,
-) -> torch.Tensor:
+) -> Tensor:
     """Draw a rotation, a shift, a flip and a crop for each image of a batch and apply them.
 
-    images: float, batch × channels × height × width. The angle is uniform in ± `rotation_degrees`, the shift uniform in
-    ± `translation_fraction` of the width and of the height, and one image in two is mirrored if `horizontal_flip`. Each
-    is then cropped as by torchvision's `RandomCrop(size, crop_padding)`. Without a generator, PyTorch's global one
-    is used; checkpoints save its state.
+    images: float, batch × channels × height × width. The angle is uniform in ± `rotation_degrees`, the shift in
+    ± `translation_fraction` of width and height; `horizontal_flip` mirrors one image in two. Each is then cropped as by
+    torchvision's `RandomCrop(size, crop_padding)`. No generator: PyTorch's global one, whose state checkpoints save.
     """
-    batch, _, height, width = images.shape
-    device = images.device
+    (batch, _, height, width), device = images.shape, images.device
     if rotation_degrees or translation_fraction:
         draws = torch.rand(4, batch, generator=generator, device=device)
         angles = (2 * draws[0] - 1) * rotation_degrees

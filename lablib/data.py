@@ -3,10 +3,8 @@
 import hashlib
 import math
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from zlib import crc32
 
 import numpy as np
 import torch
@@ -16,55 +14,41 @@ from torch.utils.data import Dataset
 from lablib.config import warn_once
 
 UNBALANCED = 5  # above this ratio of the largest to the smallest class, accuracy alone is misleading
-_IMAGES = "torch.uint8 from 0 to 255, images × channels × height × width"
 _TENSORS = "train_images", "train_labels", "test_images", "test_labels"  # the fields of ImageData that hold tensors
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class ImageData:
     """Training and test images of a classification task.
 
-    Images are uint8, images × channels × height × width; labels are int64 class numbers, one for each image. NumPy
-    arrays become tensors; those that are mapped from a file stay mapped, in joblib's workers too.
+    Images are uint8, images × channels × height × width; labels are int64 class numbers. NumPy arrays become tensors;
+    those that are mapped from a file stay mapped, in joblib's workers too.
     Raises ValueError if shapes, types or labels do not fit together, or a class has no image.
     """
 
     name: str
-    train_images: torch.Tensor
-    train_labels: torch.Tensor
-    test_images: torch.Tensor
-    test_labels: torch.Tensor
+    train_images: torch.Tensor = field(repr=False)
+    train_labels: torch.Tensor = field(repr=False)
+    test_images: torch.Tensor = field(repr=False)
+    test_labels: torch.Tensor = field(repr=False)
     class_names: tuple[str, ...]
 
     def __post_init__(self):
-        values = [getattr(self, name) for name in _TENSORS]
+        # through vars(), as the dataclass is frozen; a tensor stays the user's own, so that its changes are noticed
+        vars(self).update(_arrays=[np.asanyarray(getattr(self, name)) for name in _TENSORS], _hashed_at=None)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-            tensors = [torch.as_tensor(value) for value in values]  # a tensor stays the user's own
-        vars(self).update(zip(_TENSORS, tensors, strict=True))  # as the dataclass is frozen
-        vars(self).update(_arrays=[np.asanyarray(value) for value in values], _hashed_at=None)
-        if self.num_classes < 2:
-            raise ValueError(f"{self.name} has {self.num_classes} class; a classifier needs at least two")
+            vars(self).update({name: torch.as_tensor(getattr(self, name)) for name in _TENSORS})
         for part in ("train", "test"):
             images, labels = getattr(self, f"{part}_images"), getattr(self, f"{part}_labels")
             channels_last = images.ndim == 4 and images.shape[1] > 4 >= images.shape[3]
             if images.dtype != torch.uint8 or images.ndim != 4 or channels_last or images.shape[1:] != self.image_shape:
                 given = f"{self.name}: the {part} images are {images.dtype} of shape {tuple(images.shape)}"
-                advice = "floats from 0 to 1 become so by (images * 255).round().to(torch.uint8)"
-                raise ValueError(f"{given}; they must be {_IMAGES}, the last three as in training ({advice})")
-            if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
-                given = f"{self.name}: the {part} labels are {labels.dtype} of shape {tuple(labels.shape)}"
-                raise ValueError(f"{given}; they must be torch.int64, one for each of the {len(images)} images")
-            if wrong := sorted({*range(self.num_classes)} ^ {*labels.unique().tolist()}):
-                needed = f"{self.name}: the {part} labels must be 0 to {self.num_classes - 1}, each at least once"
-                raise ValueError(f"{needed}; missing or out of range: {wrong}")
-
-    def __init_subclass__(cls):
-        raise TypeError("ImageData cannot be subclassed; write a function that makes ImageData instead")
-
-    def __repr__(self) -> str:
-        images = f"{len(self.train_labels):,} training and {len(self.test_labels):,} test images"
-        return f"ImageData({self.name!r}: {images} of shape {self.image_shape}, {self.num_classes} classes)"
+                raise ValueError(f"{given}; they must be torch.uint8, images × channels × height × width, all alike")
+            classes = labels.unique().tolist()
+            if labels.dtype != torch.int64 or len(labels) != len(images) or classes != list(range(self.num_classes)):
+                needed = f"one torch.int64 for each image, from 0 to {self.num_classes - 1}, each at least once"
+                raise ValueError(f"{self.name}: the {part} labels must be {needed}")
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -91,7 +75,7 @@ class ImageData:
     def channel_statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and standard deviation of the training images by channel, on the scale 0 to 1."""
         counts = torch.zeros(self.image_shape[0], 256, dtype=torch.float64)
-        for images in self.train_images.split(max(1, 2**21 // math.prod(self.image_shape))):  # they may be on disk
+        for images in self.train_images.split(1000):  # they may be on disk
             counts += torch.stack([channel.flatten().bincount(minlength=256) for channel in images.unbind(1)])
         values = torch.arange(256, dtype=torch.float64) / 255
         mean = (counts * values).sum(1) / counts.sum(1)
@@ -100,33 +84,24 @@ class ImageData:
         return mean.float(), std.float()
 
     def normalise(self, images: torch.Tensor) -> torch.Tensor:
-        """uint8 images as a model takes them: float, shifted and scaled by the training images' statistics.
-
-        Raises ValueError for images of another type or shape than those of the data set.
-        """
-        images = torch.as_tensor(images)  # NumPy's too
+        """uint8 images as a model takes them: float, normalised by the training images' statistics, or ValueError."""
         if images.dtype != torch.uint8 or images.shape[1:] != self.image_shape:
             given = f"the images are {images.dtype} of shape {tuple(images.shape)}"
-            raise ValueError(f"{given}; they must be {_IMAGES}, the last three {self.image_shape}")
+            raise ValueError(f"{given}; they must be torch.uint8, images × {self.image_shape}")
         mean, std = (s.view(-1, 1, 1).to(images.device) for s in self.channel_statistics)
         return (images.float() / 255 - mean) / std
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over every image, label and class name: two data sets with the same one are the same."""
-        if (state := self._changes()) != self._hashed_at:
+        """SHA-256 over every image, label and class name. Notices a tensor's changes in place, not a NumPy array's."""
+        versions = [getattr(self, name)._version for name in _TENSORS]
+        if versions != self._hashed_at:
             digest = hashlib.sha256(repr((self.image_shape, self.class_names)).encode())
             for array in self._arrays:
                 digest.update(np.ascontiguousarray(array))
             vars(self).pop("channel_statistics", None)
-            vars(self).update(_hashed_at=state, _digest=digest.hexdigest())
+            vars(self).update(_hashed_at=versions, _digest=digest.hexdigest())
         return self._digest
-
-    def _changes(self) -> tuple[list[int], list[int]]:
-        """Differs after a change in place: PyTorch counts its own; NumPy's show in the labels and 1,000 images."""
-        samples = (a if a.ndim == 1 else a[fixed_sample(len(a), 1000).numpy()] for a in self._arrays)
-        sums = [crc32(np.ascontiguousarray(sample)) for sample in samples]
-        return [getattr(self, name)._version for name in _TENSORS], sums
 
     def __identity__(self) -> list[str]:
         return [self.name, self.fingerprint]
@@ -137,10 +112,7 @@ class ImageData:
 
 
 class ImageBatches(Dataset):
-    """Some images of a data set by index; `__getitems__` gives a whole batch at once.
-
-    A batch is {"images": uint8, batch × channels × height × width; "labels": int64, batch}.
-    """
+    """Images by index, in whole batches: {"images": uint8, batch × channels × height × width; "labels": int64}."""
 
     def __init__(self, images: torch.Tensor, labels: torch.Tensor, indices: torch.Tensor | None = None):
         self.images, self.labels = images, labels
@@ -149,7 +121,7 @@ class ImageBatches(Dataset):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitems__(self, positions: Sequence[int]) -> dict[str, torch.Tensor]:
+    def __getitems__(self, positions: list[int]) -> dict[str, torch.Tensor]:
         chosen = self.indices[torch.as_tensor(positions).to(self.indices.device)]
         # index_select copies whole images; indexing with [] takes 20 times as long for uint8
         return {"images": self.images.index_select(0, chosen), "labels": self.labels.index_select(0, chosen)}
@@ -163,19 +135,15 @@ def fixed_sample(length: int, number: int) -> torch.Tensor:
 def stratified_split(labels: torch.Tensor, validation_split: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Sorted indices of the training and the validation images, with each class in proportion, but at least one image.
 
-    Raises ValueError if a class has a single image, or if a part would have fewer images than there are classes.
+    Raises ValueError for a class of a single image, or a share that is too small or too large.
     """
-    options = {"test_size": round(validation_split * len(labels)), "stratify": labels.numpy(), "random_state": seed}
-    failed = f"{len(labels)} images cannot be split with a share of {validation_split}"
-    try:
-        train, validation = train_test_split(np.arange(len(labels)), **options)
-    except ValueError as error:
-        raise ValueError(f"{failed}: {error}") from error
-    absent = np.setdiff1d(labels, labels[validation])  # from validation: classes too small for their share
+    options = {"test_size": round(validation_split * len(labels)), "stratify": labels, "random_state": seed}
+    train, validation = train_test_split(np.arange(len(labels)), **options)
+    absent = np.setdiff1d(labels, labels[validation])  # classes too small for their share
     moved = [np.random.default_rng(seed).choice(np.flatnonzero(labels == label)) for label in absent]
     parts = np.setdiff1d(train, moved), np.union1d(validation, moved)
     if len(np.unique(labels[parts[0]])) < len(np.unique(labels)):
-        raise ValueError(f"{failed}: the training part would lack a class; write a smaller share")
+        raise ValueError(f"a share of {validation_split} leaves no training image in a class")
     return tuple(torch.from_numpy(part).long() for part in parts)
 
 
@@ -193,6 +161,5 @@ def stratified_subset(indices: torch.Tensor, labels: torch.Tensor, size: int | N
     places = torch.cat([(torch.arange(count) + 0.5) / count for count in counts])
     chosen = by_class[places.argsort(stable=True)[:size]].sort().values
     if len(labels[chosen].unique()) < len(counts):
-        given = f"max_train_images = {size} of {len(indices)} training images in {len(counts)} classes"
-        raise ValueError(f"{given} leaves a class without an image; write a larger number, or set no limit")
+        raise ValueError(f"max_train_images = {size} leaves a class without an image; write a larger number")
     return chosen

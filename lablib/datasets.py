@@ -2,18 +2,13 @@
 
 import argparse
 import hashlib
-import math
 import os
-import shlex
 import shutil
-import sys
-import uuid
+import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -27,8 +22,6 @@ from torchvision.transforms import functional as F
 from lablib.config import locate_data
 from lablib.data import ImageData, stratified_split
 
-_PIXELS = "centre crop"  # in the key of a cache: change it when read_image gives other pixels for the same file
-
 
 def load_data(
     name: str | os.PathLike,
@@ -39,22 +32,13 @@ def load_data(
 ) -> ImageData:
     """Load a data set by its name, or a folder with `train/<class>/` and `test/<class>/` in it.
 
-    `digits` ships with scikit-learn and is scaled up to 28 × 28. The other names are torchvision's, read from
-    `data_dir` or downloaded there; EMNIST is turned upright. `image_size` (pixels, or height and width) scales every
-    image, and `channels` (1 or 3) makes them grey or coloured.
-
-    A folder is read as torchvision's ImageFolder reads it, without hidden files, in colour unless `channels` is 1; EXIF
-    orientation is applied and transparency composited on white. `image_size` keeps the aspect ratio there: the shorter
-    side is scaled, the longer one cropped about its centre. The pixels are mapped from a file that is written to the
-    folder and that `clean` deletes, or decoded into memory if the folder is not writable.
-
-    Raises ValueError for an unsuitable argument, folder or image, OSError for files that cannot be read.
+    `digits` ships with scikit-learn, here scaled to 28 × 28; the other names are torchvision's, read from `data_dir` or
+    downloaded there. `image_size` (pixels, or height and width) scales all images, `channels` (1 or 3) makes them grey
+    or coloured. A folder, whose images are coloured by default, is read by `list_images` and `read_image` and decoded
+    once into a file in it, or in the system's temporary folder if it is not writable, and mapped from there.
+    Raises ValueError for an unsuitable name, folder or image, OSError for files that cannot be read.
     """
-    if channels not in (None, 1, 3):
-        raise ValueError(f"channels = {channels!r}, but it must be None, 1 or 3")
-    size = image_size if image_size is None or isinstance(image_size, (tuple, list)) else (image_size, image_size)
-    if size is not None and not (len(size) == 2 and all(type(s) is int and s > 0 for s in size)):
-        raise ValueError(f"image_size = {image_size!r}, but it must be a number of pixels above 0, or two")
+    size = (image_size, image_size) if isinstance(image_size, int) else image_size
     found = locate_data(name, data_dir)
     if isinstance(found, Path):
         return _from_folder(found, size, channels or 3)
@@ -78,17 +62,9 @@ def _from_torchvision(name: str, data_dir: str, size, channels) -> ImageData:
     for part in ("train", "test"):
         options = {"split": part} if name in ("SVHN", "STL10") else {"train": part == "train"}
         options |= {"split": "balanced"} if name == "EMNIST" else {}
-        try:
-            dataset = getattr(datasets, name)(data_dir, download=True, **options)
-        except Exception as error:
-            failed = f"{name} can be neither read from {data_dir} nor downloaded ({type(error).__name__}: {error})"
-            advice = "replace damaged files there, or connect to a network; dataset = 'digits' needs neither"
-            raise OSError(f"{failed}; {advice}") from error
-        images = torch.as_tensor(dataset.data)
-        if images.ndim == 3:  # grey, without channels
-            images = images.unsqueeze(1)
-        elif images.shape[-1] == 3:  # channels last
-            images = images.movedim(-1, 1)
+        dataset = getattr(datasets, name)(data_dir, download=True, **options)
+        images = torch.as_tensor(dataset.data)  # grey without channels, coloured with channels last or first
+        images = images.unsqueeze(1) if images.ndim == 3 else images.movedim(images.shape.index(3), 1)
         if name == "EMNIST":  # its files are transposed
             images = images.transpose(2, 3)
         if channels not in (None, images.shape[1]):
@@ -104,87 +80,60 @@ def _from_torchvision(name: str, data_dir: str, size, channels) -> ImageData:
 def list_images(folder: str | os.PathLike) -> tuple[list[str], list[tuple[str, int]]]:
     """The classes of a folder of class folders, and each image's path and label, in the order in which they are loaded.
 
-    Warns of other visible files. Raises ValueError for fewer than two classes, or one without images.
+    As torchvision's ImageFolder, but without hidden files.
+    Raises ValueError for fewer than two classes, FileNotFoundError for one without images.
     """
     folder = Path(os.path.expanduser(folder))
     classes = sorted(place.name for place in folder.glob("[!.]*/"))
     if len(classes) < 2:
-        raise ValueError(f"{folder} needs a folder of images for each class, at least two; it has {classes}")
-    labels = {name: label for label, name in enumerate(classes)}
-    files = make_dataset(folder, labels, is_valid_file=lambda path: True, allow_empty=True)
-    files = [(path, label) for path, label in files if os.sep + "." not in path.removeprefix(str(folder))]  # not hidden
-    images = [(path, label) for path, label in files if path.lower().endswith((*IMG_EXTENSIONS, ".jfif", ".gif"))]
-    if empty := labels.keys() - {classes[label] for _, label in images}:
-        raise ValueError(f"no image in {folder / min(empty)}; add some or delete the folder")
-    if others := {*files} - {*images}:
-        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
-        warnings.warn(f"files that are not images are ignored: {min(others)[0]}{more}", stacklevel=5)
-    return classes, images
+        advice = "`python -m lablib.datasets split FOLDER` makes train/ and test/ from one folder per class"
+        raise ValueError(f"{folder} needs folders of images, one per class, at least two; it has {classes}; {advice}")
+    extensions = (*IMG_EXTENSIONS, ".jfif", ".gif", ".heic")  # HEIC is found, so that it is an error and not ignored
+    images = make_dataset(folder, {name: label for label, name in enumerate(classes)}, extensions)
+    return classes, [(path, label) for path, label in images if os.sep + "." not in path.removeprefix(str(folder))]
 
 
 def _from_folder(folder: Path, size, channels: int) -> ImageData:
-    if not (folder / "train").is_dir():
-        command = shlex.join([sys.executable, "-m", "lablib.datasets", "split", str(folder)])
-        advice = f"from one folder per class, `{command}` makes {folder.name}-split with train/ and test/"
-        raise ValueError(f"{folder} has no folder train/; {advice}")
     (classes, train), (test_classes, test) = (list_images(folder / part) for part in ("train", "test"))
     if classes != test_classes:
-        wrong = sorted({*classes} ^ {*test_classes})
-        raise ValueError(f"{folder}: train/ and test/ need the same classes; these are in only one of them: {wrong}")
-    for unread in (path for path in folder.iterdir() if path.name in ("val", "valid", "validation")):
-        warnings.warn(f"{unread} is not read; part of train/ serves as the validation set", stacklevel=3)
+        raise ValueError(f"{folder}: train/ and test/ need the same classes; they have {classes} and {test_classes}")
     paths, labels = zip(*train, *test, strict=True)
-    labels = np.array(labels, dtype=np.int64)
-    files = ((path.removeprefix(str(folder)), os.stat(path)) for path in paths)
-    versions = [(name, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for name, s in files]
-    key = hashlib.sha256(repr((_PIXELS, versions)).encode()).hexdigest()[:16]
-    kind = f"{'x'.join(map(str, size)) if size else 'anysize'}-{'grey' if channels == 1 else 'rgb'}"
-    images = _pixels(paths, size, channels, folder / f".lablib-{kind}-{key}.npy")
-    seen = {hash(image.tobytes()) for image in images[: len(train)]}
-    if leaked := sum(hash(image.tobytes()) in seen for image in images[len(train) :]):
-        text = f"{leaked:,} of {len(test):,} test images are also in train/, which inflates test accuracy"
-        warnings.warn(f"{folder}: {text}", stacklevel=3)
+    images, labels = _decoded(folder, paths, size, channels), np.array(labels)
     arrays = images[: len(train)], labels[: len(train)], images[len(train) :], labels[len(train) :]
+    seen = {hash(image.tobytes()) for image in arrays[0]}
+    if leaked := sum(hash(image.tobytes()) in seen for image in arrays[2]):
+        warnings.warn(f"{folder}: {leaked:,} of {len(test):,} test images are also in train/", stacklevel=3)
     return ImageData(Path(os.path.abspath(folder)).name, *arrays, tuple(classes))
 
 
-def _pixels(paths: Sequence[str], size, channels: int, cache: Path) -> np.ndarray:
-    """Images × channels × height × width, mapped from the cache."""
-    with suppress(OSError, ValueError, EOFError):  # absent or damaged
+def _decoded(folder: Path, paths: tuple[str, ...], size, channels: int) -> np.ndarray:
+    """Images × channels × height × width, mapped from a file, which is written unless these images have one."""
+    versions = [(path.removeprefix(str(folder)), os.path.getsize(path), os.stat(path).st_mtime_ns) for path in paths]
+    key = hashlib.sha256(repr(("read_image, version 1", size, channels, versions)).encode()).hexdigest()[:16]
+    cache = Path(folder if os.access(folder, os.W_OK) else tempfile.gettempdir(), f".lablib-{key}.npy")
+    if cache.exists():
         return np.load(cache, mmap_mode="r")
-    image_shape = read_image(paths[0], size, channels).shape
-    shape = (len(paths), *image_shape)
-    print(f"decoding {len(paths):,} images into {cache} ({math.prod(shape) / 1e6:.1f} MB)", flush=True)
-    unfinished = cache.with_name(f"{cache.name}.{uuid.uuid4().hex}")
-
-    def decoded() -> Iterator[np.ndarray]:
-        with ThreadPoolExecutor() as pool:
-            for start in range(0, len(paths), 128):  # given all paths at once, the pool would outrun the disk
-                some = paths[start : start + 128]
-                yield from pool.map(lambda path: read_image(path, size, channels, image_shape), some)
-
-    try:
-        with open(unfinished, "wb") as file:  # not through a map, since a full disk would kill the process
+    read = partial(read_image, size=size, channels=channels)
+    shape = (len(paths), *read(paths[0]).shape)
+    print(f"decoding {len(paths):,} images into {cache}", flush=True)
+    with tempfile.TemporaryDirectory(prefix=".lablib-", dir=cache.parent) as scratch, ThreadPoolExecutor() as pool:
+        with open(Path(scratch, cache.name), "wb") as file:  # not mapped, since a full disk would kill the process
             np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-            file.writelines(decoded())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, cache)
-        return np.load(cache, mmap_mode="r")
-    except OSError as error:
-        print(f"{cache.parent} cannot be written to ({error.strerror}); decoding into memory instead", flush=True)
-        return np.fromiter(decoded(), np.dtype((np.uint8, image_shape)), len(paths))
-    finally:
-        unfinished.unlink(missing_ok=True)
+            for start in range(0, len(paths), 128):  # given all paths at once, the pool would outrun the disk
+                images = [*pool.map(read, paths[start : start + 128])]
+                if others := {image.shape for image in images} - {shape[1:]}:
+                    raise ValueError(f"{folder} has images of shapes {shape[1:]} and {others.pop()}; set image_size")
+                file.writelines(images)
+        os.replace(file.name, cache)
+    return np.load(cache, mmap_mode="r")
 
 
-def read_image(
-    path: str | os.PathLike, size: tuple[int, int] | None, channels: int = 3, shape: tuple[int, int, int] | None = None
-) -> np.ndarray:
+def read_image(path: str | os.PathLike, size: tuple[int, int] | None, channels: int = 3) -> np.ndarray:
     """An image as `load_data` reads it from a folder: uint8, channels × height × width.
 
-    `size` is (height, width), None keeps the image's own; `shape`, if given, is what the result must have.
-    Raises ValueError for a file that is damaged, not an image, of more than 8 bits, or of another shape.
+    EXIF orientation is applied and transparency composited on white. `size` is (height, width) or None: the shorter
+    side is scaled to it, the longer one cropped about its centre.
+    Raises ValueError for a file that is damaged, not an image, or of more than 8 bits.
     """
     try:
         with Image.open(path) as image:
@@ -199,71 +148,38 @@ def read_image(
         raise ValueError(f"{path} has pixels of 16 or 32 bits (mode {mode}); save it with 8 bits per channel")
     if size is not None:
         image = ImageOps.fit(image, size[::-1], Image.Resampling.BILINEAR)
-    pixels = np.atleast_3d(np.asarray(image)).transpose(2, 0, 1)
-    if shape not in (None, pixels.shape):
-        raise ValueError(f"{path} is {image.width} × {image.height} pixels, unlike the others; set image_size")
-    return np.ascontiguousarray(pixels)
+    return np.ascontiguousarray(np.atleast_3d(np.asarray(image)).transpose(2, 0, 1))
 
 
-def split(folder: str | os.PathLike, test: float = 0.2, seed: int = 0) -> None:
-    """Copy the images of a folder of class folders to `train/` and `test/` in a new folder, named FOLDER-split.
+def split(folder: str | os.PathLike, test: float = 0.2) -> None:
+    """Copy the images of a folder of class folders to FOLDER-split, the share `test` of each class to its `test/`.
 
-    `test` is the share of each class that goes to `test/`. Raises ValueError for an unsuitable folder or share, and
-    FileExistsError if FOLDER-split exists.
+    Raises ValueError for an unsuitable folder or share, FileExistsError if FOLDER-split exists.
     """
     folder = Path(os.path.abspath(os.path.expanduser(folder)))
-    target = folder.with_name(f"{folder.name}-split")
-    if os.path.lexists(target):
-        raise FileExistsError(f"{target} exists; rename or delete it first")
     classes, images = list_images(folder)
-    if {"train", "test"} <= {*classes}:
-        raise ValueError(f"{folder} is already split: it contains train/ and test/")
-    inner = [sorted(place.name for place in (folder / name).glob("[!.]*/")) for name in classes]
-    direct = any(Path(path).parent.parent == folder for path, _ in images)
-    if not direct and len(inner[0]) > 1 and inner.count(inner[0]) == len(classes):  # such as Training/ and Testing/
-        same = f"{', '.join(classes)} in {folder} all have the folders {', '.join(inner[0])}"
-        advice = "rename the outer folders to train and test; otherwise put the images of each class into one folder"
-        raise ValueError(f"{same}; if these are the classes, {advice}")
-    training, tested = stratified_split(torch.tensor([label for _, label in images]), test, seed)
-    with TemporaryDirectory(prefix=".split-", dir=folder.parent) as scratch:  # so that the target is never half full
-        for part, indices in {"train": training, "test": tested}.items():
-            for index in indices:
-                place = Path(scratch, target.name, part, os.path.relpath(images[index][0], folder))
-                place.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(images[index][0], place)
-        os.rename(Path(scratch, target.name), target)
-    print(f"wrote {target}: {len(training):,} training and {len(tested):,} test images of {len(classes)} classes")
-
-
-def clean(folder: str | os.PathLike) -> None:
-    """Delete the caches that `load_data` wrote to a folder, including those of interrupted calls.
-
-    An experiment that is using them would fail in its next run. Raises OSError if there is no such folder.
-    """
-    caches = sorted(path for path in Path(os.path.expanduser(folder)).iterdir() if path.match(".lablib-*.npy*"))
-    megabytes = sum(cache.stat().st_size for cache in caches) / 1e6
-    for cache in caches:
-        cache.unlink()
-        print(f"deleted {cache}")
-    print(f"{len(caches)} caches deleted, {megabytes:.1f} MB")
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m lablib.datasets")
-    about = "split: copy a folder's images to train/ and test/ in FOLDER-split; clean: delete load_data's caches"
-    parser.add_argument("command", choices=["split", "clean"], help=about)
-    parser.add_argument("folder", help="split: one with a folder per class; clean: one with train/ and test/")
-    parser.add_argument("--test", type=float, default=0.2, help="split: the share that goes to test/ (default: 0.2)")
-    parser.add_argument("--seed", type=int, default=0, help="split: seed of the random draw (default: 0)")
-    options = parser.parse_args(arguments)
-    try:
-        if options.command == "clean":
-            clean(options.folder)
-        else:
-            split(options.folder, options.test, options.seed)
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
+    if {"train", "test"} <= {name.lower().removesuffix("ing") for name in classes}:  # also Training and Testing
+        raise ValueError(f"{folder} is already split; name its two folders train and test")
+    parts = stratified_split(torch.tensor([label for _, label in images]), test, seed=0)
+    target = folder.with_name(f"{folder.name}-split")
+    target.mkdir()
+    for part, indices in zip(("train", "test"), parts, strict=True):
+        for path, _ in (images[index] for index in indices):
+            copy = target / part / os.path.relpath(path, folder)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(path, copy)
+        print(f"wrote {target / part}: {len(indices):,} images of {len(classes)} classes")
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(prog="python -m lablib.datasets")
+    parser.add_argument("command", choices=["split", "clean"])
+    parser.add_argument("folder", help="split: one with a folder per class; clean: one with train/ and test/")
+    parser.add_argument("--test", type=float, default=0.2, help="split: the share that goes to test/ (default: 0.2)")
+    options = parser.parse_args()
+    if options.command == "split":
+        split(options.folder, options.test)
+    else:  # an experiment that uses one of these files would fail in its next run
+        for cache in Path(options.folder).glob(".lablib-*"):
+            cache.unlink() if cache.is_file() else shutil.rmtree(cache)  # a folder is left by a process that was killed
+            print(f"deleted {cache}")
