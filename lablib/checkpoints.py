@@ -2,7 +2,6 @@
 
 import io
 import os
-import random
 import signal
 import threading
 from collections.abc import Sequence
@@ -69,23 +68,6 @@ def delete_checkpoints(folder: Path) -> None:
 def contiguous_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     """A model's state_dict as contiguous clones, since safetensors refuses shared memory."""
     return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in model.state_dict().items()}
-
-
-def random_states(device: torch.device) -> dict[str, Any]:
-    """The global random states of Python, NumPy, PyTorch and the device, for a checkpoint."""
-    kind, keys, *rest = np.random.get_state()  # noqa: NPY002
-    states = {"python": random.getstate(), "numpy": [kind, keys.tolist(), *rest], "torch": torch.get_rng_state()}
-    own = torch.get_device_module(device).get_rng_state() if device.type != "cpu" else None
-    return states | {"device": own}
-
-
-def restore_random_states(states: dict[str, Any], device: torch.device) -> None:
-    """Continue from what `random_states` gave."""
-    random.setstate(states["python"])
-    np.random.set_state(tuple(states["numpy"]))  # noqa: NPY002
-    torch.set_rng_state(states["torch"])
-    if states["device"] is not None and device.type != "cpu":
-        torch.get_device_module(device).set_rng_state(states["device"])
 
 
 class Interruption:

@@ -1,7 +1,6 @@
 """ImageData (uint8 images in memory or mapped from a file), its stratified split, and batches of it."""
 
 import hashlib
-import math
 import warnings
 from dataclasses import dataclass, field
 from functools import cached_property

@@ -7,6 +7,7 @@ import os
 import random
 import threading
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,19 +23,15 @@ _lock = threading.RLock()
 def check_device(device: str) -> None:
     """Raise ValueError for a device that this machine lacks."""
     backends = {"cuda": torch.cuda, "mps": torch.backends.mps}
-    there = ["auto", "cpu", *(name for name, backend in backends.items() if backend.is_available())]
-    if device not in there:
-        choices = ", ".join(map(repr, there))
-        raise ValueError(f"device = {device!r}, but PyTorch finds no such device here; write one of {choices}")
+    if device in backends and not backends[device].is_available():
+        raise ValueError(f"device = {device!r}, but PyTorch finds no such device here; write 'auto' or 'cpu'")
 
 
 def resolve_precision(config: TrainingConfig, model: nn.Module) -> str:
     """The precision of a run, "fp32", "bf16" or "fp16": as configured, or the fastest here if that is "auto".
 
-    "auto" uses half precision only for convolutions: on a GPU, and on a processor with bfloat16 units (AMX or AVX-512
-    BF16 on x86), where they take half to two thirds of the time. Small linear layers gain nothing. fp16 needs loss
-    scaling, so "auto" uses it only on GPUs without bfloat16. With "fp32", GPUs that have TF32 use it in convolutions,
-    as is PyTorch's default. Raises ValueError for fp16 without a CUDA GPU.
+    "auto" uses half precision for convolutions if there are units for it (of a CPU: AMX or AVX-512 BF16), fp16 only on
+    GPUs without bfloat16. With "fp32", GPUs use TF32 in convolutions. Raises ValueError for fp16 without a CUDA GPU.
     """
     on_gpu = config.device in ("auto", "cuda") and torch.cuda.is_available()
     if config.precision == "fp16" and not on_gpu:
@@ -51,44 +48,41 @@ def resolve_precision(config: TrainingConfig, model: nn.Module) -> str:
 def memory_format(model: nn.Module, device: torch.device, image_shape: Sequence[int]) -> torch.memory_format:
     """The fastest memory format for a model's images of (channels, height, width): channels last for convolutions.
 
-    On a GPU the weights are converted too, since the kernel depends on both formats. There are two exceptions. On a
-    processor, strided 1 × 1 convolutions of fewer than 16 channels make oneDNN (up to 3.13 at least) write past its
-    workspace, which ruins gradients or ends the process (https://github.com/uxlfoundation/oneDNN/issues/6035). And some
-    models fail on such images, for instance where they flatten features with `view`; this is tried out.
+    On a GPU the weights are converted too. There are two exceptions. On a processor, strided 1 × 1 convolutions of
+    fewer than 16 channels make oneDNN (up to 3.13 at least) write past its workspace, which ruins gradients or ends the
+    process (https://github.com/uxlfoundation/oneDNN/issues/6035). And models that flatten features with `view` fail on
+    such images; this is tried out.
     """
     convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
-    narrow = (c for c in convolutions if {*c.kernel_size} == {1} and c.in_channels // c.groups < 16)
+    narrow = [c for c in convolutions if c.kernel_size == (1, 1) and c.in_channels // c.groups < 16]
     overflows = device.type == "cpu" and any(max(convolution.stride) > 1 for convolution in narrow)
     if device.type not in ("cpu", "cuda") or not convolutions or overflows:
         return torch.contiguous_format
     images = torch.zeros(2, *image_shape, device=convolutions[0].weight.device)
+    if device.type == "cuda":
+        model.to(memory_format=torch.channels_last)
     try:
-        if device.type == "cuda":
-            model.to(memory_format=torch.channels_last)
         with untouched(model), torch.no_grad():
             model.eval()
             model(images.contiguous(memory_format=torch.channels_last))
         return torch.channels_last
     except Exception:  # if something else is wrong with the model, the sanity check says so
-        if device.type == "cuda":
-            model.to(memory_format=torch.contiguous_format)
+        model.to(memory_format=torch.contiguous_format)
         return torch.contiguous_format
 
 
 @contextlib.contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Afterwards restore a model's weights, buffers, modes, hooks and other attributes, and what its dicts hold.
-
-    Only tensors are copied, since a model as a whole may not be. What its lists hold stays changed.
-    """
+    """Afterwards restore a model's weights, buffers, modes, hooks and other attributes, and what its dicts hold."""
     dicts = [vars(module) for module in model.modules()]
     dicts += [value for attributes in dicts for value in attributes.values() if isinstance(value, dict)]
-    old_dicts = [(now, dict(now)) for now in dicts]
-    old_tensors = {t: t.detach().clone() for now in dicts for t in now.values() if isinstance(t, torch.Tensor)}
+    old_dicts = [dict(each) for each in dicts]
+    # only tensors are copied, since a model as a whole may not be
+    old_tensors = {t: t.detach().clone() for each in dicts for t in each.values() if isinstance(t, torch.Tensor)}
     try:
         yield
     finally:
-        for now, old in old_dicts:
+        for now, old in zip(dicts, old_dicts, strict=True):
             now.clear()
             now.update(old)
         for now, old in old_tensors.items():
@@ -96,36 +90,45 @@ def untouched(model: nn.Module) -> Iterator[None]:
                 now.data.copy_(old)
 
 
+def random_states() -> dict[str, Any]:
+    """The random states of Python, NumPy, PyTorch and its devices, of which a checkpoint can be made."""
+    kind, keys, *rest = np.random.get_state()  # noqa: NPY002
+    states = {"python": random.getstate(), "numpy": [kind, keys.tolist(), *rest], "cpu": torch.get_rng_state()}
+    states["cuda"] = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return states | {"mps": torch.mps.get_rng_state() if torch.backends.mps.is_available() else None}
+
+
+def restore_random_states(states: dict[str, Any]) -> None:
+    random.setstate(states["python"])
+    np.random.set_state(tuple(states["numpy"]))  # noqa: NPY002
+    torch.set_rng_state(states["cpu"])
+    if states["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(states["cuda"])
+    if states["mps"] is not None and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(states["mps"])
+
+
 @contextlib.contextmanager
 def own_randomness() -> Iterator[None]:
-    """Afterwards restore the global random states of Python, NumPy and PyTorch, which a training sets to its seed.
-
-    They belong to the process, so one thread at a time may be within.
-    """
-    with _lock, torch.random.fork_rng(range(torch.cuda.device_count())):
-        python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    """Afterwards restore the random states. They belong to the process, so one thread at a time may be within."""
+    with _lock:
+        states = random_states()
         try:
             yield
         finally:
-            random.setstate(python)
-            np.random.set_state(numpy)  # noqa: NPY002
+            restore_random_states(states)
 
 
 @contextlib.contextmanager
 def algorithms(deterministic: bool) -> Iterator[None]:
-    """The fastest algorithms of a GPU, or slower ones that are bitwise reproducible; restores the settings afterwards.
-
-    https://pytorch.org/docs/stable/notes/randomness.html
-    """
+    """Use a GPU's fastest algorithms, or reproducible ones (https://pytorch.org/docs/stable/notes/randomness.html)."""
     enabled, benchmark = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    if deterministic:
-        torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(enabled or deterministic)
+    torch.backends.cudnn.benchmark = not (enabled or deterministic)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+        torch.use_deterministic_algorithms(enabled)
         torch.backends.cudnn.benchmark = benchmark
 
 
@@ -133,17 +136,16 @@ def fits(tensor: torch.Tensor, device: torch.device) -> bool:
     """Whether a tensor takes less than half of a GPU's free memory; True on any other device."""
     if device.type != "cuda":
         return True
-    if 2 * tensor.nbytes >= torch.cuda.mem_get_info(device)[0]:
-        gc.collect()  # what an earlier training left behind
-        torch.cuda.empty_cache()
+    gc.collect()  # what an earlier training left behind
+    torch.cuda.empty_cache()
     return 2 * tensor.nbytes < torch.cuda.mem_get_info(device)[0]
 
 
 def keep_memory() -> None:
     """Let glibc keep the memory of freed tensors for the next step; elsewhere this does nothing.
 
-    By default it returns large blocks to the system, and every step pays for the page faults again: ten times the cost
-    of an elementwise operation on a batch of MNIST. Fragmentation may double a training's memory in return.
+    By default every step pays for the page faults of large blocks again: ten times the cost of an elementwise operation
+    on a batch of MNIST. Fragmentation may double a training's memory in return.
     """
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")

@@ -30,7 +30,7 @@ from lablib.config import TrainingConfig, num_processes, one_line, warn
 from lablib.data import ImageData, fixed_sample
 from lablib.diagnostics import gradient_norms
 from lablib.hardware import own_randomness
-from lablib.identity import LABLIB_VERSION, build_seeded, is_installed_file, json_digest, run_identity, run_name, sha256
+from lablib.identity import build_seeded, is_installed_file, json_digest, run_identity, run_name, sha256
 from lablib.metrics import are_probabilities, first_logits, summary
 
 Key = tuple[str, int]  # a run's model and seed

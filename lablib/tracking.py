@@ -1,15 +1,12 @@
 """Weights & Biases: each run is logged there. If an optional service fails, training continues."""
 
-import functools
 import os
 import time
-from pathlib import Path
 
 import httpx
-import torch
 from transformers import TrainerCallback
 
-from lablib.config import redacted, warn
+from lablib.config import one_line, warn
 from lablib.metrics import summary
 
 # The fields of a TrainingConfig that are logged: an allow-list of what may leave this machine; others hold secrets.
@@ -18,42 +15,23 @@ LOGGED = [
     "max_grad_norm", "validation_split", "max_train_images", "early_stopping_patience", "early_stopping_metric",
     "rotation_degrees", "translation_fraction", "horizontal_flip", "crop_padding", "seed", "deterministic",
 ]  # fmt: skip
+# printed output, code, git state and the command line stay here
+_PRIVATE = {"console": "off", "save_code": False, "disable_code": True, "disable_git": True, "x_disable_meta": True}
 _ENVIRONMENT = ("torch", "transformers", "python", "precision", "device", "processes")
-_SETTINGS = {
-    "console": "off",  # what is printed stays here
-    "disable_code": True,  # and the notebook
-    "disable_git": True,  # and uncommitted changes
-    "x_disable_meta": True,  # and the command line
-    "finish_timeout": 60,  # seconds
-    "quiet": True,
-}
-_OFFLINE = "; WANDB_MODE=offline keeps the run on this machine and needs no account"
-
-
-class Harmless:
-    """An optional service: an error in a `@harmless` method becomes a warning, after which all of them do nothing."""
-
-    service = "Weights & Biases"  # or what a subclass says
-    broken = False
-
-    def fail(self, error: BaseException) -> None:
-        """Say once what is wrong, and do nothing more."""
-        if not self.broken:
-            self.broken = True
-            warn(f"{self.service}: {redacted(str(error)) or type(error).__name__}; continuing without it")
+_TIMEOUT = 7.0  # seconds, for W&B's server to answer and for a run to begin
 
 
 def harmless(method):
-    """Decorate a method of a `Harmless` that may fail. It leaves PyTorch's random state as it was."""
+    """Decorate a method of a service: its first error becomes a warning, after which the service does nothing."""
 
-    @functools.wraps(method)
     def guarded(self, *args, **kwargs):
-        if not self.broken:
-            with torch.random.fork_rng(devices=[]):
-                try:
-                    method(self, *args, **kwargs)
-                except Exception as error:
-                    self.fail(error)
+        try:
+            if not self.broken:
+                method(self, *args, **kwargs)
+        except Exception as error:
+            if not self.broken:  # by another thread
+                self.broken = True
+                warn(f"{self.service}: {one_line(error)}; continuing without it")
 
     return guarded
 
@@ -65,53 +43,53 @@ def final_result(trainer) -> dict[str, float]:
     return {name.replace("val_", "best_val_"): value for name, value in result.items()}
 
 
-class WandbCallback(Harmless, TrainerCallback):
-    """Makes a W&B run for each run, named after the trainer's `run_name`.
+class WandbCallback(TrainerCallback):
+    """Makes a W&B run for each run, or continues that of a resumed one; docs/services.md says what it has."""
 
-    It has the config (an allow-list), the metrics of `lablib.metrics.history` by epoch, W&B's system metrics, and a
-    summary with the best epoch and the test result. With `wandb_watch`, each epoch has histograms of the parameters and
-    gradients in its last step. A resumed training continues its run. A run that the user has open is left alone.
-    """
-
-    run = None
+    service, run = "Weights & Biases", None
 
     def __init__(self, trainer):
         self.trainer, self.broken = trainer, not trainer.is_world_process_zero()
 
     @harmless
     def on_train_begin(self, args, state, control, **kwargs):
-        import wandb
+        began, self._histograms = time.perf_counter(), {}
+        trainer, config, model, data = self.trainer, self.trainer.config, self.trainer.model, self.trainer.data
+        if mode := mode_here():
+            import wandb
 
-        began = time.perf_counter()
-        trainer, config = self.trainer, self.trainer.config
-        mode, self._histograms = _mode(), {}
-        self.run = wandb.init(
-            project=config.wandb_project,
-            group=config.wandb_group or trainer.data.name,
-            name=trainer.run_name,
-            id=trainer.wandb_id,
-            resume="allow",
-            reinit="create_new",
-            config=wandb_config(trainer),
-            dir=os.environ.get("WANDB_DIR") or str(Path(config.output_dir).resolve()),
-            mode=mode,
-            settings=_SETTINGS | {"init_timeout": _timeout()},
-        )
-        self.run.define_metric("epoch")
-        self.run.define_metric("*", step_metric="epoch")
+            self.run = wandb.init(
+                project=config.wandb_project,
+                group=config.wandb_group or data.name,
+                name=trainer.run_name,
+                id=trainer.wandb_id,
+                resume="allow",
+                reinit="create_new",  # a run that the user has open is left alone
+                config={
+                    **{name: getattr(config, name) for name in LOGGED},
+                    **{name: getattr(trainer, name) for name in ("temperature", "alpha") if hasattr(trainer, name)},
+                    **{name: trainer.environment[name] for name in _ENVIRONMENT},
+                    "trainer": type(trainer).__name__,
+                    "model": type(model).__name__,
+                    "arguments": getattr(model, "_hub_mixin_config", None) or {},
+                    "parameters": sum(p.numel() for p in model.parameters()),
+                    "data": {"name": data.name, "fingerprint": data.fingerprint, "classes": [*data.class_names]},
+                },
+                dir=os.environ.get("WANDB_DIR", os.path.abspath(config.output_dir)),
+                mode=mode,
+                settings={**_PRIVATE, "quiet": True, "init_timeout": _TIMEOUT, "finish_timeout": 60},
+            )
         trainer._clock += time.perf_counter() - began  # a run's seconds are those of its training
 
     @harmless
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        if not (self.run and self.trainer.config.wandb_watch and self.trainer.is_last_step()):
-            return
-        from wandb import Histogram
+    def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+        if self.run and self.trainer.config.wandb_watch and self.trainer.is_last_step():
+            from wandb import Histogram
 
-        for name, parameter in self.trainer.model.named_parameters():
-            for kind, tensor in {"parameters": parameter, "gradients": parameter.grad}.items():
-                if tensor is not None:
-                    values = tensor.detach().float().cpu().flatten()
-                    self._histograms[f"{kind}/{name}"] = Histogram(values[values.isfinite()])
+            tensors = {f"parameters/{name}": p.detach() for name, p in model.named_parameters()}
+            tensors |= {f"gradients/{name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
+            finite = {name: tensor[tensor.isfinite()].float().cpu() for name, tensor in tensors.items()}
+            self._histograms = {name: Histogram(values) for name, values in finite.items()}
 
     @harmless
     def on_evaluate(self, args, state, control, **kwargs):
@@ -125,8 +103,7 @@ class WandbCallback(Harmless, TrainerCallback):
 
     @harmless
     def on_train_failed(self, error: BaseException) -> None:
-        """Mark the run with the type of the error only: its message may contain private information."""
-        self._finish(1, error=type(error).__name__)
+        self._finish(1, error=type(error).__name__)  # its message may contain private information
 
     def _finish(self, exit_code: int, **summary):
         if self.run:
@@ -135,53 +112,21 @@ class WandbCallback(Harmless, TrainerCallback):
             run.finish(exit_code=exit_code)
 
 
-def wandb_config(trainer) -> dict:
-    """The config of a W&B run."""
-    config, model, data = trainer.config, trainer.model, trainer.data
-    return {
-        **{name: getattr(config, name) for name in LOGGED},
-        **{name: getattr(trainer, name) for name in ("temperature", "alpha") if hasattr(trainer, name)},
-        **{name: trainer.environment[name] for name in _ENVIRONMENT},
-        "trainer": type(trainer).__name__,
-        "model": type(model).__name__,
-        "arguments": getattr(model, "_hub_mixin_config", None) or {},
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "data": {"name": data.name, "fingerprint": data.fingerprint, "classes": list(data.class_names)},
-    }
-
-
 def mode_here() -> str:
-    """W&B's mode, for all runs of an experiment; empty, after a warning, if W&B cannot be used."""
+    """W&B's mode, for all runs of an experiment; empty, after a warning, if W&B cannot be used. Never prompts."""
     try:
-        return _mode()
-    except Exception as error:
-        Harmless().fail(error)
-        return ""
+        import wandb
 
-
-def _mode() -> str:
-    """W&B's mode in the current environment. Never prompts; raises an error if W&B cannot be used."""
-    import wandb
-
-    if wandb.run:  # the user's; `wandb.login` would refuse
-        return wandb.run.settings.mode
-    settings = wandb.setup().settings
-    mode = os.environ.get("WANDB_MODE") or settings.mode
-    if mode in ("offline", "dryrun", "disabled"):
+        if wandb.run:  # the user's; `wandb.login` would refuse
+            return wandb.run.settings.mode
+        settings = wandb.setup().settings
+        mode = os.environ.get("WANDB_MODE", settings.mode)
+        if mode not in ("offline", "disabled"):
+            # W&B itself would try for longer; nothing is sent, so no certificate is needed
+            httpx.head(settings.base_url, timeout=_TIMEOUT, verify=False)
+            if not wandb.login(prompt=False, verify=False):
+                raise RuntimeError("not logged in; run `wandb login` in a terminal or set WANDB_API_KEY")
         return mode
-    silent, settings.silent = settings.silent, True  # otherwise it asks the server who this is, and waits
-    try:
-        logged_in = wandb.login(prompt=False, verify=False)
-    finally:
-        settings.silent = silent
-    if not logged_in:
-        raise RuntimeError(f"not logged in; run `wandb login` in a terminal or set WANDB_API_KEY{_OFFLINE}")
-    try:  # W&B itself would try for longer; nothing is sent, so no certificate is needed
-        httpx.head(settings.base_url, timeout=_timeout(), verify=False)
-    except httpx.HTTPError as error:
-        raise RuntimeError(f"no answer from {settings.base_url} ({type(error).__name__}){_OFFLINE}") from None
-    return mode
-
-
-def _timeout() -> float:
-    return float(os.environ.get("WANDB_INIT_TIMEOUT", 7))  # seconds
+    except Exception as error:
+        warn(f"Weights & Biases: {one_line(error)}; WANDB_MODE=offline needs no account; continuing without it")
+        return ""

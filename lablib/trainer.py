@@ -30,7 +30,17 @@ from lablib.augmentation import augment
 from lablib.checkpoints import Interruption, checkpoints_in, contiguous_weights, load_checkpoint, save_checkpoint
 from lablib.config import NOT_IDENTITY, TrainingConfig, warn
 from lablib.data import ImageBatches, ImageData, fixed_sample, stratified_split, stratified_subset
-from lablib.hardware import algorithms, check_device, fits, keep_memory, memory_format, resolve_precision, untouched
+from lablib.hardware import (
+    algorithms,
+    check_device,
+    fits,
+    keep_memory,
+    memory_format,
+    random_states,
+    resolve_precision,
+    restore_random_states,
+    untouched,
+)
 from lablib.identity import LABLIB_VERSION
 from lablib.metrics import BatchMeter, are_probabilities, first_logits, means
 
@@ -396,9 +406,9 @@ class StreamlinedTrainer(transformers.Trainer):
 
     def _save(self) -> None:
         args, state, callbacks = self.args, self.state, self.callback_handler.callbacks
-        everyone = [random_states(args.device)]
+        everyone = [random_states()]
         if args.world_size > 1:
-            torch.distributed.all_gather_object(everyone := [None] * args.world_size, random_states(args.device))
+            torch.distributed.all_gather_object(everyone := [None] * args.world_size, random_states())
         kept = ("epoch", "global_step", "log_history", "best_metric", "best_global_step")
         content = {
             "state": {name: getattr(state, name) for name in kept},
@@ -446,7 +456,7 @@ class StreamlinedTrainer(transformers.Trainer):
         self._best_weights = saved["best_weights"]
         self._meter.restore(saved["batches"], self.args.device)
         self._clock = time.monotonic() - saved["seconds"]
-        restore_random_states(saved["random"][self.args.process_index % len(saved["random"])], self.args.device)
+        restore_random_states(saved["random"][self.args.process_index % len(saved["random"])])
 
     @cached_property
     def environment(self) -> dict[str, str]:

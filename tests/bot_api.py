@@ -14,9 +14,8 @@ from urllib.parse import parse_qsl
 Answer = Callable[["_Handler"], None]
 
 
-def reply(status: int, content: dict | bytes, **headers: str) -> Answer:
-    """Answer with a status and JSON, or with bytes as they are."""
-    body = content if isinstance(content, bytes) else json.dumps(content).encode()
+def reply(status: int, body: bytes, **headers: str) -> Answer:
+    """Answer with a status and a body."""
 
     def answer(handler: "_Handler"):
         handler.send_response(status)
@@ -30,10 +29,10 @@ def reply(status: int, content: dict | bytes, **headers: str) -> Answer:
 
 def error(status: int, description: str, **more) -> Answer:
     """Refuse as the Bot API does."""
-    return reply(status, {"ok": False, "error_code": status, "description": description, **more})
+    return reply(status, json.dumps({"ok": False, "error_code": status, "description": description, **more}).encode())
 
 
-taken = reply(200, {"ok": True, "result": {"first_name": "Lab Bot", "username": "lab_bot"}})
+taken = reply(200, b'{"ok": true, "result": {"first_name": "Lab Bot", "username": "lab_bot"}}')
 
 
 def reset(handler: "_Handler"):
@@ -44,8 +43,8 @@ def reset(handler: "_Handler"):
 
 
 def hang(handler: "_Handler"):
-    """Say nothing for as long as the server lives."""
-    handler.server.closing.wait()
+    """Say nothing for longer than the tests wait."""
+    time.sleep(1)
 
 
 class BotApi:
@@ -56,7 +55,7 @@ class BotApi:
         self.script: list[Answer] = []
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
         self._server.daemon_threads = True
-        self._server.api, self._server.closing = self, threading.Event()
+        self._server.api = self
         self._server.handle_error = lambda *args: None  # a client that went away
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 
@@ -65,7 +64,6 @@ class BotApi:
         return self
 
     def __exit__(self, *exception):
-        self._server.closing.set()
         self._server.shutdown()
         self._server.server_close()
 
@@ -78,9 +76,9 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         api, body = self.server.api, self.rfile.read(int(self.headers["Content-Length"]))
         (_, bot, method), fields = self.path.split("/"), dict(parse_qsl(body.decode()))
-        request = {"at": time.monotonic(), "body": body, "token": bot.removeprefix("bot"), "method": method}
-        request |= {"chat": fields["chat_id"], "text": fields.get("text", "")}
-        api.requests.append(SimpleNamespace(**request))
+        request = SimpleNamespace(body=body, token=bot.removeprefix("bot"), method=method, at=time.monotonic())
+        request.chat, request.text = fields["chat_id"], fields.get("text", "")
+        api.requests.append(request)
         (api.script.pop(0) if api.script else taken)(self)
 
     def log_message(self, *args):

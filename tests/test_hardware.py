@@ -23,23 +23,16 @@ def config(**knobs) -> TrainingConfig:
     return TrainingConfig(num_epochs=1, device="cpu", **knobs)
 
 
-@pytest.mark.parametrize(("has_cuda", "device", "listed"), [(False, "cuda", ""), (True, "mps", ", 'cuda'")])
-def test_a_device_that_is_not_there_is_refused_with_those_that_are(has_cuda, device, listed, monkeypatch, tiny_data):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_cuda)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    with pytest.raises(ValueError, match=f"device = '{device}', but .*; write one of 'auto', 'cpu'{listed}$"):
+@pytest.mark.parametrize("device", ["cuda", "mps"])
+def test_a_device_that_is_not_there_is_refused(device, monkeypatch, tiny_data):
+    monkeypatch.setattr({"cuda": torch.cuda, "mps": torch.backends.mps}[device], "is_available", lambda: False)
+    with pytest.raises(ValueError, match=f"device = '{device}', but PyTorch finds no such device here"):
         StreamlinedTrainer(small_mlp(), TrainingConfig(device=device), tiny_data)
 
 
 @pytest.mark.parametrize(
     ("units", "expected"),
-    [
-        ({"amx"}, "bf16"),
-        ({"avx512"}, "bf16"),
-        (set(), "fp32"),
-        ({"cuda", "bf16"}, "bf16"),
-        ({"cuda", "avx512"}, "fp16"),
-    ],
+    [("amx", "bf16"), ("avx512", "bf16"), ("", "fp32"), ("cuda bf16", "bf16"), ("cuda avx512", "fp16")],
 )
 def test_auto_takes_half_precision_for_convolutions_where_there_are_units_for_it(units, expected, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: "amx" in units)
@@ -85,15 +78,10 @@ class ViewingCNN(nn.Module):
 def test_convolutions_get_channels_last_images_unless_the_model_or_its_teacher_takes_none(tiny_data):
     coloured = {part: getattr(tiny_data, part).repeat(1, 3, 1, 1) for part in ("train_images", "test_images")}
     data, model = replace(tiny_data, **coloured), ViewingCNN()
-    with pytest.raises(RuntimeError, match="view"):
-        model(torch.zeros(2, 3, 6, 6).contiguous(memory_format=torch.channels_last))
     StreamlinedTrainer(model, config(), data).train()
     KnowledgeDistillationTrainer(small_cnn(), model, config(), data).train()
-    trainer = StreamlinedTrainer(small_cnn(), config(), data)
-    for training in (True, False):
-        images = trainer.prepare_images(data.train_images[:4], training)
-        assert images.is_contiguous(memory_format=torch.channels_last)
-        assert not images.is_contiguous()
+    images = StreamlinedTrainer(small_cnn(), config(), data).prepare_images(data.train_images[:4], training=True)
+    assert images.is_contiguous(memory_format=torch.channels_last)
     assert memory_format(small_mlp(), CPU, (1, 6, 6)) == torch.contiguous_format
     grey = ViewingCNN(1)  # images of one channel are contiguous in both formats, but a GPU's weights are not
     assert memory_format(grey, GPU, (1, 6, 6)) == torch.contiguous_format

@@ -12,14 +12,12 @@ from functools import partial
 from unittest.mock import Mock
 
 import pytest
-import torch
 from bot_api import closed_port, error, hang, reply, reset
 from IPython.lib.pretty import pretty
-from pydantic import SecretStr
 from scripted import At
 
 from lablib import MLP, TrainingConfig, experiment, train_or_load
-from lablib.telegram import TelegramError, TelegramNotifier
+from lablib.telegram import TelegramNotifier
 
 SECRET = "AAq7Zk-Wm3xVt9Rb_Ls5Yc2Hd8Fg4Jn6PqE"
 TOKEN = f"123456789:{SECRET}"
@@ -35,7 +33,7 @@ tiny_mlp = partial(MLP, (4,), image_shape=(1, 6, 6), num_classes=3)
 @pytest.fixture(autouse=True)
 def _quick_and_alone(api, monkeypatch, tmp_path):
     """Short waits, and every file below tmp_path."""
-    monkeypatch.setattr(TelegramNotifier, "deadline", 0.5)
+    monkeypatch.setattr(TelegramNotifier, "timeout", 0.2)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.chdir(tmp_path)
 
@@ -84,44 +82,37 @@ def trace(capfd, tmp_path, monkeypatch):
 
 
 AT = f"/bot{TOKEN}/sendMessage"
-NO_API = "200 not a Bot API response"
-FAULTS = {  # what Telegram answers, what the error says, and whether there was another attempt
-    "429 long": (error(429, f"Too Many {AT}", parameters={"retry_after": 30}), "429 Too Many /bot…/send", False),
-    "429": (error(429, "Too Many Requests", parameters={"retry_after": 0.01}), "429 Too Many Requests$", True),
-    "400": (error(400, f"Bad Request: {AT}"), "400 Bad Request: /bot…/sendMessage$", False),
-    "401": (error(401, f"Unauthorized: {TOKEN}"), "401 Unauthorized: …; is TELEGRAM_BOT_TOKEN right.$", False),
-    "403": (error(403, f"not 9:{'B' * 35}, {'etc. ' * 99}"), "403 not …, [etc. ]{180,200}$", False),
-    "500": (error(500, f"Internal, at {AT}"), "500 Internal, at /bot…/sendMessage$", True),
-    "no JSON": (reply(200, f"<html>{AT}</html>".encode()), NO_API, False),
-    "no object": (reply(200, b"[1]"), NO_API, False),
-    "no code": (reply(200, {"ok": False, "description": "no"}), "200 no$", False),
-    "redirect": (reply(302, b"", Location=AT, X_Echo=AT), "302 not a Bot API response", False),
-    "bad encoding": (reply(200, AT.encode(), Content_Encoding="gzip"), "no connection", True),
-    "reset": (reset, "no connection|not a Bot API", True),
-    "hang": (hang, "no connection", False),
-    "refused": (None, "no connection", None),
+FAULTS = {  # what Telegram answers, and what the error says
+    "400": (error(400, f"Bad Request: {AT}"), "Bad Request: /bot…/sendMessage; check TELEGRAM_BOT_TOKEN"),
+    "401": (error(401, f"Unauthorized: {TOKEN}"), "Unauthorized: …; check TELEGRAM_BOT_TOKEN"),
+    "429": (error(429, f"Too Many Requests {AT}"), "Too Many Requests /bot…/sendMessage"),
+    "500": (error(500, f"Internal, at {AT}"), "Internal, at /bot…/sendMessage"),
+    "no JSON": (reply(200, f"<html>{AT}</html>".encode()), "no answer"),
+    "redirect": (reply(302, b"", Location=AT, X_Echo=AT), "no answer"),
+    "bad encoding": (reply(200, AT.encode(), Content_Encoding="gzip"), "no answer"),
+    "reset": (reset, "no answer"),
+    "hang": (hang, "no answer"),
+    "refused": (None, "no answer"),
 }
 
 
-@pytest.mark.parametrize(
-    ("fault", "ends"),
-    [*((fault, "well") for fault in ("all well", "400", "hang", "refused")), ("401", "badly"), ("all well", "badly")],
-)
-def test_a_training_leaves_no_trace_of_the_token(fault, ends, api, tiny_data, tmp_path, trace, monkeypatch):
-    problem = None if ends == "well" else ArithmeticError(f"no GET https://api.telegram.org/bot{TOKEN}/getMe")
+@pytest.mark.parametrize("fault", ["all well", "400", "401", "refused", "training fails"])
+def test_a_training_leaves_no_trace_of_the_token(fault, api, tiny_data, tmp_path, trace, monkeypatch):
+    fails = fault == "training fails"
+    problem = ArithmeticError(f"no GET https://api.telegram.org/bot{TOKEN}/getMe") if fails else None
     if fault == "refused":
         monkeypatch.setattr(TelegramNotifier, "base_url", closed_port())
-    api.script = [FAULTS[fault][0]] * 99 if fault not in ("all well", "refused") else []
+    api.script = [FAULTS[fault][0]] * 99 if fault in ("400", "401") else []
     config = TrainingConfig(**KNOBS, output_dir=tmp_path / "runs", telegram_bot_token=TOKEN, telegram_chat_id=42)
     print(config)
-    with contextlib.suppress(ArithmeticError) if problem else contextlib.nullcontext():
+    with contextlib.suppress(ArithmeticError):
         train_or_load(tiny_mlp, config, tiny_data, callbacks=(At(6, Mock(name=TOKEN, side_effect=problem)),))
     assert fault == "refused" or {request.token for request in api.requests} == {TOKEN}  # it was used
     assert not any(leaks(request.body) for request in api.requests)  # not even the chat sees it
     reasons = [str(warning.message) for warning in trace.warned if "Telegram: " in str(warning.message)]
-    assert len(reasons) == (fault != "all well"), reasons
+    assert len(reasons) == (fault in ("400", "401", "refused")), reasons
     assert len(trace.logged) > 10
-    assert len(list(tmp_path.glob("runs/*/checkpoints/*.pt" if problem else "runs/*/result.json"))) == 1
+    assert len(list(tmp_path.glob("runs/*/checkpoints/*.pt" if fails else "runs/*/result.json"))) == 1
     assert trace() == []
 
 
@@ -129,47 +120,33 @@ def test_the_search_finds_a_token_in_each_place(tmp_path, trace):
     print(TOKEN[:-4])
     logging.getLogger("httpcore.http11").debug("to %s", TOKEN[9:-4])
     warnings.warn(f"about {TOKEN[12:20]}", stacklevel=1)
-    torch.save({"arguments": {"token": TOKEN}}, tmp_path / "training_args.bin")
     (tmp_path / "wide.txt").write_text(TOKEN, encoding="utf-16-le")
     (tmp_path / "last four.txt").write_text(TOKEN[-4:])
-    files = [str(tmp_path / name) for name in ("training_args.bin", "wide.txt")]
-    assert sorted(trace()) == sorted(["stdout", "logs", "warnings", *files])
+    assert sorted(trace()) == sorted(["stdout", "logs", "warnings", str(tmp_path / "wide.txt")])
 
 
-@pytest.mark.parametrize(("answer", "problem", "again"), FAULTS.values(), ids=FAULTS)
-def test_an_error_says_what_is_wrong_and_has_the_token_in_neither_text_nor_causes(
-    answer, problem, again, api, trace, monkeypatch
-):
+@pytest.mark.parametrize(("answer", "problem"), FAULTS.values(), ids=FAULTS)
+def test_an_error_says_what_is_wrong_and_has_the_token_nowhere(answer, problem, api, trace, monkeypatch):
     api.script = [answer] * 99
     if not answer:
         monkeypatch.setattr(TelegramNotifier, "base_url", closed_port())
-    with pytest.raises(TelegramError, match=f"^({problem})") as caught:
+    with pytest.raises(RuntimeError, match=f"^{problem}") as caught:
         TelegramNotifier(TOKEN, 42).send_message("text")
-    assert again is None or (len(api.requests) > 1) == again
     assert not leaks(shown(caught.value))
-    assert isinstance(caught.value.__context__, TelegramError | None)  # and no error of httpx, which holds the URL
+    assert caught.value.__context__ is None  # and no error of httpx, which holds the URL
+    assert not any(leaks(repr(frame.frame.f_locals)) for frame in caught.traceback if "lablib" in str(frame.path))
     assert trace() == []
 
 
-@pytest.mark.parametrize(
-    "knobs",
-    [
-        {"telegram_bot_token": TOKEN.encode()},
-        {"telegram_chat_id": TOKEN},
-        {"telegram_bot_token": TOKEN, "num_epochs": 0},
-        {"telegram_bot_token": TOKEN, "telegram_chat_id": True},
-        {"telegram_bot_token": TOKEN, "no": "such"},
-    ],
-)
+@pytest.mark.parametrize("knobs", [{"telegram_bot_token": TOKEN.encode()}, {"telegram_chat_id": TOKEN}, {"no": "such"}])
 def test_a_config_that_is_refused_does_not_show_the_token(knobs):
     with pytest.raises(ValueError, match="TrainingConfig: ") as caught:
-        TrainingConfig(**knobs)
+        TrainingConfig(**{"telegram_bot_token": TOKEN} | knobs)
     assert not leaks(shown(caught.value))
 
 
 THINGS = {
     "config": lambda: TrainingConfig(telegram_bot_token=TOKEN, telegram_chat_id=42),
-    "config in a container": lambda: {"configs": [TrainingConfig(telegram_bot_token=SecretStr(TOKEN))]},
     "replaced config": lambda: dataclasses.replace(TrainingConfig(telegram_bot_token=TOKEN), seed=1),
     "training arguments": lambda: TrainingConfig(telegram_bot_token=TOKEN).to_training_arguments("out"),
     "identity": lambda: TrainingConfig(telegram_bot_token=TOKEN, telegram_chat_id=42).__identity__(),
@@ -189,7 +166,6 @@ def test_an_experiment_leaves_no_trace_of_the_token(api, tiny_data, tmp_path, tr
     def broken():
         raise ValueError(f"no model from https://api.telegram.org/bot{TOKEN}/getFile")
 
-    api.script = [error(500, f"at /bot{TOKEN}")]
     monkeypatch.setenv("TELEGRAM_BOT_TOKEN", TOKEN)
     monkeypatch.setenv("TELEGRAM_CHAT_ID", "42")
     config = TrainingConfig(**KNOBS, output_dir=tmp_path / "runs")
