@@ -166,18 +166,18 @@ class TrainingConfig:
 
 
 def check_parameters(namespace: dict[str, Any]) -> None:
-    """Raise ValueError if a notebook's `globals()` have a parameter that does not fit its annotation, or has none."""
+    """Raise ValueError if a parameter among a notebook's `globals()` is misspelt (`-p epoch 3`) or has a bad value."""
     annotations = namespace["__annotations__"]
     cells = [cell for cell in namespace.get("In", []) if cell.lstrip().startswith("# Parameters")]  # as papermill does
     injected = re.findall(r"^(\w+) = ", "\n".join(cells), re.MULTILINE)
-    fields = dataclasses.make_dataclass("parameters", annotations.items(), kw_only=True)
+    fields = dataclasses.make_dataclass("parameters", annotations.items())
     check = _with_plain_errors(dataclass(fields, config=_CHECKED))
     check(**{name: namespace[name] for name in [*annotations, *injected]})
 
 
 def locate_data(name: str | os.PathLike, data_dir: str | os.PathLike = "data") -> str | Path:
     """Which data set `load_data` loads: one of DATASET_NAMES, or a folder. Raises ValueError if neither or both."""
-    known = {each.lower(): each for each in DATASET_NAMES}.get(str(name).lower())
+    known = {each.lower(): each for each in DATASET_NAMES}.get(str(name).lower().replace("-", ""))
     places = (os.path.join(".", os.path.expanduser(name)), os.path.join(os.path.expanduser(data_dir), name))
     folder = next(filter(os.path.isdir, places), None)
     if known and folder and os.path.isdir(f"{folder}/train"):
