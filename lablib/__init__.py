@@ -17,7 +17,6 @@ _NAMES = {
     "trainer": ("StreamlinedTrainer",),
 }
 _MODULES = {name: module for module, names in _NAMES.items() for name in names}
-
 __all__ = sorted(_MODULES)
 
 
@@ -25,10 +24,5 @@ def __getattr__(name: str):
     """Import on first use: a list of runs or a wrong parameter need not wait seconds for PyTorch and transformers."""
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    globals()[name] = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    return globals()[name]

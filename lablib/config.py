@@ -5,22 +5,20 @@ import dataclasses
 import difflib
 import functools
 import gc
-import inspect
-import numbers
 import os
 import re
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, PositiveFloat, PositiveInt, SecretStr, ValidationError
 from pydantic.dataclasses import dataclass
 
 if TYPE_CHECKING:  # transformers takes seconds to import; only a training needs it
     from transformers import TrainingArguments
 
-# Annotations for a notebook's parameters have names because papermill's help can read no others.
+# Annotations of a notebook's parameters have names because papermill's help can read no others.
 Count = Annotated[int, Field(ge=1, le=10_000)]
 Natural = Annotated[int, Field(ge=0)]
 Counts = Annotated[list[Count], Field(min_length=1)]
@@ -29,35 +27,20 @@ Shares = Annotated[list[Share], Field(min_length=1)]
 Positive = Annotated[float, Field(gt=0, le=1000)]  # beyond it no rate or temperature makes sense
 Temperatures = Annotated[list[Positive], Field(min_length=1)]
 
-_Above0 = Annotated[float, Field(gt=0)]
-_Whole = Annotated[int, Field(ge=1)]
-_Seed = Annotated[int, Field(ge=0, lt=2**32)]
-_Patience = Annotated[Natural | None, AfterValidator(lambda epochs: epochs or None)]
-_Text = Annotated[str, Field(min_length=1)]
-_Folder = Annotated[_Text, BeforeValidator(lambda p: os.path.expanduser(p) if isinstance(p, (str, os.PathLike)) else p)]
+_Folder = Annotated[str, BeforeValidator(lambda p: os.path.expanduser(p) if isinstance(p, (str, os.PathLike)) else p)]
 _Chat = Annotated[str, Field(pattern=r"^(-?\d+|@\w+)$")]  # a number or a name; it is shown, so a token is refused
 _CHECKED = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
-_TOKEN = re.compile(r"\d+(?::|%3[Aa])[\w-]{30,}")
 
 DATASET_NAMES = ("digits", "MNIST", "FashionMNIST", "KMNIST", "EMNIST", "CIFAR10", "CIFAR100", "SVHN", "STL10")
-
-# What has no influence on a run's outcome: where it runs, where its files lie, and who is notified.
-NOT_IDENTITY = (
+NOT_IDENTITY = (  # has no influence on a run's outcome
     "output_dir", "checkpoint_seconds", "device", "use_wandb", "wandb_project", "wandb_group", "wandb_watch",
     "use_telegram_notifications", "telegram_additional_info", "telegram_bot_token", "telegram_chat_id",
 )  # fmt: skip
 
-_PRIVATE = ("telegram_bot_token", "telegram_chat_id")  # no error shows what they hold
-_PLAINER = {  # type of a pydantic error -> plainer words for it
-    "bool_type": "should be True or False",
-    "list_type": "should be a list; with papermill: -y '{name}: [{items}]'",
-    "string_pattern_mismatch": "should be the number of a chat, or its @name",
-}
-
 
 def redacted(text: str) -> str:
     """A text from elsewhere, without whatever looks like a bot's token."""
-    return _TOKEN.sub("…", text)
+    return re.sub(r"\d+(?::|%3[Aa])[\w-]{30,}", "…", text)
 
 
 def one_line(error: BaseException) -> str:
@@ -74,60 +57,41 @@ warn_once = functools.cache(warn)
 
 
 def _with_plain_errors(cls: type) -> type:
-    """Let a pydantic dataclass raise a ValueError with one line for each wrong argument."""
-    validate = cls.__init__
+    """Let a pydantic dataclass raise a ValueError in one line, without the value of what may be a secret."""
+    validate, known = cls.__init__, [field.name for field in dataclasses.fields(cls)]
 
-    @functools.wraps(validate)
-    def __init__(self, *args, **values):
-        # NumPy's numbers as Python's
-        values = {n: v.item() if isinstance(v, numbers.Number) and hasattr(v, "item") else v for n, v in values.items()}
+    def __init__(self, **values):
         try:
-            validate(self, *args, **values)
+            validate(self, **values)
         except ValidationError as error:
-            known = [field.name for field in dataclasses.fields(cls)]
-            faults = {fault["loc"][0]: fault for fault in error.errors(include_input=False)}  # the last one of each
-            lines = [f"{cls.__name__}: {_line(fault, values, known)}" for fault in faults.values()]
-            raise ValueError("\n".join(lines)) from None
+            fault = error.errors()[-1]
+            name = fault["loc"][0]
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=1) or known
+                raise ValueError(f"{cls.__name__}: there is no parameter {name!r}, but {', '.join(close)}") from None
+            shown = name if name.startswith("telegram") else f"{name} = {values[name]!r}"
+            raise ValueError(f"{cls.__name__}: {shown}: {fault['msg'].replace('Input', name, 1)}") from None
 
     cls.__init__ = __init__
     return cls
 
 
-def _line(fault: dict, values: dict[str, Any], known: list[str]) -> str:
-    """One of pydantic's errors in words: the argument, its value, and what is allowed."""
-    name, *place = fault["loc"]
-    if name not in known:
-        close = difflib.get_close_matches(str(name), known, n=1)
-        hint = f"Did you mean {close[0]!r}?" if close else f"There are: {', '.join(known)}"
-        return f"there is no parameter {name!r}. {hint}"
-    shown = "" if name in _PRIVATE else f"{name} = {values[name]!r}: "
-    item = f"[{place[0]}]" if place and isinstance(place[0], int) else ""
-    plainer = _PLAINER.get(fault["type"], "").format(name=name, items=str(values.get(name)).strip("[]"))
-    message = plainer or fault["msg"].removeprefix("Input ")
-    return f"{shown}{name}{item} {message[0].lower()}{message[1:]}"
-
-
 @_with_plain_errors
 @dataclass(kw_only=True, frozen=True, config=_CHECKED)
 class TrainingConfig:
-    """Every setting of one run.
+    """Every setting of one run. Raises ValueError, saying what is allowed; `dataclasses.replace` changes a setting."""
 
-    Raises ValueError for an unknown field or a value that is not allowed, and says what is allowed.
-    To change a setting, make another config: `dataclasses.replace(config, seed=1)`. In a notebook, `TrainingConfig??`
-    shows what each setting means.
-    """
-
-    num_epochs: _Whole = 60  # at most; early stopping may end a run sooner
-    batch_size: _Whole = 256  # images, of all processes together
-    learning_rate: _Above0 = 1e-3
+    num_epochs: PositiveInt = 60  # at most; early stopping may end a run sooner
+    batch_size: PositiveInt = 256  # images, of all processes together
+    learning_rate: PositiveFloat = 1e-3
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"  # sgd has momentum 0.9
     weight_decay: Annotated[float, Field(ge=0)] = 0.0  # L2 for adam and sgd, decoupled for adamw
     lr_schedule: Literal["constant", "cosine"] = "constant"  # cosine falls to 0 over num_epochs
     warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of all steps, in which the rate rises linearly from 0
-    max_grad_norm: _Above0 | None = None  # None: gradients are not clipped
+    max_grad_norm: PositiveFloat | None = None  # None: gradients are not clipped
     validation_split: Annotated[float, Field(gt=0, lt=1)] = 0.1  # of the training set, stratified by class
-    max_train_images: _Whole | None = None  # train on at most this many of the rest, class proportions kept
-    early_stopping_patience: _Patience = 10  # epochs without improvement; None or 0: never
+    max_train_images: PositiveInt | None = None  # train on at most this many of the rest, class proportions kept
+    early_stopping_patience: Natural | None = 10  # epochs without improvement; None or 0: never
     early_stopping_metric: Literal["accuracy", "loss"] = "accuracy"  # of validation; also selects the best epoch
     rotation_degrees: Annotated[float, Field(ge=0, le=180)] = 10.0  # each image by an angle from [-r, r]
     translation_fraction: Share = 0.1  # shift by up to this fraction of the height and of the width
@@ -136,13 +100,13 @@ class TrainingConfig:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 or fp16 for convolutions if faster here
     torch_compile: bool = False  # compile the network first, for seconds or minutes; it may pay off on a GPU
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda, else mps, else cpu
-    seed: _Seed = 0  # split, initial weights, order of the images, augmentation, dropout
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # split, weights, order of the images, augmentation, dropout
     deterministic: bool = False  # bitwise reproducible on a GPU too, but slower; a CPU always is
     output_dir: _Folder = "runs"  # the run store
-    checkpoint_seconds: _Above0 = 300.0  # between checkpoints within an epoch; at the end of an epoch, 60 are enough
+    checkpoint_seconds: PositiveFloat = 300.0  # between checkpoints within an epoch; 60 at an epoch's end
     use_wandb: bool = False  # log to Weights & Biases
-    wandb_project: _Text = "residual-and-distillation-lab"
-    wandb_group: _Text | None = None  # None: the data set's name
+    wandb_project: str = "residual-and-distillation-lab"
+    wandb_group: str | None = None  # None: the data set's name
     wandb_watch: bool = False  # also log histograms of gradients and parameters, which takes time
     use_telegram_notifications: bool = False  # when a run or an experiment ends
     telegram_additional_info: str = ""
@@ -150,10 +114,7 @@ class TrainingConfig:
     telegram_chat_id: int | _Chat | None = None  # None: TELEGRAM_CHAT_ID is read from the environment
 
     def __identity__(self) -> dict[str, Any]:
-        """The settings that change a run's outcome, without those that are off (None, False, 0 or empty).
-
-        Thus a setting that is added later and off by default changes no run's name.
-        """
+        """The settings that change a run's outcome and are not off, so that one added later, off, renames no run."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in NOT_IDENTITY}
         return {name: value for name, value in values.items() if value}
 
@@ -193,41 +154,27 @@ class TrainingConfig:
         )
 
 
-# as help() and JupyterLab show it: without pydantic's bounds
-_kinds, _parameters = get_type_hints(TrainingConfig), inspect.signature(TrainingConfig).parameters.values()
-TrainingConfig.__signature__ = inspect.Signature([p.replace(annotation=_kinds[p.name]) for p in _parameters])
-
-
 def check_parameters(namespace: dict[str, Any]) -> None:
-    """Refuse parameters that do not fit their annotation, or unknown ones; `namespace` is the notebook's `globals()`.
-
-    A name is unknown if papermill injected it (`-p epoch 3`) and the cell tagged `parameters` does not annotate it.
-    Raises ValueError with every fault and what is allowed; if there is none, also for a `dataset` that `locate_data`
-    does not find in the `data_dir`.
-    """
-    annotations = namespace.get("__annotations__", {})
-    if not annotations:
-        raise ValueError("the notebook has no annotated parameters; run its cell tagged 'parameters' first")
+    """Raise ValueError if a parameter among a notebook's `globals()` is misspelt (`-p epoch 3`) or has a bad value."""
+    annotations = namespace["__annotations__"]
     cells = [cell for cell in namespace.get("In", []) if cell.lstrip().startswith("# Parameters")]  # as papermill does
-    injected = {name for cell in cells for name in re.findall(r"^(\w+) = ", cell, re.MULTILINE)}
-    fields = dataclasses.make_dataclass("parameters", annotations.items(), kw_only=True)
-    parameters = _with_plain_errors(dataclass(fields, config=_CHECKED))
-    parameters(**{name: namespace[name] for name in [*annotations, *sorted(injected - annotations.keys())]})
-    if "dataset" in annotations:
-        locate_data(namespace["dataset"], namespace.get("data_dir", "data"))
+    injected = re.findall(r"^(\w+) = ", "\n".join(cells), re.MULTILINE)
+    fields = dataclasses.make_dataclass("parameters", annotations.items())
+    check = _with_plain_errors(dataclass(fields, config=_CHECKED))
+    check(**{name: namespace[name] for name in [*annotations, *injected]})
 
 
 def locate_data(name: str | os.PathLike, data_dir: str | os.PathLike = "data") -> str | Path:
-    """Which data set `lablib.load_data` would load: one of `DATASET_NAMES`, or a folder. Raises ValueError if none."""
-    name, data_dir = os.path.expanduser(name), os.path.expanduser(data_dir)
-    known = {each.lower(): each for each in DATASET_NAMES}.get(name.lower().replace("-", "").replace("_", ""))
-    folders = [os.path.join(place, name) for place in (".", data_dir) if name and Path(place, name).is_dir()]
-    if same := [folder for folder in folders if known and Path(folder, "train").is_dir()]:
-        raise ValueError(f"{name!r} is a known data set and also a folder here; write {same[0]!r} for the folder")
-    if not known and not folders:
+    """Which data set `load_data` loads: one of DATASET_NAMES, or a folder. Raises ValueError if neither or both."""
+    known = {each.lower(): each for each in DATASET_NAMES}.get(str(name).lower().replace("-", ""))
+    places = (os.path.join(".", os.path.expanduser(name)), os.path.join(os.path.expanduser(data_dir), name))
+    folder = next(filter(os.path.isdir, places), None)
+    if known and folder and os.path.isdir(f"{folder}/train"):
+        raise ValueError(f"{name!r} is a known data set and also a folder here; write {folder!r} for the folder")
+    if not known and not folder:
         names = ", ".join(DATASET_NAMES).lower()
         raise ValueError(f"dataset = {name!r} is neither a known name ({names}) nor a folder with train/ and test/")
-    return known or Path(folders[0])
+    return known or Path(folder)
 
 
 def enter_project_root() -> None:

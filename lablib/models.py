@@ -1,5 +1,6 @@
 """The networks: images in (float, batch × channels × height × width), logits out (batch × classes)."""
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -12,25 +13,13 @@ from torchvision.models.resnet import BasicBlock
 from torchvision.ops import Conv2dNormActivation
 
 
-def _check(dropout: object = 0.0, shortcut: object = True, **sizes: object):
-    """Accept only positive whole numbers: PyTorch would silently build layers of 0 or True units.
-
-    NumPy scalars are refused too: the Hub's mixin would save the default in place of a value that JSON cannot hold.
-    """
-    for name, value in sizes.items():
-        several = name in ("hidden_sizes", "image_shape")
-        numbers = [value] if not several else value if isinstance(value, (tuple, list)) else ()
-        if not numbers or not all(type(number) is int and number > 0 for number in numbers):
-            raise ValueError(f"{name} = {value!r}, but {'a list of ' * several}whole numbers above 0 are needed")
-    if type(dropout) not in (float, int) or type(shortcut) is not bool:
-        raise ValueError(f"{dropout = } and {shortcut = }, but a number and True or False of Python are needed")
-
-
-_CARD = "---\n{{ card_data }}\n---\n\nLoad this network with `from_pretrained` of its class in `lablib.models`.\n"
-
-
-class _Saved(PyTorchModelHubMixin, model_card_template=_CARD):
+class _Saved(PyTorchModelHubMixin):
     """`save_pretrained` and `from_pretrained`, which refuses the weights of another network."""
+
+    def __new__(cls, *args, **kwargs):
+        # TypeError for NumPy's scalars, in whose place the mixin, and with it a run's identity, would name the default
+        json.dumps([args, kwargs])
+        return super().__new__(cls, *args, **kwargs)
 
     @classmethod
     def _from_pretrained(cls, **arguments):
@@ -40,8 +29,8 @@ class _Saved(PyTorchModelHubMixin, model_card_template=_CARD):
 class MLP(nn.Module, _Saved):
     """A plain multilayer perceptron: (Linear, ReLU, Dropout) for each hidden size, then a linear classifier.
 
-    `image_shape` is (channels, height, width). `initialisation="he"` draws the weights as He et al. propose for ReLU
-    (2015, https://arxiv.org/abs/1502.01852), with biases of 0; None leaves them as PyTorch draws them.
+    `image_shape` is (channels, height, width). `initialisation="he"` draws weights for ReLU with biases of 0 (He et al.
+    2015, https://arxiv.org/abs/1502.01852); None leaves them as PyTorch draws them.
     """
 
     def __init__(
@@ -55,7 +44,6 @@ class MLP(nn.Module, _Saved):
         super().__init__()
         if initialisation not in (None, "he"):
             raise ValueError(f'initialisation = {initialisation!r}, but it must be None or "he"')
-        _check(dropout, hidden_sizes=hidden_sizes, image_shape=image_shape, num_classes=num_classes)
         sizes = [math.prod(image_shape), *hidden_sizes]
         self.hidden = nn.Sequential()
         for in_features, out_features in pairwise(sizes):
@@ -73,8 +61,8 @@ class MLP(nn.Module, _Saved):
 class ResidualBlock(nn.Module):
     """F(x) + x, with F = Linear, ReLU, Dropout, Linear (He et al. 2015, https://arxiv.org/abs/1512.03385).
 
-    Nothing follows the sum, so that with F = 0 the block is the identity; a network puts a ReLU between its blocks.
-    A linear layer without bias projects x where the widths differ; `shortcut=False` returns F(x).
+    Nothing follows the sum: with F = 0 the block is the identity. A linear layer without bias projects x where the
+    widths differ; `shortcut=False` returns F(x).
     """
 
     def __init__(self, in_features: int, out_features: int, dropout: float = 0.1, shortcut: bool = True):
@@ -91,10 +79,7 @@ class ResidualBlock(nn.Module):
 
 
 class ResidualMLP(nn.Module, _Saved):
-    """A sequence of ResidualBlocks with a ReLU after each, one for each hidden size, then a linear classifier.
-
-    `image_shape` is (channels, height, width); `shortcut=False` is the same network without its shortcuts.
-    """
+    """ResidualBlocks with a ReLU after each, one for each hidden size, then a linear classifier; else as `MLP`."""
 
     def __init__(
         self,
@@ -105,7 +90,6 @@ class ResidualMLP(nn.Module, _Saved):
         shortcut: bool = True,
     ):
         super().__init__()
-        _check(dropout, shortcut, hidden_sizes=hidden_sizes, image_shape=image_shape, num_classes=num_classes)
         sizes = [math.prod(image_shape), *hidden_sizes]
         self.blocks = nn.ModuleList(ResidualBlock(i, o, dropout, shortcut) for i, o in pairwise(sizes))
         self.classifier = nn.Linear(sizes[-1], num_classes)
@@ -122,10 +106,8 @@ class _CNN(nn.Module):
 
     def __init__(self, stage: Callable, depth: int, width: int, image_shape: Sequence[int], num_classes: int):
         super().__init__()
-        _check(depth=depth, width=width, image_shape=image_shape, num_classes=num_classes)
-        if min(image_shape[1:]) < (least := 2**depth):
-            images = f"images of {' × '.join(map(str, image_shape[1:]))} pixels"
-            raise ValueError(f"{images} are too small for depth {depth}; the smallest are {least} × {least}")
+        if min(image_shape[1:]) < 2**depth:
+            raise ValueError(f"images of {image_shape[1]} × {image_shape[2]} pixels are too small for depth {depth}")
         channels = [width * 2**number for number in range(depth + 1)]
         stages = [stage(i, o) for i, o in pairwise(channels)]  # before the stem: a seed's weights depend on the order
         self.stem = Conv2dNormActivation(image_shape[0], width)  # 3 × 3 convolution without bias, batch norm, ReLU
@@ -138,13 +120,15 @@ class _CNN(nn.Module):
 
 
 class SimpleCNN(_CNN, _Saved):
-    """A plain convolutional network: `depth` stages (3 × 3 convolution, batch norm, ReLU), after a stem of `width`.
+    """A stem of `width` channels and `depth` stages (3 × 3 convolution, batch norm, ReLU), then a linear classifier.
 
     Each stage halves the resolution by its stride and doubles the channels. `image_shape` is (channels, height, width).
     Raises ValueError for images with a side of fewer than 2**depth pixels.
     """
 
-    def __init__(self, depth: int, width: int = 16, image_shape: Sequence[int] = (3, 32, 32), num_classes: int = 10):
+    def __init__(
+        self, depth: int = 2, width: int = 16, image_shape: Sequence[int] = (3, 32, 32), num_classes: int = 10
+    ):
         super().__init__(partial(Conv2dNormActivation, stride=2), depth, width, image_shape, num_classes)
 
 
@@ -157,27 +141,24 @@ class PlainBlock(BasicBlock):
 
 
 class ResidualCNN(_CNN, _Saved):
-    """A residual network: `depth` stages of two torchvision BasicBlocks each after a stem of `width` channels.
+    """`SimpleCNN` with two torchvision BasicBlocks as each stage; `shortcut=False` leaves the shortcuts out.
 
-    The first block of a stage halves the resolution and doubles the channels, with a 1 × 1 convolution and batch norm
-    on its shortcut (He et al. 2015, https://arxiv.org/abs/1512.03385). `shortcut=False` is the same network without
-    its shortcuts. Shape and errors as for `SimpleCNN`.
+    A stage's first block has a 1 × 1 convolution and batch norm on its shortcut (He et al. 2015,
+    https://arxiv.org/abs/1512.03385).
     """
 
     def __init__(
         self,
-        depth: int,
+        depth: int = 2,
         width: int = 16,
         image_shape: Sequence[int] = (3, 32, 32),
         num_classes: int = 10,
         shortcut: bool = True,
     ):
-        _check(shortcut=shortcut)
         super().__init__(partial(_residual_stage, shortcut=shortcut), depth, width, image_shape, num_classes)
 
 
 def _residual_stage(in_channels: int, out_channels: int, shortcut: bool) -> nn.Sequential:
-    block, projection = PlainBlock, None
-    if shortcut:
-        block, projection = BasicBlock, Conv2dNormActivation(in_channels, out_channels, 1, 2, activation_layer=None)
+    block = BasicBlock if shortcut else PlainBlock
+    projection = Conv2dNormActivation(in_channels, out_channels, 1, 2, activation_layer=None) if shortcut else None
     return nn.Sequential(block(in_channels, out_channels, 2, projection), block(out_channels, out_channels))

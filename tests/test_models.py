@@ -1,7 +1,5 @@
 """The networks against closed formulas, arithmetic by hand and torchvision; and what they refuse."""
 
-from itertools import product
-
 import numpy as np
 import pytest
 import torch
@@ -10,8 +8,6 @@ from torchvision.models.resnet import BasicBlock, ResNet
 
 from lablib import MLP, ResidualCNN, ResidualMLP, SimpleCNN
 from lablib.models import PlainBlock
-
-TINY = (1, 4, 4)
 
 
 @pytest.fixture(autouse=True)
@@ -23,17 +19,6 @@ def _same_weights_each_time():
 
 def count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def randomised(model: nn.Module) -> nn.Module:
-    """The model as if trained: random weights, and batch norms whose statistics are not 0 and 1."""
-    with torch.no_grad():
-        for tensor in (tensor for tensor in model.state_dict().values() if tensor.is_floating_point()):
-            if tensor.ndim > 1:
-                tensor.normal_(0, (2 / tensor[0].numel()) ** 0.5)
-            else:
-                tensor.uniform_(0.5, 1.5)
-    return model.eval()
 
 
 def test_an_mlp_computes_linear_relu_and_so_on_and_has_no_other_weights():
@@ -93,17 +78,10 @@ def test_each_stage_halves_the_resolution_and_doubles_the_channels_down_to_the_s
     torch.testing.assert_close(model(images), averages @ model.classifier.weight.T + model.classifier.bias)
 
 
-@pytest.mark.parametrize(
-    ("network", "size"),
-    [
-        *product((MLP, ResidualMLP), [{"hidden_sizes": sizes} for sizes in ((), (0,), (8.0,), "8", 8, (True,))]),
-        *product((SimpleCNN, ResidualCNN), [{"depth": 0}, {"depth": 1, "width": -1}]),
-        *product((ResidualMLP,), [{"dropout": np.float32(0.5)}, {"shortcut": np.bool_(False)}]),  # not saved
-    ],
-)
-def test_sizes_that_are_no_positive_whole_numbers_and_scalars_of_numpy_are_refused(network, size):
-    with pytest.raises(ValueError, match=f"{list(size)[-1]} = .*, but .* needed"):
-        network(**size)
+@pytest.mark.parametrize("value", [{"hidden_sizes": np.array([8])}, {"dropout": np.float32(0.5)}])
+def test_what_would_not_be_saved_is_refused(value):
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        ResidualMLP(**value)
 
 
 def test_without_shortcuts_the_convolutions_stay_and_nothing_is_added():
@@ -116,20 +94,20 @@ def test_without_shortcuts_the_convolutions_stay_and_nothing_is_added():
 
 
 SAVED = {
-    "MLP": (lambda: MLP((7, 5), 0.2, (3, 4, 6), 3), (3, 4, 6)),
-    "ResidualMLP": (lambda: ResidualMLP((7, 5), 0.2, TINY, 3), TINY),
-    "SimpleCNN": (lambda: SimpleCNN(2, 4, num_classes=3), (3, 32, 32)),
-    "ResidualCNN": (lambda: ResidualCNN(2, 4, num_classes=3), (3, 32, 32)),
-    "ResidualCNN without shortcuts": (lambda: ResidualCNN(1, 6, (2, 9, 5), 3, shortcut=False), (2, 9, 5)),
+    "MLP": lambda: MLP((7, 5), 0.2, (3, 32, 32), 3),
+    "ResidualMLP": lambda: ResidualMLP((7, 5), 0.2, (3, 32, 32), 3),
+    "SimpleCNN": lambda: SimpleCNN(2, 4, num_classes=3),
+    "ResidualCNN without shortcuts": lambda: ResidualCNN(1, 6, num_classes=3, shortcut=False),
 }
 
 
-@pytest.mark.parametrize(("network", "image_shape"), SAVED.values(), ids=SAVED)
-def test_a_saved_network_comes_back_with_its_arguments_and_the_same_logits(network, image_shape, tmp_path):
-    model, images = randomised(network()), torch.randn(8, *image_shape)
+@pytest.mark.parametrize("network", SAVED.values(), ids=SAVED)
+def test_a_saved_network_comes_back_with_its_arguments_and_the_same_logits(network, tmp_path):
+    model, images = network(), torch.randn(8, 3, 32, 32)
+    model(images)  # which changes the statistics of batch norms
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path)
-    assert torch.equal(loaded.eval()(images), model(images))
+    assert torch.equal(loaded.eval()(images), model.eval()(images))
     assert str(loaded) == str(model)
 
 
