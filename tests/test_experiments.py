@@ -69,8 +69,6 @@ def test_every_model_is_trained_with_every_seed_as_it_would_be_alone(finished, t
         assert timeless(run) == timeless(expected)
         assert "train_loss" not in repr(run)  # of each epoch
     assert [np.random.rand(), torch.rand(1)] == ours  # noqa: NPY002 (a training leaves the random states as they were)
-    assert repr(finished) == "Experiment('tiny', models: narrow, wide; seeds: 0, 1; runs: 4)"
-    assert "<th>wide</th>" in finished._repr_html_()
     assert len({run.result["test_loss"] for run in finished.runs.values()}) == 4
 
 
@@ -85,7 +83,7 @@ def test_predictions_are_the_models_answers_to_the_test_images(finished):
         assert answers["confidence"].tolist() == pytest.approx(confidence.tolist(), abs=1e-3)
         assert answers["label"].tolist() == finished.data.test_labels.tolist()
         assert answers["correct"].mean() == pytest.approx(finished.values(model)[seed])
-    with pytest.raises(KeyError, match=r"\('wide', 7\): there are \[.*\('wide', 1\)\]"):
+    with pytest.raises(KeyError, match=r"\('wide', 7\)"):
         finished.trained_model("wide", 7)
 
 
@@ -132,9 +130,6 @@ def test_models_and_families_are_compared_but_no_model_with_itself(finished):
     assert deep.compare("a", "b", by=[2]).table["label"].tolist() == ["depth 2"]
     with pytest.raises(KeyError, match="a-4"):
         deep.compare("a", "b", by=[2, 4])
-    for join in ("__or__", "__sub__"):
-        with pytest.raises(ValueError, match="comparisons on tiny and other must be on the same data set"):
-            getattr(comparison, join)(replace(comparison, dataset="other"))
 
 
 def test_experiments_can_be_divided_and_joined_if_they_agree_on_the_data_and_what_both_have(finished, tiny_data):
@@ -147,31 +142,23 @@ def test_experiments_can_be_divided_and_joined_if_they_agree_on_the_data_and_wha
     darker = replace(tiny_data, train_images=tiny_data.train_images // 2)
     with pytest.raises(ValueError, match="have different data"):
         narrow | experiment(NARROW, finished.config, darker, 1)
-    failed = replace(narrow, runs={}, failures=dict.fromkeys(narrow.runs, "trained since"))
-    assert (failed | narrow).failures == {}
     longer = replace(narrow, config=replace(finished.config, num_epochs=3))
     for part in (longer, replace(narrow, callbacks=[Counting()])):
         with pytest.raises(ValueError, match="different configs or callbacks; call distil on one of them"):
             (part | finished).distil("narrow", "wide", 4, 0.5)
-    for seed in (0, 7):
-        with pytest.raises(ValueError, match="'narrow' differently, or with other seeds"):
-            finished | replace(narrow, runs={("narrow", seed): finished.runs["wide", 0]})
+    with pytest.raises(ValueError, match="the experiments trained 'narrow' differently; use another name"):
+        finished | replace(narrow, runs={("narrow", 0): finished.runs["wide", 0]})
 
 
-def test_a_second_experiment_trains_nothing_and_says_so(finished, tiny_data, capsys, no_training, monkeypatch):
-    for seeds in (2, np.arange(2), [0, 1, 0], np.int64(2)):  # a number of them, or whole numbers
+def test_a_second_experiment_trains_nothing_and_says_so(finished, tiny_data, capsys, no_training):
+    for seeds in (2, np.arange(2), [0, 1, 0]):
         again = experiment(MODELS, finished.config, tiny_data, seeds, jobs=2)
         assert capsys.readouterr().out == f"4 of 4 runs loaded from {finished.config.output_dir}, 0 to train\n"
         assert list(again.runs.items()) == list(finished.runs.items())
-        assert [type(seed) for seed in again.seeds] == [int, int]
-    monkeypatch.setattr("lablib.experiments.LABLIB_VERSION", "another")
-    experiment(MODELS, finished.config, tiny_data, 2)
-    assert "loaded runs made by another version of lablib: 4 (delete" in capsys.readouterr().out
     with pytest.raises(AssertionError, match="trained again"):
-        experiment(MODELS, replace(finished.config, batch_size=28), tiny_data, [0, 2])
+        experiment(MODELS, finished.config, tiny_data, [0, 2])
     said = capsys.readouterr().out
-    assert "batch_size = 28 for 27 training images: an epoch is a single step; try batch_size = 16" in said
-    assert "only 9 validation images decide when to stop: early_stopping_patience = None may work better" in said
+    assert "only 9 validation images decide when to stop: try early_stopping_patience = None" in said
 
 
 def test_only_what_is_missing_is_trained_each_run_by_its_own_trainer_and_the_order_stays(config, tiny_data):
@@ -257,19 +244,8 @@ def test_a_student_whose_teacher_failed_is_left_out_and_the_others_are_trained(f
     partly = replace(finished, config=config_in(tmp_path), failures={("wide", 1): "ArithmeticError: no forward today"})
     partly = replace(partly, runs={key: run for key, run in finished.runs.items() if key != ("wide", 1)})
     assert list(partly.distil("narrow", "wide", 4, 0.7).runs) == [("Distilled", 0)]
-    for seed, why in {1: "ArithmeticError: no forward today", 7: "there are "}.items():
-        with pytest.raises(KeyError, match=rf"no finished run \('wide', {seed}\): {why}"):
-            partly.distil("narrow", "wide", 4, 0.7, seeds=[seed])
-
-
-def test_distil_refuses_a_network_that_is_built_differently_now_or_has_its_own_trainer(finished, config, tiny_data):
-    changed = replace(finished, models=finished.models | {"wide": partial(tiny_mlp, (8,), dropout=0.2)})
-    for use in (lambda: changed.trained_model("wide"), lambda: changed.distil("wide", "narrow", 4, 0.5)):
-        with pytest.raises(ValueError, match="'wide' now stands for a different network"):
-            use()
-    own = experiment(MODELS, config, tiny_data, 1, trainer_class=type("Own", (StreamlinedTrainer,), {}))
-    with pytest.raises(ValueError, match="'narrow' has a trainer of its own"):
-        own.distil("narrow", "wide", 4, 0.5)
+    with pytest.raises(KeyError, match=r"\('wide', 7\)"):
+        partly.distil("narrow", "wide", 4, 0.7, seeds=[7])
 
 
 def test_a_student_is_known_by_its_teachers_run_whether_the_weights_are_there_or_not(finished, distilled, tmp_path):
@@ -278,7 +254,7 @@ def test_a_student_is_known_by_its_teachers_run_whether_the_weights_are_there_or
     assert without.distil("narrow", "wide", [1, 4], [0.5, 1.0]).runs == distilled.runs
     with (
         pytest.warns(UserWarning, match="failed"),
-        pytest.raises(RuntimeError, match=r"was published without its weights\. Train it to have them"),
+        pytest.raises(RuntimeError, match="was published without its weights; train it"),
     ):
         replace(without, config=config_in(tmp_path / "elsewhere")).distil("narrow", "wide", 4, 0.5)
 
@@ -291,45 +267,33 @@ def test_a_student_is_known_by_its_teachers_run_whether_the_weights_are_there_or
     ],
     ids=["in the building", "in the forward"],
 )
-def test_a_run_that_fails_loses_no_other_and_the_users_lines_are_shown_once(broken, error, config, tiny_data):
+def test_a_run_that_fails_loses_no_other_and_the_traceback_is_shown_once(broken, error, config, tiny_data):
     models = {"broken one": broken, "narrow": MODELS["narrow"]}
     with pytest.warns(UserWarning, match="'broken one' with seed [03] failed") as caught:
         result = experiment(models, config, tiny_data, [0, 3])
     assert list(result.runs) == [("narrow", 0), ("narrow", 3)]
     assert list(result.failures) == [("broken one", 0), ("broken one", 3)]
     first, other = (str(warning.message) for warning in caught)
-    assert 2 < len(first.splitlines()) <= 11
-    assert ("in forward" in first) == ("forward" in error) == ("lablib/" not in first)
+    assert "Traceback (most recent call last)" in first
+    assert ("in forward" in first) == ("forward" in error)
     assert len(other.splitlines()) == 1
     for text in (first, other, *result.failures.values()):
         assert error in text
-    with pytest.raises(KeyError, match=error):
-        result.trained_model("broken one")
-    with pytest.warns(UserWarning, match="failed"), pytest.raises(RuntimeError, match="all 2 runs failed"):
+    with pytest.warns(UserWarning, match="failed"), pytest.raises(RuntimeError, match="no run succeeded"):
         experiment({"broken one": broken}, config, tiny_data, 2)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "error", "words"),
+    ("arguments", "words"),
     [
-        ({"data": "digits"}, TypeError, "what load_data returns, not 'digits'"),
-        ({"config": {"seed": 1}}, TypeError, "a TrainingConfig, .* not {'seed': 1}"),
-        ({"models": [tiny_mlp]}, TypeError, "needs a dict of functions that build networks, .*, not "),
-        ({"config": TrainingConfig(seed=5)}, ValueError, r"the config has seed = 5; write seeds = \[5\] instead"),
-        ({"seeds": 1.5}, TypeError, "'float' object cannot be interpreted as an integer"),
-        ({"models": dict.fromkeys("ab", MODELS["wide"])}, ValueError, "the models 'a' and 'b' are the same network"),
-        ({"models": {"net": tiny_mlp()}}, TypeError, "'net' needs a function that builds the network"),
-        ({"seeds": 0}, ValueError, "needs a model and a seed; seeds=2 stands for the seeds 0 and 1"),
-        (
-            {"trainer_class": {"wide": StreamlinedTrainer}},
-            ValueError,
-            r"trainer_class has no trainer for \('narrow', 0\)",
-        ),
-        ({"models": {"net": "MLP"}}, TypeError, "'net' needs a function that builds the network"),
+        ({"config": TrainingConfig(seed=5)}, r"the config has seed = 5; write seeds = \[5\] instead"),
+        ({"models": dict.fromkeys("ab", MODELS["wide"])}, "the models 'a' and 'b' are the same network"),
     ],
 )
-def test_arguments_that_cannot_be_used_are_refused(arguments, error, words, config, tiny_data, no_training):
-    with pytest.raises(error, match=words):
+def test_arguments_that_would_give_other_results_than_asked_for_are_refused(
+    arguments, words, config, tiny_data, no_training
+):
+    with pytest.raises(ValueError, match=words):
         experiment(**({"models": MODELS, "config": config, "data": tiny_data, "seeds": [0]} | arguments))
 
 

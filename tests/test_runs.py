@@ -7,7 +7,6 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from operator import itemgetter
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -22,7 +21,7 @@ from torch.nn import functional as F
 from lablib import MLP, StreamlinedTrainer, TrainingConfig, runs, stratified_split
 from lablib.diagnostics import gradient_norms
 from lablib.identity import build_seeded, run_identity, run_name
-from lablib.runs import clean, load_run, publish, runs_table, train_or_load
+from lablib.runs import load_run, publish, train_or_load
 
 
 class Wary(StreamlinedTrainer):
@@ -166,25 +165,22 @@ def test_a_run_that_is_interrupted_after_its_training_and_moved_ends_the_same(
 DAMAGES = {
     **{f"{name}, flipped": (name, lambda c: c[:-5] + bytes([c[-5] ^ 1]) + c[-4:]) for name in FILES},
     **{f"{name}, missing": (name, None) for name in FILES[:-1]},
-    **{f"result.json, {c}": (FILES[-1], lambda _, c=c: c) for c in (b"", b"\xff\xfe", b"[]", b'{"sha256": null}')},
+    **{f"result.json, {c}": (FILES[-1], lambda _, c=c: c) for c in (b"", b"[]", b'{"sha256": null}')},
     "result.json, edited": ("result.json", lambda c: c.replace(b'"test_accuracy": ', b'"test_accuracy": 1')),
 }
 
 
 @pytest.mark.parametrize(("name", "damage"), DAMAGES.values(), ids=DAMAGES)
-def test_a_damaged_run_is_reported_set_aside_and_trained_again(name, damage, config, tiny_data, finished):
+def test_a_damaged_run_is_reported_and_trained_again(name, damage, config, tiny_data, finished):
     path = Path(shutil.copytree(finished.path, Path(config.output_dir, finished.path.name)))
     content = (path / name).read_bytes()
     (path / name).unlink()
     if damage:
         (path / name).write_bytes(damage(content))
-    with pytest.warns(UserWarning, match=re.escape(f"{path / name} is damaged")):
+    with pytest.warns(UserWarning, match=re.escape(f"the run {path} is damaged and does not count: ")):
         after = train_or_load(tiny_mlp, config, tiny_data)
     assert (after.path, timeless(after)) == (path, timeless(finished))
     assert load_run(after.path) == after
-    states = dict(runs_table(config.output_dir)[["run", "state"]].to_numpy())
-    assert states.pop(path.name) == "finished"
-    assert states == {f"{path.name}.damaged": "damaged"}
 
 
 def test_a_published_run_is_found_without_its_weights_unless_these_are_needed(config, tiny_data, finished, published):
@@ -194,7 +190,7 @@ def test_a_published_run_is_found_without_its_weights_unless_these_are_needed(co
     assert sorted(file.name for file in run.path.iterdir()) == [name for name in FILES if name != "model.safetensors"]
     assert (run.result, run.history, run.has_weights) == (finished.result, finished.history, False)
     assert all((run.measured()[name] == array).all() for name, array in finished.measured().items())
-    message = f"{run.path.name} .MLP on tiny, seed 0. was published without its weights. Train it .* weights=True"
+    message = f"{run.path.name} was published without its weights; train it .* weights=True"
     with pytest.raises(ValueError, match=message):
         run.load_weights(tiny_mlp())
     publish(finished, Path(config.output_dir))
@@ -214,38 +210,38 @@ def test_a_run_that_is_published_by_half_or_damaged_does_not_count_and_is_publis
             publish(finished)
     assert load_run(published / finished.path.name) is None
     os.truncate(publish(finished) / "measured.npz", 99)
-    with pytest.warns(UserWarning, match=r"measured.npz is damaged.* the run is set aside and trained again"):
+    with pytest.warns(UserWarning, match="is damaged and does not count: ValueError: measured.npz"):
         run = train_or_load(tiny_mlp, config, tiny_data)
     assert run.has_weights
     assert load_run(publish(run)).result == run.result
 
 
-def test_runs_are_listed_with_their_states_published_and_cleaned(config, tiny_data, capsys, finished):
+def test_runs_are_listed_published_and_cleaned(config, tiny_data, capsys, finished, published, monkeypatch):
     store, other = Path(config.output_dir), replace(config, seed=1)
-    names = {"finished": "MLP-000000000000", "damaged": "MLP-000000000001", "published": publish(finished, store).name}
-    for state in ("finished", "damaged"):
-        shutil.copytree(finished.path, store / names[state])
-    os.truncate(store / names["damaged"] / "history.jsonl", 99)
+    good, damaged, without_weights = "MLP-000000000000", "MLP-000000000001", publish(finished, store).name
+    for name in (good, damaged):
+        shutil.copytree(finished.path, store / name)
+    os.truncate(store / damaged / "history.jsonl", 99)
     with pytest.raises(KeyboardInterrupt):
         train_or_load(tiny_mlp, other, tiny_data, callbacks=[At(2 * STEPS + 1, Mock(side_effect=KeyboardInterrupt))])
-    names["unfinished"] = run_name(run_identity(tiny_mlp, other, tiny_data))
-    table = runs_table(store).set_index("run")
-    assert table["state"].to_dict() == {name: state for state, name in names.items()}
-    assert "history.jsonl is damaged" in table["notes"][names["damaged"]]
+    unfinished = run_name(run_identity(tiny_mlp, other, tiny_data))
+    with pytest.warns(UserWarning, match=f"{damaged} is damaged"):
+        runs.main(["list", str(store)])
+    said = capsys.readouterr().out
+    states = dict(line.split()[:2] for line in said.splitlines()[1:])
+    assert states == {good: "True", without_weights: "True", damaged: "False", unfinished: "False"}
+    assert "NaN" not in said
 
     runs.main(["publish", str(store)])
-    assert names["finished"] in capsys.readouterr().out
-    runs.main(["list", str(store)])
-    lines = capsys.readouterr().out.splitlines()
-    expected = [[name, state] for state, name in sorted(names.items(), key=itemgetter(1))]
-    assert [line.split()[:2] for line in lines[1:]] == expected
-    assert "NaN" not in "".join(lines)
-    assert load_run(runs.PUBLISHED / names["finished"]).result == finished.result
-    assert clean(store, ask=lambda question: "n") == []
-    with FileLock(store / f"{names['unfinished']}.lock"):
-        assert clean(store, ask=lambda question: "y") == [names["damaged"]]
-    assert {*clean(store, finished=True, ask=lambda question: "y")} == {names["finished"], names["unfinished"]}
-    assert runs_table(store)["run"].tolist() == [names["published"]]
+    assert {path.name for path in published.iterdir()} == {good, without_weights}
+    assert load_run(published / good).result == finished.result
+
+    there = lambda: {path.name for path in store.iterdir() if path.is_dir()}  # noqa: E731
+    for answer, held, gone in (("n", "", set()), ("y", unfinished, {damaged}), ("y", "", {damaged, unfinished})):
+        monkeypatch.setattr("builtins.input", lambda question, answer=answer: answer)
+        with FileLock(store / f"{held}.lock"):
+            runs.main(["clean", str(store)])
+        assert there() == {*states} - gone
 
 
 ROW = '{"train_loss": 0.5, "val_accuracy": 0.75}\n'
@@ -263,7 +259,7 @@ def test_the_bar_shows_the_epochs_and_metrics_that_the_files_tell(before, after,
     files = tmp_path / "history.jsonl", tmp_path / "checkpoints" / "epochs"
     files[1].parent.mkdir()
     [path.write_text(text) for path, text in zip(files, before, strict=True)]
-    with runs.progress({("MLP", 0): tmp_path}, 4, set(), file := io.StringIO()):
+    with runs.progress({("MLP", 0): tmp_path}, 4, file := io.StringIO()):
         [path.write_text(text) for path, text in zip(files, after, strict=True)]
     said = file.getvalue().rpartition("\r")[2].strip()
     assert [shown in said, ", loss 0.500, validation 75.0 % (MLP, seed 0)]" in said] == [True, after[0] == ROW]
