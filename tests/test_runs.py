@@ -4,7 +4,6 @@ import io
 import os
 import re
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,18 +21,6 @@ from lablib import MLP, StreamlinedTrainer, TrainingConfig, runs, stratified_spl
 from lablib.diagnostics import gradient_norms
 from lablib.identity import build_seeded, run_identity, run_name
 from lablib.runs import load_run, publish, train_or_load
-
-
-class Wary(StreamlinedTrainer):
-    """Its network gives probabilities; it writes a file where transformers' callbacks write theirs."""
-
-    def outputs(self, model, images):
-        return model(images).softmax(1)
-
-    def losses(self, outputs, labels):
-        Path(self.args.output_dir, "mine.txt").write_text("mine")
-        return {"loss": F.nll_loss(outputs.log(), labels)}
-
 
 STEPS = 4  # an epoch: 27 of tiny_data's 36 images in batches of 8
 FILES = ["history.jsonl", "identity.json", "measured.npz", "model.safetensors", "result.json"]
@@ -60,24 +47,6 @@ def finished(tiny_data, tmp_path_factory):
     return train_or_load(tiny_mlp, replace(CONFIG, output_dir=str(tmp_path_factory.mktemp("runs"))), tiny_data)
 
 
-def test_a_callbacks_files_stay_and_probabilities_are_confidences(config, tiny_data):
-    train = partial(train_or_load, tiny_mlp, config, tiny_data)
-    with pytest.warns(UserWarning, match="MLP ends in a softmax or ReLU; a loss on logits"):
-        runs = [train(trainer_class=kind) for kind in (Wary, StreamlinedTrainer, Wary)]
-    assert [file.name for file in (runs[0].path / "checkpoints").iterdir()] == ["mine.txt"]
-    wary, plain, _ = (run.measured()["test_confidence"] for run in runs)
-    np.testing.assert_allclose(wary, plain, atol=2e-3)
-
-
-def test_trainings_in_several_threads_are_those_of_one(config, tiny_data):
-    train = lambda seed, name: train_or_load(tiny_mlp, replace(config, seed=seed, output_dir=name), tiny_data)  # noqa: E731
-    with ThreadPoolExecutor() as pool:
-        together = [*pool.map(train, range(3), 3 * [f"{config.output_dir}/threads"])]
-    assert [run.result["val_loss"] for run in together] == [
-        train(seed, config.output_dir).result["val_loss"] for seed in range(3)
-    ]
-
-
 def test_a_finished_run_keeps_its_files_and_is_loaded_instead_of_trained_again(config, tiny_data, monkeypatch):
     first = train_or_load(tiny_mlp, config, tiny_data)
     assert [row["epoch"] for row in first.history] == [1, 2, 3, 4]
@@ -87,8 +56,6 @@ def test_a_finished_run_keeps_its_files_and_is_loaded_instead_of_trained_again(c
     monkeypatch.delattr(StreamlinedTrainer, "__init__")
     assert train_or_load(tiny_mlp, replace(config, wandb_group="again"), tiny_data) == first
     assert {file: file.stat().st_mtime_ns for file in first.path.iterdir()} == stamps
-    with pytest.raises(TypeError):  # there is no training without __init__
-        train_or_load(tiny_mlp, replace(config, seed=1), tiny_data)
 
 
 def test_a_network_that_keeps_something_outside_of_its_state_dict_is_noted_and_not_loaded(config, tiny_data):
@@ -100,24 +67,19 @@ def test_a_network_that_keeps_something_outside_of_its_state_dict_is_noted_and_n
             return super().forward(images) * self.scale
 
     build = partial(Scaled, (8,), **tiny_mlp.keywords)
-
     with pytest.warns(UserWarning, match="Scaled: a new copy with the trained weights gives different logits"):
         run = train_or_load(build, config, tiny_data)
-    assert not [name for name in run.measured() if name.startswith("gradient")]
     with pytest.raises(ValueError, match="so it cannot be loaded"):
         run.load_weights(build())
 
 
-@pytest.mark.parametrize("metric", ["accuracy", "loss"])
-def test_the_result_is_that_of_the_first_best_epoch(metric, config, tiny_data, monkeypatch):
-    monkeypatch.setattr(Scripted, "script", (0.5, 0.9, 0.4, 0.9) if metric == "accuracy" else (0.5, 0.1, 0.4, 0.1))
-    knobs = replace(config, early_stopping_metric=metric)
+def test_the_result_is_that_of_the_first_best_epoch(config, tiny_data, monkeypatch):
+    monkeypatch.setattr(Scripted, "script", (0.5, 0.9, 0.4, 0.9))
     run, of_epoch_2, of_epoch_1 = (
-        train_or_load(tiny_mlp, replace(knobs, num_epochs=epochs), tiny_data, trainer_class=Scripted)
+        train_or_load(tiny_mlp, replace(config, num_epochs=epochs), tiny_data, trainer_class=Scripted)
         for epochs in (4, 2, 1)
     )
     assert (run.result["best_epoch"], run.result["epochs"], len(run.history)) == (2, 4, 4)
-    assert run.result[f"val_{metric}"] == Scripted.script[1]
     assert run.result.items() >= {key: run.history[1][key] for key in ("val_accuracy", "val_loss")}.items()
     assert timeless(run)["weights"] == timeless(of_epoch_2)["weights"] != timeless(of_epoch_1)["weights"]
 
@@ -143,14 +105,9 @@ def test_the_loaded_weights_give_what_was_measured(finished, tiny_data):
         assert measured[f"gradient_{moment}"] == pytest.approx(gradient_norms(network, batch)["rms"], rel=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("script", "patience"), [((0.5, 0.9, 0.4, 0.9), 10), ((0.5, 0.4, 0.9, 0.9), 1)], ids=["last epoch", "early stop"]
-)
-def test_a_run_that_is_interrupted_after_its_training_and_moved_ends_the_same(
-    script, patience, config, tiny_data, monkeypatch, tmp_path
-):
-    monkeypatch.setattr(Scripted, "script", script)
-    knobs = replace(config, early_stopping_patience=patience)
+def test_a_run_that_is_interrupted_after_its_training_and_moved_ends_the_same(config, tiny_data, monkeypatch, tmp_path):
+    monkeypatch.setattr(Scripted, "script", (0.5, 0.4, 0.9, 0.9))
+    knobs = replace(config, early_stopping_patience=1)
     undisturbed = train_or_load(tiny_mlp, knobs, tiny_data, trainer_class=Scripted)
     elsewhere, moved = (replace(knobs, output_dir=str(tmp_path / name)) for name in ("elsewhere", "moved"))
     with monkeypatch.context() as patch:
@@ -165,7 +122,7 @@ def test_a_run_that_is_interrupted_after_its_training_and_moved_ends_the_same(
 DAMAGES = {
     **{f"{name}, flipped": (name, lambda c: c[:-5] + bytes([c[-5] ^ 1]) + c[-4:]) for name in FILES},
     **{f"{name}, missing": (name, None) for name in FILES[:-1]},
-    **{f"result.json, {c}": (FILES[-1], lambda _, c=c: c) for c in (b"", b"[]", b'{"sha256": null}')},
+    "result.json, empty": ("result.json", lambda c: b""),
     "result.json, edited": ("result.json", lambda c: c.replace(b'"test_accuracy": ', b'"test_accuracy": 1')),
 }
 
@@ -179,8 +136,7 @@ def test_a_damaged_run_is_reported_and_trained_again(name, damage, config, tiny_
         (path / name).write_bytes(damage(content))
     with pytest.warns(UserWarning, match=re.escape(f"the run {path} is damaged and does not count: ")):
         after = train_or_load(tiny_mlp, config, tiny_data)
-    assert (after.path, timeless(after)) == (path, timeless(finished))
-    assert load_run(after.path) == after
+    assert (after, timeless(after)) == (load_run(path), timeless(finished))
 
 
 def test_a_published_run_is_found_without_its_weights_unless_these_are_needed(config, tiny_data, finished, published):
@@ -189,31 +145,13 @@ def test_a_published_run_is_found_without_its_weights_unless_these_are_needed(co
     assert run.path == published / finished.path.name
     assert sorted(file.name for file in run.path.iterdir()) == [name for name in FILES if name != "model.safetensors"]
     assert (run.result, run.history, run.has_weights) == (finished.result, finished.history, False)
-    assert all((run.measured()[name] == array).all() for name, array in finished.measured().items())
-    message = f"{run.path.name} was published without its weights; train it .* weights=True"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"{run.path.name} was published without its weights; train it"):
         run.load_weights(tiny_mlp())
     publish(finished, Path(config.output_dir))
     with pytest.raises(ZeroDivisionError):
         train_or_load(tiny_mlp, config, tiny_data, weights=True, callbacks=[At(1, Mock(side_effect=ZeroDivisionError))])
     assert load_run(Path(config.output_dir, finished.path.name)) is None  # unfinished, not damaged
     assert timeless(train_or_load(tiny_mlp, config, tiny_data, weights=True)) == timeless(finished)
-
-
-def test_a_run_that_is_published_by_half_or_damaged_does_not_count_and_is_published_again(
-    config, tiny_data, finished, published, monkeypatch
-):
-    put = os.replace
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", lambda one, other: 1 / 0 if other.name == "result.json" else put(one, other))
-        with pytest.raises(ZeroDivisionError):
-            publish(finished)
-    assert load_run(published / finished.path.name) is None
-    os.truncate(publish(finished) / "measured.npz", 99)
-    with pytest.warns(UserWarning, match="is damaged and does not count: ValueError: measured.npz"):
-        run = train_or_load(tiny_mlp, config, tiny_data)
-    assert run.has_weights
-    assert load_run(publish(run)).result == run.result
 
 
 def test_runs_are_listed_published_and_cleaned(config, tiny_data, capsys, finished, published, monkeypatch):
@@ -227,21 +165,15 @@ def test_runs_are_listed_published_and_cleaned(config, tiny_data, capsys, finish
     unfinished = run_name(run_identity(tiny_mlp, other, tiny_data))
     with pytest.warns(UserWarning, match=f"{damaged} is damaged"):
         runs.main(["list", str(store)])
-    said = capsys.readouterr().out
-    states = dict(line.split()[:2] for line in said.splitlines()[1:])
+    states = dict(line.split()[:2] for line in capsys.readouterr().out.splitlines()[1:])
     assert states == {good: "True", without_weights: "True", damaged: "False", unfinished: "False"}
-    assert "NaN" not in said
-
     runs.main(["publish", str(store)])
     assert {path.name for path in published.iterdir()} == {good, without_weights}
-    assert load_run(published / good).result == finished.result
-
-    there = lambda: {path.name for path in store.iterdir() if path.is_dir()}  # noqa: E731
     for answer, held, gone in (("n", "", set()), ("y", unfinished, {damaged}), ("y", "", {damaged, unfinished})):
         monkeypatch.setattr("builtins.input", lambda question, answer=answer: answer)
         with FileLock(store / f"{held}.lock"):
             runs.main(["clean", str(store)])
-        assert there() == {*states} - gone
+        assert {path.name for path in store.iterdir() if path.is_dir()} == {*states} - gone
 
 
 ROW = '{"train_loss": 0.5, "val_accuracy": 0.75}\n'
@@ -252,7 +184,6 @@ ROW = '{"train_loss": 0.5, "val_accuracy": 0.75}\n'
     [
         ((ROW, "1.5"), (ROW, "2.2"), "2.2/4 epochs"),
         ((2 * ROW, "2.5"), ("", "0.5"), "0.5/4 epochs"),  # a killed run resumes earlier
-        ((ROW, "1.5"), ("{", ""), "1.0/4 epochs"),  # files that are not whole
     ],
 )
 def test_the_bar_shows_the_epochs_and_metrics_that_the_files_tell(before, after, shown, tmp_path):
