@@ -382,7 +382,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(publish(run))
     elif options.command == "clean":
         unfinished = [path for path, run in runs.items() if not run]
-        print(*unfinished, sep="\n")
+        print(f"{len(unfinished)} unfinished or damaged", *unfinished, sep="\n")
         if unfinished and input(f"Delete these {len(unfinished)}? [y/N] ") == "y":
             delete_unfinished(unfinished)
     else:
