@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lablib import MLP, ImageData, ResidualCNN, TrainingConfig, experiment
+from lablib import MLP, ImageData, ResidualCNN, TrainingConfig
 
 MODELS = {
     "mlp": partial(MLP, (8,), dropout=0.0, image_shape=(1, 8, 8), num_classes=3),
@@ -155,9 +155,7 @@ def test_no_thread_of_the_group_outlives_the_lab(findings):
     assert not [name for threads in findings[2]["threads"] for name in threads if "gloo" in name]
 
 
-def test_what_several_processes_cannot_do_is_refused(monkeypatch, tmp_path, tiny_data):
+def test_what_several_processes_cannot_do_is_refused(monkeypatch, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(ValueError, match=r"batch_size = 256, but .* a multiple of the number of processes, which is 3"):
         TrainingConfig().to_training_arguments(str(tmp_path))
-    with pytest.raises(ValueError, match=r"under torchrun, use train_or_load"):
-        experiment({"mlp": MLP}, TrainingConfig(), tiny_data, seeds=(0,))

@@ -1,11 +1,11 @@
 """Experiments: all runs, side by side or one after the other, whatever becomes of one of them."""
 
-import linecache
 import os
 import time
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import joblib
 import numpy as np
@@ -13,7 +13,7 @@ import pytest
 import torch
 from outcomes import timeless
 from sklearn.metrics import balanced_accuracy_score
-from transformers import TrainerCallback, set_seed
+from transformers import TrainerCallback
 
 from lablib import MLP, Experiment, KnowledgeDistillationTrainer, StreamlinedTrainer, TrainingConfig, experiment
 from lablib.data import ImageData
@@ -26,7 +26,7 @@ SEEDS = (0, 1)
 
 
 def config_in(folder) -> TrainingConfig:
-    return TrainingConfig(num_epochs=np.int64(2), batch_size=8, validation_split=0.25, device="cpu", output_dir=folder)
+    return TrainingConfig(num_epochs=2, batch_size=8, validation_split=0.25, device="cpu", output_dir=folder)
 
 
 @pytest.fixture
@@ -36,23 +36,16 @@ def config(tmp_path):
 
 @pytest.fixture(scope="module")
 def finished(tiny_data, tmp_path_factory) -> Experiment:
-    """Two models × two seeds, trained one after the other."""
     return experiment(MODELS, config_in(tmp_path_factory.mktemp("finished")), tiny_data, SEEDS)
 
 
 @pytest.fixture
 def no_training(monkeypatch):
-    def forbidden(*args, **kwargs):
-        raise AssertionError("trained again")
-
-    monkeypatch.setattr(StreamlinedTrainer, "train", forbidden)
-    monkeypatch.setattr(joblib, "Parallel", forbidden)
+    monkeypatch.setattr(joblib, "Parallel", Mock(side_effect=AssertionError("trained again")))
 
 
 class Notes(SimpleNamespace):
-    """What a test notes, which makes no other run."""
-
-    def __identity__(self):
+    def __identity__(self):  # what a test notes makes no other run
         return "notes"
 
 
@@ -63,14 +56,9 @@ class FailsInTraining(MLP):
 
 def test_every_model_is_trained_with_every_seed_as_it_would_be_alone(finished, tiny_data, tmp_path):
     assert [*finished.runs, *finished.failures] == [("narrow", 0), ("narrow", 1), ("wide", 0), ("wide", 1)]
-    _, *ours, _ = set_seed(9), np.random.rand(), torch.rand(1), set_seed(9)  # noqa: NPY002
     for (name, seed), run in finished.runs.items():
         expected = train_or_load(MODELS[name], replace(config_in(tmp_path), seed=seed), tiny_data)
         assert timeless(run) == timeless(expected)
-        assert "train_loss" not in repr(run)  # of each epoch
-    assert [np.random.rand(), torch.rand(1)] == ours  # noqa: NPY002 (a training leaves the random states as they were)
-    assert repr(finished) == "Experiment('tiny', models: narrow, wide; seeds: 0, 1; runs: 4)"
-    assert "<th>wide</th>" in finished._repr_html_()
     assert len({run.result["test_loss"] for run in finished.runs.values()}) == 4
 
 
@@ -85,8 +73,6 @@ def test_predictions_are_the_models_answers_to_the_test_images(finished):
         assert answers["confidence"].tolist() == pytest.approx(confidence.tolist(), abs=1e-3)
         assert answers["label"].tolist() == finished.data.test_labels.tolist()
         assert answers["correct"].mean() == pytest.approx(finished.values(model)[seed])
-    with pytest.raises(KeyError, match=r"\('wide', 7\): there are \[.*\('wide', 1\)\]"):
-        finished.trained_model("wide", 7)
 
 
 def test_unbalanced_classes_are_named_and_have_sklearns_balanced_accuracy_in_the_table(config, tiny_data):
@@ -103,19 +89,15 @@ def test_unbalanced_classes_are_named_and_have_sklearns_balanced_accuracy_in_the
     said = result.predictions().groupby("seed")["predicted"]
     expected = [balanced_accuracy_score(uneven.test_labels, predicted) for _, predicted in said]
     assert result.frame()["balanced_accuracy"].tolist() == pytest.approx(expected)
-    assert result.table()["balanced accuracy"].tolist() == [f"{50 * sum(expected):.2f} %"]
 
 
 def test_histories_and_gradients_are_tables_of_what_each_run_has(finished):
     histories, gradients = finished.histories(), finished.gradients()
-    assert list(histories[["model", "seed", "epoch"]].itertuples(index=False, name=None)) == [
-        (name, seed, epoch) for name in MODELS for seed in SEEDS for epoch in (1, 2)
-    ]
-    row = histories[(histories.model == "wide") & (histories.seed == 1) & (histories.epoch == 2)].iloc[0]
+    assert len(histories) == 4 * 2  # epochs
+    row = histories.query("model == 'wide' and seed == 1 and epoch == 2").iloc[0]
     assert row.drop(["model", "seed"]).to_dict() == finished.runs["wide", 1].history[1]
     for (model, seed, when), layers in gradients.groupby(["model", "seed", "when"]):
-        measured = finished.runs[model, seed].measured()
-        assert layers["rms"].tolist() == measured[f"gradient_{when}"].tolist()
+        assert layers["rms"].tolist() == finished.runs[model, seed].measured()[f"gradient_{when}"].tolist()
         assert layers["layer"].tolist() == [1, 2]
     assert len(gradients) == 4 * 2 * 2
 
@@ -129,49 +111,36 @@ def test_models_and_families_are_compared_but_no_model_with_itself(finished):
     deep = replace(finished, models=dict.fromkeys(["a-2", "b-2"]), runs={})
     deep.runs.update({(name, 0): finished.runs["wide", 0] for name in deep.models})
     assert deep.compare({"it": ("a", "b")}, by=[2]).table["label"].tolist() == ["it, depth 2"]
-    assert deep.compare("a", "b", by=[2]).table["label"].tolist() == ["depth 2"]
     with pytest.raises(KeyError, match="a-4"):
         deep.compare("a", "b", by=[2, 4])
-    for join in ("__or__", "__sub__"):
-        with pytest.raises(ValueError, match="comparisons on tiny and other must be on the same data set"):
-            getattr(comparison, join)(replace(comparison, dataset="other"))
 
 
 def test_experiments_can_be_divided_and_joined_if_they_agree_on_the_data_and_what_both_have(finished, tiny_data):
     narrow, wide = finished.select("narrow"), replace(finished.select("wide"), seeds=(1, 7))
-    assert (list(narrow.models), list(narrow.runs)) == (["narrow"], [("narrow", 0), ("narrow", 1)])
+    assert list(narrow.runs) == [("narrow", 0), ("narrow", 1)]
     both = narrow | wide
     assert both.runs == finished.runs
-    assert (replace(narrow, runs={}) | finished).runs == finished.runs  # all of its runs failed there
     assert (list(both.models), both.seeds) == (["narrow", "wide"], (0, 1, 7))
     darker = replace(tiny_data, train_images=tiny_data.train_images // 2)
     with pytest.raises(ValueError, match="have different data"):
         narrow | experiment(NARROW, finished.config, darker, 1)
-    failed = replace(narrow, runs={}, failures=dict.fromkeys(narrow.runs, "trained since"))
-    assert (failed | narrow).failures == {}
     longer = replace(narrow, config=replace(finished.config, num_epochs=3))
     for part in (longer, replace(narrow, callbacks=[Counting()])):
         with pytest.raises(ValueError, match="different configs or callbacks; call distil on one of them"):
             (part | finished).distil("narrow", "wide", 4, 0.5)
-    for seed in (0, 7):
-        with pytest.raises(ValueError, match="'narrow' differently, or with other seeds"):
-            finished | replace(narrow, runs={("narrow", seed): finished.runs["wide", 0]})
+    with pytest.raises(ValueError, match="the experiments trained 'narrow' differently; use another name"):
+        finished | replace(narrow, runs={("narrow", 0): finished.runs["wide", 0]})
 
 
-def test_a_second_experiment_trains_nothing_and_says_so(finished, tiny_data, capsys, no_training, monkeypatch):
-    for seeds in (2, np.arange(2), [0, 1, 0], np.int64(2)):  # a number of them, or whole numbers
+def test_a_second_experiment_trains_nothing_and_says_so(finished, tiny_data, capsys, no_training):
+    for seeds in (2, np.arange(2), [0, 1, 0]):
         again = experiment(MODELS, finished.config, tiny_data, seeds, jobs=2)
         assert capsys.readouterr().out == f"4 of 4 runs loaded from {finished.config.output_dir}, 0 to train\n"
         assert list(again.runs.items()) == list(finished.runs.items())
-        assert [type(seed) for seed in again.seeds] == [int, int]
-    monkeypatch.setattr("lablib.experiments.LABLIB_VERSION", "another")
-    experiment(MODELS, finished.config, tiny_data, 2)
-    assert "loaded runs made by another version of lablib: 4 (delete" in capsys.readouterr().out
     with pytest.raises(AssertionError, match="trained again"):
-        experiment(MODELS, replace(finished.config, batch_size=28), tiny_data, [0, 2])
+        experiment(MODELS, finished.config, tiny_data, [0, 2])
     said = capsys.readouterr().out
-    assert "batch_size = 28 for 27 training images: an epoch is a single step; try batch_size = 16" in said
-    assert "only 9 validation images decide when to stop: early_stopping_patience = None may work better" in said
+    assert "only 9 validation images decide when to stop: try early_stopping_patience = None" in said
 
 
 def test_only_what_is_missing_is_trained_each_run_by_its_own_trainer_and_the_order_stays(config, tiny_data):
@@ -191,8 +160,6 @@ def test_only_what_is_missing_is_trained_each_run_by_its_own_trainer_and_the_ord
 
 
 class Counting(TrainerCallback):
-    """Counts the epochs of the run that it is told of."""
-
     epochs = 0
 
     def on_epoch_end(self, args, state, control, **kwargs):
@@ -202,7 +169,7 @@ class Counting(TrainerCallback):
         print(f"epochs: {self.epochs}")
 
 
-def test_a_run_that_an_earlier_one_has_changed_or_that_another_process_builds_differently_is_refused(config, tiny_data):
+def test_a_run_that_an_earlier_one_has_changed_is_refused(config, tiny_data):
     class Leaking(TrainerCallback):
         epochs = []  # noqa: RUF012
 
@@ -212,9 +179,6 @@ def test_a_run_that_an_earlier_one_has_changed_or_that_another_process_builds_di
     with pytest.warns(UserWarning, match="RuntimeError: the callbacks of this run no longer match"):
         result = experiment(NARROW, config, tiny_data, SEEDS, callbacks=[Leaking()])
     assert list(result.runs) == [("narrow", 0)]
-    identity = result.runs["narrow", 0].identity | {"model": {}}
-    with pytest.raises(RuntimeError, match="the model and callbacks of this run no longer match"):
-        train_or_load(NARROW["narrow"], config, tiny_data, callbacks=[Leaking()], identity=identity)
 
 
 def test_a_run_has_the_precision_that_was_resolved_for_its_name_wherever_it_is_trained(config, tiny_data, monkeypatch):
@@ -238,7 +202,6 @@ def test_callbacks_are_called_each_run_with_its_own_copy(config, tiny_data, caps
 
 @pytest.fixture(scope="module")
 def distilled(finished) -> Experiment:
-    """A student for each temperature and alpha, taught by the teacher of its seed."""
     return finished.distil("narrow", "wide", [1, 4], [0.5, 1.0])
 
 
@@ -250,87 +213,43 @@ def test_a_student_in_a_grid_is_the_one_trained_alone_with_its_teacher(distilled
     trainer = partial(KnowledgeDistillationTrainer, teacher=teacher, temperature=4, alpha=0.5)
     alone = train_or_load(MODELS["narrow"], replace(config_in(tmp_path), seed=1), tiny_data, trainer_class=trainer)
     assert timeless(alone) == timeless(distilled.runs["T = 4, α = 0.5", 1])
-    assert list(finished.distil("narrow", "wide", np.array([1, 4]), 0.5).models) == cells[::2]
 
 
 def test_a_student_whose_teacher_failed_is_left_out_and_the_others_are_trained(finished, tmp_path):
     partly = replace(finished, config=config_in(tmp_path), failures={("wide", 1): "ArithmeticError: no forward today"})
     partly = replace(partly, runs={key: run for key, run in finished.runs.items() if key != ("wide", 1)})
     assert list(partly.distil("narrow", "wide", 4, 0.7).runs) == [("Distilled", 0)]
-    for seed, why in {1: "ArithmeticError: no forward today", 7: "there are "}.items():
-        with pytest.raises(KeyError, match=rf"no finished run \('wide', {seed}\): {why}"):
-            partly.distil("narrow", "wide", 4, 0.7, seeds=[seed])
-
-
-def test_distil_refuses_a_network_that_is_built_differently_now_or_has_its_own_trainer(finished, config, tiny_data):
-    changed = replace(finished, models=finished.models | {"wide": partial(tiny_mlp, (8,), dropout=0.2)})
-    for use in (lambda: changed.trained_model("wide"), lambda: changed.distil("wide", "narrow", 4, 0.5)):
-        with pytest.raises(ValueError, match="'wide' now stands for a different network"):
-            use()
-    own = experiment(MODELS, config, tiny_data, 1, trainer_class=type("Own", (StreamlinedTrainer,), {}))
-    with pytest.raises(ValueError, match="'narrow' has a trainer of its own"):
-        own.distil("narrow", "wide", 4, 0.5)
 
 
 def test_a_student_is_known_by_its_teachers_run_whether_the_weights_are_there_or_not(finished, distilled, tmp_path):
     published = {key: load_run(publish(run, tmp_path / "published")) for key, run in finished.runs.items()}
     without = replace(finished, runs=published)
     assert without.distil("narrow", "wide", [1, 4], [0.5, 1.0]).runs == distilled.runs
-    with (
-        pytest.warns(UserWarning, match="failed"),
-        pytest.raises(RuntimeError, match=r"was published without its weights\. Train it to have them"),
-    ):
+    with pytest.warns(UserWarning, match="failed"), pytest.raises(RuntimeError, match="published without its weights"):
         replace(without, config=config_in(tmp_path / "elsewhere")).distil("narrow", "wide", 4, 0.5)
 
 
-@pytest.mark.parametrize(
-    ("broken", "error"),
-    [
-        (partial(tiny_mlp, (0,)), "ValueError: hidden_sizes = "),
-        (lambda: FailsInTraining((4,), image_shape=(1, 6, 6)), "fails with ArithmeticError: no forward today"),
-    ],
-    ids=["in the building", "in the forward"],
-)
-def test_a_run_that_fails_loses_no_other_and_the_users_lines_are_shown_once(broken, error, config, tiny_data):
-    models = {"broken one": broken, "narrow": MODELS["narrow"]}
-    with pytest.warns(UserWarning, match="'broken one' with seed [03] failed") as caught:
-        result = experiment(models, config, tiny_data, [0, 3])
+def test_a_run_that_fails_loses_no_other_and_the_traceback_is_shown_once(config, tiny_data):
+    models = {"unbuilt": partial(tiny_mlp, (0,)), "broken": lambda: FailsInTraining((4,), image_shape=(1, 6, 6))}
+    with pytest.warns(UserWarning, match="failed") as caught:
+        result = experiment({**models, **NARROW}, config, tiny_data, [0, 3])
     assert list(result.runs) == [("narrow", 0), ("narrow", 3)]
-    assert list(result.failures) == [("broken one", 0), ("broken one", 3)]
-    first, other = (str(warning.message) for warning in caught)
-    assert 2 < len(first.splitlines()) <= 11
-    assert ("in forward" in first) == ("forward" in error) == ("lablib/" not in first)
-    assert len(other.splitlines()) == 1
-    for text in (first, other, *result.failures.values()):
-        assert error in text
-    with pytest.raises(KeyError, match=error):
-        result.trained_model("broken one")
-    with pytest.warns(UserWarning, match="failed"), pytest.raises(RuntimeError, match="all 2 runs failed"):
-        experiment({"broken one": broken}, config, tiny_data, 2)
+    assert list(result.failures) == [(name, seed) for name in models for seed in (0, 3)]
+    assert "ValueError: hidden_sizes = " in result.failures["unbuilt", 0]
+    assert "fails with ArithmeticError: no forward today" in result.failures["broken", 0]
+    first, other = (str(warning.message) for warning in caught[2:])
+    assert first.startswith("the run of 'broken' with seed 0 failed:\nTraceback (most recent call last)")
+    assert "in forward" in first
+    assert other == f"the run of 'broken' with seed 3 failed too: {result.failures['broken', 3]}"
+    with pytest.warns(UserWarning, match="failed"), pytest.raises(RuntimeError, match="no run succeeded"):
+        experiment(models, config, tiny_data, 2)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "error", "words"),
-    [
-        ({"data": "digits"}, TypeError, "what load_data returns, not 'digits'"),
-        ({"config": {"seed": 1}}, TypeError, "a TrainingConfig, .* not {'seed': 1}"),
-        ({"models": [tiny_mlp]}, TypeError, "needs a dict of functions that build networks, .*, not "),
-        ({"config": TrainingConfig(seed=5)}, ValueError, r"the config has seed = 5; write seeds = \[5\] instead"),
-        ({"seeds": 1.5}, TypeError, "'float' object cannot be interpreted as an integer"),
-        ({"models": dict.fromkeys("ab", MODELS["wide"])}, ValueError, "the models 'a' and 'b' are the same network"),
-        ({"models": {"net": tiny_mlp()}}, TypeError, "'net' needs a function that builds the network"),
-        ({"seeds": 0}, ValueError, "needs a model and a seed; seeds=2 stands for the seeds 0 and 1"),
-        (
-            {"trainer_class": {"wide": StreamlinedTrainer}},
-            ValueError,
-            r"trainer_class has no trainer for \('narrow', 0\)",
-        ),
-        ({"models": {"net": "MLP"}}, TypeError, "'net' needs a function that builds the network"),
-    ],
-)
-def test_arguments_that_cannot_be_used_are_refused(arguments, error, words, config, tiny_data, no_training):
-    with pytest.raises(error, match=words):
-        experiment(**({"models": MODELS, "config": config, "data": tiny_data, "seeds": [0]} | arguments))
+def test_what_would_give_other_results_than_asked_for_is_refused(config, tiny_data, no_training):
+    with pytest.raises(ValueError, match=r"the config has seed = 5; write seeds = \[5\] instead"):
+        experiment(MODELS, replace(config, seed=5), tiny_data, 1)
+    with pytest.raises(ValueError, match="the models 'a' and 'b' are the same network"):
+        experiment(dict.fromkeys("ab", MODELS["wide"]), config, tiny_data, 1)
 
 
 def test_an_interruption_says_where_and_keeps_what_is_finished(api, config, tiny_data, capsys):
@@ -340,10 +259,9 @@ def test_an_interruption_says_where_and_keeps_what_is_finished(api, config, tiny
             assert self.config.telegram_bot_token is None
             if self.config.seed == 1 and not state.resumed:
                 raise KeyboardInterrupt
-            state.trained.append(self.config.seed)
             return super().train(*args, **kwargs)
 
-    state, token = Notes(trained=[], resumed=False), "123456789:AAq7Zk-Wm3xVt9Rb_Ls5Yc2Hd8Fg4Jn6PqE"
+    state, token = Notes(resumed=False), "123456789:AAq7Zk-Wm3xVt9Rb_Ls5Yc2Hd8Fg4Jn6PqE"
     bot = {"use_telegram_notifications": True, "telegram_bot_token": token, "telegram_chat_id": 42}
     with pytest.raises(KeyboardInterrupt, match="interrupted at epoch 2 of 6; run again to resume"):
         experiment(NARROW, replace(config, **bot), tiny_data, [0, 1, 2], trainer_class=Interrupted)
@@ -351,11 +269,9 @@ def test_an_interruption_says_where_and_keeps_what_is_finished(api, config, tiny
     assert message.text.startswith("Experiment on tiny: interrupted\nruns: 1 of 3 finished (0 loaded), 0 failed\n")
     assert "\nKeyboardInterrupt: interrupted at epoch 2 of 6; run again to resume\n" in message.text
     assert capsys.readouterr().out.count("\ninterrupted at epoch 2 of 6; run again to resume\n") == 1
-    assert state.trained == [0]
     state.resumed = True
     result = experiment(NARROW, config, tiny_data, [0, 1, 2], trainer_class=Interrupted)
     assert "1 of 3 runs loaded from " in capsys.readouterr().out
-    assert state.trained == [0, 1, 2]
     assert list(result.values("narrow")) == [0, 1, 2]
 
 
@@ -364,72 +280,41 @@ workers = joblib.Parallel(n_jobs=2, batch_size=1, mmap_mode="c")  # those of the
 
 def test_jobs_side_by_side_give_the_same_bits_and_a_failure_loses_no_other(finished, config, tiny_data, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # of each worker, as this process has it
-    config, bias = replace(config, output_dir=os.path.relpath(config.output_dir)), 0.5
-
-    class Net(MLP):
-        def forward(self, images):
-            return super().forward(images) + bias
-
+    config = replace(config, output_dir=os.path.relpath(config.output_dir))
     cell = "from torch import nn\nbuild = lambda: nn.Sequential(nn.Flatten(), nn.Linear(36, 3))\n"
-    linecache.cache["<cell>"] = (len(cell), None, cell.splitlines(keepends=True), "<cell>")
     exec(compile(cell, "<cell>", "exec"), names := {"__name__": "__main__"})
-    models = {
-        **MODELS,
-        "cell": names["build"],
-        "closure": lambda: Net((4,), image_shape=(1, 6, 6), num_classes=3),
-        "broken": lambda: FailsInTraining((4,), image_shape=(1, 6, 6)),
-    }
-    with pytest.warns(UserWarning, match="'broken' with seed [01] failed") as caught:
+    models = {**MODELS, "cell": names["build"], "broken": lambda: FailsInTraining((4,), image_shape=(1, 6, 6))}
+    with pytest.warns(UserWarning, match="'broken' with seed [01] failed"):
         side_by_side = experiment(models, config, tiny_data, SEEDS, jobs=2)
-    assert len(caught) == 2
     assert [error.split(":")[0] for error in side_by_side.failures.values()] == ["SanityCheckError"] * 2
-    assert list(side_by_side.runs) == [(name, seed) for name in ("narrow", "wide", "cell", "closure") for seed in SEEDS]
+    assert list(side_by_side.runs) == [(name, seed) for name in ("narrow", "wide", "cell") for seed in SEEDS]
     for key, run in finished.runs.items():
         assert timeless(side_by_side.runs[key]) == timeless(run)
     assert {(run.result["threads"], run.path.is_absolute()) for run in side_by_side.runs.values()} == {(1, True)}
 
 
-@pytest.mark.parametrize("mapped", [True, False])
-def test_workers_share_one_file_of_images_a_folders_own_or_one_of_joblibs_making(tmp_path, mapped):
+def test_workers_share_one_file_of_images(tmp_path):
     images, labels = np.zeros((400, 3, 32, 32), np.uint8), np.arange(400) % 2  # 1.2 MB; joblib shares from 1 MB on
-    np.save(tmp_path / "images.npy", images)
-    images = np.load(tmp_path / "images.npy", mmap_mode="r") if mapped else images
     data = ImageData("black", images, labels, images, labels, ("a", "b"))
-    (file,) = {*workers(joblib.delayed(lambda data: str(data._arrays[0].filename))(data) for _ in range(4))}
-    assert (file == str(tmp_path / "images.npy")) == mapped
+    files = {*workers(joblib.delayed(lambda data: str(data._arrays[0].filename))(data) for _ in range(4))}
+    assert len(files) == 1
 
 
 def test_two_processes_that_want_the_same_run_train_it_once(config, tiny_data, tmp_path):
-    trainings = tmp_path / "trainings"
-
     class Slow(StreamlinedTrainer):
         def train(self, *args, **kwargs):
-            with open(trainings, "a") as file:
+            with open(tmp_path / "trainings", "a") as file:
                 file.write(f"{os.getpid()}\n")
             time.sleep(0.3)
             return super().train(*args, **kwargs)
 
     def wanted(number):
         (tmp_path / f"here-{number}").touch()
-        deadline = time.monotonic() + 60
         while not (tmp_path / f"here-{1 - number}").exists():
-            assert time.monotonic() < deadline, "the other process does not come"
             time.sleep(0.01)
         return os.getpid(), train_or_load(MODELS["narrow"], config, tiny_data, trainer_class=Slow)
 
     (one_process, one), (other_process, other) = workers(joblib.delayed(wanted)(number) for number in (0, 1))
     assert one_process != other_process
-    assert len(trainings.read_text().split()) == 1
+    assert len((tmp_path / "trainings").read_text().split()) == 1
     assert one == other == load_run(one.path)
-
-
-def test_a_worker_that_dies_ends_the_experiment_and_finished_runs_are_loaded_by_the_next(config, tiny_data):
-    class Dies(MLP):
-        def forward(self, images):
-            os._exit(1)
-
-    models = {**NARROW, "dies": lambda: Dies((4,), image_shape=(1, 6, 6), num_classes=3)}
-    before = experiment(NARROW, config, tiny_data, [0]).runs["narrow", 0]
-    with pytest.raises(joblib.externals.loky.process_executor.TerminatedWorkerError):
-        experiment(models, config, tiny_data, [0, 1], jobs=2)
-    assert experiment(NARROW, config, tiny_data, SEEDS).runs["narrow", 0] == before

@@ -4,10 +4,8 @@ import io
 import os
 import re
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from operator import itemgetter
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -22,19 +20,7 @@ from torch.nn import functional as F
 from lablib import MLP, StreamlinedTrainer, TrainingConfig, runs, stratified_split
 from lablib.diagnostics import gradient_norms
 from lablib.identity import build_seeded, run_identity, run_name
-from lablib.runs import clean, load_run, publish, runs_table, train_or_load
-
-
-class Wary(StreamlinedTrainer):
-    """Its network gives probabilities; it writes a file where transformers' callbacks write theirs."""
-
-    def outputs(self, model, images):
-        return model(images).softmax(1)
-
-    def losses(self, outputs, labels):
-        Path(self.args.output_dir, "mine.txt").write_text("mine")
-        return {"loss": F.nll_loss(outputs.log(), labels)}
-
+from lablib.runs import load_run, publish, train_or_load
 
 STEPS = 4  # an epoch: 27 of tiny_data's 36 images in batches of 8
 FILES = ["history.jsonl", "identity.json", "measured.npz", "model.safetensors", "result.json"]
@@ -61,23 +47,6 @@ def finished(tiny_data, tmp_path_factory):
     return train_or_load(tiny_mlp, replace(CONFIG, output_dir=str(tmp_path_factory.mktemp("runs"))), tiny_data)
 
 
-def test_a_callbacks_files_stay_and_probabilities_are_confidences(config, tiny_data):
-    train = partial(train_or_load, tiny_mlp, config, tiny_data)
-    runs = [train(trainer_class=kind) for kind in (Wary, StreamlinedTrainer, Wary)]
-    assert [file.name for file in (runs[0].path / "checkpoints").iterdir()] == ["mine.txt"]
-    wary, plain, _ = (run.measured()["test_confidence"] for run in runs)
-    np.testing.assert_allclose(wary, plain, atol=2e-3)
-
-
-def test_trainings_in_several_threads_are_those_of_one(config, tiny_data):
-    train = lambda seed, name: train_or_load(tiny_mlp, replace(config, seed=seed, output_dir=name), tiny_data)  # noqa: E731
-    with ThreadPoolExecutor() as pool:
-        together = [*pool.map(train, range(3), 3 * [f"{config.output_dir}/threads"])]
-    assert [run.result["val_loss"] for run in together] == [
-        train(seed, config.output_dir).result["val_loss"] for seed in range(3)
-    ]
-
-
 def test_a_finished_run_keeps_its_files_and_is_loaded_instead_of_trained_again(config, tiny_data, monkeypatch):
     first = train_or_load(tiny_mlp, config, tiny_data)
     assert [row["epoch"] for row in first.history] == [1, 2, 3, 4]
@@ -87,8 +56,6 @@ def test_a_finished_run_keeps_its_files_and_is_loaded_instead_of_trained_again(c
     monkeypatch.delattr(StreamlinedTrainer, "__init__")
     assert train_or_load(tiny_mlp, replace(config, wandb_group="again"), tiny_data) == first
     assert {file: file.stat().st_mtime_ns for file in first.path.iterdir()} == stamps
-    with pytest.raises(TypeError):  # there is no training without __init__
-        train_or_load(tiny_mlp, replace(config, seed=1), tiny_data)
 
 
 def test_a_network_that_keeps_something_outside_of_its_state_dict_is_noted_and_not_loaded(config, tiny_data):
@@ -100,24 +67,19 @@ def test_a_network_that_keeps_something_outside_of_its_state_dict_is_noted_and_n
             return super().forward(images) * self.scale
 
     build = partial(Scaled, (8,), **tiny_mlp.keywords)
-
     with pytest.warns(UserWarning, match="Scaled: a new copy with the trained weights gives different logits"):
         run = train_or_load(build, config, tiny_data)
-    assert not [name for name in run.measured() if name.startswith("gradient")]
     with pytest.raises(ValueError, match="so it cannot be loaded"):
         run.load_weights(build())
 
 
-@pytest.mark.parametrize("metric", ["accuracy", "loss"])
-def test_the_result_is_that_of_the_first_best_epoch(metric, config, tiny_data, monkeypatch):
-    monkeypatch.setattr(Scripted, "script", (0.5, 0.9, 0.4, 0.9) if metric == "accuracy" else (0.5, 0.1, 0.4, 0.1))
-    knobs = replace(config, early_stopping_metric=metric)
+def test_the_result_is_that_of_the_first_best_epoch(config, tiny_data, monkeypatch):
+    monkeypatch.setattr(Scripted, "script", (0.5, 0.9, 0.4, 0.9))
     run, of_epoch_2, of_epoch_1 = (
-        train_or_load(tiny_mlp, replace(knobs, num_epochs=epochs), tiny_data, trainer_class=Scripted)
+        train_or_load(tiny_mlp, replace(config, num_epochs=epochs), tiny_data, trainer_class=Scripted)
         for epochs in (4, 2, 1)
     )
     assert (run.result["best_epoch"], run.result["epochs"], len(run.history)) == (2, 4, 4)
-    assert run.result[f"val_{metric}"] == Scripted.script[1]
     assert run.result.items() >= {key: run.history[1][key] for key in ("val_accuracy", "val_loss")}.items()
     assert timeless(run)["weights"] == timeless(of_epoch_2)["weights"] != timeless(of_epoch_1)["weights"]
 
@@ -143,14 +105,9 @@ def test_the_loaded_weights_give_what_was_measured(finished, tiny_data):
         assert measured[f"gradient_{moment}"] == pytest.approx(gradient_norms(network, batch)["rms"], rel=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("script", "patience"), [((0.5, 0.9, 0.4, 0.9), 10), ((0.5, 0.4, 0.9, 0.9), 1)], ids=["last epoch", "early stop"]
-)
-def test_a_run_that_is_interrupted_after_its_training_and_moved_ends_the_same(
-    script, patience, config, tiny_data, monkeypatch, tmp_path
-):
-    monkeypatch.setattr(Scripted, "script", script)
-    knobs = replace(config, early_stopping_patience=patience)
+def test_a_run_that_is_interrupted_after_its_training_and_moved_ends_the_same(config, tiny_data, monkeypatch, tmp_path):
+    monkeypatch.setattr(Scripted, "script", (0.5, 0.4, 0.9, 0.9))
+    knobs = replace(config, early_stopping_patience=1)
     undisturbed = train_or_load(tiny_mlp, knobs, tiny_data, trainer_class=Scripted)
     elsewhere, moved = (replace(knobs, output_dir=str(tmp_path / name)) for name in ("elsewhere", "moved"))
     with monkeypatch.context() as patch:
@@ -165,25 +122,21 @@ def test_a_run_that_is_interrupted_after_its_training_and_moved_ends_the_same(
 DAMAGES = {
     **{f"{name}, flipped": (name, lambda c: c[:-5] + bytes([c[-5] ^ 1]) + c[-4:]) for name in FILES},
     **{f"{name}, missing": (name, None) for name in FILES[:-1]},
-    **{f"result.json, {c}": (FILES[-1], lambda _, c=c: c) for c in (b"", b"\xff\xfe", b"[]", b'{"sha256": null}')},
+    "result.json, empty": ("result.json", lambda c: b""),
     "result.json, edited": ("result.json", lambda c: c.replace(b'"test_accuracy": ', b'"test_accuracy": 1')),
 }
 
 
 @pytest.mark.parametrize(("name", "damage"), DAMAGES.values(), ids=DAMAGES)
-def test_a_damaged_run_is_reported_set_aside_and_trained_again(name, damage, config, tiny_data, finished):
+def test_a_damaged_run_is_reported_and_trained_again(name, damage, config, tiny_data, finished):
     path = Path(shutil.copytree(finished.path, Path(config.output_dir, finished.path.name)))
     content = (path / name).read_bytes()
     (path / name).unlink()
     if damage:
         (path / name).write_bytes(damage(content))
-    with pytest.warns(UserWarning, match=re.escape(f"{path / name} is damaged")):
+    with pytest.warns(UserWarning, match=re.escape(f"the run {path} is damaged and does not count: ")):
         after = train_or_load(tiny_mlp, config, tiny_data)
-    assert (after.path, timeless(after)) == (path, timeless(finished))
-    assert load_run(after.path) == after
-    states = dict(runs_table(config.output_dir)[["run", "state"]].to_numpy())
-    assert states.pop(path.name) == "finished"
-    assert states == {f"{path.name}.damaged": "damaged"}
+    assert (after, timeless(after)) == (load_run(path), timeless(finished))
 
 
 def test_a_published_run_is_found_without_its_weights_unless_these_are_needed(config, tiny_data, finished, published):
@@ -192,9 +145,7 @@ def test_a_published_run_is_found_without_its_weights_unless_these_are_needed(co
     assert run.path == published / finished.path.name
     assert sorted(file.name for file in run.path.iterdir()) == [name for name in FILES if name != "model.safetensors"]
     assert (run.result, run.history, run.has_weights) == (finished.result, finished.history, False)
-    assert all((run.measured()[name] == array).all() for name, array in finished.measured().items())
-    message = f"{run.path.name} .MLP on tiny, seed 0. was published without its weights. Train it .* weights=True"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"{run.path.name} was published without its weights; train it"):
         run.load_weights(tiny_mlp())
     publish(finished, Path(config.output_dir))
     with pytest.raises(ZeroDivisionError):
@@ -203,48 +154,26 @@ def test_a_published_run_is_found_without_its_weights_unless_these_are_needed(co
     assert timeless(train_or_load(tiny_mlp, config, tiny_data, weights=True)) == timeless(finished)
 
 
-def test_a_run_that_is_published_by_half_or_damaged_does_not_count_and_is_published_again(
-    config, tiny_data, finished, published, monkeypatch
-):
-    put = os.replace
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", lambda one, other: 1 / 0 if other.name == "result.json" else put(one, other))
-        with pytest.raises(ZeroDivisionError):
-            publish(finished)
-    assert load_run(published / finished.path.name) is None
-    os.truncate(publish(finished) / "measured.npz", 99)
-    with pytest.warns(UserWarning, match=r"measured.npz is damaged.* the run is set aside and trained again"):
-        run = train_or_load(tiny_mlp, config, tiny_data)
-    assert run.has_weights
-    assert load_run(publish(run)).result == run.result
-
-
-def test_runs_are_listed_with_their_states_published_and_cleaned(config, tiny_data, capsys, finished):
+def test_runs_are_listed_published_and_cleaned(config, tiny_data, capsys, finished, published, monkeypatch):
     store, other = Path(config.output_dir), replace(config, seed=1)
-    names = {"finished": "MLP-000000000000", "damaged": "MLP-000000000001", "published": publish(finished, store).name}
-    for state in ("finished", "damaged"):
-        shutil.copytree(finished.path, store / names[state])
-    os.truncate(store / names["damaged"] / "history.jsonl", 99)
+    good, damaged, without_weights = "MLP-000000000000", "MLP-000000000001", publish(finished, store).name
+    for name in (good, damaged):
+        shutil.copytree(finished.path, store / name)
+    os.truncate(store / damaged / "history.jsonl", 99)
     with pytest.raises(KeyboardInterrupt):
         train_or_load(tiny_mlp, other, tiny_data, callbacks=[At(2 * STEPS + 1, Mock(side_effect=KeyboardInterrupt))])
-    names["unfinished"] = run_name(run_identity(tiny_mlp, other, tiny_data))
-    table = runs_table(store).set_index("run")
-    assert table["state"].to_dict() == {name: state for state, name in names.items()}
-    assert "history.jsonl is damaged" in table["notes"][names["damaged"]]
-
+    unfinished = run_name(run_identity(tiny_mlp, other, tiny_data))
+    with pytest.warns(UserWarning, match=f"{damaged} is damaged"):
+        runs.main(["list", str(store)])
+    states = dict(line.split()[:2] for line in capsys.readouterr().out.splitlines()[1:])
+    assert states == {good: "True", without_weights: "True", damaged: "False", unfinished: "False"}
     runs.main(["publish", str(store)])
-    assert names["finished"] in capsys.readouterr().out
-    runs.main(["list", str(store)])
-    lines = capsys.readouterr().out.splitlines()
-    expected = [[name, state] for state, name in sorted(names.items(), key=itemgetter(1))]
-    assert [line.split()[:2] for line in lines[1:]] == expected
-    assert "NaN" not in "".join(lines)
-    assert load_run(runs.PUBLISHED / names["finished"]).result == finished.result
-    assert clean(store, ask=lambda question: "n") == []
-    with FileLock(store / f"{names['unfinished']}.lock"):
-        assert clean(store, ask=lambda question: "y") == [names["damaged"]]
-    assert {*clean(store, finished=True, ask=lambda question: "y")} == {names["finished"], names["unfinished"]}
-    assert runs_table(store)["run"].tolist() == [names["published"]]
+    assert {path.name for path in published.iterdir()} == {good, without_weights}
+    for answer, held, gone in (("n", "", set()), ("y", unfinished, {damaged}), ("y", "", {damaged, unfinished})):
+        monkeypatch.setattr("builtins.input", lambda question, answer=answer: answer)
+        with FileLock(store / f"{held}.lock"):
+            runs.main(["clean", str(store)])
+        assert {path.name for path in store.iterdir() if path.is_dir()} == {*states} - gone
 
 
 ROW = '{"train_loss": 0.5, "val_accuracy": 0.75}\n'
@@ -255,14 +184,13 @@ ROW = '{"train_loss": 0.5, "val_accuracy": 0.75}\n'
     [
         ((ROW, "1.5"), (ROW, "2.2"), "2.2/4 epochs"),
         ((2 * ROW, "2.5"), ("", "0.5"), "0.5/4 epochs"),  # a killed run resumes earlier
-        ((ROW, "1.5"), ("{", ""), "1.0/4 epochs"),  # files that are not whole
     ],
 )
 def test_the_bar_shows_the_epochs_and_metrics_that_the_files_tell(before, after, shown, tmp_path):
     files = tmp_path / "history.jsonl", tmp_path / "checkpoints" / "epochs"
     files[1].parent.mkdir()
     [path.write_text(text) for path, text in zip(files, before, strict=True)]
-    with runs.progress({("MLP", 0): tmp_path}, 4, set(), file := io.StringIO()):
+    with runs.progress({("MLP", 0): tmp_path}, 4, file := io.StringIO()):
         [path.write_text(text) for path, text in zip(files, after, strict=True)]
     said = file.getvalue().rpartition("\r")[2].strip()
     assert [shown in said, ", loss 0.500, validation 75.0 % (MLP, seed 0)]" in said] == [True, after[0] == ROW]

@@ -184,7 +184,7 @@ class Case:
 
 
 def outcome(store: Path) -> dict:
-    (path,) = [path for path in store.glob("*/") if (path / "result.json").exists() and path.suffix != ".damaged"]
+    (path,) = [path for path in store.glob("*/") if (path / "result.json").exists()]
     return timeless(load_run(path))
 
 
@@ -246,7 +246,7 @@ def damaged_files(case: Case, limit: int | None) -> list[dict]:
                 (store / file).write_bytes(DAMAGES[damage](content))
             said = case.finish(store)
             # a flipped bit in result.json may be one of another file's sum, which is then named
-            damaged = file.name if moment else "the run is set aside and trained again"
+            damaged = file.name if moment else "is damaged and does not count"
             noticed = any(damaged in text for text in said["warnings"])
             noticed |= damage == "missing" and file.suffix in (".pt", ".json")  # then it is another or no result
             row = {"fault": f"{damage}, {at}", "noticed": noticed, "moment": str(file)}
