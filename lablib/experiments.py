@@ -37,6 +37,9 @@ class Experiment:
     runs: dict[Key, Run] = field(default_factory=dict)
     failures: dict[Key, str] = field(default_factory=dict)
 
+    def _repr_html_(self) -> str:  # what a notebook shows
+        return self.table().to_html()
+
     def select(self, *models: str) -> "Experiment":
         """The same experiment with some of its models only. Raises KeyError for a model that it does not have."""
         runs, failures = ({k: v for k, v in part.items() if k[0] in models} for part in (self.runs, self.failures))
@@ -212,9 +215,13 @@ def experiment(
     """
     if config.seed:
         raise ValueError(f"the config has seed = {config.seed}; write seeds = [{config.seed}] instead")
+    if built := [name for name, build in models.items() if isinstance(build, nn.Module)]:
+        raise TypeError(f"models: {built[0]!r} needs a function that builds the network, such as lambda: Net()")
     seeds = tuple(dict.fromkeys(range(seeds) if isinstance(seeds, int) else seeds))  # each once
     result = Experiment(data, config, dict(models), seeds, tuple(callbacks))
     keys = [*product(models, seeds)]
+    if not keys:
+        raise ValueError("an experiment needs a model and a seed; seeds=2 stands for the seeds 0 and 1")
     trainers = trainer_class if isinstance(trainer_class, Mapping) else dict.fromkeys(keys, trainer_class)
     # for the runs: the experiment speaks for them, the token stays in this process, workers may be in another folder
     silent = {"use_telegram_notifications": False, "telegram_bot_token": None}

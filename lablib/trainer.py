@@ -62,8 +62,8 @@ class StreamlinedTrainer(transformers.Trainer):
     """Trains, validates after each epoch, stops early and restores the best weights; `.test()` evaluates the test set.
 
     The training set is split by class into a training and a validation part. Augmentation and normalisation happen in
-    the training step, on the device. Callbacks, `compute_loss`, `training_step`, `create_optimizer` and
-    `create_scheduler` work as in any `transformers.Trainer`; also `outputs`, `losses` and `epoch_order` may be overridden.
+    the training step, on the device. Callbacks, `compute_loss`, `create_optimizer` and `create_scheduler` work as in any
+    `transformers.Trainer`; besides these, `outputs`, `losses` and `epoch_order` may be overridden.
 
     Checkpoints go to `checkpoint_dir` (by default a temporary folder, deleted with the trainer): every
     `checkpoint_seconds` within an epoch, at the end of an epoch if the last one is `seconds_between_epochs` old, and on
@@ -211,7 +211,7 @@ class StreamlinedTrainer(transformers.Trainer):
                     self._save_if_due(0 if control.should_save else self.config.checkpoint_seconds)
 
     def epoch_order(self, epoch: int) -> torch.Tensor:
-        """Positions in `train_dataset` in the order of an epoch, which follows from the seed; override it to draw others."""
+        """Positions in `train_dataset` in the order of an epoch, which follows from the seed; may be overridden."""
         generator = torch.Generator().manual_seed(self.config.seed + epoch)
         return torch.randperm(len(self.train_dataset), generator=generator)
 
@@ -364,9 +364,9 @@ class StreamlinedTrainer(transformers.Trainer):
 
     @torch.no_grad()
     def predict(self, test_dataset: ImageBatches, ignore_keys=None, metric_key_prefix="test") -> PredictionOutput:
-        """Outputs, labels and metrics. Losses are over all images at once, as a weighted one is no mean over batches."""
+        """Outputs, labels and metrics; losses are over all images at once, as a weighted one is no mean of means."""
         if self.args.world_size > 1:
-            for buffer in self.model.buffers():  # such as batch norm statistics, which on CPUs are each process's own
+            for buffer in self.model.buffers():  # batch norm statistics are each process's own on CPUs
                 torch.distributed.broadcast(buffer, 0)
         self.model.eval()
         parts = []
