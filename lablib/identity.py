@@ -141,8 +141,8 @@ def describe(value: Any, where: str, _seen: dict | None = None) -> Any:
     except Exception as error:  # a lock, an open file, what lies outside of Python
         advice = "create it in the function that uses it, or give the class of its owner an __identity__ method"
         raise TypeError(f"{where} is a {kind.__name__}, which cannot be described by its content; {advice}") from error
-    if isinstance(stored, str):
-        stored = kind, stored, getattr(value, "__module__", None), getattr(value, "__dict__", None)
+    if isinstance(stored, str):  # a name
+        stored = kind, stored, getattr(value, "__wrapped__", getattr(value, "__module__", None))
     return inside(dict(zip(("call", "arguments", "state", "items", "entries"), stored, strict=False)), where)
 
 
