@@ -171,7 +171,7 @@ def _steps(code: CodeType) -> list[tuple[str, Any]]:
 
 
 def _installed(thing: type | FunctionType) -> str | None:
-    """The name of what Python, a package or lablib defines, or None; a decorator may change a function's `__module__`."""
+    """The name of what Python, packages or lablib define, or None; decorators may change a function's `__module__`."""
     modules = [c.__module__ for c in getattr(thing, "__mro__", ())] or [thing.__globals__.get("__name__", "")]
     shown = "lablib" if modules[0].startswith("lablib.") else modules[0]  # lablib's modules may move
     return f"{shown}.{thing.__qualname__}" if all(map(_is_installed, modules)) else None
