@@ -18,7 +18,11 @@ sys.exit(torture.main({[*SMALL, "--kills", "1", "--faults", "1"]!r}))
 
 
 def run(*command: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(TORTURE.parent), os.environ.get("PYTHONPATH", "")])}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(TORTURE.parent), os.environ.get("PYTHONPATH", "")]),
+    }
     return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=300)
 
 
