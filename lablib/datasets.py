@@ -38,6 +38,8 @@ def load_data(
     once into a file in it, or in the system's temporary folder if it is not writable, and mapped from there.
     Raises ValueError for an unsuitable name, folder or image, OSError for files that cannot be read.
     """
+    if channels not in (None, 1, 3):
+        raise ValueError(f"channels = {channels!r}, but it must be None, 1 or 3")
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     found = locate_data(name, data_dir)
     if isinstance(found, Path):

@@ -22,8 +22,8 @@ for _name in ("httpx", "httpcore.connection", "httpcore.http11"):  # they log th
 class TelegramNotifier:
     """Sends a bot's messages to a chat.
 
-    Raises RuntimeError for wrong credentials, and ConnectionError if there is no useful answer. Token and chat come from the arguments, else from TELEGRAM_BOT_TOKEN and TELEGRAM_CHAT_ID in the environment, else
-    from Colab's secrets.
+    Token and chat come from the arguments, else from TELEGRAM_BOT_TOKEN and TELEGRAM_CHAT_ID in the environment, else
+    from Colab's secrets. Raises RuntimeError for wrong ones, and ConnectionError if there is no useful answer.
     """
 
     base_url = "https://api.telegram.org"
