@@ -6,19 +6,17 @@ accuracies are fractions. Where a run failed the numbers are NaN, and a column `
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 from scipy import stats
 
 MIN_SEEDS = 3  # with two, an interval means little: tables, figures and verdicts show none
-SIGNIFICANT = 0.05
 _OTHER = " in the other experiment"  # ends the name of the second of two effects
 
 
-@dataclass(frozen=True)
-class Summary:
+class Summary(NamedTuple):
     """Mean of n values, their sample standard deviation, and the half-width of the mean's 95 % interval (Student's t).
 
     `std` is NaN for one value; `ci95` is NaN for fewer than `MIN_SEEDS` values or equal ones.
@@ -31,16 +29,16 @@ class Summary:
 
     def percent(self) -> str:
         """A fraction as text: '98.35 ± 0.12 % (n = 5)', '98.35 % (1 seed)'."""
-        return f"{_hundredths(self.mean, self.ci95)} % ({seeds_text(self.n)})"
-
-
-def _hundredths(mean: float, ci95: float = math.nan, sign: str = "") -> str:
-    text = f"{100 * mean:{sign}z.2f}" + ("" if math.isnan(ci95) else f" ± {100 * ci95:.2f}")
-    return text.replace("-", "−")
+        return f"{_percent(self.mean, self.ci95)} ({seeds_text(self.n)})"
 
 
 def _percent(mean: float, ci95: float = math.nan) -> str:
     return "" if math.isnan(mean) else f"{_hundredths(mean, ci95)} %"
+
+
+def _hundredths(mean: float, ci95: float, sign: str = "") -> str:
+    text = f"{100 * mean:{sign}z.2f}" + ("" if math.isnan(ci95) else f" ± {100 * ci95:.2f}")
+    return text.replace("-", "−")
 
 
 def seeds_text(n: int) -> str:
@@ -51,13 +49,9 @@ def seeds_text(n: int) -> str:
 def summarise(values: Sequence[float]) -> Summary:
     """Summary of those values that are not NaN."""
     series = pd.Series(values, dtype=float).dropna()
-    return Summary(series.mean(), series.std(), _ci95(series), len(series))
-
-
-def _ci95(values: Sequence[float]) -> float:
-    if len(values) < MIN_SEEDS or (error := stats.sem(values)) < 1e-12:  # equal up to rounding
-        return math.nan
-    return float(stats.t.ppf(0.975, len(values) - 1) * error)
+    error = stats.sem(series) if len(series) >= MIN_SEEDS else 0
+    ci95 = math.nan if error < 1e-12 else float(stats.t.ppf(0.975, len(series) - 1) * error)  # equal up to rounding
+    return Summary(series.mean(), series.std(), ci95, len(series))
 
 
 def compare(frame: pd.DataFrame, pairs: Mapping[str, tuple[str, str]], metric: str = "test_accuracy") -> pd.DataFrame:
@@ -74,10 +68,7 @@ def compare(frame: pd.DataFrame, pairs: Mapping[str, tuple[str, str]], metric: s
 
 
 def compare_effects(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
-    """Does an effect differ, say between two recipes? First's paired differences − second's, by seed.
-
-    Both are tables of `compare`; the result is one too, with the labels that both have.
-    """
+    """A table like `compare`'s: first's paired differences − second's, by seed, for the labels that both have."""
     comparisons = []
     for row in first.merge(second, on="label", validate="one_to_one").itertuples():
         effects = f"{row.first_x} − {row.second_x}", f"{row.first_y} − {row.second_y}{_OTHER}"
@@ -90,17 +81,16 @@ def _tested(comparisons: list[tuple[str, str, str, pd.Series]]) -> pd.DataFrame:
     order = ["label", "first", "second", "n", "mean", "std", "ci95", "p_value", "p_adjusted", "significant", "by_seed"]
     rows = []
     for label, first, second, differences in comparisons:
-        if by_seed := differences.dropna().to_dict():
-            values = [*by_seed.values()]
+        if len(values := differences.dropna()):
             summary = summarise(values)
-            p = math.nan if math.isnan(summary.ci95) else float(stats.ttest_1samp(values, 0).pvalue)
+            p = math.nan if math.isnan(summary.ci95) else stats.ttest_1samp(values, 0).pvalue
             names = {"label": label, "first": first, "second": second}
-            rows.append(names | vars(summary) | {"p_value": p, "by_seed": by_seed})
+            rows.append(names | summary._asdict() | {"p_value": p, "by_seed": values.to_dict()})
     table = pd.DataFrame(rows, columns=order)
     question = table["label"].astype(str).str.extract(r"^(.*), depth \d+$")[0].fillna("")
     known = table["p_value"].dropna().astype(float)
     table["p_adjusted"] = known.groupby(question).transform(stats.false_discovery_control)
-    table["significant"] = table["p_adjusted"] < SIGNIFICANT
+    table["significant"] = table["p_adjusted"] < 0.05
     return table
 
 
@@ -137,8 +127,7 @@ def verdicts(comparison: pd.DataFrame, word: str = "better") -> str:
     for label, row in zip(labels(comparison), comparison.to_dict("records"), strict=True):
         start = "- " if label == f"{row['first']} − {row['second']}" else f"- {label}: "
         sentences.append(start + verdict(row, word))
-    needed = "two networks need finished runs with the same seed, and two comparisons a label in common"
-    return "\n".join(sentences) or f"Nothing to compare: {needed}."
+    return "\n".join(sentences) or "Nothing to compare: this needs finished runs of two networks with the same seed."
 
 
 def effects_table(comparisons: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
@@ -162,7 +151,7 @@ def results_table(frame: pd.DataFrame, reference: Mapping[str, float] | None = N
     by_model = frame.groupby("model", sort=False)
     columns = {"dataset": ("dataset", "first"), "parameters": ("parameters", "first"), "n": ("test_accuracy", "count")}
     columns |= {f"{m}_{kind}": (m, kind) for m in ("val_accuracy", "test_accuracy") for kind in ("mean", "std")}
-    columns["test_accuracy_ci95"] = "test_accuracy", lambda values: _ci95(values.dropna())
+    columns["test_accuracy_ci95"] = "test_accuracy", lambda values: summarise(values).ci95
     columns |= {f"{m}_mean": (m, "mean") for m in ("epochs", "seconds", "balanced_accuracy") if m in frame}
     table = by_model.agg(**columns).astype({"parameters": "Int64"})
     if reference:
@@ -174,21 +163,19 @@ def results_table(frame: pd.DataFrame, reference: Mapping[str, float] | None = N
 
 def readable_table(table: pd.DataFrame) -> pd.DataFrame:
     """A `results_table` as text to read, with percent signs, intervals and thousands separators."""
-    nothing = pd.Series(math.nan, table.index)
-    columns = {
-        "parameters": table["parameters"].map("{:,.0f}".format, na_action="ignore"),
-        "validation accuracy": table["val_accuracy_mean"].map(_percent),
-        "test accuracy": [*map(_percent, table["test_accuracy_mean"], table["test_accuracy_ci95"])],
-        "balanced accuracy": table.get("balanced_accuracy_mean", nothing).map(_percent),
-        "reference": table.get("reference", nothing).map(_percent),
-        "n": table["n"].astype(str),
-        "epochs": table["epochs_mean"].map("{:.0f}".format, na_action="ignore"),
-        "seconds per run": table["seconds_mean"].map(lambda s: f"{s:,.{0 if s > 10 else 1}f}", na_action="ignore"),
-        "failed": table.get("error", nothing),
-    }
-    readable = pd.DataFrame(columns).astype(object).fillna("").set_index(table["model"])
-    empty = [column for column in ("balanced accuracy", "reference", "failed") if not readable[column].any()]
-    return readable.drop(columns=empty).rename_axis(columns=", ".join(table["dataset"].dropna().unique()))
+    table = table.set_index("model")
+    readable = pd.DataFrame({"parameters": table["parameters"].map("{:,}".format, na_action="ignore")})
+    readable["validation accuracy"] = table["val_accuracy_mean"].map(_percent)
+    readable["test accuracy"] = [*map(_percent, table["test_accuracy_mean"], table["test_accuracy_ci95"])]
+    for name, column in {"balanced accuracy": "balanced_accuracy_mean", "reference": "reference"}.items():
+        if column in table:
+            readable[name] = table[column].map(_percent)
+    readable["n"] = table["n"].astype(str)
+    for name, column in {"epochs": "epochs_mean", "seconds per run": "seconds_mean"}.items():
+        readable[name] = table[column].map("{:,.0f}".format, na_action="ignore")
+    if "error" in table and any(table["error"]):
+        readable["failed"] = table["error"]
+    return readable.astype(object).fillna("").rename_axis(columns=", ".join(table["dataset"].dropna().unique()))
 
 
 def recommend(table: pd.DataFrame) -> str:
@@ -219,25 +206,23 @@ def save_table(table: pd.DataFrame, path: str | Path) -> pd.DataFrame:
 def with_depth(table: pd.DataFrame) -> pd.DataFrame:
     """The rows whose model has a name like "ResidualMLP-8", with its family and depth (int) as further columns."""
     parts = table["model"].str.extract(r"^(?P<family>.+)-(?P<depth>\d+)$")
-    return table.join(parts).dropna(subset="depth").astype({"depth": int})
+    return table.assign(**parts).dropna(subset="depth").astype({"depth": int})
 
 
 def with_knobs(table: pd.DataFrame) -> pd.DataFrame:
     """The rows whose model has a name like "T = 4, α = 0.7", with temperature and alpha (float) as columns.
 
-    Pairs with failed runs are left out, since their means rest on other seeds; but not if all pairs have some.
+    Pairs with failed runs are left out, since their means rest on other seeds.
     """
     knobs = table["model"].str.extract(r"^T = (?P<temperature>.+), α = (?P<alpha>.+)$").astype(float)
-    cells = table.join(knobs).dropna(subset="temperature")
-    whole = cells["val_accuracy"].notna().groupby(cells["model"]).transform("all")
-    return cells[whole] if whole.any() else cells
+    whole = table["val_accuracy"].notna().groupby(table["model"]).transform("all")
+    return table.assign(**knobs)[whole].dropna(subset="temperature")
 
 
 def gradient_ratios(gradients: pd.DataFrame) -> pd.DataFrame:
-    """The first layer's gradient over the last hidden one's, for each run: model, seed, when, ratio.
+    """The first layer's gradient over the last hidden one's, for each run: model, seed, when, ratio (NaN if undefined).
 
-    `gradients` has one row per layer, in order: model, seed, when, layer (the last is the classifier), rms. The ratio
-    is NaN where the last hidden layer has no gradient, or there is none.
+    `gradients` has one row per layer, in order: model, seed, when, layer (from 1; the last is the classifier), rms.
     """
     layers = gradients.groupby(["model", "seed", "when"], sort=False)["rms"]
     ratios = layers.agg(lambda rms: rms.iloc[0] / rms.iloc[-2] if len(rms) > 1 and rms.iloc[-2] else math.nan)
