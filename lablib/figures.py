@@ -12,7 +12,7 @@ from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator
 from scipy.stats import gmean
 from sklearn.calibration import CalibrationDisplay
 
-from lablib.statistics import compare, gradient_ratios, labels, points, seeds_text, summarise, with_depth
+from lablib.statistics import compare, gradient_ratios, labels, points, summarise, with_depth
 
 DOTS = "one point per run, mean and 95 % interval (three or more seeds)"
 BELOW = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.17)}  # a legend that covers no data
@@ -70,10 +70,10 @@ def loss_terms(histories: pd.DataFrame, dataset: str, alpha: float) -> plt.Figur
 
 
 def _seeds(table: pd.DataFrame, *by: str) -> str:
-    """Numbers of seeds by these columns, or of a comparison, in the tables' words; "n = 3 to 5" where they differ."""
+    """Numbers of seeds by these columns, or of a comparison: "n = 5", or "n = 3 to 5" where they differ."""
     counts = table.groupby([*by])["seed"].nunique() if by else table["n"]
     low, high = counts.min(), counts.max()
-    return f"n = {low} to {high}" if low < high else seeds_text(low)
+    return f"n = {low} to {high}" if low < high else f"n = {low}"
 
 
 def accuracy_by_depth(frames: pd.DataFrame | Mapping[str, pd.DataFrame], dataset: str) -> plt.Figure:
