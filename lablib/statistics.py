@@ -63,7 +63,7 @@ def compare_effects(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
 
 
 def _tested(comparisons: list[tuple[str, str, str, pd.Series]]) -> pd.DataFrame:
-    """A table of comparisons, from label, first, second and the differences by seed."""
+    """The table that `compare` describes, from label, first, second and the differences by seed."""
     rows = []
     for *names, differences in comparisons:
         if len(values := differences.dropna()):
@@ -143,19 +143,15 @@ def results_table(frame: pd.DataFrame, reference: Mapping[str, float] | None = N
 
 def readable_table(table: pd.DataFrame) -> pd.DataFrame:
     """A `results_table` as text to read, with percent signs, intervals and thousands separators."""
-    table = table.set_index("model")
-    readable = pd.DataFrame({"parameters": table["parameters"].map("{:,}".format, na_action="ignore")})
-    readable["validation accuracy"] = table["val_accuracy_mean"].map(_hundredths)
-    readable["test accuracy"] = [*map(_hundredths, table["test_accuracy_mean"], table["test_accuracy_ci95"])]
-    for name, column in {"balanced accuracy": "balanced_accuracy_mean", "reference": "reference"}.items():
-        if column in table:
-            readable[name] = table[column].map(_hundredths)
-    readable["n"] = table["n"].astype(str)
-    for name, column in {"epochs": "epochs_mean", "seconds per run": "seconds_mean"}.items():
-        readable[name] = table[column].map("{:,.0f}".format, na_action="ignore")
-    if "error" in table:
-        readable["failed"] = table["error"]
-    return readable.astype(object).fillna("").rename_axis(columns=", ".join(table["dataset"].dropna().unique()))
+    whole = "{:,.0f}".format
+    columns = {"parameters": ("parameters", whole), "validation accuracy": ("val_accuracy_mean", _hundredths)}
+    columns |= {"balanced accuracy": ("balanced_accuracy_mean", _hundredths), "reference": ("reference", _hundredths)}
+    columns |= {"n": ("n", whole), "epochs": ("epochs_mean", whole), "seconds per run": ("seconds_mean", whole)}
+    columns |= {"failed": ("error", str)}
+    texts = {name: table[c].map(text, na_action="ignore") for name, (c, text) in columns.items() if c in table}
+    readable = pd.DataFrame(texts).astype(object).fillna("").set_index(table["model"])
+    readable.insert(2, "test accuracy", [*map(_hundredths, table["test_accuracy_mean"], table["test_accuracy_ci95"])])
+    return readable.rename_axis(columns=", ".join(table["dataset"].dropna().unique()))
 
 
 def recommend(table: pd.DataFrame) -> str:
