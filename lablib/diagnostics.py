@@ -18,15 +18,12 @@ from lablib.models import ResidualBlock
 def gradient_norms(
     model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor], outputs: Callable = nn.Module.__call__
 ) -> pd.DataFrame:
-    """Root mean square of the loss gradient by layer, from the input (layer 1) to the output.
+    """Root mean square of the loss gradient of each layer, from input to output: a table of layer (from 1), name, rms.
 
-    `batch` is images as the model takes them (float, batch × channels × height × width) and labels (batch). One row for
-    each linear and convolutional layer's weight, in the order of their calls: layer, name, rms (the gradient's norm
-    over the root of its size). Frozen layers are left out, and so are the projections of `ResidualBlock` and
-    torchvision's `BasicBlock`, and layers that are not called, as in PyTorch's attention. The loss is the mean
-    cross-entropy without dropout; the model and its gradients stay as they were.
-    `outputs(model, images)` gives the logits, or a tuple that begins with them, where `model(images)` does not.
-    Raises RuntimeError if there is no layer to measure.
+    `batch`: images as the model takes them (float, batch × channels × height × width) and labels (batch). Measured are
+    the weights of the linear and convolutional layers that are called and not frozen, but no shortcut's projection.
+    The loss is the mean cross-entropy without dropout. `outputs(model, images)` gives the logits, or a tuple that
+    begins with them. The model stays as it was. Raises RuntimeError if there is no layer to measure.
     """
     # a projection belongs to the shortcut; it is not a layer of F
     shortcuts = [m.projection for m in model.modules() if isinstance(m, ResidualBlock)]
@@ -48,9 +45,7 @@ def gradient_norms(
 
 def expected_calibration_error(confidence: Sequence[float], correct: Sequence[bool], bins: int = 15) -> float:
     """Mean distance between confidence and accuracy over bins of equal width, weighted by images (Guo et al. 2017,
-    https://arxiv.org/abs/1706.04599): 0 for a classifier that is right as often as it says it will be.
-
-    Both arguments have one value per image: the predicted class's probability, and whether that class is right.
+    https://arxiv.org/abs/1706.04599). By image: the predicted class's probability, and whether that class is right.
     """
     confidence = np.asarray(confidence, dtype=float)
     gaps = pd.Series(confidence - np.asarray(correct, dtype=float))
@@ -59,10 +54,7 @@ def expected_calibration_error(confidence: Sequence[float], correct: Sequence[bo
 
 
 def multiply_adds(model: nn.Module, image_shape: Sequence[int]) -> int:
-    """Multiply-adds (each a multiplication and an addition) for one image of (channels, height, width).
-
-    `torch.utils.flop_counter` counts matrix products, convolutions and attention, but not an LSTM on a CPU.
-    """
+    """Multiply-adds of matrix products, convolutions and attention for one image of (channels, height, width)."""
     from torch.utils.flop_counter import FlopCounterMode  # a quarter of a second to import
 
     # with gradients attention is not fused, and is counted

@@ -6,23 +6,17 @@ accuracies are fractions. Where a run failed the numbers are NaN, and a column `
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 from scipy import stats
 
 MIN_SEEDS = 3  # with two, an interval means little: tables, figures and verdicts show none
-SIGNIFICANT = 0.05
-_OTHER = " in the other experiment"  # ends the name of the second of two effects
 
 
-@dataclass(frozen=True)
-class Summary:
-    """Mean of n values, their sample standard deviation, and the half-width of the mean's 95 % interval (Student's t).
-
-    `std` is NaN for one value; `ci95` is NaN for fewer than `MIN_SEEDS` values or equal ones.
-    """
+class Summary(NamedTuple):
+    """Of n values: mean, sample standard deviation, half-width of the mean's 95 % interval (Student's t); see below."""
 
     mean: float
     std: float
@@ -30,43 +24,29 @@ class Summary:
     n: int
 
     def percent(self) -> str:
-        """A fraction as text: '98.35 ± 0.12 % (n = 5)', '98.35 % (1 seed)'."""
-        return f"{_hundredths(self.mean, self.ci95)} % ({seeds_text(self.n)})"
+        """A fraction as text: '98.35 ± 0.12 % (n = 5)'."""
+        return f"{_hundredths(self.mean, self.ci95)} (n = {self.n})"
 
 
-def _hundredths(mean: float, ci95: float = math.nan, sign: str = "") -> str:
-    text = f"{100 * mean:{sign}z.2f}" + ("" if math.isnan(ci95) else f" ± {100 * ci95:.2f}")
-    return text.replace("-", "−")
-
-
-def _percent(mean: float, ci95: float = math.nan) -> str:
-    return "" if math.isnan(mean) else f"{_hundredths(mean, ci95)} %"
-
-
-def seeds_text(n: int) -> str:
-    """How many seeds a figure rests on: "1 seed", "n = 5"."""
-    return "1 seed" if n == 1 else f"n = {n}"
+def _hundredths(mean: float, ci95: float = math.nan, sign: str = "", unit: str = " %") -> str:
+    text = f"{100 * mean:{sign}z.2f}" + ("" if math.isnan(ci95) else f" ± {100 * ci95:.2f}") + unit
+    return "" if math.isnan(mean) else text.replace("-", "−")
 
 
 def summarise(values: Sequence[float]) -> Summary:
-    """Summary of those values that are not NaN."""
+    """Summary of those values that are not NaN; `ci95` is NaN for fewer than `MIN_SEEDS` values or equal ones."""
     series = pd.Series(values, dtype=float).dropna()
-    return Summary(series.mean(), series.std(), _ci95(series), len(series))
-
-
-def _ci95(values: Sequence[float]) -> float:
-    if len(values) < MIN_SEEDS or (error := stats.sem(values)) < 1e-12:  # equal up to rounding
-        return math.nan
-    return float(stats.t.ppf(0.975, len(values) - 1) * error)
+    error = stats.sem(series) if len(series) >= MIN_SEEDS else 0
+    ci95 = math.nan if error < 1e-12 else float(stats.t.ppf(0.975, len(series) - 1) * error)  # equal up to rounding
+    return Summary(series.mean(), series.std(), ci95, len(series))
 
 
 def compare(frame: pd.DataFrame, pairs: Mapping[str, tuple[str, str]], metric: str = "test_accuracy") -> pd.DataFrame:
-    """Paired differences, first − second, over the seeds that both models have: one row per pair.
+    """Paired differences, first − second, by the label of each pair of models, over the seeds that both have, if any.
 
-    `pairs` gives for each label its two models. Columns: label, first, second, n, mean, std, ci95, p_value (paired
-    t-test), p_adjusted (Benjamini and Hochberg's correction over the rows of one question), significant (adjusted
-    p < 0.05), and by_seed ({seed: difference}). Labels such as "the shortcut, depth 2" that differ only in depth are
-    one question, all others another. Pairs without a common seed are left out.
+    Columns: label, first, second, n, mean, std, ci95, p_value (paired t-test), p_adjusted (Benjamini and Hochberg's
+    correction over the rows of one question), significant (adjusted p < 0.05), and by_seed ({seed: difference}). Labels
+    such as "the shortcut, depth 2" that differ only in depth are one question, all others another.
     """
     values = frame.dropna(subset=metric).pivot(index="seed", columns="model", values=metric)
     known = {label: pair for label, pair in pairs.items() if {*pair} <= {*values}}
@@ -74,47 +54,41 @@ def compare(frame: pd.DataFrame, pairs: Mapping[str, tuple[str, str]], metric: s
 
 
 def compare_effects(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
-    """Does an effect differ, say between two recipes? First's paired differences − second's, by seed.
-
-    Both are tables of `compare`; the result is one too, with the labels that both have.
-    """
+    """A table like `compare`'s: first's paired differences − second's, by seed, for the labels that both have."""
     comparisons = []
     for row in first.merge(second, on="label", validate="one_to_one").itertuples():
-        effects = f"{row.first_x} − {row.second_x}", f"{row.first_y} − {row.second_y}{_OTHER}"
+        effects = f"{row.first_x} − {row.second_x}", f"{row.first_y} − {row.second_y} in the other experiment"
         comparisons.append((row.label, *effects, pd.Series(row.by_seed_x) - pd.Series(row.by_seed_y)))
     return _tested(comparisons)
 
 
 def _tested(comparisons: list[tuple[str, str, str, pd.Series]]) -> pd.DataFrame:
-    """A table of comparisons, from label, first, second and the differences by seed."""
-    order = ["label", "first", "second", "n", "mean", "std", "ci95", "p_value", "p_adjusted", "significant", "by_seed"]
+    """The table that `compare` describes, from label, first, second and the differences by seed."""
     rows = []
-    for label, first, second, differences in comparisons:
-        if by_seed := differences.dropna().to_dict():
-            values = [*by_seed.values()]
-            summary = summarise(values)
-            p = math.nan if math.isnan(summary.ci95) else float(stats.ttest_1samp(values, 0).pvalue)
-            names = {"label": label, "first": first, "second": second}
-            rows.append(names | vars(summary) | {"p_value": p, "by_seed": by_seed})
-    table = pd.DataFrame(rows, columns=order)
+    for *names, differences in comparisons:
+        if len(values := differences.dropna()):
+            mean, std, ci95, n = summarise(values)
+            p = math.nan if math.isnan(ci95) else stats.ttest_1samp(values, 0).pvalue
+            rows.append([*names, n, mean, std, ci95, p, values.to_dict()])
+    columns = ["label", "first", "second", "n", "mean", "std", "ci95", "p_value", "by_seed"]
+    table = pd.DataFrame(rows, columns=columns)
     question = table["label"].astype(str).str.extract(r"^(.*), depth \d+$")[0].fillna("")
-    known = table["p_value"].dropna().astype(float)
-    table["p_adjusted"] = known.groupby(question).transform(stats.false_discovery_control)
-    table["significant"] = table["p_adjusted"] < SIGNIFICANT
+    by_question = table["p_value"].dropna().astype(float).groupby(question)
+    table.insert(8, "p_adjusted", by_question.transform(stats.false_discovery_control))
+    table.insert(9, "significant", table["p_adjusted"] < 0.05)
     return table
 
 
 def labels(comparison: pd.DataFrame) -> list[str]:
     """Each row's label, preceded by the values to its left: "reference recipe, depth 2"."""
-    columns = comparison.columns[: comparison.columns.get_loc("first")]
-    return [", ".join(row) for row in comparison[columns].itertuples(index=False)]
+    return [", ".join(row) for row in comparison.loc[:, :"label"].itertuples(index=False)]
 
 
 def points(row: Mapping) -> str:
     """A comparison as text, in percentage points: '+0.63 ± 0.20 points (n = 5, adjusted p = 0.003)'."""
     p = row["p_adjusted"]
     tested = "" if math.isnan(p) else ", adjusted p < 0.001" if p < 0.001 else f", adjusted p = {p:.2g}"
-    return f"{_hundredths(row['mean'], row['ci95'], '+')} points ({seeds_text(row['n'])}{tested})"
+    return f"{_hundredths(row['mean'], row['ci95'], '+', ' points')} (n = {row['n']}{tested})"
 
 
 def verdict(row: Mapping, word: str = "better") -> str:
@@ -125,8 +99,6 @@ def verdict(row: Mapping, word: str = "better") -> str:
         return f"{first} − {second}: {points(row)}, {why}."
     if not row["significant"]:
         return f"No significant difference between {first} and {second}: {points(row)}."
-    if second.endswith(_OTHER):  # effects, whose sign matters
-        return f"**{first} is {'larger' if row['mean'] > 0 else 'smaller'} than {second}**: {points(row)}."
     larger, smaller = (first, second) if row["mean"] > 0 else (second, first)
     return f"**{larger} is {word} than {smaller}**: {points({**row, 'mean': abs(row['mean'])})}."
 
@@ -137,8 +109,7 @@ def verdicts(comparison: pd.DataFrame, word: str = "better") -> str:
     for label, row in zip(labels(comparison), comparison.to_dict("records"), strict=True):
         start = "- " if label == f"{row['first']} − {row['second']}" else f"- {label}: "
         sentences.append(start + verdict(row, word))
-    needed = "two networks need finished runs with the same seed, and two comparisons a label in common"
-    return "\n".join(sentences) or f"Nothing to compare: {needed}."
+    return "\n".join(sentences) or "Nothing to compare: this needs finished runs of two networks with the same seed."
 
 
 def effects_table(comparisons: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
@@ -146,23 +117,21 @@ def effects_table(comparisons: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     columns = {}
     for name, table in comparisons.items():
         rows = table.itertuples()
-        cells = [f"{_hundredths(r.mean, r.ci95, '+')} ({seeds_text(r.n)}){' *' * r.significant}" for r in rows]
+        cells = [f"{_hundredths(r.mean, r.ci95, '+', '')} (n = {r.n}){' *' * r.significant}" for r in rows]
         columns[name] = pd.Series(cells, labels(table), dtype=object)
     return pd.concat(columns, axis=1).fillna("").rename_axis(columns="points, * significant")
 
 
 def results_table(frame: pd.DataFrame, reference: Mapping[str, float] | None = None) -> pd.DataFrame:
-    """One row per model, in order of appearance; accuracies are fractions, `n` counts the finished runs.
-
-    `reference` gives published test accuracies by model. Where runs failed, `error` says why. Raises ValueError for two
-    runs of a model with one seed.
+    """One row per model, in order; accuracies are fractions, `n` counts the finished runs, `error` says why others
+    failed. `reference` gives published test accuracies. Raises ValueError for two runs of a model with one seed.
     """
-    if len(twice := frame["model"][frame.duplicated(["model", "seed"])]):
-        raise ValueError(f"two runs of {twice.iloc[0]!r} have the same seed; give one of the models another name")
+    if frame.duplicated(["model", "seed"]).any():
+        raise ValueError("two runs of a model have the same seed; give one of the models another name")
     by_model = frame.groupby("model", sort=False)
     columns = {"dataset": ("dataset", "first"), "parameters": ("parameters", "first"), "n": ("test_accuracy", "count")}
     columns |= {f"{m}_{kind}": (m, kind) for m in ("val_accuracy", "test_accuracy") for kind in ("mean", "std")}
-    columns["test_accuracy_ci95"] = "test_accuracy", lambda values: _ci95(values.dropna())
+    columns["test_accuracy_ci95"] = "test_accuracy", lambda values: summarise(values).ci95
     columns |= {f"{m}_mean": (m, "mean") for m in ("epochs", "seconds", "balanced_accuracy") if m in frame}
     table = by_model.agg(**columns).astype({"parameters": "Int64"})
     if reference:
@@ -174,29 +143,21 @@ def results_table(frame: pd.DataFrame, reference: Mapping[str, float] | None = N
 
 def readable_table(table: pd.DataFrame) -> pd.DataFrame:
     """A `results_table` as text to read, with percent signs, intervals and thousands separators."""
-    nothing = pd.Series(math.nan, table.index)
-    columns = {
-        "parameters": table["parameters"].map("{:,.0f}".format, na_action="ignore"),
-        "validation accuracy": table["val_accuracy_mean"].map(_percent),
-        "test accuracy": [*map(_percent, table["test_accuracy_mean"], table["test_accuracy_ci95"])],
-        "balanced accuracy": table.get("balanced_accuracy_mean", nothing).map(_percent),
-        "reference": table.get("reference", nothing).map(_percent),
-        "n": table["n"].astype(str),
-        "epochs": table["epochs_mean"].map("{:.0f}".format, na_action="ignore"),
-        "seconds per run": table["seconds_mean"].map(lambda s: f"{s:,.{0 if s > 10 else 1}f}", na_action="ignore"),
-        "failed": table.get("error", nothing),
-    }
-    readable = pd.DataFrame(columns).astype(object).fillna("").set_index(table["model"])
-    empty = [column for column in ("balanced accuracy", "reference", "failed") if not readable[column].any()]
-    return readable.drop(columns=empty).rename_axis(columns=", ".join(table["dataset"].dropna().unique()))
+    whole = "{:,.0f}".format
+    columns = {"parameters": ("parameters", whole), "validation accuracy": ("val_accuracy_mean", _hundredths)}
+    columns |= {"balanced accuracy": ("balanced_accuracy_mean", _hundredths), "reference": ("reference", _hundredths)}
+    columns |= {"n": ("n", whole), "epochs": ("epochs_mean", whole), "seconds per run": ("seconds_mean", whole)}
+    columns |= {"failed": ("error", str)}
+    texts = {name: table[c].map(text, na_action="ignore") for name, (c, text) in columns.items() if c in table}
+    readable = pd.DataFrame(texts).astype(object).fillna("").set_index(table["model"])
+    readable.insert(2, "test accuracy", [*map(_hundredths, table["test_accuracy_mean"], table["test_accuracy_ci95"])])
+    return readable.rename_axis(columns=", ".join(table["dataset"].dropna().unique()))
 
 
 def recommend(table: pd.DataFrame) -> str:
-    """The smallest model of a `results_table` within one standard error of the best, by validation accuracy, which also
-    decides between models of one size.
-
-    This is the one-standard-error rule (Breiman et al., Classification and Regression Trees, 1984). Models with fewer
-    than `MIN_SEEDS` finished runs or with a failed one are not candidates. If there is none, the returned text says so.
+    """The smallest model of a `results_table` within one standard error of the best validation accuracy; of several of
+    one size, the most accurate (the rule of Breiman et al., Classification and Regression Trees, 1984). Models with
+    fewer than `MIN_SEEDS` finished runs or a failed one do not count; if there is no other, the text says so.
     """
     whole = table.get("error", pd.Series("", table.index)).fillna("") == ""
     finished = table[whole & (table["n"] >= MIN_SEEDS)]
@@ -210,8 +171,7 @@ def recommend(table: pd.DataFrame) -> str:
 
 def save_table(table: pd.DataFrame, path: str | Path) -> pd.DataFrame:
     """Write a table as CSV with all digits, making its folder, and return it."""
-    path = Path(path).expanduser()
-    path.parent.mkdir(parents=True, exist_ok=True)
+    Path(path).expanduser().parent.mkdir(parents=True, exist_ok=True)
     table.to_csv(path, index=False)
     return table
 
@@ -219,25 +179,19 @@ def save_table(table: pd.DataFrame, path: str | Path) -> pd.DataFrame:
 def with_depth(table: pd.DataFrame) -> pd.DataFrame:
     """The rows whose model has a name like "ResidualMLP-8", with its family and depth (int) as further columns."""
     parts = table["model"].str.extract(r"^(?P<family>.+)-(?P<depth>\d+)$")
-    return table.join(parts).dropna(subset="depth").astype({"depth": int})
+    return table.assign(**parts).dropna(subset="depth").astype({"depth": int})
 
 
 def with_knobs(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows whose model has a name like "T = 4, α = 0.7", with temperature and alpha (float) as columns.
-
-    Pairs with failed runs are left out, since their means rest on other seeds; but not if all pairs have some.
-    """
+    """The finished runs whose model has a name like "T = 4, α = 0.7", with temperature and alpha (float) as columns."""
     knobs = table["model"].str.extract(r"^T = (?P<temperature>.+), α = (?P<alpha>.+)$").astype(float)
-    cells = table.join(knobs).dropna(subset="temperature")
-    whole = cells["val_accuracy"].notna().groupby(cells["model"]).transform("all")
-    return cells[whole] if whole.any() else cells
+    return table.assign(**knobs).dropna(subset=["temperature", "val_accuracy"])
 
 
 def gradient_ratios(gradients: pd.DataFrame) -> pd.DataFrame:
-    """The first layer's gradient over the last hidden one's, for each run: model, seed, when, ratio.
+    """The first layer's gradient over the last hidden one's: model, seed, when, ratio (NaN if undefined).
 
-    `gradients` has one row per layer, in order: model, seed, when, layer (the last is the classifier), rms. The ratio
-    is NaN where the last hidden layer has no gradient, or there is none.
+    `gradients` has one row per layer, in order: model, seed, when, layer (from 1; the last is the classifier), rms.
     """
     layers = gradients.groupby(["model", "seed", "when"], sort=False)["rms"]
     ratios = layers.agg(lambda rms: rms.iloc[0] / rms.iloc[-2] if len(rms) > 1 and rms.iloc[-2] else math.nan)

