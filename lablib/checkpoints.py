@@ -34,6 +34,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
     """Write a checkpoint: a checksum and what `torch.save` makes of the content. The folder keeps its newest two."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(content, saved := io.BytesIO())
     write_atomically(path, sha256(saved.getvalue()).encode() + saved.getvalue())
     for old in checkpoints_in(path.parent)[2:]:

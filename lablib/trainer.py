@@ -47,6 +47,7 @@ from lablib.metrics import BatchMeter, are_probabilities, first_logits, means
 Outputs = torch.Tensor | tuple[torch.Tensor, ...]  # logits (batch × classes), or a tuple that begins with them
 
 _OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+_SMALLER = "a smaller learning_rate or max_grad_norm=1.0 may help"
 _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -62,13 +63,12 @@ class StreamlinedTrainer(transformers.Trainer):
     """Trains, validates after each epoch, stops early and restores the best weights; `.test()` evaluates the test set.
 
     The training set is split by class into a training and a validation part. Augmentation and normalisation happen in
-    the training step, on the device. Callbacks, `compute_loss`, `create_optimizer` and `create_scheduler` work as in any
-    `transformers.Trainer`; besides these, `outputs`, `losses` and `epoch_order` may be overridden.
+    the training step, on the device. Callbacks, `compute_loss`, `create_optimizer` and `create_scheduler` work as in
+    any `transformers.Trainer`; besides these, `outputs`, `losses` and `epoch_order` may be overridden.
 
-    Checkpoints go to `checkpoint_dir` (by default a temporary folder, deleted with the trainer): every
-    `checkpoint_seconds` within an epoch, at the end of an epoch if the last one is `seconds_between_epochs` old, and on
-    SIGINT and SIGTERM, which end the training after its step. A resumed training ends as if it had never stopped;
-    `notes` says if versions, settings or device have changed.
+    Checkpoints go to `checkpoint_dir`, by default a temporary folder that is deleted with the trainer. One is written
+    every `checkpoint_seconds` within an epoch, at its end if the last is `seconds_between_epochs` old, and on SIGINT
+    and SIGTERM. A resumed training ends as if it had never stopped; `notes` says if versions or settings changed.
 
     `history` has by epoch: epoch, train_loss, train_accuracy, learning_rate and grad_norm (of the last step), seconds
     (since the run began), val_loss, val_accuracy, and the loss's terms if it has several. `run_name` is the name in
@@ -156,6 +156,10 @@ class StreamlinedTrainer(transformers.Trainer):
             finally:
                 self.is_in_train = False
 
+    def _call(self, event: str, *more) -> None:
+        """Call the callbacks' method for an event."""
+        self.control = getattr(self.callback_handler, event)(self.args, self.state, self.control, *more)
+
     def _begin(self, saved: dict[str, Any] | None) -> None:
         """Check, seed and set up everything; then continue from a checkpoint, if there is one."""
         config, args, several = self.config, self.args, self.args.world_size > 1
@@ -171,56 +175,52 @@ class StreamlinedTrainer(transformers.Trainer):
         self._scaler = torch.amp.GradScaler(args.device.type, enabled=self.precision == "fp16")
         self.create_optimizer()
         self.create_scheduler(max_steps, self.optimizer)
+        self.callback_handler.optimizer, self.callback_handler.lr_scheduler = self.optimizer, self.lr_scheduler
         self._trained = DistributedDataParallel(self.model) if several else self.model
         self._meter, self.history, self._best_weights = BatchMeter(args.world_size), [], None
         self.notes, self.wandb_id = [], secrets.token_hex(4)
         first = {"is_world_process_zero": self.is_world_process_zero()}
         self.state = TrainerState(0.0, 0, max_steps, num_train_epochs=config.num_epochs, **first)
-        handler = self.callback_handler
-        handler.optimizer, handler.lr_scheduler = self.optimizer, self.lr_scheduler
         self._clock = self._saved_at = time.monotonic()
         transformers.set_seed((config.seed + args.process_index * 2_654_435_761) % 2**32)  # not a nearby seed
         if saved:
             vars(self.state).update(saved["state"])
-            self.history, self.wandb_id = saved["history"], saved["wandb_id"]
-            self.notes = saved["notes"] + self._difference(saved)
-        self.control = handler.on_train_begin(args, self.state, self.control)
+            self.history, self.notes, self.wandb_id = saved["history"], saved["notes"], saved["wandb_id"]
+            if changed := [name for name, was in saved["environment"].items() if self.environment.get(name) != was]:
+                self.notes.append(f"resumed at step {self.state.global_step} with another {', '.join(changed)}")
+                warn(f"{args.output_dir}: {self.notes[-1]}; the result will carry this note")
+        self._call("on_train_begin")
         if saved:
             self._restore(saved)
 
     def _train_epoch(self) -> None:
         """The steps of an epoch, or what is left of it."""
-        args, state, handler = self.args, self.state, self.callback_handler
-        epoch, done = divmod(state.global_step, self.steps_per_epoch)
+        epoch, done = divmod(self.state.global_step, self.steps_per_epoch)
         if not done:
-            self.control = handler.on_epoch_begin(args, state, self.control)
+            self._call("on_epoch_begin")
         order = self.epoch_order(epoch).to(self.train_dataset.indices.device)
         for number, positions in enumerate(order.split(self.config.batch_size)[done:], done + 1):
-            self.control = handler.on_step_begin(args, state, self.control)
-            batch = self._prepare_inputs(self.train_dataset.__getitems__(self._share(positions, order)))
+            self._call("on_step_begin")
+            if self.args.world_size > 1:  # the last batch is filled up from the epoch's first, and each has its share
+                filled = torch.cat([positions, order])[: self.config.batch_size]
+                positions = filled.chunk(self.args.world_size)[self.args.process_index]
+            batch = self._prepare_inputs(self.train_dataset.__getitems__(positions))
             self.training_step(self._trained, batch)
             self._update()
-            state.global_step += 1
-            state.epoch = epoch + number / self.steps_per_epoch
-            self.control = control = handler.on_step_end(args, state, self.control)
+            self.state.global_step += 1
+            self.state.epoch = epoch + number / self.steps_per_epoch
+            self._call("on_step_end")
             if number < self.steps_per_epoch:
-                if control.should_evaluate or control.should_log or control.should_epoch_stop:
+                if self.control.should_evaluate or self.control.should_log or self.control.should_epoch_stop:
                     advice = "let it ask in on_epoch_end, or set max_train_images for shorter epochs"
                     raise ValueError(f"a callback asks to evaluate, to log or to stop within an epoch; {advice}")
-                if args.world_size == 1 or number % 50 == 0:  # it takes time until all processes agree
-                    self._save_if_due(0 if control.should_save else self.config.checkpoint_seconds)
+                if self.args.world_size == 1 or number % 50 == 0:  # it takes time until all processes agree
+                    self._save_if_due(0 if self.control.should_save else self.config.checkpoint_seconds)
 
     def epoch_order(self, epoch: int) -> torch.Tensor:
         """Positions in `train_dataset` in the order of an epoch, which follows from the seed; may be overridden."""
         generator = torch.Generator().manual_seed(self.config.seed + epoch)
         return torch.randperm(len(self.train_dataset), generator=generator)
-
-    def _share(self, positions: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-        """This process's part of a batch; if there are others, the last one is filled up from the epoch's first."""
-        if self.args.world_size == 1:
-            return positions
-        filled = torch.cat([positions, order])[: self.config.batch_size]
-        return filled.chunk(self.args.world_size)[self.args.process_index]
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         """Compute the gradients of one batch, and return its loss."""
@@ -231,17 +231,16 @@ class StreamlinedTrainer(transformers.Trainer):
 
     def _update(self) -> None:
         """Clip the gradients and take a step, which fp16's loss scaler skips if they overflow."""
-        args, state, handler, limit = self.args, self.state, self.callback_handler, self.config.max_grad_norm
+        limit, parameters = self.config.max_grad_norm, [p for p in self.model.parameters() if p.grad is not None]
         self._scaler.unscale_(self.optimizer)
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
         if limit or self.is_last_step():
             self._grad_norm = get_total_norm([p.grad for p in parameters])
         if limit:
             clip_grads_with_norm_(parameters, limit, self._grad_norm)
-        self.control = handler.on_pre_optimizer_step(args, state, self.control)
+        self._call("on_pre_optimizer_step")
         self._scaler.step(self.optimizer)
         self._scaler.update()
-        self.control = handler.on_optimizer_step(args, state, self.control)
+        self._call("on_optimizer_step")
         self._learning_rate = self.optimizer.param_groups[0]["lr"]
         if not isinstance(self.lr_scheduler, ReduceLROnPlateau):
             self.lr_scheduler.step()
@@ -253,50 +252,43 @@ class StreamlinedTrainer(transformers.Trainer):
 
     def _end_epoch(self) -> None:
         """Validate, keep the weights if they are the best, and write a checkpoint if it is time."""
-        args, state, handler = self.args, self.state, self.callback_handler
-        self.control = handler.on_epoch_end(args, state, self.control)
-        trained = self._training_metrics()
+        args, state = self.args, self.state
+        self._call("on_epoch_end")
+        batches = self._meter.batches()  # the only wait for the device in an epoch
+        self._meter = BatchMeter(args.world_size)
+        finite = batches["loss"].map(math.isfinite)
+        if not (finite.any() if self._scaler.is_enabled() else finite.all()):  # fp16's loss scaler skips some steps
+            step = state.global_step - len(batches) + finite.idxmin() + 1
+            raise NonFiniteLossError(
+                f"the training loss is not finite in epoch {state.epoch:.0f}, step {step}; {_SMALLER}"
+            )
+        trained = means(batches)
         last = {"learning_rate": self._learning_rate, "grad_norm": self._grad_norm.item()}
         last["seconds"] = time.monotonic() - self._clock
         self.log(trained | last)
         validated = self.evaluate()
         if not math.isfinite(validated["eval_loss"]):
-            raise self._not_finite(f"evaluation loss is {validated['eval_loss']}")
+            raise NonFiniteLossError(f"the validation loss is not finite in epoch {state.epoch:.0f}; {_SMALLER}")
+        value, best = validated[args.metric_for_best_model], state.best_metric
+        if better := best is None or (value > best if args.greater_is_better else value < best):
+            self._best_weights = contiguous_weights(self.model)
         row = {f"train_{name}": value for name, value in trained.items()} | last
         row |= {name.replace("eval_", "val_", 1): value for name, value in validated.items()}
         self.history.append({"epoch": round(state.epoch), **row})
         self.log(dict(validated))
-        value, best = validated[args.metric_for_best_model], state.best_metric
-        better = best is None or (value > best if args.greater_is_better else value < best)
-        if better:
-            self._best_weights = contiguous_weights(self.model)
-        self.control = handler.on_evaluate(args, state, self.control, validated)
+        self._call("on_evaluate", validated)
         if better:  # only now, as early stopping compares with the best so far
             state.best_metric, state.best_global_step = value, state.global_step
         if isinstance(self.lr_scheduler, ReduceLROnPlateau):
             self.lr_scheduler.step(validated["eval_loss"])
         self._save_if_due(self.seconds_between_epochs)
 
-    def _training_metrics(self) -> dict[str, float]:
-        """The loss, its terms and the accuracy, as means over the epoch's images."""
-        batches = self._meter.batches()  # the only wait for the device in an epoch
-        self._meter = BatchMeter(self.args.world_size)
-        finite = batches["loss"].map(math.isfinite)
-        if not (finite.any() if self._scaler.is_enabled() else finite.all()):  # fp16's loss scaler skips some steps
-            wrong = finite.idxmin()
-            step = self.state.global_step - len(batches) + wrong + 1
-            raise self._not_finite(f"training loss is {batches['loss'][wrong]}", f", step {step}")
-        return means(batches)
-
-    def _not_finite(self, what: str, where: str = "") -> NonFiniteLossError:
-        advice = f"a smaller learning_rate than {self.config.learning_rate:g} or max_grad_norm=1.0 may help"
-        return NonFiniteLossError(f"the {what} at epoch {math.ceil(self.state.epoch)}{where}; {advice}")
-
     def _finish(self) -> TrainOutput:
+        """Load the best weights, and tell the callbacks."""
         metrics = {"train_loss": self.history[-1]["train_loss"], "train_runtime": time.monotonic() - self._clock}
         self.log(dict(metrics))
         self.model.load_state_dict(self._best_weights)
-        self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+        self._call("on_train_end")
         return TrainOutput(self.state.global_step, metrics["train_loss"], metrics)
 
     # ---- what may be overridden
@@ -400,22 +392,26 @@ class StreamlinedTrainer(transformers.Trainer):
             asked, old = flags.tolist()
         if asked or old:
             self._save()
-            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+            self._call("on_save")
         if asked:
             self._interruption.leave()
 
     def _save(self) -> None:
-        args, state, callbacks = self.args, self.state, self.callback_handler.callbacks
+        state, callbacks, several = self.state, self.callback_handler.callbacks, self.args.world_size > 1
         everyone = [random_states()]
-        if args.world_size > 1:
-            torch.distributed.all_gather_object(everyone := [None] * args.world_size, random_states())
+        if several:
+            torch.distributed.all_gather_object(everyone := [None] * self.args.world_size, random_states())
         kept = ("epoch", "global_step", "log_history", "best_metric", "best_global_step")
         content = {
+            "environment": self.environment,
             "state": {name: getattr(state, name) for name in kept},
-            "stop": self.control.should_training_stop,
             "history": self.history,
-            "batches": self._meter.batches().to_dict("list"),
+            "notes": self.notes,
+            "wandb_id": self.wandb_id,
             "seconds": time.monotonic() - self._clock,
+            "stop": self.control.should_training_stop,
+            "callbacks": [c.state()["attributes"] for c in callbacks if hasattr(c, "from_state")],
+            "batches": self._meter.batches().to_dict("list"),
             "weights": self.model.state_dict(),
             "best_weights": self._best_weights,
             "frozen": [name for name, parameter in self.model.named_parameters() if not parameter.requires_grad],
@@ -423,16 +419,10 @@ class StreamlinedTrainer(transformers.Trainer):
             "scheduler": self.lr_scheduler.state_dict(),
             "scaler": self._scaler.state_dict(),
             "random": everyone,
-            "callbacks": [c.state()["attributes"] for c in callbacks if hasattr(c, "from_state")],
-            "environment": self.environment,
-            "notes": self.notes,
-            "wandb_id": self.wandb_id,
         }
         if self.is_world_process_zero():
-            folder = Path(args.output_dir)
-            folder.mkdir(parents=True, exist_ok=True)
-            save_checkpoint(folder / f"checkpoint-{state.global_step}.pt", content)
-        if args.world_size > 1:
+            save_checkpoint(Path(self.args.output_dir, f"checkpoint-{state.global_step}.pt"), content)
+        if several:
             torch.distributed.barrier()
         self._saved_at = time.monotonic()
 
@@ -471,68 +461,61 @@ class StreamlinedTrainer(transformers.Trainer):
             "processes": str(self.args.world_size),
         }
 
-    def _difference(self, saved: dict[str, Any]) -> list[str]:
-        """In words, and as a warning, how the training that is resumed differs from this one."""
-        before, now = saved["environment"], self.environment
-        changed = [name for name in before if before[name] != now.get(name)]
-        if not changed:
-            return []
-        was, is_now = (", ".join(f"{name} {values.get(name)}" for name in changed) for values in (before, now))
-        note = f"started with {was}, resumed at step {saved['state']['global_step']} with {is_now}"
-        warn(f"{self.args.output_dir}: {note}; the result will carry this note")
-        return [note]
-
 
 def sanity_check(trainer: StreamlinedTrainer) -> None:
     """Try what training does on a few real images, so that it fails in the first seconds or not at all.
 
-    An evaluation, whose outputs must be logits, one for each class; a full batch and the last batch of an epoch
-    (forward and backward). It leaves the model as it was (see `untouched`) and needs no other process.
-    Raises SanityCheckError, which says what failed, what the network was given, and the original error.
+    An evaluation, whose outputs must be logits, one for each class; then the gradients of a full batch and of the last
+    one of an epoch. The model stays as it was (see `untouched`). Raises SanityCheckError, which says what failed and
+    what the network was given.
     """
-    model, processes, number = trainer.model, trainer.args.world_size, len(trainer.train_dataset)
-    size = trainer.config.batch_size
-    full, last = min(number, size) // processes, number % size
+    model, data, images, size = trainer.model, trainer.data, trainer.train_dataset, trainer.config.batch_size
+    name, processes = type(model).__name__, trainer.args.world_size
     attributes = [leaf for module in model.modules() for leaf in tree_leaves(vars(module))]
     unregistered = {leaf for leaf in attributes if isinstance(leaf, nn.Module)} - {*model.modules()}
     if any(p.requires_grad for module in unregistered for p in module.parameters()):
-        what = f"{type(model).__name__} holds layers in a list or dict of Python, so they would not be trained"
+        what = f"{name} holds layers in a list or dict of Python, so they would not be trained"
         raise SanityCheckError(f"{what}; use nn.ModuleList or nn.ModuleDict, or freeze them")
-    with untouched(model):
-        trainer._meter = BatchMeter()
-        _try(trainer, "an evaluation", trainer.eval_dataset, min(len(trainer.eval_dataset), 16))
-        _try(trainer, "a full batch", trainer.train_dataset, full)
-        if 0 < last < full and processes == 1:  # several processes fill it up
-            _try(trainer, "the last batch of an epoch", trainer.train_dataset, last, ". Use another batch_size")
+    tries = {"an evaluation": min(16, len(trainer.eval_dataset)), "a full batch": min(size, len(images)) // processes}
+    if len(images) > size and len(images) % size and processes == 1:  # several processes fill the last batch up
+        tries["the last batch of an epoch"] = len(images) % size
+    for what, number in tries.items():
+        dataset = trainer.eval_dataset if what == "an evaluation" else images
+        batch = trainer._prepare_inputs(dataset.__getitems__(fixed_sample(len(dataset), number)))
+        try:
+            with untouched(model):
+                _try_evaluation(trainer, batch) if dataset is not images else _try_training(trainer, batch)
+        except Exception as error:
+            smaller = should_reduce_batch_size(error)  # out of memory
+            advice = "a smaller batch_size or image_size" if smaller else "another batch_size" if "last" in what else ""
+            given = f"{name} was given float32 {(number, *data.image_shape)}" + (f". Use {advice}" if advice else "")
+            failed = f"{what} ({number} of {len(dataset)} images) fails with {type(error).__name__}: {error}"
+            raise SanityCheckError(f"{failed}. {given}") from error
 
 
-def _try(trainer: StreamlinedTrainer, what: str, dataset: ImageBatches, size: int, advice: str = "") -> None:
-    """Evaluate some images of a data set, or compute the gradients of a training step."""
+def _try_training(trainer: StreamlinedTrainer, batch: dict[str, torch.Tensor]) -> None:
+    trainer._meter = BatchMeter()
+    trainer.model.train()
+    trainer.compute_loss(trainer.model, batch).backward()
+    if trainer._meter.batches().empty:
+        raise TypeError("compute_loss recorded nothing; override `losses` or `outputs` instead of it")
+
+
+@torch.no_grad()
+def _try_evaluation(trainer: StreamlinedTrainer, batch: dict[str, torch.Tensor]) -> None:
     model, data = trainer.model, trainer.data
-    try:
-        batch = trainer._prepare_inputs(dataset.__getitems__(fixed_sample(len(dataset), size)))
-        model.train(dataset is trainer.train_dataset)
-        if dataset is trainer.train_dataset:
-            trainer.compute_loss(model, batch).backward()
-            if trainer._meter.batches().empty:
-                raise TypeError("compute_loss recorded nothing; override `losses` or `outputs` instead of it")
-            return
-        with torch.no_grad():
-            logits = first_logits(trainer.run_model(model, batch["images"]))
-        if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
-            raise TypeError("a network must return logits (images × classes), or a tuple that begins with them")
-        if (number := logits.shape[1]) != data.num_classes:
-            raise ValueError(f"the network has {number} outputs, but {data.name} has {data.num_classes} classes")
-        takes_logits = type(trainer).losses.__module__.startswith("lablib.")
-        if takes_logits and (are_probabilities(logits) or logits.min() == 0 < logits.max()):
-            raise ValueError("the network ends in a softmax or a ReLU, but the loss takes logits; remove it")
-        losses = trainer.losses(trainer.run_model(model, batch["images"]), batch["labels"])
-        if not isinstance(losses, dict) or "loss" not in losses or any(value.ndim for value in losses.values()):
-            raise TypeError('`losses` must return a dict of scalar tensors with the key "loss"')
-        trainer.predict(ImageBatches(batch["images"], batch["labels"]))
-        model.load_state_dict(contiguous_weights(model))  # as the best epoch's
-    except Exception as error:
-        network = f"{type(model).__name__} was given float32 {(size, *data.image_shape)}"
-        advice = ". Use a smaller batch_size or image_size" if should_reduce_batch_size(error) else advice
-        words = f"{what} ({size} of {len(dataset)} images) fails with {type(error).__name__}: {error}. {network}"
-        raise SanityCheckError(words + advice) from error
+    model.eval()
+    outputs = trainer.run_model(model, batch["images"])
+    logits = first_logits(outputs)
+    if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
+        raise TypeError("a network must return logits (images × classes), or a tuple that begins with them")
+    if (number := logits.shape[1]) != data.num_classes:
+        raise ValueError(f"the network has {number} outputs, but {data.name} has {data.num_classes} classes")
+    takes_logits = type(trainer).losses.__module__.startswith("lablib.")
+    if takes_logits and (are_probabilities(logits) or logits.min() == 0 < logits.max()):
+        raise ValueError("the network ends in a softmax or a ReLU, but the loss takes logits; remove it")
+    losses = trainer.losses(outputs, batch["labels"])
+    if not isinstance(losses, dict) or "loss" not in losses or any(value.ndim for value in losses.values()):
+        raise TypeError('`losses` must return a dict of scalar tensors with the key "loss"')
+    trainer.predict(ImageBatches(batch["images"], batch["labels"]))
+    model.load_state_dict(contiguous_weights(model))  # as the best epoch's

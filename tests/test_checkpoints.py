@@ -287,7 +287,7 @@ def test_the_newest_two_checkpoints_stay_by_number(tmp_path):
 
 def test_another_setting_is_named(build):
     stopped(build, 2, num_epochs=2, weight_decay=0.1)
-    words = "started with num_epochs 2, weight_decay 0.1, resumed at step 2 with num_epochs 3, weight_decay 0.0;"
+    words = "resumed at step 2 with another num_epochs, weight_decay;"
     with pytest.warns(UserWarning, match=words):
         trained(build, "interrupted")
 
@@ -299,7 +299,7 @@ def test_another_version_is_said_once_and_noted_in_the_result(config, tiny_data,
 
     interrupted_at(2)
     monkeypatch.setattr(trainer_module, "version", lambda name: "9.9")
-    with pytest.warns(UserWarning, match=r"started with .*, resumed at step 2 with torch 9.9, .* result will carry"):
+    with pytest.warns(UserWarning, match=r"resumed at step 2 with another torch, transformers; the result will carry"):
         interrupted_at(STEPS + 1)
     (note,) = train_or_load(tiny_mlp, config(), tiny_data).result["notes"]
-    assert note.endswith(", resumed at step 2 with torch 9.9, transformers 9.9")
+    assert note == "resumed at step 2 with another torch, transformers"

@@ -166,9 +166,9 @@ def test_early_stopping_stops_after_patience_epochs_without_improvement(metric, 
 @pytest.mark.parametrize(
     ("step", "value", "epochs", "words"),
     [
-        (4, math.inf, 1, "training loss is (nan|inf) at epoch 1, step 4;"),
-        (6, math.nan, 2, "training loss is nan at epoch 2, step 6;"),
-        (None, math.nan, 1, "evaluation loss is nan at epoch 1; a smaller learning_rate"),
+        (4, math.inf, 1, "training loss is not finite in epoch 1, step 4;"),
+        (6, math.nan, 2, "training loss is not finite in epoch 2, step 6;"),
+        (None, math.nan, 1, "validation loss is not finite in epoch 1; a smaller learning_rate"),
     ],
 )
 def test_a_loss_that_is_not_finite_stops_the_training_and_names_epoch_and_step(step, value, epochs, words, build):
