@@ -71,13 +71,12 @@ address: ## write the repository's public address where it is needed: REPOSITORY
 		sed -i.bak "s|$(ADDRESS)|$(REPOSITORY:https://github.com/%=%)|g" $$file && rm $$file.bak || exit 1; done
 
 RUNS ?= runs
-FINISHED ?= 0
 
 runs: .venv/lab ## list the runs of the store and the published ones; RUNS=out/runs: those of make lab
 	@$(BIN)/python -m lablib.runs list "$(RUNS)"
 
-clean-runs: .venv/lab ## delete interrupted and damaged runs, after asking; FINISHED=1: finished ones too
-	@$(BIN)/python -m lablib.runs clean "$(RUNS)" $(if $(filter 1,$(FINISHED)),--finished)
+clean-runs: .venv/lab ## delete interrupted and damaged runs, after asking
+	@$(BIN)/python -m lablib.runs clean "$(RUNS)"
 
 clean: ## delete out/, what make lab wrote; runs/ and results/ stay
 	rm -rf out

@@ -49,11 +49,6 @@ def test_a_config_cannot_be_changed_and_its_replacement_is_checked_and_keeps_the
     assert dataclasses.replace(config, seed=1).telegram_bot_token.get_secret_value() == "1:token"
 
 
-def test_a_launcher_does_not_change_the_precision(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    assert TrainingConfig(device="cpu").to_training_arguments("out").mixed_precision == "no"
-
-
 def test_the_identity_has_the_settings_that_are_on_and_both_ways_to_say_off_are_one():
     off = [TrainingConfig(early_stopping_patience=value).__identity__() for value in (0, None)]
     usual = TrainingConfig().__identity__()
