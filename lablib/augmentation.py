@@ -15,10 +15,9 @@ def affine(images: Tensor, angles: Tensor, shifts: Tensor, flips: Tensor | None 
     radians = torch.deg2rad(angles)[:, None, None]
     cos, sin, aspect = radians.cos(), radians.sin(), height / width
     # grid_sample asks where an output pixel comes from: the inverse map, in coordinates from -1 to 1 along each side.
-    # Built by broadcasting, since F.affine_grid's batched product takes longer than the sampling.
-    dx, dy = shifts[:, 0] * (2 / width), shifts[:, 1] * (2 / height)
-    x = torch.linspace(-1 + 1 / width, 1 - 1 / width, width, device=images.device) - dx[:, None]  # (batch, width)
-    y = torch.linspace(-1 + 1 / height, 1 - 1 / height, height, device=images.device) - dy[:, None]  # (batch, height)
+    # Broadcast from batch × width and batch × height, since F.affine_grid's batched product is slower than sampling.
+    x = torch.linspace(-1 + 1 / width, 1 - 1 / width, width, device=images.device) - shifts[:, :1] * (2 / width)
+    y = torch.linspace(-1 + 1 / height, 1 - 1 / height, height, device=images.device) - shifts[:, 1:] * (2 / height)
     grid = images.new_empty(len(images), height, width, 2)
     torch.sub(cos * x[:, None, :], sin * aspect * y[:, :, None], out=grid[..., 0])
     torch.add(sin / aspect * x[:, None, :], cos * y[:, :, None], out=grid[..., 1])
@@ -28,10 +27,7 @@ def affine(images: Tensor, angles: Tensor, shifts: Tensor, flips: Tensor | None 
 
 
 def crop(images: Tensor, corners: Tensor, padding: int) -> Tensor:
-    """Pad each image with `padding` rows and columns of zeros and crop it to its original size.
-
-    images: batch × channels × height × width. corners: first column and row in the padded image, batch × 2.
-    """
+    """Pad each image with zeros and crop it to its size. corners: first column and row in the padded one, batch × 2."""
     height, width = images.shape[-2:]
     pieces = F.pad(images, [padding] * 4).unfold(2, height, 1).unfold(3, width, 1)
     left, top = corners.unbind(1)  # pieces is a view: batch × channels × row × column × height × width

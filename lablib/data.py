@@ -18,11 +18,9 @@ _TENSORS = "train_images", "train_labels", "test_images", "test_labels"  # the f
 
 @dataclass(frozen=True)
 class ImageData:
-    """Training and test images of a classification task.
+    """Images (uint8, images × channels × height × width) and labels (int64 class numbers) of a classification task.
 
-    Images are uint8, images × channels × height × width; labels are int64 class numbers. NumPy arrays become tensors;
-    those that are mapped from a file stay mapped, in joblib's workers too.
-    Raises ValueError if shapes, types or labels do not fit together, or a class has no image.
+    NumPy arrays become tensors, and stay mapped if they are. Raises ValueError for what does not fit together.
     """
 
     name: str
@@ -35,19 +33,16 @@ class ImageData:
     def __post_init__(self):
         # through vars(), as the dataclass is frozen; a tensor stays the user's own, so that its changes are noticed
         vars(self).update(_arrays=[np.asanyarray(getattr(self, name)) for name in _TENSORS], _hashed_at=None)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # a mapped array is not writable
             vars(self).update({name: torch.as_tensor(getattr(self, name)) for name in _TENSORS})
         for part in ("train", "test"):
             images, labels = getattr(self, f"{part}_images"), getattr(self, f"{part}_labels")
             channels_last = images.ndim == 4 and images.shape[1] > 4 >= images.shape[3]
             if images.dtype != torch.uint8 or images.ndim != 4 or channels_last or images.shape[1:] != self.image_shape:
-                given = f"{self.name}: the {part} images are {images.dtype} of shape {tuple(images.shape)}"
-                raise ValueError(f"{given}; they must be torch.uint8, images × channels × height × width, all alike")
-            classes = labels.unique().tolist()
-            if labels.dtype != torch.int64 or len(labels) != len(images) or classes != list(range(self.num_classes)):
-                needed = f"one torch.int64 for each image, from 0 to {self.num_classes - 1}, each at least once"
-                raise ValueError(f"{self.name}: the {part} labels must be {needed}")
+                raise ValueError(f"{part} images must be torch.uint8, number × channels × height × width, all alike")
+            classes = [*range(self.num_classes)]
+            if labels.dtype != torch.int64 or len(labels) != len(images) or labels.unique().tolist() != classes:
+                raise ValueError(f"{part} labels must be int64, one per image, all of 0 to {self.num_classes - 1}")
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -65,7 +60,6 @@ class ImageData:
         return (counts.max() / counts.min()).item()
 
     def warn_if_unbalanced(self):
-        """Say once that accuracy alone is misleading, if it is."""
         if self.imbalance > UNBALANCED:
             largest = f"The largest class of {self.name} has {self.imbalance:.0f} times the images of the smallest"
             warn_once(f"{largest}; an experiment's table has the balanced accuracy too, the mean over classes.")
@@ -85,8 +79,7 @@ class ImageData:
     def normalise(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 images as a model takes them: float, normalised by the training images' statistics, or ValueError."""
         if images.dtype != torch.uint8 or images.shape[1:] != self.image_shape:
-            given = f"the images are {images.dtype} of shape {tuple(images.shape)}"
-            raise ValueError(f"{given}; they must be torch.uint8, images × {self.image_shape}")
+            raise ValueError(f"images must be torch.uint8 of shape (number, *{self.image_shape})")
         mean, std = (s.view(-1, 1, 1).to(images.device) for s in self.channel_statistics)
         return (images.float() / 255 - mean) / std
 
@@ -132,25 +125,17 @@ def fixed_sample(length: int, number: int) -> torch.Tensor:
 
 
 def stratified_split(labels: torch.Tensor, validation_split: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sorted indices of the training and the validation images, with each class in proportion, but at least one image.
-
-    Raises ValueError for a class of a single image, or a share that is too small or too large.
-    """
+    """Sorted indices of training and validation images, each class in proportion; ValueError for too small a class."""
     options = {"test_size": round(validation_split * len(labels)), "stratify": labels, "random_state": seed}
     train, validation = train_test_split(np.arange(len(labels)), **options)
-    absent = np.setdiff1d(labels, labels[validation])  # classes too small for their share
+    absent = np.setdiff1d(labels, labels[validation])  # classes too small for their share: one image
     moved = [np.random.default_rng(seed).choice(np.flatnonzero(labels == label)) for label in absent]
     parts = np.setdiff1d(train, moved), np.union1d(validation, moved)
-    if len(np.unique(labels[parts[0]])) < len(np.unique(labels)):
-        raise ValueError(f"a share of {validation_split} leaves no training image in a class")
     return tuple(torch.from_numpy(part).long() for part in parts)
 
 
 def stratified_subset(indices: torch.Tensor, labels: torch.Tensor, size: int | None, seed: int) -> torch.Tensor:
-    """At most `size` of the indices, sorted, with each class in proportion; all of them if size is None.
-
-    `labels` are those of the whole set. Raises ValueError for a size that leaves a class without an image.
-    """
+    """At most `size` of the indices, sorted, each class in proportion; ValueError if one is left without an image."""
     if size is None or size >= len(indices):
         return indices
     counts = labels[indices].bincount().tolist()

@@ -1,13 +1,11 @@
-"""A name or a folder -> ImageData; `python -m lablib.datasets` splits a folder of images, or deletes its caches."""
+"""A name or a folder -> ImageData; `python -m lablib.datasets split` makes train/ and test/ from a folder of images."""
 
 import argparse
 import hashlib
 import os
 import shutil
 import tempfile
-import warnings
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +17,7 @@ from torchvision import datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from torchvision.transforms import functional as F
 
-from lablib.config import locate_data
+from lablib.config import locate_data, warn
 from lablib.data import ImageData, stratified_split
 
 
@@ -32,11 +30,9 @@ def load_data(
 ) -> ImageData:
     """Load a data set by its name, or a folder with `train/<class>/` and `test/<class>/` in it.
 
-    `digits` ships with scikit-learn, here scaled to 28 × 28; the other names are torchvision's, read from `data_dir` or
-    downloaded there. `image_size` (pixels, or height and width) scales all images, `channels` (1 or 3) makes them grey
-    or coloured. A folder, whose images are coloured by default, is read by `list_images` and `read_image` and decoded
-    once into a file in it, or in the system's temporary folder if it is not writable, and mapped from there.
-    Raises ValueError for an unsuitable name, folder or image, OSError for files that cannot be read.
+    `digits` is scikit-learn's, at 28 × 28; others are torchvision's, in `data_dir` or downloaded to it. `image_size`
+    (pixels, or height and width) scales images, `channels` (1 or 3) makes them grey or coloured. A folder, coloured by
+    default, is decoded once, to a file in it or in the temporary folder. ValueError: unsuitable name, folder or image.
     """
     if channels not in (None, 1, 3):
         raise ValueError(f"channels = {channels!r}, but it must be None, 1 or 3")
@@ -72,7 +68,7 @@ def _from_torchvision(name: str, data_dir: str, size, channels) -> ImageData:
         if channels not in (None, images.shape[1]):
             images = images.repeat(1, 3, 1, 1) if channels == 3 else F.rgb_to_grayscale(images)
         if size is not None:
-            images = F.resize(images, list(size), antialias=True)
+            images = F.resize(images, [*size])
         labels = dataset.labels if hasattr(dataset, "labels") else dataset.targets
         tensors += [images.contiguous(), torch.as_tensor(labels).long()]
     classes = getattr(dataset, "classes", range(10))
@@ -80,16 +76,11 @@ def _from_torchvision(name: str, data_dir: str, size, channels) -> ImageData:
 
 
 def list_images(folder: str | os.PathLike) -> tuple[list[str], list[tuple[str, int]]]:
-    """The classes of a folder of class folders, and each image's path and label, in the order in which they are loaded.
-
-    As torchvision's ImageFolder, but without hidden files.
-    Raises ValueError for fewer than two classes, FileNotFoundError for one without images.
-    """
+    """Classes, and each image's path and label, in loading order: ImageFolder's without hidden files, or ValueError."""
     folder = Path(os.path.expanduser(folder))
     classes = sorted(place.name for place in folder.glob("[!.]*/"))
     if len(classes) < 2:
-        advice = "`python -m lablib.datasets split FOLDER` makes train/ and test/ from one folder per class"
-        raise ValueError(f"{folder} needs folders of images, one per class, at least two; it has {classes}; {advice}")
+        raise ValueError(f"{folder} needs a folder per class, two or more, not {classes}; see lablib.datasets.split")
     extensions = (*IMG_EXTENSIONS, ".jfif", ".gif", ".heic")  # HEIC is found, so that it is an error and not ignored
     images = make_dataset(folder, {name: label for label, name in enumerate(classes)}, extensions)
     return classes, [(path, label) for path, label in images if os.sep + "." not in path.removeprefix(str(folder))]
@@ -100,42 +91,38 @@ def _from_folder(folder: Path, size, channels: int) -> ImageData:
     if classes != test_classes:
         raise ValueError(f"{folder}: train/ and test/ need the same classes; they have {classes} and {test_classes}")
     paths, labels = zip(*train, *test, strict=True)
-    images, labels = _decoded(folder, paths, size, channels), np.array(labels)
-    arrays = images[: len(train)], labels[: len(train)], images[len(train) :], labels[len(train) :]
-    seen = {hash(image.tobytes()) for image in arrays[0]}
-    if leaked := sum(hash(image.tobytes()) in seen for image in arrays[2]):
-        warnings.warn(f"{folder}: {leaked:,} of {len(test):,} test images are also in train/", stacklevel=3)
-    return ImageData(Path(os.path.abspath(folder)).name, *arrays, tuple(classes))
-
-
-def _decoded(folder: Path, paths: tuple[str, ...], size, channels: int) -> np.ndarray:
-    """Images × channels × height × width, mapped from a file, which is written unless these images have one."""
     versions = [(path.removeprefix(str(folder)), os.path.getsize(path), os.stat(path).st_mtime_ns) for path in paths]
     key = hashlib.sha256(repr(("read_image, version 1", size, channels, versions)).encode()).hexdigest()[:16]
     cache = Path(folder if os.access(folder, os.W_OK) else tempfile.gettempdir(), f".lablib-{key}.npy")
-    if cache.exists():
-        return np.load(cache, mmap_mode="r")
-    read = partial(read_image, size=size, channels=channels)
-    shape = (len(paths), *read(paths[0]).shape)
+    if not cache.exists():
+        _decode(paths, cache, lambda path: read_image(path, size, channels))
+    images, labels, first_test = np.load(cache, mmap_mode="r"), np.array(labels), len(train)
+    arrays = images[:first_test], labels[:first_test], images[first_test:], labels[first_test:]
+    seen = {hash(image.tobytes()) for image in arrays[0]}
+    if leaked := sum(hash(image.tobytes()) in seen for image in arrays[2]):
+        warn(f"{folder}: {leaked:,} of {len(test):,} test images are also in train/")
+    return ImageData(Path(os.path.abspath(folder)).name, *arrays, tuple(classes))
+
+
+def _decode(paths: tuple[str, ...], cache: Path, read) -> None:
+    """Write the images, images × channels × height × width, to the NumPy file `cache`, which is whole or absent."""
     print(f"decoding {len(paths):,} images into {cache}", flush=True)
+    shape = (len(paths), *read(paths[0]).shape)
     with tempfile.TemporaryDirectory(prefix=".lablib-", dir=cache.parent) as scratch, ThreadPoolExecutor() as pool:
         with open(Path(scratch, cache.name), "wb") as file:  # not mapped, since a full disk would kill the process
             np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-            for start in range(0, len(paths), 128):  # given all paths at once, the pool would outrun the disk
-                images = [*pool.map(read, paths[start : start + 128])]
-                if others := {image.shape for image in images} - {shape[1:]}:
-                    raise ValueError(f"{folder} has images of shapes {shape[1:]} and {others.pop()}; set image_size")
-                file.writelines(images)
+            for path, image in zip(paths, pool.map(read, paths), strict=True):
+                if image.shape != shape[1:]:
+                    raise ValueError(f"{path} has another size than {paths[0]}; set image_size")
+                file.write(image)
         os.replace(file.name, cache)
-    return np.load(cache, mmap_mode="r")
 
 
 def read_image(path: str | os.PathLike, size: tuple[int, int] | None, channels: int = 3) -> np.ndarray:
     """An image as `load_data` reads it from a folder: uint8, channels × height × width.
 
     EXIF orientation is applied and transparency composited on white. `size` is (height, width) or None: the shorter
-    side is scaled to it, the longer one cropped about its centre.
-    Raises ValueError for a file that is damaged, not an image, or of more than 8 bits.
+    side is scaled to it, the longer one cropped about its centre. Raises ValueError for an unsuitable file.
     """
     try:
         with Image.open(path) as image:
@@ -150,14 +137,11 @@ def read_image(path: str | os.PathLike, size: tuple[int, int] | None, channels: 
         raise ValueError(f"{path} has pixels of 16 or 32 bits (mode {mode}); save it with 8 bits per channel")
     if size is not None:
         image = ImageOps.fit(image, size[::-1], Image.Resampling.BILINEAR)
-    return np.ascontiguousarray(np.atleast_3d(np.asarray(image)).transpose(2, 0, 1))
+    return F.pil_to_tensor(image).contiguous().numpy()
 
 
 def split(folder: str | os.PathLike, test: float = 0.2) -> None:
-    """Copy the images of a folder of class folders to FOLDER-split, the share `test` of each class to its `test/`.
-
-    Raises ValueError for an unsuitable folder or share, FileExistsError if FOLDER-split exists.
-    """
+    """Copy the images of FOLDER/<class>/ to FOLDER-split, a share `test` of each class to test/, the rest to train/."""
     folder = Path(os.path.abspath(os.path.expanduser(folder)))
     classes, images = list_images(folder)
     if {"train", "test"} <= {name.lower().removesuffix("ing") for name in classes}:  # also Training and Testing
@@ -174,14 +158,8 @@ def split(folder: str | os.PathLike, test: float = 0.2) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="python -m lablib.datasets")
-    parser.add_argument("command", choices=["split", "clean"])
-    parser.add_argument("folder", help="split: one with a folder per class; clean: one with train/ and test/")
-    parser.add_argument("--test", type=float, default=0.2, help="split: the share that goes to test/ (default: 0.2)")
-    options = parser.parse_args()
-    if options.command == "split":
-        split(options.folder, options.test)
-    else:  # an experiment that uses one of these files would fail in its next run
-        for cache in Path(options.folder).glob(".lablib-*"):
-            cache.unlink() if cache.is_file() else shutil.rmtree(cache)  # a folder is left by a process that was killed
-            print(f"deleted {cache}")
+    parser = argparse.ArgumentParser("python -m lablib.datasets")
+    command = parser.add_subparsers(required=True, metavar="split").add_parser("split", help=split.__doc__)
+    command.add_argument("folder", help="with a folder of images for each class")
+    command.add_argument("--test", type=float, default=0.2, help="the share that goes to test/ (default: 0.2)")
+    split(**vars(parser.parse_args()))

@@ -1,6 +1,5 @@
 """ImageData, and the split into training and validation."""
 
-import pickle
 from dataclasses import replace
 
 import numpy as np
@@ -38,17 +37,10 @@ def test_a_class_too_small_for_the_share_has_one_image_in_validation():
     assert len({stratified_split(labels, 0.1, seed)[1][-1].item() for seed in range(8)}) > 1
 
 
-@pytest.mark.parametrize(
-    ("labels", "validation_split"),
-    [
-        (torch.tensor([0] * 20 + [1]), 0.2),  # a class of one image
-        (torch.arange(4).repeat(5), 0.1),  # 2 images for 4 classes in validation
-        (torch.tensor([0] * 20 + [1] * 20 + [2] * 2), 0.9),  # none of the small class in training
-    ],
-)
-def test_too_few_images_for_a_split_are_refused(labels, validation_split):
+@pytest.mark.parametrize("labels", [[0] * 20 + [1], [0, 1, 2, 3] * 5])  # a class of one image; 2 images for 4 classes
+def test_too_few_images_for_a_split_are_refused(labels):
     with pytest.raises(ValueError, match="class"):
-        stratified_split(labels, validation_split, seed=0)
+        stratified_split(torch.tensor(labels), 0.1, seed=0)
 
 
 @pytest.mark.parametrize("size", [40, 100, 121])
@@ -72,18 +64,18 @@ def test_a_subset_may_be_all_and_no_class_may_have_no_image_in_it():
 
 @pytest.mark.parametrize("part", ["train", "test"])
 @pytest.mark.parametrize(
-    ("field", "change", "words"),
+    ("field", "change"),
     [
-        ("images", lambda x: x.float(), "images are torch.float32 of shape"),
-        ("images", lambda x: x.movedim(1, 3), r"images are torch.uint8 of shape \(\d+, 6, 6, 1\); they must be"),
-        ("images", lambda x: x.squeeze(1).numpy(), r"images are torch.uint8 of shape \(\d+, 6, 6\); they must be"),
-        ("labels", lambda x: x.int(), "labels must be one torch.int64 for each image"),
-        ("labels", lambda x: x[:-1], "labels must be one torch.int64 for each image"),
-        ("labels", lambda x: x.clamp(max=1), "labels must be .* from 0 to 2, each at least once"),
+        ("images", lambda x: x.float()),
+        ("images", lambda x: x.movedim(1, 3)),
+        ("images", lambda x: x.squeeze(1).numpy()),
+        ("labels", lambda x: x.int()),
+        ("labels", lambda x: x[:-1]),
+        ("labels", lambda x: x.clamp(max=1)),
     ],
 )
-def test_tensors_that_do_not_fit_together_are_refused_by_name_and_part(tiny_data, part, field, change, words):
-    with pytest.raises(ValueError, match=f"tiny: the {part} {words}"):
+def test_tensors_that_do_not_fit_together_are_refused_by_field(tiny_data, part, field, change):
+    with pytest.raises(ValueError, match=f"{part} {field} must be"):
         replace(tiny_data, **{f"{part}_{field}": change(getattr(tiny_data, f"{part}_{field}"))})
 
 
@@ -101,7 +93,7 @@ def test_channel_statistics_are_those_of_numpy_in_float64():
     normal = data.normalise(images)
     np.testing.assert_allclose(normal.movedim(1, -1), (pixels - mean.numpy()) / std.numpy(), atol=1e-5)
     for wrong in (images / 255, images[0], images[:, :1]):
-        with pytest.raises(ValueError, match=r"they must be torch\.uint8"):
+        with pytest.raises(ValueError, match="images must be"):
             data.normalise(wrong)
 
 
@@ -115,9 +107,3 @@ def test_the_fingerprint_is_that_of_pixels_labels_and_names_in_any_memory_layout
     assert len({replace(tiny_data, **change).fingerprint for change in changes} - {tiny_data.fingerprint}) == 3
     other_layout[0] += 1  # in place, as noise is added
     assert same.fingerprint == replace(same).fingerprint != tiny_data.fingerprint
-
-
-def test_a_pickled_data_set_comes_back_as_it_was(tiny_data):
-    copy = pickle.loads(pickle.dumps(tiny_data))
-    assert copy.name == tiny_data.name
-    assert copy.fingerprint == replace(copy).fingerprint == tiny_data.fingerprint

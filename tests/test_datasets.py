@@ -42,12 +42,6 @@ def caches(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.glob(".lablib-*"))
 
 
-def command(monkeypatch, *arguments):
-    """`python -m lablib.datasets`, in this process."""
-    monkeypatch.setattr(sys, "argv", ["datasets.py", *map(str, arguments)])
-    runpy.run_path(datasets.__file__, run_name="__main__")
-
-
 def test_digits_and_mnist_are_those_of_the_published_runs(digits, mnist):
     assert digits.fingerprint == "abfa46b896d11bd16b4c457de4eabd4df67f9b7d78f546aeede4ea38f365cfdc"
     assert mnist.fingerprint == "76d07ada5d065bbf9916b349c494cb9db62a510dab361ead6c2bfdec041d0291"
@@ -127,12 +121,10 @@ def test_transparency_is_composited_on_white(folder, mode):
 
 
 def test_a_photo_is_turned_upright_as_its_exif_orientation_says(folder):
-    exif = Image.Exif()
+    exif, path = Image.Exif(), folder / "train" / "cat" / "0.png"
     exif[0x0112] = 6
-    Image.fromarray(PHOTO).save(folder / "train" / "cat" / "0.png", exif=exif)
-    assert np.array_equal(
-        datasets.read_image(folder / "train" / "cat" / "0.png", None)[0], np.rot90(PHOTO, -1)[:, :, 0]
-    )
+    Image.fromarray(PHOTO).save(path, exif=exif)
+    assert np.array_equal(datasets.read_image(path, None)[0], np.rot90(PHOTO, -1)[:, :, 0])
 
 
 def test_hidden_files_and_those_that_are_not_images_are_passed_over(folder):
@@ -155,24 +147,11 @@ def test_each_size_has_its_own_cache_which_is_announced_and_mapped_and_found_aga
 
 
 def test_a_folder_that_changes_is_decoded_again(folder):
-    image, fingerprints = folder / "train" / "cat" / "0.png", {load_data(folder).fingerprint}
-    changes = [
-        lambda: Image.fromarray(PHOTO).save(image),
-        lambda: image.rename(image.with_name("9.png")),
-        lambda: (folder / "train" / "dog" / "1.png").unlink(),
-    ]
-    for change in changes:
-        change()
-        fingerprints.add(load_data(folder).fingerprint)
-    assert len(fingerprints) == 4
-
-
-def test_clean_deletes_caches_and_unfinished_ones(folder, monkeypatch):
-    files = sorted(folder.rglob("*"))
-    load_data(folder)
-    (folder / ".lablib-1234" / "half").mkdir(parents=True)  # of a process that was killed
-    command(monkeypatch, "clean", folder)
-    assert sorted(folder.rglob("*")) == files
+    image, before = folder / "train" / "cat" / "0.png", load_data(folder).fingerprint
+    Image.fromarray(PHOTO).save(image)
+    changed = load_data(folder).fingerprint
+    image.rename(image.with_name("9.png"))
+    assert len({before, changed, load_data(folder).fingerprint}) == 3
 
 
 def test_the_cache_of_a_folder_that_is_not_writable_is_in_the_temporary_folder(folder, tmp_path, monkeypatch):
@@ -199,14 +178,10 @@ def test_decoding_needs_less_memory_than_the_images(folder):
     [
         (lambda f: os.truncate(f / "train/cat/1.png", 100), "train/cat/1.png is damaged or not an image"),
         (lambda f: (f / "train/cat/photo.heic").write_bytes(b"ftypheic"), "train/cat/photo.heic is damaged or not an"),
-        (
-            lambda f: Image.fromarray(np.full((7, 5), np.uint16(9))).save(f / "test/cat/0.png"),
-            "pixels of 16 or 32 bits",
-        ),
-        (lambda f: Image.fromarray(PHOTO[:, :3]).save(f / "test/cat/x.png"), r"\(3, 7, 5\) and \(3, 7, 3\); set image"),
+        (lambda f: Image.fromarray(np.uint16(PHOTO[:, :, 0])).save(f / "test/cat/0.png"), "pixels of 16 or 32 bits"),
+        (lambda f: Image.fromarray(PHOTO[1:]).save(f / "test/cat/x.png"), "cat/x.png has another size than .*/0.png"),
         (lambda f: (f / "test/dog").rename(f / "test/wolf"), "the same classes; .*'dog'.* and .*'wolf'"),
-        (lambda f: (f / "train/fox").mkdir(), "no valid file for the classes fox"),
-        (lambda f: (f / "train").rename(f / "x"), r"at least two; it has \[\]; .*lablib.datasets split"),
+        (lambda f: (f / "train").rename(f / "x"), r"two or more, not \[\]; see lablib.datasets.split"),
     ],
 )
 def test_an_unfit_image_or_folder_is_named_and_no_cache_is_left(folder, change, words):
@@ -227,7 +202,8 @@ def unsplit(tmp_path) -> Path:
 
 
 def test_a_split_copies_each_image_to_one_part_and_each_class_in_proportion(unsplit, monkeypatch, capsys):
-    command(monkeypatch, "split", unsplit, "--test", 0.3)
+    monkeypatch.setattr(sys, "argv", ["datasets.py", "split", str(unsplit), "--test", "0.3"])
+    runpy.run_path(datasets.__file__, run_name="__main__")
     assert f"wrote {unsplit}-split/test: 9 images of 2 classes\n" in capsys.readouterr().out
     data = load_data(f"{unsplit}-split")
     assert data.test_labels.bincount().tolist() == [6, 3]
@@ -240,10 +216,9 @@ def test_a_split_copies_each_image_to_one_part_and_each_class_in_proportion(unsp
     ("change", "share", "words"),
     [
         (lambda folder: folder.with_name("all-split").mkdir(), 0.2, "File exists: .*all-split"),
-        (lambda folder: shutil.rmtree(folder / "dog"), 0.2, r"at least two; it has \['cat'\]"),
+        (lambda folder: shutil.rmtree(folder / "dog"), 0.2, r"two or more, not \['cat'\]"),
         (lambda f: [(f / a).rename(f / b) for a, b in (("cat", "Training"), ("dog", "Testing"))], 0.2, "already"),
         (lambda folder: None, 0.03, "test_size = 1 should be greater or equal to the number of classes"),
-        (lambda folder: None, 20, "test_size=600 should be"),
     ],
 )
 def test_a_split_that_cannot_be_made_is_an_error_and_leaves_nothing(unsplit, change, share, words):
