@@ -20,7 +20,7 @@ from lablib.identity import describe, run_identity, run_name
 
 tiny_mlp = partial(MLP, (8,), image_shape=(1, 6, 6), num_classes=3)
 PRELUDE = """
-import argparse, collections, dataclasses, enum, functools, re, threading, types
+import enum, functools, threading, types
 from dataclasses import dataclass, field
 from functools import partial
 import numpy as np
@@ -46,7 +46,7 @@ def described(code: str, module: str = "__main__"):
 
 ANOTHER = {  # what stands for … in the code makes another run
     "tensor": ("it = partial(StreamlinedTrainer, weights=torch.tensor([…]))", "1.0", "2.0"),
-    "array and pattern": ("it = np.array([torch.float32, re.compile('…')])", "a", "b"),
+    "array": ("it = np.array([torch.float32, …])", "1", "2"),
     "member of an enum": ("A = enum.Enum('A', 'x y')\nit = lambda: A.x.value\nit.of = A.…", "x", "y"),
     "class attribute": ("class it(StreamlinedTrainer):\n loss = nn.CrossEntropyLoss(torch.tensor([…]))", "1.0", "2.0"),
     "method": ("class it(nn.Module):\n def forward(self, x): return x * …", "2", "3"),
@@ -80,7 +80,6 @@ THE_SAME = {
     "layout, comments, docstrings": ("def it(x):\n  'Doubled.'\n  return [(x*2)] # it", "def it( x ): return [\n x*2]"),
     "order of methods": ("class it:\n a = 1\n def b(self): return 2", "class it:\n def b(self): return 2\n a = 1"),
     "unused globals": ("W = x = 1\ndef it(x): return x.W", "W = x = 2\ndef it(x): return x.W"),
-    "docstring of a class within": ("def it():\n class A: x = 1", 'def it():\n class A: "…"; x = 1'),
     "order of a dict": ("it = {'a': 1, 'b': [3]}", "it = {'b': [3], 'a': 1}"),
 }
 
@@ -151,7 +150,7 @@ SHARED = nn.Linear(36, 3), nn.BatchNorm1d(36, affine=False)
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: SHARED[0], "build it there or copy.deepcopy it"),
+        (lambda: SHARED[0], "build it there"),
         (lambda: nn.Sequential(nn.Flatten(), SHARED[1], nn.Linear(36, 3)), "networks that share no tensor"),
         (lambda: torch.compile(tiny_mlp()), "compile with TrainingConfig.torch_compile"),
         (lambda: nn.Dropout(np.random.rand()), "not NumPy or random"),

@@ -202,7 +202,7 @@ def test_without_a_login_an_experiment_asks_for_nothing_and_warns_once(tmp_path,
     monkeypatch.setattr(wandb, "init", lambda **more: pytest.fail("it would ask"))
     monkeypatch.setattr(httpx, "head", lambda *url, **more: None)  # the server is there
     said = one_warning(three_runs(tmp_path, tiny_data))
-    assert "run `wandb login` in a terminal or set WANDB_API_KEY; WANDB_MODE=offline needs" in said
+    assert "run `wandb login` or set WANDB_API_KEY; WANDB_MODE=offline needs" in said
 
 
 def test_without_a_route_an_experiment_waits_once_and_for_a_short_time(tmp_path, tiny_data, monkeypatch):
@@ -218,10 +218,8 @@ def test_without_a_route_an_experiment_waits_once_and_for_a_short_time(tmp_path,
     wandb.teardown()
 
 
-def test_an_experiment_has_the_mode_of_the_users_own_run_in_its_workers_too(tmp_path, monkeypatch):
+def test_a_worker_has_the_mode_of_its_experiment_and_a_missing_wandb_is_a_warning(monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "online")
-    with wandb.init(mode="offline", dir=str(tmp_path)):
-        assert mode_here() == "offline"
     attempt(("net", 0), None, None, None, -1, wandb_mode="offline")  # as in a worker; without a network it fails
     assert os.environ["WANDB_MODE"] == "offline"
     monkeypatch.setitem(sys.modules, "wandb", None)
