@@ -62,7 +62,8 @@ class TrackedRun:
 
 def runs_in(folder: Path) -> list[TrackedRun]:
     """The W&B runs that lie in a folder, the oldest first."""
-    return [*map(TrackedRun, sorted(folder.glob("wandb/*/*.wandb"), key=lambda path: path.stat().st_ctime))]
+    files = folder.glob("wandb/offline-run-*/*.wandb")
+    return [TrackedRun(file) for file in sorted(files, key=lambda path: path.stat().st_ctime)]
 
 
 def config(folder: Path, num_epochs: int = 2, **knobs) -> TrainingConfig:
