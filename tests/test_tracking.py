@@ -24,7 +24,7 @@ from wandb.util import get_core_path
 from lablib import MLP, KnowledgeDistillationTrainer, StreamlinedTrainer, TrainingConfig, experiment
 from lablib.identity import build_seeded
 from lablib.runs import attempt, train_or_load
-from lablib.tracking import LOGGED, mode_here
+from lablib.tracking import LOGGED, final_result, mode_here
 
 TOKEN = "1234567890:AAErecognisable_token_of_the_tests_"
 
@@ -52,7 +52,6 @@ class TrackedRun:
         records = [json.loads(line) for line in subprocess.check_output(command, text=True).splitlines()]
         of = {kind: [r[kind] for r in records if r["type"] == kind] for kind in ("run", "history", "summary", "exit")}
         self.run, self.exit_code = of["run"][0], of["exit"][0]["exit_code"]
-        self.config = {key: value for key, value in self.run["config"]["update"].items() if key != "_wandb"}
         self.history = [row["item"] for row in of["history"]]
         self.summary = {key: value for part in of["summary"] for key, value in part["update"].items()}
 
@@ -63,21 +62,21 @@ class TrackedRun:
 
 def runs_in(folder: Path) -> list[TrackedRun]:
     """The W&B runs that lie in a folder, the oldest first."""
-    files = (folder / "wandb").glob("offline-run-*/*.wandb")
+    files = folder.glob("wandb/offline-run-*/*.wandb")
     return [TrackedRun(file) for file in sorted(files, key=lambda path: path.stat().st_ctime)]
 
 
-def config(folder: Path, **knobs) -> TrainingConfig:
-    defaults = {"num_epochs": 2, "batch_size": 8, "validation_split": 0.25, "device": "cpu", "use_wandb": True}
-    return TrainingConfig(**{**defaults, "output_dir": str(folder), **knobs})
+def config(folder: Path, num_epochs: int = 2, **knobs) -> TrainingConfig:
+    knobs |= {"batch_size": 8, "validation_split": 0.25, "device": "cpu", "use_wandb": True}
+    return TrainingConfig(num_epochs=num_epochs, output_dir=folder, **knobs)
 
 
 def small_mlp(seed: int = 0) -> MLP:
     return build_seeded(partial(MLP, (8,), image_shape=(1, 6, 6), num_classes=3), seed)
 
 
-def distilling(knobs: TrainingConfig, data, **more) -> KnowledgeDistillationTrainer:
-    return KnowledgeDistillationTrainer(small_mlp(), small_mlp(seed=1), knobs, data, temperature=3.0, alpha=0.6, **more)
+def distilling(config: TrainingConfig, data, **more) -> KnowledgeDistillationTrainer:
+    return KnowledgeDistillationTrainer(small_mlp(), small_mlp(1), config, data, temperature=3.0, alpha=0.6, **more)
 
 
 def one_warning(train) -> str:
@@ -99,33 +98,27 @@ class Talkative(TrainerCallback):
 @pytest.fixture(scope="module")
 def tracked(tmp_path_factory, tiny_data, _offline) -> SimpleNamespace:
     """A distillation with everything switched on, and a plain training after it while the user has a run open."""
-    folder, elsewhere, talkative = tmp_path_factory.mktemp("runs"), tmp_path_factory.mktemp("elsewhere"), Talkative()
+    folder, talkative = tmp_path_factory.mktemp("runs"), Talkative()
     private = {"telegram_bot_token": TOKEN, "telegram_additional_info": "a private remark"}
     knobs = config(folder, num_epochs=3, wandb_watch=True, **private)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [sys.argv[0], "--token", TOKEN])
         trainer = distilling(knobs, tiny_data, callbacks=[talkative], run_name="MLP-0123")
         trainer.train()
-    users = wandb.init(project="mine", dir=str(elsewhere))
-    StreamlinedTrainer(small_mlp(), config(folder, wandb_group="a group"), tiny_data, run_name="second").train()
-    assert wandb.run is users
-    users.log({"still": "there"})
-    users.finish()
-    (first, second), (users,) = runs_in(folder), runs_in(elsewhere)
-    return SimpleNamespace(folder=folder, trainer=trainer, last=talkative.last, first=first, second=second, users=users)
+    with wandb.init(project="mine", dir=str(tmp_path_factory.mktemp("elsewhere"))) as users:
+        StreamlinedTrainer(small_mlp(), config(folder, wandb_group="a group"), tiny_data, run_name="second").train()
+        assert wandb.run is users
+    first, second = runs_in(folder)
+    return SimpleNamespace(folder=folder, trainer=trainer, last=talkative.last, first=first, second=second)
 
 
 def test_the_config_is_an_allow_list(tracked):
-    logged = tracked.first.config
-    assert {name: logged.pop(name) for name in LOGGED} == {n: getattr(tracked.trainer.config, n) for n in LOGGED}
-    assert all(logged.pop(name) == tracked.trainer.environment[name] for name in ("torch", "transformers", "python"))
-    assert logged.pop("data") == {"name": "tiny", "fingerprint": ANY, "classes": ["top", "middle", "bottom"]}
-    assert logged.pop("arguments")["hidden_sizes"] == [8]
-    assert logged == {
-        **{"temperature": 3.0, "alpha": 0.6},
-        **{"precision": "fp32", "device": "cpu", "processes": "1"},
-        **{"model": "MLP", "trainer": "KnowledgeDistillationTrainer"},
-        "parameters": 36 * 8 + 8 + 8 * 3 + 3,
+    assert tracked.first.run["config"]["update"] == {
+        **{name: getattr(tracked.trainer.config, name) for name in LOGGED},
+        **{"temperature": 3.0, "alpha": 0.6, "precision": "fp32", "device": "cpu", "processes": "1"},
+        **dict.fromkeys(["torch", "transformers", "python", "arguments", "_wandb"], ANY),
+        **{"model": "MLP", "trainer": "KnowledgeDistillationTrainer", "parameters": 36 * 8 + 8 + 8 * 3 + 3},
+        "data": {"name": "tiny", "fingerprint": ANY, "classes": ["top", "middle", "bottom"]},
     }
 
 
@@ -137,12 +130,10 @@ def test_no_secret_and_no_private_text_is_in_any_file(tracked):
 
 
 def test_each_epoch_is_one_row_with_all_of_its_metrics_and_the_summary_is_the_result(tracked):
-    rows, summary, test = tracked.trainer.history, tracked.first.summary, tracked.trainer.test()
-    assert tracked.first.metrics() == rows
-    assert [row["_step"] for row in tracked.first.history] == [row["epoch"] for row in rows] == [1, 2, 3]
-    best = max(rows, key=lambda row: row["val_accuracy"])
-    expected = {"epochs": 3, "best_epoch": best["epoch"], "test_accuracy": test["test_accuracy"]}
-    assert {name: summary[name] for name in expected} == expected
+    assert tracked.first.metrics() == tracked.trainer.history
+    assert [row["_step"] for row in tracked.first.history] == [1, 2, 3]
+    result = final_result(tracked.trainer)
+    assert {name: tracked.first.summary[name] for name in result} == result
 
 
 def test_the_histograms_are_those_of_the_last_step(tracked):
@@ -156,12 +147,9 @@ def test_the_histograms_are_those_of_the_last_step(tracked):
 
 
 def test_two_trainings_are_two_runs_and_the_users_own_is_left_alone(tracked):
-    first, second = tracked.first, tracked.second
-    names = [(run.run["display_name"], run.run["run_group"]) for run in (first, second)]
-    assert names == [("MLP-0123", "tiny"), ("second", "a group")]
-    assert (len(first.history), len(second.history)) == (3, 2)
-    assert first.exit_code == second.exit_code == 0
-    assert [row["still"] for row in tracked.users.history] == ["there"]
+    runs = tracked.first, tracked.second
+    names = [(it.run["display_name"], it.run["run_group"], len(it.history), it.exit_code) for it in runs]
+    assert names == [("MLP-0123", "tiny", 3, 0), ("second", "a group", 2, 0)]
 
 
 def test_an_interrupted_training_is_marked_so_and_continues_its_own_run(tmp_path, tiny_data):
@@ -191,8 +179,8 @@ def test_one_that_fails_gives_one_warning_and_the_same_weights(failing, tmp_path
     assert all(map(torch.equal, first, other))
 
 
-def three_runs(folder: Path, data):
-    return lambda: experiment({"MLP": small_mlp}, config(folder, num_epochs=1), data, seeds=3)
+def said_by_three_runs(folder: Path, data) -> str:
+    return one_warning(lambda: experiment({"MLP": small_mlp}, config(folder, num_epochs=1), data, seeds=3))
 
 
 def test_without_a_login_an_experiment_asks_for_nothing_and_warns_once(tmp_path, tiny_data, monkeypatch):
@@ -201,8 +189,7 @@ def test_without_a_login_an_experiment_asks_for_nothing_and_warns_once(tmp_path,
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
     monkeypatch.setattr(wandb, "init", lambda **more: pytest.fail("it would ask"))
     monkeypatch.setattr(httpx, "head", lambda *url, **more: None)  # the server is there
-    said = one_warning(three_runs(tmp_path, tiny_data))
-    assert "run `wandb login` in a terminal or set WANDB_API_KEY; WANDB_MODE=offline needs" in said
+    assert "run `wandb login` or set WANDB_API_KEY; WANDB_MODE=offline" in said_by_three_runs(tmp_path, tiny_data)
 
 
 def test_without_a_route_an_experiment_waits_once_and_for_a_short_time(tmp_path, tiny_data, monkeypatch):
@@ -213,15 +200,13 @@ def test_without_a_route_an_experiment_waits_once_and_for_a_short_time(tmp_path,
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
         wandb.teardown()
         began = time.monotonic()
-        assert "ReadTimeout: timed out; WANDB_MODE=offline" in one_warning(three_runs(tmp_path, tiny_data))
+        assert "ReadTimeout: timed out; WANDB_MODE=offline" in said_by_three_runs(tmp_path, tiny_data)
         assert 1 < time.monotonic() - began < 5
     wandb.teardown()
 
 
-def test_an_experiment_has_the_mode_of_the_users_own_run_in_its_workers_too(tmp_path, monkeypatch):
+def test_a_worker_has_the_mode_of_its_experiment_and_a_missing_wandb_is_a_warning(monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "online")
-    with wandb.init(mode="offline", dir=str(tmp_path)):
-        assert mode_here() == "offline"
     attempt(("net", 0), None, None, None, -1, wandb_mode="offline")  # as in a worker; without a network it fails
     assert os.environ["WANDB_MODE"] == "offline"
     monkeypatch.setitem(sys.modules, "wandb", None)
