@@ -4,7 +4,9 @@ import dis
 import hashlib
 import inspect
 import json
+import os
 import sys
+import sysconfig
 from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
@@ -169,7 +171,7 @@ def _installed(thing: type | FunctionType) -> str | None:
 def _is_installed(module: str) -> bool:
     """Whether a module belongs to Python, to an installed package or to lablib."""
     package = module.partition(".")[0]
-    if package in sys.stdlib_module_names or package == "lablib":
-        return True
-    file = getattr(sys.modules.get(package), "__file__", None) or ""
-    return package != "__main__" and ("site-packages" in file or "dist-packages" in file)
+    file = os.path.realpath(getattr(sys.modules.get(package), "__file__", None) or "/")
+    if package in sys.stdlib_module_names:  # unless a file of the user's has such a name
+        return file == "/" or file.startswith(os.path.realpath(sysconfig.get_path("stdlib")))
+    return package == "lablib" or "site-packages" in file or "dist-packages" in file

@@ -12,7 +12,7 @@ import httpx
 from pydantic import SecretStr
 from transformers import TrainerCallback
 
-from lablib.config import one_line, redacted
+from lablib.config import one_line, redacted, warn
 from lablib.tracking import final_result, harmless
 
 for _name in ("httpx", "httpcore.connection", "httpcore.http11"):  # they log the URL, and the token is part of it
@@ -59,7 +59,10 @@ class TelegramNotifier:
                 reply = {"description": f"no answer ({type(error).__name__})"}
             if reply.get("ok"):
                 return reply["result"]
-            if reply.get("error_code") in (400, 401, 403, 404):
+            if new := reply.get("parameters", {}).get("migrate_to_chat_id"):
+                warn(f"Telegram: the group has a new chat ID; set TELEGRAM_CHAT_ID to {new}")
+                options["data"]["chat_id"] = self.chat_id = str(new)
+            elif reply.get("error_code") in (400, 401, 403, 404):
                 raise RuntimeError(f"{reply['description']}; check TELEGRAM_BOT_TOKEN and TELEGRAM_CHAT_ID")
         raise ConnectionError(reply["description"])
 

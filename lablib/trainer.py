@@ -181,7 +181,6 @@ class StreamlinedTrainer(transformers.Trainer):
         self.notes, self.wandb_id = [], secrets.token_hex(4)
         first = {"is_world_process_zero": self.is_world_process_zero()}
         self.state = TrainerState(0.0, 0, max_steps, num_train_epochs=config.num_epochs, **first)
-        self._clock = self._saved_at = time.monotonic()
         transformers.set_seed((config.seed + args.process_index * 2_654_435_761) % 2**32)  # not a nearby seed
         if saved:
             vars(self.state).update(saved["state"])
@@ -190,6 +189,7 @@ class StreamlinedTrainer(transformers.Trainer):
                 self.notes.append(f"resumed at step {self.state.global_step} with another {', '.join(changed)}")
                 warn(f"{args.output_dir}: {self.notes[-1]}; the result will carry this note")
         self._call("on_train_begin")
+        self._clock = self._saved_at = time.monotonic()
         if saved:
             self._restore(saved)
 

@@ -266,8 +266,10 @@ def test_an_interruption_says_where_and_keeps_what_is_finished(api, config, tiny
     with pytest.raises(KeyboardInterrupt, match="interrupted at epoch 2 of 6; run again to resume"):
         experiment(NARROW, replace(config, **bot), tiny_data, [0, 1, 2], trainer_class=Interrupted)
     (message,) = api.messages()
-    assert message.text.startswith("Experiment on tiny: interrupted\nruns: 1 of 3 finished (0 loaded), 0 failed\n")
-    assert "\nKeyboardInterrupt: interrupted at epoch 2 of 6; run again to resume\n" in message.text
+    assert message.text.startswith(
+        "Experiment on tiny: failed with KeyboardInterrupt: interrupted at epoch 2 of 6; run"
+    )
+    assert "\nruns: 1 of 3 finished, 0 failed\n" in message.text
     assert capsys.readouterr().out.count("\ninterrupted at epoch 2 of 6; run again to resume\n") == 1
     state.resumed = True
     result = experiment(NARROW, config, tiny_data, [0, 1, 2], trainer_class=Interrupted)

@@ -78,6 +78,13 @@ def test_a_message_arrives_as_it_is_and_is_cut_where_it_is_too_long(api):
     assert notifier.check() == "The token belongs to Lab Bot (@lab_bot)."
 
 
+def test_a_group_that_became_a_supergroup_is_followed(api):
+    api.script = [error(400, "Bad Request: group chat was upgraded", parameters={"migrate_to_chat_id": -1009})]
+    with pytest.warns(UserWarning, match="the group has a new chat ID; set TELEGRAM_CHAT_ID to -1009"):
+        TelegramNotifier(TOKEN, CHAT).send_message("text")
+    assert [request.chat for request in api.requests] == [CHAT, "-1009"]
+
+
 @pytest.mark.parametrize("failure", [error(500, "Internal"), error(429, "Too Many Requests"), reset])
 def test_what_may_be_temporary_is_tried_again_after_a_pause(failure, api, monkeypatch):
     monkeypatch.setattr(TelegramNotifier, "pause", 0.05)
