@@ -174,4 +174,4 @@ def _is_installed(module: str) -> bool:
     file = os.path.realpath(getattr(sys.modules.get(package), "__file__", None) or "/")
     if package in sys.stdlib_module_names:  # unless a file of the user's has such a name
         return file == "/" or file.startswith(os.path.realpath(sysconfig.get_path("stdlib")))
-    return package == "lablib" or "site-packages" in file or "dist-packages" in file
+    return package == "lablib" or (package != "__main__" and ("site-packages" in file or "dist-packages" in file))
