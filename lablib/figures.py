@@ -66,11 +66,12 @@ def loss_terms(histories: pd.DataFrame, dataset: str, alpha: float) -> plt.Figur
     return loss_curves(pd.concat(lines), "loss", f"{dataset}, distilled student, α = {alpha:g}", panels)
 
 
-def _titled(figure: plt.Figure, title: str, table: pd.DataFrame, note: str = "", by: Sequence[str] = ("model",)):
+def _titled(figure: plt.Figure, title: str, table: pd.DataFrame, note: str = "", by=("model",)) -> plt.Figure:
     """The figure with its title: "n = 5", or "n = 3 to 5" where the numbers of seeds differ, and a note below."""
     counts = table["n"] if "n" in table else table.groupby([*by])["seed"].nunique()
     low, high = counts.min(), counts.max()
-    figure.suptitle(f"{title} ({seeds_text(low) if low == high else f'n = {low} to {high}'})\n{note}".strip())
+    seeds = f"n = {low} to {high}" if low < high else seeds_text(low)
+    figure.suptitle(f"{title} ({seeds})\n{note}".strip())
     return figure
 
 
@@ -89,11 +90,11 @@ def accuracy_by_depth(frames: pd.DataFrame | Mapping[str, pd.DataFrame], dataset
 def gradient_ratio(gradients: pd.DataFrame, frame: pd.DataFrame, dataset: str, chance: float) -> plt.Figure:
     """By depth: `gradient_ratios` before training, where 0 leaves a gap, and test error. `chance` is a fraction."""
     ratios = gradient_ratios(gradients[gradients["when"] == "initial"])
-    ratio = "gradient of the first layer /\nthat of the last hidden layer"
-    table = _by_family(frame).merge(ratios.rename(columns={"ratio": ratio}), "left", ["model", "seed"])
+    table = _by_family(frame).merge(ratios, "left", ["model", "seed"])
     figure, (above, below) = plt.subplots(2, 1, figsize=(6.8, 7.4), sharex=True, layout="constrained")
-    _line_per_family(above, table, "place", ratio, estimator=gmean, errorbar=None)
+    _line_per_family(above, table, "place", "ratio", estimator=gmean, errorbar=None)
     above.set_yscale("log", nonpositive="mask")
+    above.set_ylabel("gradient of the first layer /\nthat of the last hidden layer")
     above.axhline(1, color="0.4", linewidth=1)
     above.get_legend().remove()
     below.axhline(100 * (1 - chance), color="0.4", linewidth=1, linestyle=":", label="guessing")
@@ -112,7 +113,7 @@ def accuracy_by_cost(frame: pd.DataFrame, costs: pd.DataFrame, dataset: str) -> 
         _line_per_family(axis, table, cost, ACCURACY, errorbar=_interval)
         axis.set_xscale("log")
         _label_log(axis.xaxis, EngFormatter())
-    return _titled(figure, f"{dataset}: test accuracy by cost (to the right: deeper)", table, DOTS)
+    return _titled(figure, f"{dataset}: test accuracy by cost, deeper to the right", table, DOTS)
 
 
 def _by_family(frame: pd.DataFrame) -> pd.DataFrame:

@@ -95,16 +95,14 @@ def points(row: Mapping) -> str:
 
 
 def verdict(row: Mapping, word: str = "better") -> str:
-    """A comparison as a sentence that claims no more than its interval supports; the larger value is `word`, but of two
-    effects, as `compare_effects` names them, the first is larger or smaller.
-    """
+    """A comparison as a sentence that claims no more than its interval supports; the larger value is `word`."""
     first, second = row["first"], row["second"]
     if math.isnan(row["ci95"]):
         why = "too few seeds to tell" if row["n"] < MIN_SEEDS else "the same with every seed, so there is no interval"
         return f"{first} − {second}: {points(row)}, {why}."
     if not row["significant"]:
         return f"No significant difference between {first} and {second}: {points(row)}."
-    if " − " in first:
+    if " − " in first:  # effects, which have a sign: the larger is not always better
         return f"**{first} is {'larger' if row['mean'] > 0 else 'smaller'} than {second}**: {points(row)}."
     larger, smaller = (first, second) if row["mean"] > 0 else (second, first)
     return f"**{larger} is {word} than {smaller}**: {points({**row, 'mean': abs(row['mean'])})}."
@@ -159,12 +157,11 @@ def readable_table(table: pd.DataFrame) -> pd.DataFrame:
 def recommend(table: pd.DataFrame) -> str:
     """The smallest model of a `results_table` within one standard error of the best validation accuracy; of several of
     one size, the most accurate (the rule of Breiman et al., Classification and Regression Trees, 1984). Models with
-    fewer than `MIN_SEEDS` finished runs or a failed one do not count; if there is no other, the text says so.
+    fewer than `MIN_SEEDS` finished runs do not count; if there is no other, the text says so.
     """
-    whole = table.get("error", pd.Series("", table.index)).fillna("") == ""
-    finished = table[whole & (table["n"] >= MIN_SEEDS)]
+    finished = table[table["n"] >= MIN_SEEDS]
     if finished.empty:
-        return f"none: every model has fewer than {MIN_SEEDS} finished runs, or a failed one"
+        return f"none: every model has fewer than {MIN_SEEDS} finished runs"
     best = finished.loc[finished["val_accuracy_mean"].idxmax()]
     lowest = best["val_accuracy_mean"] - best["val_accuracy_std"] / math.sqrt(best["n"])
     close = finished[finished["val_accuracy_mean"] >= lowest]
