@@ -95,7 +95,6 @@ def gradient_ratio(gradients: pd.DataFrame, frame: pd.DataFrame, dataset: str, c
     _line_per_family(above, table, "place", "ratio", estimator=gmean, errorbar=None)
     above.set_yscale("log", nonpositive="mask")
     above.set_ylabel("gradient of the first layer /\nthat of the last hidden layer")
-    above.axhline(1, color="0.4", linewidth=1)
     above.get_legend().remove()
     below.axhline(100 * (1 - chance), color="0.4", linewidth=1, linestyle=":", label="guessing")
     _line_per_family(below, table, "place", ERROR, errorbar=_interval)
@@ -181,8 +180,8 @@ def distillation(frame: pd.DataFrame, names: Mapping[str, str], dataset: str, ch
         runs = frame[frame["model"] == model]
         size, accuracy = runs["parameters"].iloc[0], runs["test_accuracy"]
         label = f"{role}\n{model}\n{size:,.0f} parameters\n{summarise(accuracy).percent()}"
-        parts.append(pd.DataFrame({"": label, "test accuracy (%)": 100 * accuracy, "seed": runs["seed"]}))
-    table, look = pd.concat(parts), {"x": "", "y": "test accuracy (%)"}
+        parts.append(pd.DataFrame({"": label, ACCURACY: 100 * accuracy, "seed": runs["seed"]}))
+    table, look = pd.concat(parts), {"x": "", "y": ACCURACY}
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
     sns.barplot(table, **look, hue="", palette="colorblind", errorbar=_interval, capsize=0.1, ax=left)
     left.axhline(100 * chance, color="0.2", linewidth=1, linestyle=":")

@@ -73,8 +73,7 @@ def _tested(comparisons: list[tuple[str, str, str, pd.Series]]) -> pd.DataFrame:
             mean, std, ci95, n = summarise(values)
             p = math.nan if math.isnan(ci95) else stats.ttest_1samp(values, 0).pvalue
             rows.append([*names, n, mean, std, ci95, p, values.to_dict()])
-    columns = ["label", "first", "second", "n", "mean", "std", "ci95", "p_value", "by_seed"]
-    table = pd.DataFrame(rows, columns=columns)
+    table = pd.DataFrame(rows, columns=["label", "first", "second", "n", "mean", "std", "ci95", "p_value", "by_seed"])
     question = table["label"].astype(str).str.extract(r"^(.*), depth \d+$")[0].fillna("")
     by_question = table["p_value"].dropna().astype(float).groupby(question)
     table.insert(8, "p_adjusted", by_question.transform(stats.false_discovery_control))
@@ -111,8 +110,7 @@ def verdict(row: Mapping, word: str = "better") -> str:
 def verdicts(comparison: pd.DataFrame, word: str = "better") -> str:
     """All comparisons as a Markdown list of sentences."""
     rows = zip(labels(comparison), comparison.to_dict("records"), strict=True)
-    sentences = [f"- {label}: {verdict(row, word)}" for label, row in rows]
-    return "\n".join(sentences) or "Nothing to compare: this needs finished runs of two networks with the same seed."
+    return "\n".join(f"- {label}: {verdict(row, word)}" for label, row in rows) or "Nothing to compare."
 
 
 def effects_table(comparisons: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
