@@ -15,9 +15,7 @@ from lablib.metrics import first_logits
 from lablib.models import ResidualBlock
 
 
-def gradient_norms(
-    model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor], outputs: Callable = nn.Module.__call__
-) -> pd.DataFrame:
+def gradient_norms(model: nn.Module, batch: tuple, outputs: Callable = nn.Module.__call__) -> pd.DataFrame:
     """Root mean square of the loss gradient of each layer, from input to output: a table of layer (from 1), name, rms.
 
     `batch`: images as the model takes them (float, batch × channels × height × width) and labels (batch). Measured are
@@ -25,7 +23,6 @@ def gradient_norms(
     The loss is the mean cross-entropy without dropout. `outputs(model, images)` gives the logits, or a tuple that
     begins with them. The model stays as it was. Raises RuntimeError if there is no layer to measure.
     """
-    # a projection belongs to the shortcut; it is not a layer of F
     shortcuts = [m.projection for m in model.modules() if isinstance(m, ResidualBlock)]
     shortcuts += [m.downsample[0] for m in model.modules() if isinstance(m, BasicBlock) and m.downsample]
     kinds = (nn.Linear, nn.modules.conv._ConvNd)
@@ -47,10 +44,9 @@ def expected_calibration_error(confidence: Sequence[float], correct: Sequence[bo
     """Mean distance between confidence and accuracy over bins of equal width, weighted by images (Guo et al. 2017,
     https://arxiv.org/abs/1706.04599). By image: the predicted class's probability, and whether that class is right.
     """
-    confidence = np.asarray(confidence, dtype=float)
-    gaps = pd.Series(confidence - np.asarray(correct, dtype=float))
-    bin_sums = gaps.groupby(np.ceil(confidence * bins)).sum()  # an image on the border belongs to the bin below
-    return float(bin_sums.abs().sum() / len(gaps))
+    confidence, correct = np.asarray(confidence, dtype=float), np.asarray(correct, dtype=float)
+    gaps = pd.Series(confidence - correct).groupby(np.ceil(confidence * bins)).sum()
+    return float(gaps.abs().sum() / len(confidence))
 
 
 def multiply_adds(model: nn.Module, image_shape: Sequence[int]) -> int:

@@ -12,8 +12,9 @@ from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator
 from scipy.stats import gmean
 from sklearn.calibration import CalibrationDisplay
 
-from lablib.statistics import compare, gradient_ratios, labels, points, summarise, with_depth
+from lablib.statistics import compare, gradient_ratios, labels, points, seeds_text, summarise, with_depth
 
+ACCURACY, ERROR = "test accuracy (%)", "test error (%)"
 DOTS = "one point per run, mean and 95 % interval (three or more seeds)"
 BELOW = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.17)}  # a legend that covers no data
 GRID = {"squeeze": False, "layout": "constrained"}
@@ -37,7 +38,7 @@ def save(figure: plt.Figure, *paths: str | Path) -> plt.Figure:
 
 def loss_curves(histories: pd.DataFrame, column: str, dataset: str, panels: Mapping | None = None) -> plt.Figure:
     """A loss ("train_loss" or "val_loss") by epoch, one line per seed. `panels` gives for each title its models."""
-    what = {"train_loss": "training loss", "val_loss": "validation loss"}[column]
+    what = {"train_loss": "training loss", "val_loss": "validation loss", "loss": "weighted terms of the loss"}[column]
     panels = panels or {"": histories["model"].unique()}
     figure, axes = plt.subplots(1, len(panels), figsize=(2.4 + 4.4 * len(panels), 4.4), sharey=True, **GRID)
     for axis, (title, models) in zip(axes.flat, panels.items(), strict=True):
@@ -46,87 +47,81 @@ def loss_curves(histories: pd.DataFrame, column: str, dataset: str, panels: Mapp
         sns.lineplot(table, **look, style="model", units="seed", estimator=None, linewidth=1)
         best = table.sort_values("val_accuracy", ascending=False, kind="stable").drop_duplicates(["model", "seed"])
         sns.scatterplot(best, **look, hue_order=table["model"].unique(), legend=False, s=30, zorder=3)
-        axis.set(title=title, yscale="log", ylabel=f"{what} (cross-entropy, nats)")
+        axis.set(title=title, yscale="log", ylabel=f"{what} (nats)")
         _label_log(axis.yaxis)
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.legend(**BELOW)
-    figure.suptitle(f"{dataset}: {what} ({_seeds(histories, 'model')})\nline: one seed; dot: best validation accuracy")
-    return figure
+    return _titled(figure, f"{dataset}: {what}", histories, "line: one seed; dot: best validation accuracy")
 
 
 def loss_terms(histories: pd.DataFrame, dataset: str, alpha: float) -> plt.Figure:
     """A distilled student's loss by epoch and its two terms, weighted by `alpha` and 1 − `alpha`."""
     terms = {"total": (1, "loss"), "α · soft": (alpha, "soft_loss"), "(1 − α) · hard": (1 - alpha, "hard_loss")}
     lines = [
-        histories.assign(part=part, term=term, loss=weight * histories[f"{prefix}_{column}"])
+        histories.assign(model=f"{part}: {term}", loss=weight * histories[f"{prefix}_{column}"])
         for part, prefix in {"training": "train", "validation": "val"}.items()
         for term, (weight, column) in terms.items()
     ]
-    look = {"x": "epoch", "y": "loss", "col": "part", "hue": "term", "style": "term", "palette": "colorblind"}
-    grid = sns.relplot(pd.concat(lines), kind="line", **look, units="seed", estimator=None, linewidth=1, height=4)
-    grid.set_titles("{col_name}").set_ylabels("contribution to the loss (nats)")
-    grid.figure.suptitle(f"{dataset}: the distilled student's loss, α = {alpha:g} ({_seeds(histories, 'model')})")
-    return grid.tight_layout().figure
+    panels = {part: [f"{part}: {term}" for term in terms] for part in ("training", "validation")}
+    return loss_curves(pd.concat(lines), "loss", f"{dataset}, distilled student, α = {alpha:g}", panels)
 
 
-def _seeds(table: pd.DataFrame, *by: str) -> str:
-    """Numbers of seeds by these columns, or of a comparison: "n = 5", or "n = 3 to 5" where they differ."""
-    counts = table.groupby([*by])["seed"].nunique() if by else table["n"]
+def _titled(figure: plt.Figure, title: str, table: pd.DataFrame, note: str = "", by=("model",)) -> plt.Figure:
+    """The figure with its title: "n = 5", or "n = 3 to 5" where the numbers of seeds differ, and a note below."""
+    counts = table["n"] if "n" in table else table.groupby([*by])["seed"].nunique()
     low, high = counts.min(), counts.max()
-    return f"n = {low} to {high}" if low < high else f"n = {low}"
+    seeds = f"n = {low} to {high}" if low < high else seeds_text(low)
+    figure.suptitle(f"{title} ({seeds})\n{note}".strip())
+    return figure
 
 
 def accuracy_by_depth(frames: pd.DataFrame | Mapping[str, pd.DataFrame], dataset: str) -> plt.Figure:
     """Test error by depth of models such as "ResidualMLP-8"; several frames are panels, titled by their keys."""
     frames = {"": frames} if isinstance(frames, pd.DataFrame) else frames
-    table = _with_place(pd.concat([frame.assign(panel=title) for title, frame in frames.items()]))
+    tables = {title: _by_family(frame) for title, frame in frames.items()}
     figure, axes = plt.subplots(1, len(frames), figsize=(2.4 + 4.4 * len(frames), 4.4), sharey=True, **GRID)
-    for axis, title in zip(axes.flat, frames, strict=True):
-        _line_per_family(axis, table[table["panel"] == title], "place", "error", errorbar=_interval)
+    for axis, (title, table) in zip(axes.flat, tables.items(), strict=True):
+        _line_per_family(axis, table, "place", ERROR, errorbar=_interval)
         axis.set_title(title)
-    for axis in axes.flat:  # once all are drawn, as they share a scale
-        _label_errors(axis, table)
-    figure.suptitle(f"{dataset}: test error by depth ({_seeds(table, 'panel', 'model')})\n{DOTS}")
-    return figure
+    runs = pd.concat(tables, names=["panel"])
+    return _titled(figure, f"{dataset}: test error by depth", runs, DOTS, by=["panel", "model"])
 
 
 def gradient_ratio(gradients: pd.DataFrame, frame: pd.DataFrame, dataset: str, chance: float) -> plt.Figure:
     """By depth: `gradient_ratios` before training, where 0 leaves a gap, and test error. `chance` is a fraction."""
     ratios = gradient_ratios(gradients[gradients["when"] == "initial"])
-    table = _with_place(frame).merge(ratios, "left", ["model", "seed"])
+    table = _by_family(frame).merge(ratios, "left", ["model", "seed"])
     figure, (above, below) = plt.subplots(2, 1, figsize=(6.8, 7.4), sharex=True, layout="constrained")
     _line_per_family(above, table, "place", "ratio", estimator=gmean, errorbar=None)
     above.set_yscale("log", nonpositive="mask")
     above.set_ylabel("gradient of the first layer /\nthat of the last hidden layer")
-    above.axhline(1, color="0.4", linewidth=1)
     above.get_legend().remove()
     below.axhline(100 * (1 - chance), color="0.4", linewidth=1, linestyle=":", label="guessing")
-    _line_per_family(below, table, "place", "error", errorbar=_interval)
-    _label_errors(below, table)
-    what = f"initial gradients, and test error, by depth ({_seeds(table, 'model')})"
-    figure.suptitle(f"{dataset}: {what}\none point per run; geometric means above, means and 95 % intervals below")
-    return figure
+    _line_per_family(below, table, "place", ERROR, errorbar=_interval)
+    below.set_yscale("log")
+    _label_log(below.yaxis)
+    note = "one point per run; geometric means above, means and 95 % intervals below"
+    return _titled(figure, f"{dataset}: initial gradients, and test error, by depth", table, note)
 
 
 def accuracy_by_cost(frame: pd.DataFrame, costs: pd.DataFrame, dataset: str) -> plt.Figure:
     """Test accuracy by cost. `costs` has the models as index and a column per panel, such as "parameters"."""
-    table = _with_place(frame[["model", "seed", "test_accuracy"]]).join(costs, on="model")
+    table = _by_family(frame[["model", "seed", "test_accuracy"]]).join(costs, on="model")
     figure, axes = plt.subplots(1, costs.shape[1], figsize=(2.4 + 4.4 * costs.shape[1], 4.4), sharey=True, **GRID)
     for axis, cost in zip(axes.flat, costs, strict=True):
-        _line_per_family(axis, table, cost, "accuracy", errorbar=_interval)
-        axis.set(xscale="log", ylabel="test accuracy (%)")
+        _line_per_family(axis, table, cost, ACCURACY, errorbar=_interval)
+        axis.set_xscale("log")
         _label_log(axis.xaxis, EngFormatter())
-    figure.suptitle(f"{dataset}: test accuracy by cost (to the right: deeper; {_seeds(table, 'model')})\n{DOTS}")
-    return figure
+    return _titled(figure, f"{dataset}: test accuracy by cost, deeper to the right", table, DOTS)
 
 
-def _with_place(frame: pd.DataFrame) -> pd.DataFrame:
-    """The finished runs with percentages, family, depth and place on the x axis."""
+def _by_family(frame: pd.DataFrame) -> pd.DataFrame:
+    """The finished runs with percentages, family, depth and place on an axis of depths."""
     table = with_depth(frame.dropna(subset="test_accuracy"))
     families, _ = pd.factorize(table["family"])
     place = table["depth"].rank(method="dense") - 1 + 0.09 * (families - families.max() / 2)  # families side by side
     accuracy = 100 * table["test_accuracy"]
-    return table.assign(place=place, accuracy=accuracy, error=100 - accuracy)
+    return table.assign(place=place, **{ACCURACY: accuracy, ERROR: 100 - accuracy})
 
 
 def _line_per_family(axis: plt.Axes, table: pd.DataFrame, x: str, y: str, **average):
@@ -135,20 +130,15 @@ def _line_per_family(axis: plt.Axes, table: pd.DataFrame, x: str, y: str, **aver
     sns.scatterplot(table, **look, legend=False, alpha=0.4, s=30)
     sns.lineplot(table, **look, **average, err_style="bars", markersize=8)
     axis.legend(**BELOW, ncols=3)
+    if x == "place":
+        depths = sorted(table["depth"].unique())
+        axis.set(xticks=range(len(depths)), xticklabels=depths, xlabel="depth")
 
 
 def _interval(percentages: pd.Series) -> tuple[float, float]:
     """The ends of the mean's interval, which stay between 0 and 100; NaN where there is none."""
     summary = summarise(percentages)
     return tuple(np.clip([summary.mean - summary.ci95, summary.mean + summary.ci95], 0, 100))
-
-
-def _label_errors(axis: plt.Axes, table: pd.DataFrame):
-    depths, errors = sorted(table["depth"].unique()), table["error"]
-    axis.set(xticks=range(len(depths)), xticklabels=depths, xlabel="depth", ylabel="test error (%)")
-    if 0 < 10 * errors.min() < errors.max():
-        axis.set_yscale("log")
-        _label_log(axis.yaxis)
 
 
 def _label_log(axis, numbers="{x:g}"):
@@ -165,7 +155,7 @@ def gradient_norms(gradients: pd.DataFrame, dataset: str) -> plt.Figure:
     look = {"x": "position", "y": "rms", "col": "family", "row": "when", "hue": "depth", "style": "depth"}
     grid = sns.relplot(table, kind="line", **look, palette="viridis", estimator=gmean, errorbar=None, height=2.9)
     grid.set(yscale="log").set_titles("{col_name}, {row_name}")
-    grid.figure.suptitle(f"{dataset}: loss gradient by layer, geometric mean over seeds ({_seeds(table, 'model')})")
+    _titled(grid.figure, f"{dataset}: loss gradient by layer, geometric mean over seeds", table)
     return grid.set_axis_labels("layer (0: first, 1: last)", "gradient (RMS)").tight_layout().figure
 
 
@@ -179,9 +169,8 @@ def paired_differences(comparison: pd.DataFrame, dataset: str, title: str) -> pl
         axis.errorbar(100 * row.mean, place + 0.15, xerr=100 * row.ci95, fmt="kD", mfc="k" if row.significant else "w")
     axis.set(yticks=range(len(comparison)), yticklabels=labels(comparison), ylim=(len(comparison) - 0.5, -0.5))
     axis.set_xlabel("difference in test accuracy (percentage points)")
-    legend = "circle: one seed; diamond: mean, filled if significant; bar: 95 % interval"
-    figure.suptitle(f"{dataset}: {title} ({_seeds(comparison)})\n{legend}")
-    return figure
+    note = "circle: one seed; diamond: mean, filled if significant; bar: 95 % interval"
+    return _titled(figure, f"{dataset}: {title}", comparison, note)
 
 
 def distillation(frame: pd.DataFrame, names: Mapping[str, str], dataset: str, chance: float) -> plt.Figure:
@@ -191,8 +180,8 @@ def distillation(frame: pd.DataFrame, names: Mapping[str, str], dataset: str, ch
         runs = frame[frame["model"] == model]
         size, accuracy = runs["parameters"].iloc[0], runs["test_accuracy"]
         label = f"{role}\n{model}\n{size:,.0f} parameters\n{summarise(accuracy).percent()}"
-        parts.append(pd.DataFrame({"": label, "test accuracy (%)": 100 * accuracy, "seed": runs["seed"]}))
-    table, look = pd.concat(parts), {"x": "", "y": "test accuracy (%)"}
+        parts.append(pd.DataFrame({"": label, ACCURACY: 100 * accuracy, "seed": runs["seed"]}))
+    table, look = pd.concat(parts), {"x": "", "y": ACCURACY}
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
     sns.barplot(table, **look, hue="", palette="colorblind", errorbar=_interval, capsize=0.1, ax=left)
     left.axhline(100 * chance, color="0.2", linewidth=1, linestyle=":")
@@ -202,8 +191,8 @@ def distillation(frame: pd.DataFrame, names: Mapping[str, str], dataset: str, ch
     plt.setp([*left.get_xticklabels(), *right.get_xticklabels()], fontsize="x-small")
     (_, teacher), (alone, student), (distilled, taught) = names.items()
     comparison = compare(frame, {"lead": (teacher, student), "gain": (taught, student)})  # their p-values are adjusted
-    gains = [points(row) for row in comparison.query("label == 'gain'").to_dict("records")]
-    figure.suptitle("\n".join([dataset, *(f"{distilled} − {alone}: {gain}" for gain in gains)]))
+    gain = points(comparison.set_index("label").loc["gain"])
+    figure.suptitle(f"{dataset}\n{distilled} − {alone}: {gain}")
     return figure
 
 
@@ -219,14 +208,12 @@ def distillation_grid(frame: pd.DataFrame, dataset: str, used: tuple[float, floa
     sns.heatmap(means.unstack().rename("{:g}".format), annot=texts.unstack(), fmt="", **look, ax=axis)
     axis.set(xlabel="α, the weight of the teacher's term", ylabel="temperature T")
     axis.tick_params(axis="y", rotation=0)
-    figure.suptitle(f"{dataset}, {_seeds(frame, 'temperature', 'alpha')}; without a teacher: {100 * alone:.2f} %")
-    return figure
+    return _titled(figure, f"{dataset}; without a teacher: {100 * alone:.2f} %", frame, by=["temperature", "alpha"])
 
 
 def reliability(predictions: pd.DataFrame, errors: Mapping[str, Sequence[float]], dataset: str) -> plt.Figure:
-    """Accuracy by confidence, a line per model through 15 bins with equal numbers of images.
-
-    `predictions` has a row per image: model, confidence, correct; `errors` has each model's calibration errors by seed.
+    """Accuracy by confidence, a line per model through 15 bins with equal numbers of images. `predictions`: a row per
+    image (model, confidence, correct); `errors`: each model's calibration errors by seed.
     """
     figure, axis = plt.subplots(figsize=(6.8, 5.6), layout="constrained")
     for model, table in predictions.groupby("model", sort=False):
@@ -270,9 +257,8 @@ def confusion_matrix(matrix: np.ndarray, class_names: Sequence[str], title: str)
 def softened_predictions(
     images: torch.Tensor, titles: Sequence[str], softened: dict[float, torch.Tensor], names: Sequence[str], title: str
 ) -> plt.Figure:
-    """A teacher's probabilities of the ten likeliest classes of each image, a bar for each temperature.
-
-    `titles` are the true classes, `names` all classes; `softened` has probabilities (images × classes) by temperature.
+    """A teacher's probabilities of the ten likeliest classes of each image, a bar per temperature. `titles` are the
+    true classes, `names` all classes; `softened` has probabilities (images × classes) by temperature.
     """
     figure, axes = plt.subplots(len(images), 2, figsize=(9, 0.6 + 1.6 * len(images)), width_ratios=[1, 5], **GRID)
     for index, (picture, bars) in enumerate(axes):

@@ -25,7 +25,11 @@ class Summary(NamedTuple):
 
     def percent(self) -> str:
         """A fraction as text: '98.35 ± 0.12 % (n = 5)'."""
-        return f"{_hundredths(self.mean, self.ci95)} (n = {self.n})"
+        return f"{_hundredths(self.mean, self.ci95)} ({seeds_text(self.n)})"
+
+
+def seeds_text(n: int) -> str:
+    return "1 seed" if n == 1 else f"n = {n}"
 
 
 def _hundredths(mean: float, ci95: float = math.nan, sign: str = "", unit: str = " %") -> str:
@@ -42,15 +46,14 @@ def summarise(values: Sequence[float]) -> Summary:
 
 
 def compare(frame: pd.DataFrame, pairs: Mapping[str, tuple[str, str]], metric: str = "test_accuracy") -> pd.DataFrame:
-    """Paired differences, first − second, by the label of each pair of models, over the seeds that both have, if any.
-
-    Columns: label, first, second, n, mean, std, ci95, p_value (paired t-test), p_adjusted (Benjamini and Hochberg's
-    correction over the rows of one question), significant (adjusted p < 0.05), and by_seed ({seed: difference}). Labels
-    such as "the shortcut, depth 2" that differ only in depth are one question, all others another.
+    """Paired differences, first − second, by the label of each pair of models, over the seeds that both have, if any:
+    label, first, second, n, mean, std, ci95, p_value (paired t-test), p_adjusted (Benjamini and Hochberg's correction
+    over the rows of one question), significant (adjusted p < 0.05), and by_seed ({seed: difference}). Labels such as
+    "the shortcut, depth 2" that differ only in depth are one question, all others another.
     """
     values = frame.dropna(subset=metric).pivot(index="seed", columns="model", values=metric)
-    known = {label: pair for label, pair in pairs.items() if {*pair} <= {*values}}
-    return _tested([(label, one, other, values[one] - values[other]) for label, (one, other) in known.items()])
+    known = [(label, one, other) for label, (one, other) in pairs.items() if {one, other} <= {*values}]
+    return _tested([(label, one, other, values[one] - values[other]) for label, one, other in known])
 
 
 def compare_effects(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
@@ -70,8 +73,7 @@ def _tested(comparisons: list[tuple[str, str, str, pd.Series]]) -> pd.DataFrame:
             mean, std, ci95, n = summarise(values)
             p = math.nan if math.isnan(ci95) else stats.ttest_1samp(values, 0).pvalue
             rows.append([*names, n, mean, std, ci95, p, values.to_dict()])
-    columns = ["label", "first", "second", "n", "mean", "std", "ci95", "p_value", "by_seed"]
-    table = pd.DataFrame(rows, columns=columns)
+    table = pd.DataFrame(rows, columns=["label", "first", "second", "n", "mean", "std", "ci95", "p_value", "by_seed"])
     question = table["label"].astype(str).str.extract(r"^(.*), depth \d+$")[0].fillna("")
     by_question = table["p_value"].dropna().astype(float).groupby(question)
     table.insert(8, "p_adjusted", by_question.transform(stats.false_discovery_control))
@@ -88,7 +90,7 @@ def points(row: Mapping) -> str:
     """A comparison as text, in percentage points: '+0.63 ± 0.20 points (n = 5, adjusted p = 0.003)'."""
     p = row["p_adjusted"]
     tested = "" if math.isnan(p) else ", adjusted p < 0.001" if p < 0.001 else f", adjusted p = {p:.2g}"
-    return f"{_hundredths(row['mean'], row['ci95'], '+', ' points')} (n = {row['n']}{tested})"
+    return f"{_hundredths(row['mean'], row['ci95'], '+', ' points')} ({seeds_text(row['n'])}{tested})"
 
 
 def verdict(row: Mapping, word: str = "better") -> str:
@@ -99,17 +101,16 @@ def verdict(row: Mapping, word: str = "better") -> str:
         return f"{first} − {second}: {points(row)}, {why}."
     if not row["significant"]:
         return f"No significant difference between {first} and {second}: {points(row)}."
+    if " − " in first:  # effects, which have a sign: the larger is not always better
+        return f"**{first} is {'larger' if row['mean'] > 0 else 'smaller'} than {second}**: {points(row)}."
     larger, smaller = (first, second) if row["mean"] > 0 else (second, first)
     return f"**{larger} is {word} than {smaller}**: {points({**row, 'mean': abs(row['mean'])})}."
 
 
 def verdicts(comparison: pd.DataFrame, word: str = "better") -> str:
     """All comparisons as a Markdown list of sentences."""
-    sentences = []
-    for label, row in zip(labels(comparison), comparison.to_dict("records"), strict=True):
-        start = "- " if label == f"{row['first']} − {row['second']}" else f"- {label}: "
-        sentences.append(start + verdict(row, word))
-    return "\n".join(sentences) or "Nothing to compare: this needs finished runs of two networks with the same seed."
+    rows = zip(labels(comparison), comparison.to_dict("records"), strict=True)
+    return "\n".join(f"- {label}: {verdict(row, word)}" for label, row in rows) or "Nothing to compare."
 
 
 def effects_table(comparisons: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
@@ -117,7 +118,7 @@ def effects_table(comparisons: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     columns = {}
     for name, table in comparisons.items():
         rows = table.itertuples()
-        cells = [f"{_hundredths(r.mean, r.ci95, '+', '')} (n = {r.n}){' *' * r.significant}" for r in rows]
+        cells = [f"{_hundredths(r.mean, r.ci95, '+', '')} ({seeds_text(r.n)}){' *' * r.significant}" for r in rows]
         columns[name] = pd.Series(cells, labels(table), dtype=object)
     return pd.concat(columns, axis=1).fillna("").rename_axis(columns="points, * significant")
 
@@ -128,17 +129,14 @@ def results_table(frame: pd.DataFrame, reference: Mapping[str, float] | None = N
     """
     if frame.duplicated(["model", "seed"]).any():
         raise ValueError("two runs of a model have the same seed; give one of the models another name")
-    by_model = frame.groupby("model", sort=False)
     columns = {"dataset": ("dataset", "first"), "parameters": ("parameters", "first"), "n": ("test_accuracy", "count")}
     columns |= {f"{m}_{kind}": (m, kind) for m in ("val_accuracy", "test_accuracy") for kind in ("mean", "std")}
     columns["test_accuracy_ci95"] = "test_accuracy", lambda values: summarise(values).ci95
     columns |= {f"{m}_mean": (m, "mean") for m in ("epochs", "seconds", "balanced_accuracy") if m in frame}
-    table = by_model.agg(**columns).astype({"parameters": "Int64"})
-    if reference:
-        table["reference"] = table.index.map(reference).astype(float)
     if "error" in frame:
-        table["error"] = by_model["error"].agg(lambda errors: "; ".join(errors.dropna().unique()))
-    return table.reset_index()
+        columns["error"] = "error", lambda errors: "; ".join(errors.dropna().unique())
+    table = frame.groupby("model", sort=False).agg(**columns).astype({"parameters": "Int64"}).reset_index()
+    return table.assign(reference=table["model"].map(reference).astype(float)) if reference else table
 
 
 def readable_table(table: pd.DataFrame) -> pd.DataFrame:
@@ -157,12 +155,11 @@ def readable_table(table: pd.DataFrame) -> pd.DataFrame:
 def recommend(table: pd.DataFrame) -> str:
     """The smallest model of a `results_table` within one standard error of the best validation accuracy; of several of
     one size, the most accurate (the rule of Breiman et al., Classification and Regression Trees, 1984). Models with
-    fewer than `MIN_SEEDS` finished runs or a failed one do not count; if there is no other, the text says so.
+    fewer than `MIN_SEEDS` finished runs do not count; if there is no other, the text says so.
     """
-    whole = table.get("error", pd.Series("", table.index)).fillna("") == ""
-    finished = table[whole & (table["n"] >= MIN_SEEDS)]
+    finished = table[table["n"] >= MIN_SEEDS]
     if finished.empty:
-        return f"none: every model has fewer than {MIN_SEEDS} finished runs, or a failed one"
+        return f"none: every model has fewer than {MIN_SEEDS} finished runs"
     best = finished.loc[finished["val_accuracy_mean"].idxmax()]
     lowest = best["val_accuracy_mean"] - best["val_accuracy_std"] / math.sqrt(best["n"])
     close = finished[finished["val_accuracy_mean"] >= lowest]
@@ -189,10 +186,8 @@ def with_knobs(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def gradient_ratios(gradients: pd.DataFrame) -> pd.DataFrame:
-    """The first layer's gradient over the last hidden one's: model, seed, when, ratio (NaN if undefined).
-
-    `gradients` has one row per layer, in order: model, seed, when, layer (from 1; the last is the classifier), rms.
+    """The first layer's gradient over the last hidden one's (NaN if that is 0): model, seed, when, ratio. `gradients`
+    has one row per layer, in order: model, seed, when, layer (from 1; the last is the classifier), rms.
     """
     layers = gradients.groupby(["model", "seed", "when"], sort=False)["rms"]
-    ratios = layers.agg(lambda rms: rms.iloc[0] / rms.iloc[-2] if len(rms) > 1 and rms.iloc[-2] else math.nan)
-    return ratios.rename("ratio").reset_index()
+    return layers.agg(lambda rms: rms.iloc[0] / (rms.iloc[-2] or math.nan)).rename("ratio").reset_index()

@@ -25,17 +25,16 @@ def only(comparison: pd.DataFrame) -> dict:
 
 @pytest.mark.parametrize("n", [3, 5])
 def test_a_summary_is_scipys_t_interval(n):
-    summary = summarise(VALUES[:n])
+    mean, std, ci95, count = summary = summarise(VALUES[:n])
     low, high = stats.t.interval(0.95, n - 1, loc=np.mean(VALUES[:n]), scale=stats.sem(VALUES[:n]))
-    assert (summary.n, summary.mean) == (n, pytest.approx(np.mean(VALUES[:n])))
-    assert summary.std == pytest.approx(np.std(VALUES[:n], ddof=1))
-    assert (summary.mean - summary.ci95, summary.mean + summary.ci95) == pytest.approx((low, high))
-    assert summary.percent() == f"{100 * summary.mean:.2f} ± {50 * (high - low):.2f} % (n = {n})"
+    assert (count, mean, std) == (n, pytest.approx(np.mean(VALUES[:n])), pytest.approx(np.std(VALUES[:n], ddof=1)))
+    assert (mean - ci95, mean + ci95) == pytest.approx((low, high))
+    assert summary.percent() == f"{100 * mean:.2f} ± {50 * (high - low):.2f} % (n = {n})"
 
 
 @pytest.mark.parametrize(
     ("values", "text"),
-    [([0.98], "98.00 % (n = 1)"), ([0.98, 0.99], "98.50 % (n = 2)"), ([342 / 360] * 3, "95.00 % (n = 3)")],
+    [([0.98], "98.00 % (1 seed)"), ([0.98, 0.99], "98.50 % (n = 2)"), ([342 / 360] * 3, "95.00 % (n = 3)")],
 )
 def test_fewer_than_three_seeds_or_equal_values_give_no_interval(values, text):
     assert summarise(values).percent() == text
@@ -76,7 +75,7 @@ def test_pairs_whose_models_or_common_seeds_are_missing_are_left_out():
     assert list(table["label"]) == ["c"]
     empty = compare(frame, {"a": ("A", "nowhere")})
     assert list(empty.columns) == list(table.columns)
-    assert statistics.verdicts(empty).startswith("Nothing to compare")
+    assert statistics.verdicts(empty) == "Nothing to compare."
     assert compare_effects(empty, table).empty
 
 
@@ -89,6 +88,7 @@ def test_effects_are_compared_by_seed_where_both_tables_have_the_label():
     assert list(row["by_seed"].values()) == pytest.approx(list(expected))
     assert row["p_value"] == pytest.approx(stats.ttest_1samp(expected, 0).pvalue)
     assert (row["label"], row["first"], row["second"]) == ("2", "A − B", "A − C in the other experiment")
+    assert statistics.verdict(row | {"significant": True, "mean": -0.01}).startswith("**A − B is smaller than A − C in")
     readable = statistics.effects_table({"first": first, "change": table})
     assert readable.loc["2", "first"] == f"{100 * first['mean'][0]:+.2f} ± {100 * first['ci95'][0]:.2f} (n = 5)"
     assert readable.loc["4", "change"] == ""
@@ -143,29 +143,23 @@ def test_failed_and_missing_runs_show_in_the_tables_and_the_others_count():
     assert statistics.with_knobs(cells)[["temperature", "alpha", "seed"]].to_numpy().tolist() == [[2, 0.5, 1]]
 
 
-NO_CHOICE = "none: every model has fewer than 3 finished runs, or a failed one"
-
-
 @pytest.mark.parametrize(
     ("rows", "choice"),
     [  # model, parameters, validation mean and standard deviation, n; the standard error of the best is 0.005
         ([("large", 900, 0.95, 0.01, 4), ("small", 100, 0.9451, 0.3, 4), ("tiny", 10, 0.9, 0.2, 4)], "small"),
         ([("large", 900, 0.95, 0.01, 4), ("small", 100, 0.9449, 0.3, 4), ("tiny", 10, 0.9, 0.2, 4)], "large"),
-        ([("large", 100, 0.949, 0.01, 4), ("better", 100, 0.95, 0.01, 4)], "better"),
+        ([("worse", 100, 0.949, 0.01, 4), ("better", 100, 0.95, 0.01, 4)], "better"),
         ([("steady", 100, 0.94, 0.01, 3), ("lucky", 10, 0.95, math.nan, 1)], "steady"),
-        ([("two", 100, 0.94, 0.01, 2), ("one", 1000, 0.95, math.nan, 1)], NO_CHOICE),
+        ([("two", 100, 0.94, 0.01, 2)], "none: every model has fewer than 3 finished runs"),
     ],
 )
 def test_the_smallest_model_within_a_standard_error_of_the_best_is_recommended(rows, choice):
     table = pd.DataFrame(rows, columns=["model", "parameters", "val_accuracy_mean", "val_accuracy_std", "n"])
     assert statistics.recommend(table) == choice
-    lucky = pd.concat([table, table.assign(model="failed", val_accuracy_mean=1.0, error="ArithmeticError")])
-    assert statistics.recommend(lucky) == choice
 
 
 def test_gradient_ratios_are_of_the_first_to_the_last_hidden_layer_by_run():
     runs = {"model": ["net-2"] * 6 + ["dead-2"] * 3, "seed": [0, 0, 0, 1, 1, 1, 0, 0, 0], "when": "initial"}
     ratios = statistics.gradient_ratios(pd.DataFrame(runs | {"rms": [1.0, 4, 9, 2, 4, 9, 0, 0, 9]}))
     np.testing.assert_allclose(ratios["ratio"], [0.25, 0.5, math.nan])
-    assert statistics.gradient_ratios(pd.DataFrame(runs).groupby("model").head(1).assign(rms=1.0))["ratio"].isna().all()
     assert list(statistics.with_depth(ratios)["family"]) == ["net", "net", "dead"]
