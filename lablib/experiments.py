@@ -95,10 +95,9 @@ class Experiment:
 
         def predictions(run: Run) -> pd.DataFrame:
             measured = run.measured()
-            table = pd.DataFrame({"image": range(len(true)), "label": true, "predicted": measured["test_class"]})
-            return table.assign(
-                confidence=measured["test_confidence"].astype(float), correct=table["predicted"] == true
-            )
+            predicted, confidence = measured["test_class"], measured["test_confidence"].astype(float)
+            answers = {"predicted": predicted, "confidence": confidence, "correct": predicted == true}
+            return pd.DataFrame({"image": range(len(true)), "label": true, **answers})
 
         return self._of_each_run(predictions)
 
@@ -217,15 +216,14 @@ def experiment(
     trainers = trainer_class if isinstance(trainer_class, Mapping) else dict.fromkeys(keys, trainer_class)
     # for the runs: the experiment speaks for them, the token stays in this process, workers may be in another folder
     silent = {"use_telegram_notifications": False, "telegram_bot_token": None}
-    run_config = replace(config, **silent, output_dir=os.path.abspath(config.output_dir))
     missing, named = {}, {}
     for name, seed in keys:
-        seeded = replace(run_config, seed=seed)
+        seeded = replace(config, seed=seed, output_dir=os.path.abspath(config.output_dir), **silent)
         identity = run_identity(models[name], seeded, data, trainers[name, seed], callbacks)
         if (twin := named.setdefault(run_name(identity), name)) != name:  # they would look like independent results
             same = f"the models {twin!r} and {name!r} are the same network, trained alike"
             raise ValueError(f"{same}; in a loop, a lambda sees only the last value: use functools.partial")
-        if run := find_run(run_name(identity), run_config.output_dir, weights):
+        if run := find_run(run_name(identity), seeded.output_dir, weights):
             result.runs[name, seed] = run
         else:
             missing[name, seed] = seeded, identity
@@ -247,8 +245,7 @@ def _train(result: Experiment, missing: dict[Key, tuple], trainers: Mapping, wei
     shared = {"callbacks": result.callbacks, "weights": weights, "parent": os.getpid(), "wandb_mode": wandb_mode}
     tasks, paths = [], {}
     for key, (config, identity) in missing.items():
-        # the precision as resolved here: another machine has to follow
-        config = replace(config, use_wandb=bool(wandb_mode), precision=identity["config"]["precision"])
+        config = replace(config, use_wandb=bool(wandb_mode), precision=identity["config"]["precision"])  # resolved here
         own = {"trainer_class": trainers[key], "identity": identity}
         tasks.append(joblib.delayed(attempt)(key, result.models[key[0]], config, result.data, **own, **shared))
         paths[key] = Path(config.output_dir, run_name(identity))
@@ -259,13 +256,12 @@ def _train(result: Experiment, missing: dict[Key, tuple], trainers: Mapping, wei
     interruption = Interruption([signal.SIGINT] if jobs > 1 else [])  # workers get Ctrl-C too: await their checkpoints
     with telling, progress(paths, result.config.num_epochs), interruption:
         try:
-            for key, run, error in parallel(task for task in tasks if not interruption.asked):
+            for key, run, error, trace in parallel(task for task in tasks if not interruption.asked):
                 if run:
                     result.runs[key] = run
                 elif error:
-                    line, trace = error
-                    what = f" too: {line}" if line in result.failures.values() else f":\n{redacted(trace)}"
-                    result.failures[key] = line
+                    what = f" too: {error}" if error in result.failures.values() else f":\n{redacted(trace)}"
+                    result.failures[key] = error
                     warn(f"the run of {key[0]!r} with seed {key[1]} failed{what}")
                 else:
                     interruption.ask()

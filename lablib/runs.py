@@ -130,19 +130,18 @@ def train_or_load(
 
 
 def attempt(key: Key, build_model, config, data, parent: int, wandb_mode="", **options):
-    """Train one of an experiment's runs: its key, the run, the error as text; both None if a worker was interrupted."""
+    """Train one of an experiment's runs: its key; the run, or the error and its traceback; none if interrupted."""
     Interruption.parent = parent if os.getppid() == parent else None  # a worker's training ends with its parent
     if wandb_mode and os.getpid() != parent:  # the parent's may be another than when this process began
         os.environ["WANDB_MODE"] = wandb_mode
     try:
-        # a trainer and callbacks of its own, as a run in a worker has
-        return key, train_or_load(build_model, config, data, **copy.deepcopy(options)), None
+        return key, train_or_load(build_model, config, data, **copy.deepcopy(options)), None, None  # its own callbacks
     except Exception as error:
-        return key, None, (one_line(error), traceback.format_exc())
+        return key, None, one_line(error), traceback.format_exc()
     except KeyboardInterrupt:
         if os.getpid() == parent:
             raise
-        return key, None, None
+        return key, None, None, None
 
 
 def find_run(name: str, output_dir: str | Path, weights: bool = False) -> Run | None:
@@ -169,9 +168,7 @@ def load_run(path: Path) -> Run | None:
 
 
 def _train(path: Path, identity, build_model, config, data, trainer_class, callbacks) -> None:
-    from transformers import TrainerCallback  # takes seconds, which loading a run saves
-
-    from lablib.trainer import StreamlinedTrainer
+    from lablib.trainer import StreamlinedTrainer, TrainerCallback  # with transformers, which takes seconds
 
     class Reporter(TrainerCallback):  # for whoever watches the run
         def on_evaluate(self, args, state, control, **kwargs):
