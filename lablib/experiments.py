@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, product
 from pathlib import Path
-from traceback import format_exc
 
 import joblib
 import numpy as np
@@ -18,7 +17,7 @@ from torch import nn
 
 from lablib import figures
 from lablib.checkpoints import Interruption
-from lablib.config import TrainingConfig, one_line, redacted, warn
+from lablib.config import TrainingConfig, redacted, warn
 from lablib.data import UNBALANCED, ImageData
 from lablib.identity import run_identity, run_name
 from lablib.runs import Key, Run, TrainedModel, attempt, find_run, progress
@@ -103,8 +102,7 @@ class Experiment:
         return self._of_each_run(predictions)
 
     def _of_each_run(self, table_of: Callable[[Run], pd.DataFrame]) -> pd.DataFrame:
-        keys = [key for key in product(self.models, self.seeds) if key in self.runs]
-        tables = {key: table for key in keys if len(table := table_of(self.runs[key]))}
+        tables = {key: table for key, run in self.runs.items() if len(table := table_of(run))}
         return pd.concat(tables, names=["model", "seed"]).droplevel(-1).reset_index()
 
     def table(self, reference: Mapping[str, float] | None = None, save_to: str | Path | None = None) -> pd.DataFrame:
@@ -112,22 +110,18 @@ class Experiment:
         table = results_table(self.frame(), reference)
         return readable_table(save_table(table, save_to) if save_to else table)
 
-    def compare(
-        self, first: str | Mapping[str, tuple[str, str]], second: str | None = None, by: Sequence[int] | None = None
-    ) -> "Comparison":
+    def compare(self, first: str | Mapping, second: str | None = None, by: Sequence[int] = ()) -> "Comparison":
         """Paired differences in test accuracy over the seeds: the first model minus the second.
 
         Two models, or several pairs by name: {"the shortcut": ("ResidualCNN", "NoShortcut")}. With `by`, the depths,
         they are families ("ResidualCNN-2"), and p-values are corrected over the depths of a pair, else over all pairs.
-        A pair of a model with itself is left out. Raises KeyError for an unknown model.
+        A model is not compared with itself. Raises KeyError for an unknown model.
         """
-        pairs = first if isinstance(first, Mapping) else {"": (first, second)}
-        if by is not None:
-            pairs = {
-                f"{label}, depth {depth}" if label else f"depth {depth}": (f"{one}-{depth}", f"{other}-{depth}")
-                for (label, (one, other)), depth in product(pairs.items(), by)
-            }
-        pairs = {label or f"{one} − {other}": (one, other) for label, (one, other) in pairs.items() if one != other}
+        pairs = first if isinstance(first, Mapping) else {f"{first} − {second}": (first, second)}
+        if by:
+            families = product(pairs.items(), by)
+            pairs = {f"{label}, depth {n}": (f"{one}-{n}", f"{other}-{n}") for (label, (one, other)), n in families}
+        pairs = {label: pair for label, pair in pairs.items() if pair[0] != pair[1]}
         table = compare(self.select(*chain(*pairs.values())).frame(), pairs)
         return Comparison(table, self.data.name)
 
@@ -137,24 +131,21 @@ class Experiment:
         """Train one of the networks as a student: each seed's run learns from the `teacher`'s run with that seed.
 
         With a list of temperatures or alphas there is a student for each pair, named "T = 4, α = 0.7"; else it has the
-        `name`. Config and seeds are this experiment's by default; a seed whose teacher failed is left out. Raises as
-        `experiment` does, and KeyError for an unknown network or seed.
+        `name`. Config and seeds are this experiment's by default; joined ones may need a config. A seed whose teacher
+        failed is left out. Raises as `experiment` does, and KeyError for an unknown network or seed.
         """
         from lablib.distillation import KnowledgeDistillationTrainer  # with transformers, which takes seconds
 
-        config = config or self.config
-        if config is None:
-            raise ValueError("the joined experiments have different configs or callbacks; call distil on one of them")
         taught = [seed for seed in seeds or self.seeds if (teacher, seed) not in self.failures]
-        several = np.ndim(temperature) or np.ndim(alpha)
-        pairs = product(np.ravel(temperature).tolist(), np.ravel(alpha).tolist())
-        students = {f"T = {t:g}, α = {a:g}" if several else name: {"temperature": t, "alpha": a} for t, a in pairs}
-        trainers = {}
-        for (label, knobs), seed in product(students.items(), taught):
-            trained = TrainedModel(self.runs[teacher, seed], self.models[teacher])
-            trainers[label, seed] = partial(KnowledgeDistillationTrainer, teacher=trained, **knobs)
-        models, more = dict.fromkeys(students, self.models[student]), {"jobs": jobs, "callbacks": self.callbacks}
-        return experiment(models, config, self.data, taught, trainer_class=trainers, **more)
+        models, trainers = {}, {}
+        for t, a in product(np.ravel(temperature).tolist(), np.ravel(alpha).tolist()):
+            label = f"T = {t:g}, α = {a:g}" if np.ndim(temperature) or np.ndim(alpha) else name
+            models[label] = self.models[student]
+            for seed in taught:
+                trained = TrainedModel(self.runs[teacher, seed], self.models[teacher])
+                trainers[label, seed] = partial(KnowledgeDistillationTrainer, teacher=trained, temperature=t, alpha=a)
+        more = {"jobs": jobs, "trainer_class": trainers, "callbacks": self.callbacks}
+        return experiment(models, config or self.config, self.data, taught, **more)
 
     def trained_model(self, model: str, seed: int | None = None) -> nn.Module:
         """A run's network (by default of the first seed) with its best weights. Raises as `Run.load_weights` does."""
@@ -210,96 +201,68 @@ def experiment(
     whose workers need `output_dir` at the same path. `trainer_class`, which may be a dict by (model, seed), and
     `weights` are those of `train_or_load`. Each run gets its own copies of the `callbacks`.
 
-    A run that fails is reported by a warning and in `failures`; the others continue. Raises RuntimeError if all fail,
-    and ValueError for a config with a seed or two names for one run. Telegram gets one message unless all are loaded.
+    A training that fails is reported by a warning and in `failures`; the others continue. Raises RuntimeError if all
+    fail; before any training, ValueError for a config with a seed or two names for one run, and as `run_identity` does.
     """
     if config.seed:
         raise ValueError(f"the config has seed = {config.seed}; write seeds = [{config.seed}] instead")
     if built := [name for name, build in models.items() if isinstance(build, nn.Module)]:
         raise TypeError(f"models: {built[0]!r} needs a function that builds the network, such as lambda: Net()")
     seeds = tuple(dict.fromkeys(range(seeds) if isinstance(seeds, int) else seeds))  # each once
-    result = Experiment(data, config, dict(models), seeds, tuple(callbacks))
     keys = [*product(models, seeds)]
     if not keys:
         raise ValueError("an experiment needs a model and a seed; seeds=2 stands for the seeds 0 and 1")
+    result = Experiment(data, config, dict(models), seeds, tuple(callbacks))
     trainers = trainer_class if isinstance(trainer_class, Mapping) else dict.fromkeys(keys, trainer_class)
     # for the runs: the experiment speaks for them, the token stays in this process, workers may be in another folder
     silent = {"use_telegram_notifications": False, "telegram_bot_token": None}
-    run_config = replace(config, **silent, output_dir=os.path.abspath(config.output_dir))
-    missing = _load_finished(result, run_config, trainers, weights)
+    missing, named = {}, {}
+    for name, seed in keys:
+        seeded = replace(config, seed=seed, output_dir=os.path.abspath(config.output_dir), **silent)
+        identity = run_identity(models[name], seeded, data, trainers[name, seed], callbacks)
+        if (twin := named.setdefault(run_name(identity), name)) != name:  # they would look like independent results
+            same = f"the models {twin!r} and {name!r} are the same network, trained alike"
+            raise ValueError(f"{same}; in a loop, a lambda sees only the last value: use functools.partial")
+        if run := find_run(run_name(identity), seeded.output_dir, weights):
+            result.runs[name, seed] = run
+        else:
+            missing[name, seed] = seeded, identity
     data.warn_if_unbalanced()
-    if missing and (images := round(config.validation_split * len(data.train_labels))) < 100:
-        print(f"only {images} validation images decide when to stop: try early_stopping_patience = None, small batches")
-    places = sorted({str(run.path.parent).removeprefix(f"{Path.cwd()}{os.sep}") for run in result.runs.values()})
-    where = f" from {' and '.join(places)}" if places else ""
-    print(f"{len(result.runs)} of {len(keys)} runs loaded{where}, {len(missing)} to train", flush=True)
-    shared = {"callbacks": result.callbacks, "weights": weights, "parent": os.getpid()}
-    if missing and config.use_wandb:  # asked once, for all runs
-        from lablib.tracking import mode_here  # with transformers
-
-        shared["wandb_mode"] = mode_here()
-        run_config = replace(run_config, use_wandb=bool(shared["wandb_mode"]))
-    telling = nullcontext()
-    if config.use_telegram_notifications and (missing or result.failures):
-        from lablib.telegram import ExperimentMessages  # with transformers
-
-        telling = ExperimentMessages(result)
-    with telling:
-        tasks = []
-        for (name, seed), identity in missing.items():
-            # the precision as resolved here: another machine has to follow
-            seeded = replace(run_config, seed=seed, precision=identity["config"]["precision"])
-            own = {"trainer_class": trainers[name, seed], "identity": identity}
-            tasks.append(joblib.delayed(attempt)((name, seed), result.models[name], seeded, data, **own, **shared))
-        if tasks:
-            paths = {key: Path(run_config.output_dir, run_name(identity)) for key, identity in missing.items()}
-            _train_all(result, tasks, paths, jobs)
-            result.runs = {key: result.runs[key] for key in keys if key in result.runs}
+    print(f"{len(result.runs)} of {len(keys)} runs loaded, {len(missing)} to train", flush=True)
+    if missing:
+        _train(result, missing, trainers, weights, jobs)
+        result.runs = {key: result.runs[key] for key in keys if key in result.runs}
     if result.failures and not result.runs:
         raise RuntimeError(f"no run succeeded: {'; '.join(dict.fromkeys(result.failures.values()))}")
     return result
 
 
-def _load_finished(result: Experiment, config: TrainingConfig, trainers: Mapping, weights: bool) -> dict[Key, dict]:
-    """Add the finished runs to an experiment, and return the identities of those that are to be trained."""
-    missing, named = {}, {}
-    for name, seed in product(result.models, result.seeds):
-        try:
-            build, seeded = result.models[name], replace(config, seed=seed)
-            identity = run_identity(build, seeded, result.data, trainers[name, seed], result.callbacks)
-        except Exception as error:
-            _note_failure(result, (name, seed), one_line(error), format_exc())
-            continue
-        if (twin := named.setdefault(run_name(identity), name)) != name:  # they would look like independent results
-            advice = "a lambda in a loop sees only the last value; write functools.partial(Network, width)"
-            raise ValueError(f"the models {twin!r} and {name!r} are the same network, trained alike ({advice})")
-        if run := find_run(run_name(identity), config.output_dir, weights):
-            result.runs[name, seed] = run
-        else:
-            missing[name, seed] = identity
-    return missing
+def _train(result: Experiment, missing: dict[Key, tuple], trainers: Mapping, weights: bool, jobs: int):
+    """Add the runs that are missing, given by their configs and identities."""
+    from lablib import telegram, tracking  # with transformers, which takes seconds
 
-
-def _note_failure(result: Experiment, key: Key, line: str, trace: str):
-    what = f" too: {line}" if line in result.failures.values() else f":\n{redacted(trace)}"
-    result.failures[key] = line
-    warn(f"the run of {key[0]!r} with seed {key[1]} failed{what}")
-
-
-def _train_all(result: Experiment, tasks: list[tuple], paths: dict[Key, Path], jobs: int):
+    wandb_mode = tracking.mode_here() if result.config.use_wandb else ""  # asked once, for all runs
+    shared = {"callbacks": result.callbacks, "weights": weights, "parent": os.getpid(), "wandb_mode": wandb_mode}
+    tasks, paths = [], {}
+    for key, (config, identity) in missing.items():
+        config = replace(config, use_wandb=bool(wandb_mode), precision=identity["config"]["precision"])  # resolved here
+        own = {"trainer_class": trainers[key], "identity": identity}
+        tasks.append(joblib.delayed(attempt)(key, result.models[key[0]], config, result.data, **own, **shared))
+        paths[key] = Path(config.output_dir, run_name(identity))
     jobs = min(joblib.effective_n_jobs(jobs), jobs if jobs > 0 else len(tasks), len(tasks))  # dask ignores jobs
-    backend, _ = joblib.parallel.get_active_backend()
-    interruption = Interruption([signal.SIGINT] if jobs > 1 else [])  # workers get Ctrl-C too: await their checkpoints
-    return_as = "generator_unordered" if backend.supports_return_generator else "list"  # Ray's has no generator
     # mmap_mode "c": the workers share the images' memory, and may write to their own copy
-    parallel = joblib.Parallel(n_jobs=jobs, return_as=return_as, mmap_mode="c", pre_dispatch=jobs)
-    with progress(paths, result.config.num_epochs), interruption:
+    parallel = joblib.Parallel(n_jobs=jobs, return_as="generator_unordered", mmap_mode="c", pre_dispatch=jobs)
+    telling = telegram.ExperimentMessages(result) if result.config.use_telegram_notifications else nullcontext()
+    interruption = Interruption([signal.SIGINT] if jobs > 1 else [])  # workers get Ctrl-C too: await their checkpoints
+    with telling, progress(paths, result.config.num_epochs), interruption:
         try:
-            for key, run, error in parallel(task for task in tasks if not interruption.asked):
+            for key, run, error, trace in parallel(task for task in tasks if not interruption.asked):
                 if run:
                     result.runs[key] = run
                 elif error:
-                    _note_failure(result, key, *error)
+                    what = f" too: {error}" if error in result.failures.values() else f":\n{redacted(trace)}"
+                    result.failures[key] = error
+                    warn(f"the run of {key[0]!r} with seed {key[1]} failed{what}")
                 else:
                     interruption.ask()
         except Exception:  # a worker died

@@ -8,13 +8,11 @@ import os
 import shutil
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from operator import itemgetter
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -26,7 +24,7 @@ from filelock import FileLock, Timeout
 from torch import nn
 from tqdm import tqdm
 
-from lablib.checkpoints import EPOCHS, Interruption, contiguous_weights, delete_checkpoints, write_atomically
+from lablib.checkpoints import Interruption, contiguous_weights, delete_checkpoints, write_atomically
 from lablib.config import TrainingConfig, num_processes, one_line, warn, warn_once
 from lablib.data import ImageData, fixed_sample
 from lablib.diagnostics import gradient_norms
@@ -38,10 +36,7 @@ Key = tuple[str, int]  # a run's model and seed
 
 PUBLISHED = Path(__file__).resolve().parents[1] / "results" / "runs"  # runs that every checkout has, without weights
 _WEIGHTS = "model.safetensors"
-_NOT_WHOLE = (  # stored results are recognised by these words: do not change them
-    "a new copy with the trained weights gives different logits, so it cannot be loaded. Whatever training changes "
-    "must be in state_dict(), like parameters and persistent buffers"
-)
+_NOT_WHOLE = "a new copy with the trained weights gives different logits: what training changes must be in state_dict()"
 
 
 @dataclass(frozen=True)
@@ -56,20 +51,15 @@ class Run:
     def identity(self) -> dict[str, Any]:
         return json.loads((self.path / "identity.json").read_bytes())
 
-    @property
-    def has_weights(self) -> bool:
-        return (self.path / _WEIGHTS).exists()
-
     def load_weights(self, model: nn.Module) -> nn.Module:
         """Put the best epoch's weights into a model of the run's architecture and return it in eval mode.
 
         Raises ValueError if the run was published without its weights, or they are not all of the network.
         """
-        if lost := [note for note in self.result.get("notes", []) if note.endswith(_NOT_WHOLE)]:
-            raise ValueError(lost[0])
-        if not self.has_weights:
-            advice = "train it by calling experiment or train_or_load with weights=True"
-            raise ValueError(f"the run {self.path.name} was published without its weights; {advice}")
+        if _NOT_WHOLE in self.result.get("notes", []):
+            raise ValueError(f"the run {self.path.name} cannot be loaded: {_NOT_WHOLE}")
+        if not (self.path / _WEIGHTS).exists():
+            raise ValueError(f"the run {self.path.name} was published without its weights; train it with weights=True")
         model.load_state_dict(safetensors.torch.load_file(self.path / _WEIGHTS))
         return model.eval()
 
@@ -113,11 +103,10 @@ def train_or_load(
 ) -> Run:
     """Load a finished run, from `output_dir` or from the published ones; resume an interrupted one; train a new one.
 
-    `build_model` builds a new network. `trainer_class` replaces StreamlinedTrainer: a class, or a `functools.partial`
-    with what else the class needs, such as a teacher. With `weights`, a published run, which has none, does not count.
-    A damaged run is trained again. A run that another process trains is awaited. `bar` is a file that gets a progress
-    bar, such as sys.stderr. Raises as `run_identity` and the trainer do, and RuntimeError if `identity`, determined
-    before, is another run's.
+    `trainer_class` replaces StreamlinedTrainer: a class, or a `functools.partial` with what else it needs, such as a
+    teacher. With `weights`, a published run, which has none, does not count. A damaged run is trained again, and one
+    that another process trains is awaited. `bar` is a file that gets a progress bar, such as sys.stderr. Raises as
+    `run_identity` and the trainer do, and RuntimeError if `identity`, determined before, is another run's.
     """
     now = run_identity(build_model, config, data, trainer_class, callbacks)
     if identity and (changed := [n for n in now if json_digest(now[n]) != json_digest(identity.get(n))]):
@@ -133,7 +122,7 @@ def train_or_load(
         if together:
             torch.distributed.broadcast_object_list(found)  # a list, which is filled in place
         if not found[0]:
-            (path / "result.json").unlink(missing_ok=True)  # of a run that is damaged or has no weights
+            (path / "result.json").unlink(missing_ok=True)  # of a damaged run
             _train(path, now, build_model, config, data, trainer_class, callbacks)
         if together:
             torch.distributed.barrier()
@@ -141,26 +130,24 @@ def train_or_load(
 
 
 def attempt(key: Key, build_model, config, data, parent: int, wandb_mode="", **options):
-    """Train one of an experiment's runs: its key, the run, the error as text; both None if a worker was interrupted."""
+    """Train one of an experiment's runs: its key; the run, or the error and its traceback; none if interrupted."""
     Interruption.parent = parent if os.getppid() == parent else None  # a worker's training ends with its parent
     if wandb_mode and os.getpid() != parent:  # the parent's may be another than when this process began
         os.environ["WANDB_MODE"] = wandb_mode
     try:
-        # a trainer and callbacks of its own, as a run in a worker has
-        return key, train_or_load(build_model, config, data, **copy.deepcopy(options)), None
+        return key, train_or_load(build_model, config, data, **copy.deepcopy(options)), None, None  # its own callbacks
     except Exception as error:
-        return key, None, (one_line(error), traceback.format_exc())
+        return key, None, one_line(error), traceback.format_exc()
     except KeyboardInterrupt:
         if os.getpid() == parent:
             raise
-        return key, None, None
+        return key, None, None, None
 
 
 def find_run(name: str, output_dir: str | Path, weights: bool = False) -> Run | None:
     """A finished run by its name, from a store or, unless weights are needed, from the published ones; or None."""
     folders = [output_dir] if weights else [output_dir, PUBLISHED]
-    found = (load_run(Path(folder) / name) for folder in folders)
-    return next((run for run in found if run and (run.has_weights or not weights)), None)
+    return next(filter(None, (load_run(Path(folder) / name) for folder in folders)), None)
 
 
 def load_run(path: Path) -> Run | None:
@@ -174,46 +161,34 @@ def load_run(path: Path) -> Run | None:
         found["result"] = json_digest(result)  # all of result.json but the checksums
         if changed := [name for name in found if found[name] != written[name]]:
             raise ValueError(f"{', '.join(changed)} changed since it was finished")
-        rows = (path / "history.jsonl").read_text().splitlines()
-        return Run(path, result, [json.loads(row) for row in rows])
+        return Run(path, result, _history(path))
     except Exception as error:
         warn_once(f"the run {path} is damaged and does not count: {one_line(error)}")
         return None
 
 
 def _train(path: Path, identity, build_model, config, data, trainer_class, callbacks) -> None:
-    from transformers import TrainerCallback  # takes seconds, which loading a run saves
-
-    from lablib.trainer import StreamlinedTrainer
+    from lablib.trainer import StreamlinedTrainer, TrainerCallback  # with transformers, which takes seconds
 
     class Reporter(TrainerCallback):  # for whoever watches the run
-        reported = 0.0
-
         def on_evaluate(self, args, state, control, **kwargs):
             if state.is_world_process_zero:
-                write_atomically(path / "history.jsonl", _json_lines(trainer.history))
+                rows = "".join(json.dumps(row) + "\n" for row in trainer.history)
+                write_atomically(path / "history.jsonl", rows.encode())
 
         on_train_begin = on_evaluate  # the file may be ahead of the checkpoint from which a killed run resumes
 
-        def on_step_end(self, args, state, control, **kwargs):
-            if state.is_world_process_zero and time.monotonic() - self.reported > 1:
-                with suppress(OSError):  # no training should fail for its progress bar
-                    write_atomically(path / "checkpoints" / EPOCHS, str(state.epoch).encode())
-                self.reported = time.monotonic()
-
-    arguments = {"config": config, "data": data, "callbacks": [*callbacks, Reporter()]}
-    arguments |= {"checkpoint_dir": str(path / "checkpoints"), "run_name": path.name}
     given = trainer_class.keywords if isinstance(trainer_class, partial) else {}
-    if twice := sorted(given.keys() & arguments):
-        raise ValueError(f"trainer_class must not set {', '.join(twice)}; pass callbacks as the argument `callbacks`")
-    arguments |= {name: model.load() for name, model in given.items() if isinstance(model, TrainedModel)}
+    arguments = {name: model.load() for name, model in given.items() if isinstance(model, TrainedModel)}
+    arguments |= {"config": config, "data": data, "callbacks": [*given.get("callbacks", ()), *callbacks, Reporter()]}
+    arguments |= {"checkpoint_dir": str(path / "checkpoints"), "run_name": path.name}
     trainer = (trainer_class or StreamlinedTrainer)(build_seeded(build_model, config.seed), **arguments)
     trainer.train(resume_from_checkpoint=trainer.newest_checkpoint())
     prediction = trainer.predict_test()
     if trainer.is_world_process_zero():
         files = {
             _WEIGHTS: safetensors.torch.save(contiguous_weights(trainer.model)),
-            "history.jsonl": _json_lines(trainer.history),
+            "history.jsonl": (path / "history.jsonl").read_bytes(),
             "identity.json": json.dumps(identity, indent=1).encode(),
             "measured.npz": _measured(trainer, prediction.predictions, partial(build_seeded, build_model, config.seed)),
         }
@@ -233,7 +208,8 @@ def _result(trainer, test: dict[str, float]) -> dict[str, Any]:
         "processes": trainer.args.world_size,
         "threads": torch.get_num_threads(),
         "versions": {n: trainer.environment[n] for n in ("torch", "transformers", "python", "lablib")},
-    } | ({"notes": trainer.notes} if trainer.notes else {})
+        "notes": trainer.notes,
+    }
 
 
 def _measured(trainer, logits, build: Callable[[], nn.Module]) -> bytes:
@@ -241,35 +217,29 @@ def _measured(trainer, logits, build: Callable[[], nn.Module]) -> bytes:
     device, train, validation = trainer.args.device, trainer.train_dataset, trainer.eval_dataset
     logits = torch.from_numpy(first_logits(logits)).double()
     confidence, predicted = (logits if are_probabilities(logits) else logits.softmax(1)).max(1)
+    initial, copied = build().to(device), build().to(device)
+    copied.load_state_dict(trainer.model.state_dict())
     shown = fixed_sample(len(validation), max(8, 1000 // trainer.data.num_classes))
-    initial, reloaded = build().to(device), build().to(device)
-    answers = _logits(trainer, trainer.model, shown)
+    images = validation.__getitems__(shown)["images"].to(device)
+    with torch.no_grad():
+        answers, again = (first_logits(trainer.run_model(m, images)) for m in (trainer.model, copied.eval()))
     arrays = {
         "test_class": predicted.numpy().astype(np.int16),
         "test_confidence": confidence.numpy().astype(np.float16),
         "validation_images": shown.numpy(),
         "validation_logits": answers.cpu().numpy().astype(np.float16),
     }
-    reloaded.load_state_dict(trainer.model.state_dict())
-    off = (_logits(trainer, reloaded.eval(), shown) - answers).abs().mean()
+    off = (again - answers).abs().mean() / answers.abs().mean()
+    if off > (0.01 if trainer.precision == "fp32" else 0.1):  # rounding is far less
+        trainer.notes.append(_NOT_WHOLE)
+        warn(f"{type(copied).__name__}: {_NOT_WHOLE}")
     chosen = train.__getitems__(fixed_sample(len(train), 256))
     batch = trainer.prepare_images(chosen["images"].to(device), training=False), chosen["labels"].to(device)
-    if off > (0.01 if trainer.precision == "fp32" else 0.1) * answers.abs().mean():  # rounding is far less
-        trainer.notes.append(f"{type(reloaded).__name__}: {_NOT_WHOLE}")
-        warn(trainer.notes[-1])
-    else:
-        with suppress(RuntimeError):  # a model without layers to measure
-            for when, model in {"initial": initial, "trained": reloaded}.items():
-                arrays[f"gradient_{when}"] = gradient_norms(model, batch, trainer.outputs)["rms"].to_numpy(np.float32)
+    with suppress(RuntimeError):  # a model without layers to measure
+        for when, model in {"initial": initial, "trained": copied}.items():
+            arrays[f"gradient_{when}"] = gradient_norms(model, batch, trainer.outputs)["rms"].to_numpy(np.float32)
     np.savez_compressed(content := io.BytesIO(), **arrays)
     return content.getvalue()
-
-
-def _logits(trainer, model: nn.Module, validation_images: torch.Tensor) -> torch.Tensor:
-    """Images × classes, for some of the validation images."""
-    images = trainer.eval_dataset.__getitems__(validation_images)["images"].to(trainer.args.device)
-    with torch.no_grad():
-        return first_logits(trainer.run_model(model, images))
 
 
 def _write(path: Path, result: dict[str, Any], files: dict[str, bytes]) -> None:
@@ -281,36 +251,37 @@ def _write(path: Path, result: dict[str, Any], files: dict[str, bytes]) -> None:
     write_atomically(path / "result.json", json.dumps(result | {"sha256": sums}, indent=1).encode())
 
 
-def _json_lines(rows: list[dict]) -> bytes:
-    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+def _history(path: Path) -> list[dict[str, float]]:
+    with suppress(OSError, ValueError):  # not written yet, or cut off when the power failed
+        return [json.loads(row) for row in (path / "history.jsonl").read_text().splitlines()]
+    return []
 
 
 @contextmanager
 def progress(paths: Mapping[Key, Path], num_epochs: int, file: TextIO | None = None):
-    """One bar over all epochs of all runs, with time left and latest metrics; after Ctrl-C, where it stopped.
-
-    It reads files in the runs' folders, so it also works for runs in other processes and on other machines.
-    """
+    """One bar over all epochs of all runs, which reads the runs' files, wherever they are trained."""
 
     def show():
-        reached = {key: _reached(path, num_epochs) for key, path in paths.items()}
-        running = [(epochs, last, key) for key, (epochs, last) in reached.items() if last]
-        if running:
-            _, last, (model, seed) = max(running, key=itemgetter(0))
-            metrics = f"loss {last['train_loss']:.3f}, validation {100 * last['val_accuracy']:.1f} %"
-            bar.set_postfix_str(f"{metrics} ({model}, seed {seed})", refresh=False)
-        bar.update(sum(epochs for epochs, _ in reached.values()) - bar.n)
+        done = 0
+        for (model, seed), path in paths.items():
+            if (path / "result.json").exists():
+                done += num_epochs  # also if it stopped early
+            elif rows := _history(path):
+                done += len(rows)
+                metrics = f"loss {rows[-1]['train_loss']:.3f}, validation {100 * rows[-1]['val_accuracy']:.1f} %"
+                bar.set_postfix_str(f"{metrics} ({model}, seed {seed})", refresh=False)
+        bar.update(done - bar.n)
 
     def watch():
         while not stop.wait(0.5):
             show()
 
-    terminal = sys.stderr.isatty()
-    file = file or (sys.stderr if terminal else sys.stdout)
-    begun = sum(_reached(path, num_epochs)[0] for path in paths.values())
-    look = "{percentage:3.0f}%|{bar:8}| {n:.1f}/{total_fmt} epochs [{elapsed}<{remaining}{postfix}]"
-    pace = {"miniters": 0, "mininterval": 0.1 if terminal else 10, "smoothing": 0}  # time left from the mean speed
-    bar = tqdm(total=num_epochs * len(paths), initial=begun, file=file, bar_format=look, **pace)
+    file = file or sys.stdout  # a notebook would show stderr as an error
+    look = "{percentage:3.0f}%|{bar:8}| {n_fmt}/{total_fmt} epochs [{elapsed}<{remaining}{postfix}]"
+    pace = {"miniters": 0, "mininterval": 0.1 if file.isatty() else 10, "smoothing": 0}  # time left from the mean speed
+    bar = tqdm(total=num_epochs * len(paths), file=file, bar_format=look, **pace)
+    show()
+    bar.initial = bar.n  # resumed runs do not count for the speed
     stop, watcher = threading.Event(), threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
@@ -321,19 +292,8 @@ def progress(paths: Mapping[Key, Path], num_epochs: int, file: TextIO | None = N
         show()
         bar.close()
         if isinstance(interrupt := sys.exception(), KeyboardInterrupt):  # its text is a traceback's last line
-            interrupt.args = (f"interrupted at epoch {int(bar.n)} of {bar.total}; run again to resume",)
+            interrupt.args = (f"interrupted at epoch {bar.n} of {bar.total}; run again to resume",)
             print(f"\n{interrupt}", file=file, flush=True)
-
-
-def _reached(path: Path, num_epochs: int) -> tuple[float, dict]:
-    """The epochs that a run has completed and, unless it is finished, the metrics of the last full one."""
-    if (path / "result.json").exists():
-        return num_epochs, {}  # also if it stopped early
-    epochs, rows = 0.0, []
-    with suppress(OSError, ValueError):  # not written yet, already deleted, or cut off when the power failed
-        rows = [json.loads(row) for row in (path / "history.jsonl").read_text().splitlines()]
-        epochs = float((path / "checkpoints" / EPOCHS).read_text())
-    return max(epochs, len(rows)), rows[-1] if rows else {}
 
 
 def publish(run: Run, folder: Path | None = None) -> Path:
@@ -343,15 +303,6 @@ def publish(run: Run, folder: Path | None = None) -> Path:
         names = ("history.jsonl", "identity.json", "measured.npz")
         _write(target, run.result, {name: (run.path / name).read_bytes() for name in names})
     return target
-
-
-def delete_unfinished(paths: Sequence[Path]) -> None:
-    """Delete runs, except those that a process trains now or has finished meanwhile."""
-    for path in paths:
-        # the lock file stays: a process that waits for it would not notice that another has been made
-        with suppress(Timeout), FileLock(f"{path}.lock", blocking=False):
-            if not load_run(path):
-                shutil.rmtree(path)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -368,7 +319,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         unfinished = [path for path, run in runs.items() if not run]
         print(f"{len(unfinished)} unfinished or damaged", *unfinished, sep="\n")
         if unfinished and input(f"Delete these {len(unfinished)}? [y/N] ") == "y":
-            delete_unfinished(unfinished)
+            for path in unfinished:
+                # not one that a process trains now or has finished meanwhile; the lock files stay, as some may wait
+                with suppress(Timeout), FileLock(f"{path}.lock", blocking=False):
+                    if not load_run(path):
+                        shutil.rmtree(path)
     else:
         rows = [{"run": path.name, "finished": bool(run), **(run.result if run else {})} for path, run in runs.items()]
         columns = ["run", "finished", "dataset", "seed", "epochs", "val_accuracy", "test_accuracy"]

@@ -126,21 +126,18 @@ def test_experiments_can_be_divided_and_joined_if_they_agree_on_the_data_and_wha
         narrow | experiment(NARROW, finished.config, darker, 1)
     longer = replace(narrow, config=replace(finished.config, num_epochs=3))
     for part in (longer, replace(narrow, callbacks=[Counting()])):
-        with pytest.raises(ValueError, match="different configs or callbacks; call distil on one of them"):
-            (part | finished).distil("narrow", "wide", 4, 0.5)
+        assert (part | finished).config is None
     with pytest.raises(ValueError, match="the experiments trained 'narrow' differently; use another name"):
         finished | replace(narrow, runs={("narrow", 0): finished.runs["wide", 0]})
 
 
 def test_a_second_experiment_trains_nothing_and_says_so(finished, tiny_data, capsys, no_training):
-    for seeds in (2, np.arange(2), [0, 1, 0]):
+    for seeds in (2, [0, 1, 0]):
         again = experiment(MODELS, finished.config, tiny_data, seeds, jobs=2)
-        assert capsys.readouterr().out == f"4 of 4 runs loaded from {finished.config.output_dir}, 0 to train\n"
+        assert capsys.readouterr().out == "4 of 4 runs loaded, 0 to train\n"
         assert list(again.runs.items()) == list(finished.runs.items())
     with pytest.raises(AssertionError, match="trained again"):
         experiment(MODELS, finished.config, tiny_data, [0, 2])
-    said = capsys.readouterr().out
-    assert "only 9 validation images decide when to stop: try early_stopping_patience = None" in said
 
 
 def test_only_what_is_missing_is_trained_each_run_by_its_own_trainer_and_the_order_stays(config, tiny_data):
@@ -195,9 +192,9 @@ def test_callbacks_are_called_each_run_with_its_own_copy(config, tiny_data, caps
     result.distil("narrow", "narrow", 4, 0.5)
     assert capsys.readouterr().out.count("epochs: 2\n") == 2
     assert result.runs["narrow", 0].path != experiment(NARROW, config, tiny_data, [0]).runs["narrow", 0].path
-    within = partial(StreamlinedTrainer, callbacks=[Counting()])
-    with pytest.raises(ValueError, match="trainer_class must not set callbacks; pass callbacks as the argument"):
-        train_or_load(MODELS["wide"], config, tiny_data, trainer_class=within)
+    capsys.readouterr()
+    train_or_load(MODELS["wide"], config, tiny_data, trainer_class=partial(StreamlinedTrainer, callbacks=[Counting()]))
+    assert capsys.readouterr().out.count("epochs: 2\n") == 1
 
 
 @pytest.fixture(scope="module")
@@ -230,14 +227,13 @@ def test_a_student_is_known_by_its_teachers_run_whether_the_weights_are_there_or
 
 
 def test_a_run_that_fails_loses_no_other_and_the_traceback_is_shown_once(config, tiny_data):
-    models = {"unbuilt": partial(tiny_mlp, (0,)), "broken": lambda: FailsInTraining((4,), image_shape=(1, 6, 6))}
+    models = {"broken": lambda: FailsInTraining((4,), image_shape=(1, 6, 6))}
     with pytest.warns(UserWarning, match="failed") as caught:
-        result = experiment({**models, **NARROW}, config, tiny_data, [0, 3])
+        result = experiment(models | NARROW, config, tiny_data, [0, 3])
     assert list(result.runs) == [("narrow", 0), ("narrow", 3)]
-    assert list(result.failures) == [(name, seed) for name in models for seed in (0, 3)]
-    assert "ValueError: hidden_sizes = " in result.failures["unbuilt", 0]
+    assert list(result.failures) == [("broken", 0), ("broken", 3)]
     assert "fails with ArithmeticError: no forward today" in result.failures["broken", 0]
-    first, other = (str(warning.message) for warning in caught[2:])
+    first, other = (str(warning.message) for warning in caught)
     assert first.startswith("the run of 'broken' with seed 0 failed:\nTraceback (most recent call last)")
     assert "in forward" in first
     assert other == f"the run of 'broken' with seed 3 failed too: {result.failures['broken', 3]}"
@@ -250,6 +246,8 @@ def test_what_would_give_other_results_than_asked_for_is_refused(config, tiny_da
         experiment(MODELS, replace(config, seed=5), tiny_data, 1)
     with pytest.raises(ValueError, match="the models 'a' and 'b' are the same network"):
         experiment(dict.fromkeys("ab", MODELS["wide"]), config, tiny_data, 1)
+    with pytest.raises(ZeroDivisionError):
+        experiment(MODELS | {"unbuilt": lambda: 1 / 0}, config, tiny_data, 1)
 
 
 def test_an_interruption_says_where_and_keeps_what_is_finished(api, config, tiny_data, capsys):
@@ -273,7 +271,7 @@ def test_an_interruption_says_where_and_keeps_what_is_finished(api, config, tiny
     assert capsys.readouterr().out.count("\ninterrupted at epoch 2 of 6; run again to resume\n") == 1
     state.resumed = True
     result = experiment(NARROW, config, tiny_data, [0, 1, 2], trainer_class=Interrupted)
-    assert "1 of 3 runs loaded from " in capsys.readouterr().out
+    assert "1 of 3 runs loaded, 2 to train" in capsys.readouterr().out
     assert list(result.values("narrow")) == [0, 1, 2]
 
 

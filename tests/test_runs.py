@@ -69,7 +69,7 @@ def test_a_network_that_keeps_something_outside_of_its_state_dict_is_noted_and_n
     build = partial(Scaled, (8,), **tiny_mlp.keywords)
     with pytest.warns(UserWarning, match="Scaled: a new copy with the trained weights gives different logits"):
         run = train_or_load(build, config, tiny_data)
-    with pytest.raises(ValueError, match="so it cannot be loaded"):
+    with pytest.raises(ValueError, match=f"{run.path.name} cannot be loaded: a new copy"):
         run.load_weights(build())
 
 
@@ -144,13 +144,9 @@ def test_a_published_run_is_found_without_its_weights_unless_these_are_needed(co
     run = train_or_load(tiny_mlp, config, tiny_data)
     assert run.path == published / finished.path.name
     assert sorted(file.name for file in run.path.iterdir()) == [name for name in FILES if name != "model.safetensors"]
-    assert (run.result, run.history, run.has_weights) == (finished.result, finished.history, False)
+    assert (run.result, run.history) == (finished.result, finished.history)
     with pytest.raises(ValueError, match=f"{run.path.name} was published without its weights; train it"):
         run.load_weights(tiny_mlp())
-    publish(finished, Path(config.output_dir))
-    with pytest.raises(ZeroDivisionError):
-        train_or_load(tiny_mlp, config, tiny_data, weights=True, callbacks=[At(1, Mock(side_effect=ZeroDivisionError))])
-    assert load_run(Path(config.output_dir, finished.path.name)) is None  # unfinished, not damaged
     assert timeless(train_or_load(tiny_mlp, config, tiny_data, weights=True)) == timeless(finished)
 
 
@@ -176,22 +172,12 @@ def test_runs_are_listed_published_and_cleaned(config, tiny_data, capsys, finish
         assert {path.name for path in store.iterdir() if path.is_dir()} == {*states} - gone
 
 
-ROW = '{"train_loss": 0.5, "val_accuracy": 0.75}\n'
-
-
-@pytest.mark.parametrize(
-    ("before", "after", "shown"),
-    [
-        ((ROW, "1.5"), (ROW, "2.2"), "2.2/4 epochs"),
-        ((2 * ROW, "2.5"), ("", "0.5"), "0.5/4 epochs"),  # a killed run resumes earlier
-    ],
-)
-def test_the_bar_shows_the_epochs_and_metrics_that_the_files_tell(before, after, shown, tmp_path):
-    files = tmp_path / "history.jsonl", tmp_path / "checkpoints" / "epochs"
-    files[1].parent.mkdir()
-    [path.write_text(text) for path, text in zip(files, before, strict=True)]
+def test_the_bar_shows_the_epochs_and_metrics_that_the_files_tell(tmp_path):
+    row, history = '{"train_loss": 0.5, "val_accuracy": 0.75}\n', tmp_path / "history.jsonl"
+    history.write_text(3 * row)
     with runs.progress({("MLP", 0): tmp_path}, 4, file := io.StringIO()):
-        [path.write_text(text) for path, text in zip(files, after, strict=True)]
+        history.write_text(2 * row)  # a killed run resumes earlier
     said = file.getvalue().rpartition("\r")[2].strip()
-    assert [shown in said, ", loss 0.500, validation 75.0 % (MLP, seed 0)]" in said] == [True, after[0] == ROW]
+    assert "2/4 epochs" in said
+    assert said.endswith(", loss 0.500, validation 75.0 % (MLP, seed 0)]")
     assert len(said.partition(" (MLP")[0]) <= 80
