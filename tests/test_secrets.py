@@ -160,14 +160,15 @@ def test_no_view_of_what_holds_the_token_shows_it(thing):
 
 
 def test_an_experiment_leaves_no_trace_of_the_token(api, tiny_data, tmp_path, trace, monkeypatch):
-    def broken():
-        raise ValueError(f"no model from https://api.telegram.org/bot{TOKEN}/getFile")
+    class Broken(MLP):
+        def forward(self, images):
+            raise ValueError(f"no model from https://api.telegram.org/bot{TOKEN}/getFile")
 
     monkeypatch.setenv("TELEGRAM_BOT_TOKEN", TOKEN)
     monkeypatch.setenv("TELEGRAM_CHAT_ID", "42")
     config = TrainingConfig(**KNOBS, output_dir=tmp_path / "runs")
-    print(experiment({"tiny": tiny_mlp, "broken": broken}, config, tiny_data, [0]))
-    assert "failed: broken, seed 0: ValueError: no model from" in api.requests[-1].text
+    print(experiment({"tiny": tiny_mlp, "broken": lambda: Broken((4,), **tiny_mlp.keywords)}, config, tiny_data, [0]))
+    assert "failed: broken, seed 0: SanityCheckError: " in api.requests[-1].text
     assert not any(leaks(request.body) for request in api.requests)
     (failed,) = trace.warned
     assert "the run of 'broken' with seed 0 failed" in str(failed.message)
