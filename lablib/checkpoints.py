@@ -9,14 +9,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from lablib.identity import sha256
-
-EPOCHS = "epochs"  # a file: how many epochs an unfinished run has completed, such as 1.5
-_NUMPY = [np.dtype, type(np.dtype(float)), np.float64().__reduce__()[0]]  # of a schedule that computes with NumPy
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -47,8 +43,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         checksum, saved = (content := path.read_bytes())[:64], content[64:]
         if sha256(saved).encode() != checksum:
             raise ValueError("it does not match its checksum")
-        with torch.serialization.safe_globals(_NUMPY):
-            return torch.load(io.BytesIO(saved), map_location="cpu", weights_only=True)
+        return torch.load(io.BytesIO(saved), map_location="cpu", weights_only=True)
     except Exception as error:
         raise OSError(f"{path} cannot be loaded: {type(error).__name__}: {error}") from error
 
@@ -61,8 +56,8 @@ def checkpoints_in(folder: Path) -> list[Path]:
 def delete_checkpoints(folder: Path) -> None:
     """Delete what the trainer wrote to its folder; what a callback wrote there stays."""
     with suppress(OSError):  # the store may be read-only
-        for path in (*folder.glob("checkpoint-*.pt*"), folder / EPOCHS):
-            path.unlink(missing_ok=True)
+        for path in folder.glob("checkpoint-*.pt*"):
+            path.unlink()
         folder.rmdir()
 
 

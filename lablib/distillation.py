@@ -9,7 +9,6 @@ from torch.nn import functional as F
 
 from lablib.config import TrainingConfig
 from lablib.data import ImageData
-from lablib.hardware import memory_format
 from lablib.metrics import are_probabilities
 from lablib.trainer import StreamlinedTrainer
 
@@ -34,7 +33,7 @@ class KnowledgeDistillationTrainer(StreamlinedTrainer):
     """Trains a student on the labels and on a teacher's logits for the same images; only the loss changes.
 
     The teacher is copied, frozen, and in eval mode. Both terms are recorded by epoch, as soft_loss and hard_loss.
-    Raises ValueError for an alpha outside [0, 1], a temperature outside (0, 1000], and a teacher that is the student,
+    Raises ValueError for an alpha outside [0, 1], a temperature outside (0, 1000], and a teacher that
     returns no logits or has another number of classes.
     """
 
@@ -52,14 +51,10 @@ class KnowledgeDistillationTrainer(StreamlinedTrainer):
             raise ValueError(f"alpha = {alpha!r}, but it must be a number from 0 (labels only) to 1 (teacher only)")
         if not 0 < temperature <= 1000:  # beyond, float32 would round the soft loss away
             raise ValueError(f"temperature = {temperature!r}, but it must be above 0 and at most 1000, such as 4")
-        if teacher is student:
-            raise ValueError("the teacher is the student; give a network of its own, trained before, as the teacher")
         self.temperature, self.alpha = float(temperature), float(alpha)
         super().__init__(student, config, data, **trainer_arguments)
         self.teacher = copy.deepcopy(teacher).requires_grad_(False).to(self.args.device)
         self.teacher.eval()
-        if memory_format(self.teacher, self.args.device, data.image_shape) == torch.contiguous_format:
-            self._memory_format = torch.contiguous_format  # the student sees what the teacher sees
         with torch.no_grad():
             images = self.prepare_images(data.train_images[:2].to(self.args.device), False)
             logits = super().outputs(self.teacher, images)

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, product
+from operator import index
 from pathlib import Path
 
 import joblib
@@ -208,7 +209,7 @@ def experiment(
         raise ValueError(f"the config has seed = {config.seed}; write seeds = [{config.seed}] instead")
     if built := [name for name, build in models.items() if isinstance(build, nn.Module)]:
         raise TypeError(f"models: {built[0]!r} needs a function that builds the network, such as lambda: Net()")
-    seeds = tuple(dict.fromkeys(range(seeds) if isinstance(seeds, int) else seeds))  # each once
+    seeds = tuple(dict.fromkeys(map(index, range(seeds) if isinstance(seeds, int) else seeds)))  # each once
     keys = [*product(models, seeds)]
     if not keys:
         raise ValueError("an experiment needs a model and a seed; seeds=2 stands for the seeds 0 and 1")
@@ -228,7 +229,11 @@ def experiment(
         else:
             missing[name, seed] = seeded, identity
     data.warn_if_unbalanced()
-    print(f"{len(result.runs)} of {len(keys)} runs loaded, {len(missing)} to train", flush=True)
+    places = sorted({os.path.relpath(run.path.parent) for run in result.runs.values()})
+    loaded = f"{len(result.runs)} of {len(keys)} runs loaded" + (f" from {' and '.join(places)}" if places else "")
+    print(f"{loaded}, {len(missing)} to train", flush=True)
+    if missing and (images := round(config.validation_split * len(data.train_labels))) < 100:
+        print(f"only {images} validation images decide when to stop: early_stopping_patience = None may work better")
     if missing:
         _train(result, missing, trainers, weights, jobs)
         result.runs = {key: result.runs[key] for key in keys if key in result.runs}
@@ -251,7 +256,9 @@ def _train(result: Experiment, missing: dict[Key, tuple], trainers: Mapping, wei
         paths[key] = Path(config.output_dir, run_name(identity))
     jobs = min(joblib.effective_n_jobs(jobs), jobs if jobs > 0 else len(tasks), len(tasks))  # dask ignores jobs
     # mmap_mode "c": the workers share the images' memory, and may write to their own copy
-    parallel = joblib.Parallel(n_jobs=jobs, return_as="generator_unordered", mmap_mode="c", pre_dispatch=jobs)
+    backend, _ = joblib.parallel.get_active_backend()
+    return_as = "generator_unordered" if backend.supports_return_generator else "list"  # Ray's has no generator
+    parallel = joblib.Parallel(n_jobs=jobs, return_as=return_as, mmap_mode="c", pre_dispatch=jobs)
     telling = telegram.ExperimentMessages(result) if result.config.use_telegram_notifications else nullcontext()
     interruption = Interruption([signal.SIGINT] if jobs > 1 else [])  # workers get Ctrl-C too: await their checkpoints
     with telling, progress(paths, result.config.num_epochs), interruption:

@@ -183,7 +183,7 @@ def _train(path: Path, identity, build_model, config, data, trainer_class, callb
     arguments |= {"config": config, "data": data, "callbacks": [*given.get("callbacks", ()), *callbacks, Reporter()]}
     arguments |= {"checkpoint_dir": str(path / "checkpoints"), "run_name": path.name}
     trainer = (trainer_class or StreamlinedTrainer)(build_seeded(build_model, config.seed), **arguments)
-    trainer.train(resume_from_checkpoint=trainer.newest_checkpoint())
+    trainer.train(resume_from_checkpoint=True)
     prediction = trainer.predict_test()
     if trainer.is_world_process_zero():
         files = {

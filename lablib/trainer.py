@@ -130,20 +130,18 @@ class StreamlinedTrainer(transformers.Trainer):
         self.steps_per_epoch = math.ceil(len(train) / config.batch_size)
         self._meter = BatchMeter(args.world_size)
 
-    # ---- training
-
     def train(self, resume_from_checkpoint: str | Path | bool | None = None) -> TrainOutput:
-        """Train, or resume from a checkpoint (a path, or True for the newest usable one), then load the best weights.
+        """Train or resume, from a checkpoint's path or, if True, from the newest there is; then load the best weights.
 
-        Raises OSError if the path cannot be loaded or no checkpoint can be written, and ValueError if True finds none.
+        Raises OSError if the path cannot be loaded or no checkpoint can be written.
         """
-        path = self.newest_checkpoint() if resume_from_checkpoint is True else resume_from_checkpoint
-        if resume_from_checkpoint and not path:
-            raise ValueError(f"there is no checkpoint in {self.args.output_dir} to resume from")
+        path, saved = resume_from_checkpoint, None
+        if path:
+            saved = self._newest_checkpoint() if path is True else load_checkpoint(Path(path))
         self.is_in_train = True
         with algorithms(self.config.deterministic), Interruption() as self._interruption:
             try:
-                self._begin(load_checkpoint(Path(path)) if path else None)
+                self._begin(saved)
                 while self.state.epoch < self.config.num_epochs and not self.control.should_training_stop:
                     self._train_epoch()
                     self._end_epoch()
@@ -291,8 +289,6 @@ class StreamlinedTrainer(transformers.Trainer):
         self._call("on_train_end")
         return TrainOutput(self.state.global_step, metrics["train_loss"], metrics)
 
-    # ---- what may be overridden
-
     def prepare_images(self, images: torch.Tensor, training: bool) -> torch.Tensor:
         """uint8 images -> the model's input: augmented if training, normalised by the training set's statistics."""
         config, pixels = self.config, images.float()
@@ -340,8 +336,6 @@ class StreamlinedTrainer(transformers.Trainer):
                 self.optimizer.state |= {p: {"momentum_buffer": torch.zeros_like(p)} for p in parameters}
         return self.optimizer
 
-    # ---- evaluation
-
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
         """Loss and accuracy on the validation images, or on other `ImageBatches`, with the current weights."""
         return self.predict(eval_dataset or self.eval_dataset, metric_key_prefix=metric_key_prefix).metrics
@@ -371,14 +365,11 @@ class StreamlinedTrainer(transformers.Trainer):
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         return PredictionOutput(nested_numpify(outputs), labels.cpu().numpy(), metrics)
 
-    # ---- checkpoints
-
-    def newest_checkpoint(self) -> Path | None:
-        """The newest checkpoint that is not damaged, or None; a warning names those that are."""
+    def _newest_checkpoint(self) -> dict[str, Any] | None:
+        """What the newest undamaged checkpoint holds, or None; a warning names those that are damaged."""
         for path in checkpoints_in(Path(self.args.output_dir)):
             try:
-                load_checkpoint(path)
-                return path
+                return load_checkpoint(path)
             except OSError as error:
                 warn(f"{error}; an earlier checkpoint is used, or the training begins again")
         return None

@@ -112,7 +112,6 @@ def test_what_does_not_fit_is_refused(tiny_data):
     wrong = [
         ({"alpha": -0.1}, "alpha = -0.1, but it must be a number from 0 (labels only) to 1 (teacher only)"),
         ({"temperature": float("inf")}, "temperature = inf, but it must be above 0 and at most 1000"),
-        ({"teacher": student}, "the teacher is the student; give a network of its own"),
         ({"teacher": pair}, "for 2 images, the teacher returns tuple, not logits (2, 3)"),
         ({"teacher": four}, "the teacher returns (2, 4), not logits (2, 3)"),
         ({"teacher": torch.nn.Sequential(network(2), torch.nn.Softmax(1))}, "the teacher returns probabilities"),
