@@ -25,9 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Print the result of a run as JSON. Exit status: 2 for a wrong option, 130 after Ctrl-C, 1 for other errors."""
     try:
         run = _run(vars(_parser().parse_args(arguments)))
-    except KeyboardInterrupt as interrupt:
-        if _IS_FIRST_PROCESS and not interrupt.args:
-            print("interrupted before training began", file=sys.stderr)
+    except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, OSError, RuntimeError, ArithmeticError) as error:
         sys.exit(f"python -m lablib: {one_line(error)}")
@@ -38,8 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _run(options: dict[str, Any]) -> "lablib.Run":
     config = TrainingConfig(**{f.name: options.pop(f.name) for f in fields(TrainingConfig) if f.name in options})
     with config.to_training_arguments(config.output_dir).main_process_first():  # to download and decode once
-        scale = {name: options.pop(name) for name in ("image_size", "channels")}
-        data = lablib.load_data(options.pop("data"), options.pop("data_dir"), **scale)
+        data = lablib.load_data(options.pop("data"), image_size=options.pop("image_size"))
     data.warn_if_unbalanced()
     network = getattr(lablib, options.pop("model"))  # the options left are its own
     build_model = partial(network, **options, image_shape=data.image_shape, num_classes=data.num_classes)
@@ -47,21 +44,20 @@ def _run(options: dict[str, Any]) -> "lablib.Run":
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m lablib", description="Train one run, or load it if it is finished.")
-    models = parser.add_subparsers(dest="model", metavar="MODEL", required=True, help=", ".join(MODELS))
+    name, silent = "python -m lablib", argparse.SUPPRESS  # no usage line before an error
+    parser = argparse.ArgumentParser(name, silent, "MODEL [--option VALUE ...]: train a run, or load it if finished.")
+    models = parser.add_subparsers(prog=name, dest="model", metavar="MODEL", required=True, help=", ".join(MODELS))
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(TrainingConfig), re.MULTILINE))
     kinds = get_type_hints(TrainingConfig)
     for name in MODELS:
-        options = models.add_parser(name, usage="%(prog)s [--option VALUE ...]", allow_abbrev=False)
+        options = models.add_parser(name, usage=silent, allow_abbrev=False)
         options.add_argument("--data", default="digits", help="a data set's name, or a folder (default: digits)")
-        options.add_argument("--data-dir", default="data", help="folder of downloaded data sets (default: data)")
         options.add_argument("--image-size", type=int, help="size in pixels to scale the images to")
-        options.add_argument("--channels", type=int, help="1: grey, 3: colour")
         for p in (*inspect.signature(getattr(lablib, name)).parameters.values(), *fields(TrainingConfig)):
             if p.name not in _NOT_OPTIONS:
                 kind = kinds.get(p.name) or p.annotation
                 choices = (True, False) if kind is bool else get_args(kind) if get_origin(kind) is Literal else None
-                text = f"{comments.get(p.name, '')} (default: {p.default})".strip().replace("%", "%%")
+                text = f"{comments.get(p.name, '')} (default: {p.default})"
                 more = {"nargs": "+"} if kind == Sequence[int] else {"choices": choices}
                 flag, read = "--" + p.name.replace("_", "-"), _READ.get(kind, str)
                 options.add_argument(flag, type=read, default=p.default, help=text, **more)

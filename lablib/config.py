@@ -2,7 +2,6 @@
 
 import atexit
 import dataclasses
-import difflib
 import functools
 import gc
 import os
@@ -10,13 +9,10 @@ import re
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, PositiveFloat, PositiveInt, SecretStr, ValidationError
 from pydantic.dataclasses import dataclass
-
-if TYPE_CHECKING:  # transformers takes seconds to import; only a training needs it
-    from transformers import TrainingArguments
 
 # Annotations of a notebook's parameters have names because papermill's help can read no others.
 Count = Annotated[int, Field(ge=1, le=10_000)]
@@ -57,20 +53,15 @@ warn_once = functools.cache(warn)
 
 
 def _with_plain_errors(cls: type) -> type:
-    """Let a pydantic dataclass raise a ValueError in one line, without the value of what may be a secret."""
-    validate, known = cls.__init__, [field.name for field in dataclasses.fields(cls)]
+    """Let a pydantic dataclass raise a ValueError in one line, without the value, which may be a secret."""
+    validate = cls.__init__
 
     def __init__(self, **values):
         try:
             validate(self, **values)
         except ValidationError as error:
             fault = error.errors()[-1]
-            name = fault["loc"][0]
-            if name not in known:
-                close = difflib.get_close_matches(name, known, n=1) or known
-                raise ValueError(f"{cls.__name__}: there is no parameter {name!r}, but {', '.join(close)}") from None
-            shown = name if name.startswith("telegram") else f"{name} = {values[name]!r}"
-            raise ValueError(f"{cls.__name__}: {shown}: {fault['msg'].replace('Input', name, 1)}") from None
+            raise ValueError(f"{cls.__name__}: {fault['loc'][0]}: {fault['msg']}") from None
 
     cls.__init__ = __init__
     return cls
@@ -118,28 +109,27 @@ class TrainingConfig:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in NOT_IDENTITY}
         return {name: value for name, value in values.items() if value}
 
-    def to_training_arguments(self, output_dir: str) -> "TrainingArguments":
-        """What `transformers.Trainer` and callbacks need of it as `TrainingArguments`; checkpoints go to `output_dir`.
+    def to_training_arguments(self, output_dir: str):
+        """What `transformers.Trainer` and callbacks need, as `TrainingArguments`; checkpoints go to `output_dir`.
 
         Raises ValueError if the batch size, of all processes together, is no multiple of their number.
         """
         import torch
-        from transformers import TrainingArguments
+        from transformers import TrainingArguments  # takes seconds; only a training needs it
 
-        if self.batch_size % num_processes():
-            reason = f"it should be a multiple of the number of processes, which is {num_processes()}"
-            raise ValueError(f"TrainingConfig: batch_size = {self.batch_size}, but {reason}")
-        if num_processes() > 1:
+        batch_size, processes = self.batch_size, num_processes()
+        if batch_size % processes:
+            raise ValueError(f"batch_size = {batch_size} must be a multiple of the number of processes, {processes}")
+        if processes > 1:
             atexit.register(_leave_group)
         return TrainingArguments(
             output_dir=output_dir,
             num_train_epochs=self.num_epochs,
-            per_device_train_batch_size=self.batch_size // num_processes(),
+            per_device_train_batch_size=batch_size // processes,
             learning_rate=self.learning_rate,
             weight_decay=self.weight_decay,
             lr_scheduler_type="constant_with_warmup" if self.lr_schedule == "constant" else "cosine",
             warmup_steps=self.warmup_fraction,  # below 1 it is a fraction of all steps
-            max_grad_norm=self.max_grad_norm or 0.0,
             seed=self.seed,
             use_cpu=self.device == "cpu" or not (torch.cuda.is_available() or torch.backends.mps.is_available()),
             eval_strategy="epoch",
@@ -148,9 +138,8 @@ class TrainingConfig:
             load_best_model_at_end=True,
             metric_for_best_model=f"eval_{self.early_stopping_metric}",
             greater_is_better=self.early_stopping_metric == "accuracy",
-            report_to="none",
-            log_level="error",
             disable_tqdm=True,
+            log_level="error",
         )
 
 
@@ -189,13 +178,9 @@ def num_processes() -> int:
 
 
 def _leave_group() -> None:
-    """Leave `torch.distributed`'s group, or Gloo's threads may outlive Python and abort the process at its end.
-
-    Not after an error, as the others might wait then. See https://github.com/pytorch/pytorch/pull/179291.
-    """
+    """Leave the processes' group: its threads could outlive Python, and abort the process (PyTorch's pull 179291)."""
     import torch
 
-    if torch.distributed.is_initialized() and not hasattr(sys, "last_value"):
-        gc.unfreeze()
+    if torch.distributed.is_initialized() and not hasattr(sys, "last_value"):  # after an error the others might wait
         gc.collect()  # trainers in cycles hold the group, and with it its threads
         torch.distributed.destroy_process_group()

@@ -30,8 +30,8 @@ def check_device(device: str) -> None:
 def resolve_precision(config: TrainingConfig, model: nn.Module) -> str:
     """The precision of a run, "fp32", "bf16" or "fp16": as configured, or the fastest here if that is "auto".
 
-    "auto" uses half precision for convolutions if there are units for it (of a CPU: AMX or AVX-512 BF16), fp16 only on
-    GPUs without bfloat16. With "fp32", GPUs use TF32 in convolutions. Raises ValueError for fp16 without a CUDA GPU.
+    "auto" uses half precision for convolutions where there are units for it (of a CPU: AMX or AVX-512 BF16). With
+    "fp32", GPUs use TF32 in convolutions. Raises ValueError for fp16 without a CUDA GPU.
     """
     on_gpu = config.device in ("auto", "cuda") and torch.cuda.is_available()
     if config.precision == "fp16" and not on_gpu:
@@ -48,10 +48,9 @@ def resolve_precision(config: TrainingConfig, model: nn.Module) -> str:
 def memory_format(model: nn.Module, device: torch.device, image_shape: Sequence[int]) -> torch.memory_format:
     """The fastest memory format for a model's images of (channels, height, width): channels last for convolutions.
 
-    On a GPU the weights are converted too. There are two exceptions. On a processor, strided 1 × 1 convolutions of
-    fewer than 16 channels make oneDNN (up to 3.13 at least) write past its workspace, which ruins gradients or ends the
-    process (https://github.com/uxlfoundation/oneDNN/issues/6035). And models that flatten features with `view` fail on
-    such images; this is tried out.
+    On a GPU the weights are converted too. Models that fail on such images, as with `view`, get contiguous ones. So do,
+    on a processor, strided 1 × 1 convolutions of fewer than 16 channels: oneDNN (up to 3.13 at least) writes past its
+    workspace, which ruins gradients or ends the process (https://github.com/uxlfoundation/oneDNN/issues/6035).
     """
     convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
     narrow = [c for c in convolutions if c.kernel_size == (1, 1) and c.in_channels // c.groups < 16]
@@ -61,14 +60,12 @@ def memory_format(model: nn.Module, device: torch.device, image_shape: Sequence[
     images = torch.zeros(2, *image_shape, device=convolutions[0].weight.device)
     if device.type == "cuda":
         model.to(memory_format=torch.channels_last)
-    try:
-        with untouched(model), torch.no_grad():
-            model.eval()
-            model(images.contiguous(memory_format=torch.channels_last))
+    with contextlib.suppress(Exception), untouched(model), torch.no_grad():
+        model.eval()
+        model(images.contiguous(memory_format=torch.channels_last))
         return torch.channels_last
-    except Exception:  # if something else is wrong with the model, the sanity check says so
-        model.to(memory_format=torch.contiguous_format)
-        return torch.contiguous_format
+    model.to(memory_format=torch.contiguous_format)
+    return torch.contiguous_format  # if something else is wrong with the model, the sanity check says so
 
 
 @contextlib.contextmanager
@@ -91,21 +88,20 @@ def untouched(model: nn.Module) -> Iterator[None]:
 
 
 def random_states() -> dict[str, Any]:
-    """The random states of Python, NumPy, PyTorch and its devices, of which a checkpoint can be made."""
+    """The random states of Python, NumPy, PyTorch and the current GPU, of which a checkpoint can be made."""
     kind, keys, *rest = np.random.get_state()  # noqa: NPY002
     states = {"python": random.getstate(), "numpy": [kind, keys.tolist(), *rest], "cpu": torch.get_rng_state()}
-    states["cuda"] = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return states | {"mps": torch.mps.get_rng_state() if torch.backends.mps.is_available() else None}
+    if torch.accelerator.is_available():
+        states["gpu"] = torch.get_device_module().get_rng_state()
+    return states
 
 
 def restore_random_states(states: dict[str, Any]) -> None:
     random.setstate(states["python"])
     np.random.set_state(tuple(states["numpy"]))  # noqa: NPY002
     torch.set_rng_state(states["cpu"])
-    if states["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(states["cuda"])
-    if states["mps"] is not None and torch.backends.mps.is_available():
-        torch.mps.set_rng_state(states["mps"])
+    if "gpu" in states and torch.accelerator.is_available():
+        torch.get_device_module().set_rng_state(states["gpu"])
 
 
 @contextlib.contextmanager
@@ -142,12 +138,8 @@ def fits(tensor: torch.Tensor, device: torch.device) -> bool:
 
 
 def keep_memory() -> None:
-    """Let glibc keep the memory of freed tensors for the next step; elsewhere this does nothing.
-
-    By default every step pays for the page faults of large blocks again: ten times the cost of an elementwise operation
-    on a batch of MNIST. Fragmentation may double a training's memory in return.
-    """
-    with contextlib.suppress(OSError, AttributeError):
+    """Let glibc keep freed memory, or page faults take ten times the time of an elementwise operation on a batch."""
+    with contextlib.suppress(OSError, AttributeError):  # there is no glibc
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-3, 1 << 28)  # M_MMAP_THRESHOLD, bytes
         libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD

@@ -1,9 +1,11 @@
-"""The networks: images in (float, batch × channels × height × width), logits out (batch × classes)."""
+"""The networks: images in (float, batch × channels × height × width), logits out (batch × classes).
+
+`image_shape` is (channels, height, width).
+"""
 
 import json
 import math
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -17,8 +19,7 @@ class _Saved(PyTorchModelHubMixin):
     """`save_pretrained` and `from_pretrained`, which refuses the weights of another network."""
 
     def __new__(cls, *args, **kwargs):
-        # TypeError for NumPy's scalars, in whose place the mixin, and with it a run's identity, would name the default
-        json.dumps([args, kwargs])
+        json.dumps([args, kwargs])  # TypeError for NumPy's scalars: the mixin, and so a run, would name the default
         return super().__new__(cls, *args, **kwargs)
 
     @classmethod
@@ -29,8 +30,7 @@ class _Saved(PyTorchModelHubMixin):
 class MLP(nn.Module, _Saved):
     """A plain multilayer perceptron: (Linear, ReLU, Dropout) for each hidden size, then a linear classifier.
 
-    `image_shape` is (channels, height, width). `initialisation="he"` draws weights for ReLU with biases of 0 (He et al.
-    2015, https://arxiv.org/abs/1502.01852); None leaves them as PyTorch draws them.
+    `initialisation="he"` draws weights for ReLU, with biases of 0 (He et al. 2015, https://arxiv.org/abs/1502.01852).
     """
 
     def __init__(
@@ -61,8 +61,7 @@ class MLP(nn.Module, _Saved):
 class ResidualBlock(nn.Module):
     """F(x) + x, with F = Linear, ReLU, Dropout, Linear (He et al. 2015, https://arxiv.org/abs/1512.03385).
 
-    Nothing follows the sum: with F = 0 the block is the identity. A linear layer without bias projects x where the
-    widths differ; `shortcut=False` returns F(x).
+    A linear layer without bias projects x where the widths differ; `shortcut=False` returns F(x).
     """
 
     def __init__(self, in_features: int, out_features: int, dropout: float = 0.1, shortcut: bool = True):
@@ -101,35 +100,31 @@ class ResidualMLP(nn.Module, _Saved):
         return self.classifier(x)  # (batch, classes)
 
 
-class _CNN(nn.Module):
-    """Stem, stages, global average pooling, linear classifier. `stage` builds a stage from its channels in and out."""
-
-    def __init__(self, stage: Callable, depth: int, width: int, image_shape: Sequence[int], num_classes: int):
-        super().__init__()
-        if min(image_shape[1:]) < 2**depth:
-            raise ValueError(f"images of {image_shape[1]} × {image_shape[2]} pixels are too small for depth {depth}")
-        channels = [width * 2**number for number in range(depth + 1)]
-        stages = [stage(i, o) for i, o in pairwise(channels)]  # before the stem: a seed's weights depend on the order
-        self.stem = Conv2dNormActivation(image_shape[0], width)  # 3 × 3 convolution without bias, batch norm, ReLU
-        self.stages = nn.Sequential(*stages)
-        self.classifier = nn.Linear(channels[-1], num_classes)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        features = self.stages(self.stem(images))  # (batch, width · 2^depth, height / 2^depth, width / 2^depth)
-        return self.classifier(features.mean((2, 3)))  # (batch, classes)
-
-
-class SimpleCNN(_CNN, _Saved):
+class SimpleCNN(nn.Module, _Saved):
     """A stem of `width` channels and `depth` stages (3 × 3 convolution, batch norm, ReLU), then a linear classifier.
 
-    Each stage halves the resolution by its stride and doubles the channels. `image_shape` is (channels, height, width).
-    Raises ValueError for images with a side of fewer than 2**depth pixels.
+    Each stage halves the resolution by its stride and doubles the channels. Raises ValueError for images with a side
+    of fewer than 2**depth pixels.
     """
 
     def __init__(
         self, depth: int = 2, width: int = 16, image_shape: Sequence[int] = (3, 32, 32), num_classes: int = 10
     ):
-        super().__init__(partial(Conv2dNormActivation, stride=2), depth, width, image_shape, num_classes)
+        super().__init__()
+        if min(image_shape[1:]) < 2**depth:
+            raise ValueError(f"images of {image_shape[1]} × {image_shape[2]} pixels are too small for depth {depth}")
+        channels = [width * 2**number for number in range(depth + 1)]
+        stages = [self._stage(i, o) for i, o in pairwise(channels)]  # first: a seed's weights depend on the order
+        self.stem = Conv2dNormActivation(image_shape[0], width)  # 3 × 3 convolution without bias, batch norm, ReLU
+        self.stages = nn.Sequential(*stages)
+        self.classifier = nn.Linear(channels[-1], num_classes)
+
+    def _stage(self, inplanes: int, planes: int) -> nn.Module:
+        return Conv2dNormActivation(inplanes, planes, stride=2)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        features = self.stages(self.stem(images))  # (batch, width · 2^depth, height / 2^depth, width / 2^depth)
+        return self.classifier(features.mean((2, 3)))  # (batch, classes)
 
 
 class PlainBlock(BasicBlock):
@@ -140,11 +135,10 @@ class PlainBlock(BasicBlock):
         return self.relu(self.bn2(self.conv2(out)))
 
 
-class ResidualCNN(_CNN, _Saved):
-    """`SimpleCNN` with two torchvision BasicBlocks as each stage; `shortcut=False` leaves the shortcuts out.
+class ResidualCNN(SimpleCNN):
+    """`SimpleCNN` with two BasicBlocks as each stage (He et al. 2015, https://arxiv.org/abs/1512.03385).
 
-    A stage's first block has a 1 × 1 convolution and batch norm on its shortcut (He et al. 2015,
-    https://arxiv.org/abs/1512.03385).
+    A stage's first block has a 1 × 1 convolution and batch norm on its shortcut; `shortcut=False` has no shortcuts.
     """
 
     def __init__(
@@ -155,10 +149,11 @@ class ResidualCNN(_CNN, _Saved):
         num_classes: int = 10,
         shortcut: bool = True,
     ):
-        super().__init__(partial(_residual_stage, shortcut=shortcut), depth, width, image_shape, num_classes)
+        self.shortcut = shortcut  # which `_stage` needs
+        super().__init__(depth, width, image_shape, num_classes)
 
-
-def _residual_stage(in_channels: int, out_channels: int, shortcut: bool) -> nn.Sequential:
-    block = BasicBlock if shortcut else PlainBlock
-    projection = Conv2dNormActivation(in_channels, out_channels, 1, 2, activation_layer=None) if shortcut else None
-    return nn.Sequential(block(in_channels, out_channels, 2, projection), block(out_channels, out_channels))
+    def _stage(self, inplanes: int, planes: int) -> nn.Module:
+        if not self.shortcut:
+            return nn.Sequential(PlainBlock(inplanes, planes, 2), PlainBlock(planes, planes))
+        projection = Conv2dNormActivation(inplanes, planes, 1, 2, activation_layer=None)
+        return nn.Sequential(BasicBlock(inplanes, planes, 2, projection), BasicBlock(planes, planes))
