@@ -36,7 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _run(options: dict[str, Any]) -> "lablib.Run":
     config = TrainingConfig(**{f.name: options.pop(f.name) for f in fields(TrainingConfig) if f.name in options})
     with config.to_training_arguments(config.output_dir).main_process_first():  # to download and decode once
-        data = lablib.load_data(options.pop("data"), image_size=options.pop("image_size"))
+        scale = {name: options.pop(name) for name in ("image_size", "channels")}
+        data = lablib.load_data(options.pop("data"), options.pop("data_dir"), **scale)
     data.warn_if_unbalanced()
     network = getattr(lablib, options.pop("model"))  # the options left are its own
     build_model = partial(network, **options, image_shape=data.image_shape, num_classes=data.num_classes)
@@ -52,6 +53,8 @@ def _parser() -> argparse.ArgumentParser:
     for name in MODELS:
         options = models.add_parser(name, usage=silent, allow_abbrev=False)
         options.add_argument("--data", default="digits", help="a data set's name, or a folder (default: digits)")
+        options.add_argument("--data-dir", default="data", help="folder of downloaded data sets (default: data)")
+        options.add_argument("--channels", type=int, help="1: grey, 3: colour")
         options.add_argument("--image-size", type=int, help="size in pixels to scale the images to")
         for p in (*inspect.signature(getattr(lablib, name)).parameters.values(), *fields(TrainingConfig)):
             if p.name not in _NOT_OPTIONS:

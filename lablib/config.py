@@ -2,8 +2,8 @@
 
 import atexit
 import dataclasses
+import difflib
 import functools
-import gc
 import os
 import re
 import sys
@@ -53,15 +53,22 @@ warn_once = functools.cache(warn)
 
 
 def _with_plain_errors(cls: type) -> type:
-    """Let a pydantic dataclass raise a ValueError in one line, without the value, which may be a secret."""
-    validate = cls.__init__
+    """Let a pydantic dataclass raise a ValueError with a line for each fault, without values that may be secret."""
+    validate, known = cls.__init__, [field.name for field in dataclasses.fields(cls)]
 
     def __init__(self, **values):
         try:
             validate(self, **values)
         except ValidationError as error:
-            fault = error.errors()[-1]
-            raise ValueError(f"{cls.__name__}: {fault['loc'][0]}: {fault['msg']}") from None
+            lines = {}  # of a field that has several, the last fault
+            for fault in error.errors():
+                name = fault["loc"][0]
+                shown = name if name.startswith("telegram") else f"{name} = {values[name]!r}"
+                lines[name] = f"{cls.__name__}: {shown}: {fault['msg'].replace('Input', name, 1)}"
+                if name not in known:
+                    close = difflib.get_close_matches(name, known, n=1) or known
+                    lines[name] = f"{cls.__name__}: there is no parameter {name!r}; did you mean {' or '.join(close)}?"
+            raise ValueError("\n".join(lines.values())) from None
 
     cls.__init__ = __init__
     return cls
@@ -138,8 +145,9 @@ class TrainingConfig:
             load_best_model_at_end=True,
             metric_for_best_model=f"eval_{self.early_stopping_metric}",
             greater_is_better=self.early_stopping_metric == "accuracy",
-            disable_tqdm=True,
+            report_to="none",
             log_level="error",
+            disable_tqdm=True,
         )
 
 
@@ -182,5 +190,4 @@ def _leave_group() -> None:
     import torch
 
     if torch.distributed.is_initialized() and not hasattr(sys, "last_value"):  # after an error the others might wait
-        gc.collect()  # trainers in cycles hold the group, and with it its threads
         torch.distributed.destroy_process_group()

@@ -186,8 +186,9 @@ def with_knobs(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def gradient_ratios(gradients: pd.DataFrame) -> pd.DataFrame:
-    """The first layer's gradient over the last hidden one's (NaN if that is 0 or missing): model, seed, when, ratio. `gradients`
-    has one row per layer, in order: model, seed, when, layer (from 1; the last is the classifier), rms.
+    """The first layer's gradient over the last hidden one's, NaN if there is none: model, seed, when, ratio.
+
+    `gradients` has one row per layer, in order: model, seed, when, layer (from 1; the last is the classifier), rms.
     """
     layers = gradients.groupby(["model", "seed", "when"], sort=False)["rms"]
     return layers.agg(lambda rms: rms.iloc[0] / (rms.iloc[-2:-1].sum() or math.nan)).rename("ratio").reset_index()

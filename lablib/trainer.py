@@ -152,7 +152,7 @@ class StreamlinedTrainer(transformers.Trainer):
                         callback.on_train_failed(error)
                 raise
             finally:
-                self.is_in_train = False
+                self.is_in_train, self._trained = False, None  # which would keep the processes' group alive
 
     def _call(self, event: str, *more) -> None:
         """Call the callbacks' method for an event."""

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+import re
 
 import pytest
 
@@ -26,10 +27,11 @@ REFUSED = {
 }
 
 
-def test_every_field_refuses_what_is_not_allowed_by_its_name():
+def test_every_field_refuses_what_is_not_allowed_by_its_name_and_value():
     assert REFUSED.keys() == {field.name for field in dataclasses.fields(TrainingConfig)}
     for name, value in [(name, value) for name, values in REFUSED.items() for value in values]:
-        with pytest.raises(ValueError, match=f"^TrainingConfig: {name}: "):
+        words = f"{name}: " if name.startswith("telegram") else f"{name} = {value!r}: "
+        with pytest.raises(ValueError, match="^" + re.escape(f"TrainingConfig: {words}")):
             TrainingConfig(**{name: value})
 
 
@@ -42,7 +44,7 @@ def test_a_config_cannot_be_changed_and_its_replacement_is_checked_and_keeps_the
     config = TrainingConfig(telegram_bot_token="1:token")
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.seed = 1
-    with pytest.raises(ValueError, match="seed: Input should be"):
+    with pytest.raises(ValueError, match="seed = -1: seed should be"):
         dataclasses.replace(config, seed=-1)
     assert dataclasses.replace(config, seed=1).telegram_bot_token.get_secret_value() == "1:token"
 
@@ -84,21 +86,22 @@ def test_the_defaults_and_what_papermill_sets_right_are_taken():
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
-        ("epochs", 2.0, "Input should be a valid integer"),
-        ("epochs", 0, "Input should be greater than or equal to 1"),
-        ("rate", float("inf"), "Input should be a finite number"),
-        ("alphas", [0.5, 1.5], "Input should be less than or equal to 1"),
-        ("flip", "false", "Input should be a valid boolean"),
-        ("dataset", "minst", "Input should be 'digits' or 'mnist'"),
+        ("epochs", 2.0, "epochs should be a valid integer"),
+        ("epochs", 0, "epochs should be greater than or equal to 1"),
+        ("rate", float("inf"), "rate should be a finite number"),
+        ("alphas", [0.5, 1.5], "alphas should be less than or equal to 1"),
+        ("flip", "false", "flip should be a valid boolean"),
+        ("dataset", "minst", "dataset should be 'digits' or 'mnist'"),
         ("depths", [], "List should have at least 1 item after validation, not 0"),
-        ("depths", "[2, 4]", "Input should be a valid list"),
+        ("depths", "[2, 4]", "depths should be a valid list"),
     ],
 )
 def test_a_wrong_parameter_is_refused_with_what_is_allowed(name, value, words):
-    with pytest.raises(ValueError, match=f"^parameters: {name}: {words}"):
+    with pytest.raises(ValueError, match="^" + re.escape(f"parameters: {name} = {value!r}: {words}")):
         check_parameters(notebook(**{name: value}))
 
 
-def test_an_unknown_name_that_papermill_injected_is_refused():
-    with pytest.raises(ValueError, match=r"^parameters: epoch: Unexpected keyword argument"):
-        check_parameters(notebook("# Parameters\nepoch = 3\n"))
+@pytest.mark.parametrize(("name", "hint"), {"epoch": "epochs", "zzz": "dataset or epochs or images or "}.items())
+def test_an_unknown_name_that_papermill_injected_is_refused(name, hint):
+    with pytest.raises(ValueError, match=f"^parameters: there is no parameter '{name}'; did you mean {hint}"):
+        check_parameters(notebook(f"# Parameters\n{name} = 3\n"))
