@@ -62,7 +62,7 @@ def delete_checkpoints(folder: Path) -> None:
 
 
 def contiguous_weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """A model's state_dict as contiguous clones, since safetensors refuses shared memory."""
+    """Clones of a model's weights, contiguous and sharing no memory, as safetensors needs them."""
     return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in model.state_dict().items()}
 
 

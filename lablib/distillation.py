@@ -32,9 +32,8 @@ def distillation_loss(
 class KnowledgeDistillationTrainer(StreamlinedTrainer):
     """Trains a student on the labels and on a teacher's logits for the same images; only the loss changes.
 
-    The teacher is copied, frozen, and in eval mode. Both terms are recorded by epoch, as soft_loss and hard_loss.
-    Raises ValueError for an alpha outside [0, 1], a temperature outside (0, 1000], and a teacher that
-    returns no logits or has another number of classes.
+    The teacher is copied and frozen. Both terms are recorded by epoch, as soft_loss and hard_loss. Raises ValueError
+    for an alpha outside [0, 1], a temperature outside (0, 1000], and a teacher without logits for each class.
     """
 
     def __init__(
@@ -77,7 +76,7 @@ class KnowledgeDistillationTrainer(StreamlinedTrainer):
         return super().outputs(model, images), teacher_logits
 
     def predict(self, test_dataset, ignore_keys=None, metric_key_prefix="test"):
-        """As upstream; the teacher sees the validation images only once, as they are the same in every epoch."""
+        """As ever; but the teacher sees the validation images only once, as they are the same in every epoch."""
         answers = self._answers.setdefault(test_dataset, [])
         self._remembered, self._recorded = iter([*answers]), answers
         try:

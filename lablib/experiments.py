@@ -229,7 +229,7 @@ def experiment(
         else:
             missing[name, seed] = seeded, identity
     data.warn_if_unbalanced()
-    places = sorted({os.path.relpath(run.path.parent) for run in result.runs.values()})
+    places = sorted({str(run.path.parent).removeprefix(f"{Path.cwd()}{os.sep}") for run in result.runs.values()})
     loaded = f"{len(result.runs)} of {len(keys)} runs loaded" + (f" from {' and '.join(places)}" if places else "")
     print(f"{loaded}, {len(missing)} to train", flush=True)
     if missing and (images := round(config.validation_split * len(data.train_labels))) < 100:

@@ -72,10 +72,8 @@ class StreamlinedTrainer(transformers.Trainer):
 
     `history` has by epoch: epoch, train_loss, train_accuracy, learning_rate and grad_norm (of the last step), seconds
     (since the run began), val_loss, val_accuracy, and the loss's terms if it has several. `run_name` is the name in
-    Weights & Biases and Telegram. For several processes (`torchrun`) see docs/scaling.md.
-
-    Raises ValueError for a device that does not exist. `train` raises SanityCheckError before its first step (see
-    `sanity_check`), and NonFiniteLossError, naming epoch and step, for a loss that is NaN or infinite.
+    Weights & Biases and Telegram. `train` raises SanityCheckError before its first step (see `sanity_check`), and
+    NonFiniteLossError for a loss that is NaN or infinite.
     """
 
     seconds_between_epochs = 60.0
@@ -91,8 +89,6 @@ class StreamlinedTrainer(transformers.Trainer):
     ):
         check_device(config.device)
         keep_memory()
-        if hasattr(model, "config") and not isinstance(model, transformers.PreTrainedModel):
-            raise ValueError("transformers would write to the model's attribute `config`; give it another name")
         self.config, self.data = config, data
         self.run_name = run_name or type(model).__name__
         self.precision = resolve_precision(config, model)
@@ -282,7 +278,6 @@ class StreamlinedTrainer(transformers.Trainer):
         self._save_if_due(self.seconds_between_epochs)
 
     def _finish(self) -> TrainOutput:
-        """Load the best weights, and tell the callbacks."""
         metrics = {"train_loss": self.history[-1]["train_loss"], "train_runtime": time.monotonic() - self._clock}
         self.log(dict(metrics))
         self.model.load_state_dict(self._best_weights)
@@ -298,10 +293,7 @@ class StreamlinedTrainer(transformers.Trainer):
         return (pixels * self._scale + self._offset).contiguous(memory_format=self._memory_format)
 
     def outputs(self, model: nn.Module, images: torch.Tensor) -> Outputs:
-        """The model's logits (batch × classes), or a tuple that begins with them, as `losses` needs.
-
-        A model may also return a dict with the key "logits", as those of transformers do.
-        """
+        """What `losses` needs: a model's logits, from a dict if it returns one, or a tuple that begins with them."""
         outputs = model(images)
         return outputs["logits"] if isinstance(outputs, dict) and "logits" in outputs else outputs
 
@@ -361,7 +353,7 @@ class StreamlinedTrainer(transformers.Trainer):
             parts.append((self.run_model(self.model, batch["images"]), batch["labels"]))
         outputs, labels = tree_map(lambda *tensors: torch.cat(tensors), *parts)
         metrics = {name: value.item() for name, value in self.losses(outputs, labels).items()}
-        metrics["accuracy"] = (first_logits(outputs).argmax(1) == labels).double().mean().item()
+        metrics["accuracy"] = (first_logits(outputs).argmax(1) == labels).sum().item() / len(labels)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         return PredictionOutput(nested_numpify(outputs), labels.cpu().numpy(), metrics)
 
@@ -418,7 +410,7 @@ class StreamlinedTrainer(transformers.Trainer):
         self._saved_at = time.monotonic()
 
     def _restore(self, saved: dict[str, Any]) -> None:
-        """What a checkpoint holds besides the state; after the callbacks have begun, which may set weights."""
+        """Set what a checkpoint holds besides the state: after callbacks have begun, which may set weights."""
         self.model.load_state_dict(saved["weights"])
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name not in saved["frozen"])
@@ -454,32 +446,30 @@ class StreamlinedTrainer(transformers.Trainer):
 
 
 def sanity_check(trainer: StreamlinedTrainer) -> None:
-    """Try what training does on a few real images, so that it fails in the first seconds or not at all.
+    """Try an evaluation, a full batch and an epoch's last batch, so that a training fails in its first seconds or not.
 
-    An evaluation, whose outputs must be logits, one for each class; then the gradients of a full batch and of the last
-    one of an epoch. The model stays as it was (see `untouched`). Raises SanityCheckError, which says what failed and
-    what the network was given.
+    The model stays as it was. Raises SanityCheckError, which says what failed and what the network was given.
     """
-    model, data, images, size = trainer.model, trainer.data, trainer.train_dataset, trainer.config.batch_size
+    model, train, size = trainer.model, trainer.train_dataset, trainer.config.batch_size
     name, processes = type(model).__name__, trainer.args.world_size
     attributes = [leaf for module in model.modules() for leaf in tree_leaves(vars(module))]
     unregistered = {leaf for leaf in attributes if isinstance(leaf, nn.Module)} - {*model.modules()}
     if any(p.requires_grad for module in unregistered for p in module.parameters()):
         what = f"{name} holds layers in a list or dict of Python, so they would not be trained"
         raise SanityCheckError(f"{what}; use nn.ModuleList or nn.ModuleDict, or freeze them")
-    tries = {"an evaluation": min(16, len(trainer.eval_dataset)), "a full batch": min(size, len(images)) // processes}
-    if len(images) > size and len(images) % size and processes == 1:  # several processes fill the last batch up
-        tries["the last batch of an epoch"] = len(images) % size
-    for what, number in tries.items():
-        dataset = trainer.eval_dataset if what == "an evaluation" else images
+    tries = [("an evaluation", trainer.eval_dataset, 16, ""), ("a full batch", train, size // processes, "")]
+    if len(train) > size and processes == 1:  # several processes fill the last batch up
+        tries.append(("the last batch of an epoch", train, len(train) % size or size, ". Use another batch_size"))
+    for what, dataset, number, advice in tries:
+        number = min(number, len(dataset))
         batch = trainer._prepare_inputs(dataset.__getitems__(fixed_sample(len(dataset), number)))
         try:
             with untouched(model):
-                _try_evaluation(trainer, batch) if dataset is not images else _try_training(trainer, batch)
+                _try_training(trainer, batch) if dataset is train else _try_evaluation(trainer, batch)
         except Exception as error:
-            smaller = should_reduce_batch_size(error)  # out of memory
-            advice = "a smaller batch_size or image_size" if smaller else "another batch_size" if "last" in what else ""
-            given = f"{name} was given float32 {(number, *data.image_shape)}" + (f". Use {advice}" if advice else "")
+            if should_reduce_batch_size(error):  # out of memory
+                advice = ". Use a smaller batch_size or image_size"
+            given = f"{name} was given float32 {(number, *trainer.data.image_shape)}{advice}"
             failed = f"{what} ({number} of {len(dataset)} images) fails with {type(error).__name__}: {error}"
             raise SanityCheckError(f"{failed}. {given}") from error
 

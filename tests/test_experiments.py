@@ -134,7 +134,7 @@ def test_experiments_can_be_divided_and_joined_if_they_agree_on_the_data_and_wha
 def test_a_second_experiment_trains_nothing_and_says_so(finished, tiny_data, capsys, no_training):
     for seeds in (2, [0, 1, 0]):
         again = experiment(MODELS, finished.config, tiny_data, seeds, jobs=2)
-        assert capsys.readouterr().out == "4 of 4 runs loaded, 0 to train\n"
+        assert capsys.readouterr().out == f"4 of 4 runs loaded from {finished.config.output_dir}, 0 to train\n"
         assert list(again.runs.items()) == list(finished.runs.items())
     with pytest.raises(AssertionError, match="trained again"):
         experiment(MODELS, finished.config, tiny_data, [0, 2])
@@ -271,7 +271,7 @@ def test_an_interruption_says_where_and_keeps_what_is_finished(api, config, tiny
     assert capsys.readouterr().out.count("\ninterrupted at epoch 2 of 6; run again to resume\n") == 1
     state.resumed = True
     result = experiment(NARROW, config, tiny_data, [0, 1, 2], trainer_class=Interrupted)
-    assert "1 of 3 runs loaded, 2 to train" in capsys.readouterr().out
+    assert f"1 of 3 runs loaded from {config.output_dir}, 2 to train" in capsys.readouterr().out
     assert list(result.values("narrow")) == [0, 1, 2]
 
 

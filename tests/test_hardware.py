@@ -9,7 +9,7 @@ from scripted import At
 from torch import nn
 from torch.nn import functional as F
 
-from lablib import MLP, KnowledgeDistillationTrainer, StreamlinedTrainer, TrainingConfig
+from lablib import MLP, StreamlinedTrainer, TrainingConfig
 from lablib.hardware import fits, memory_format, resolve_precision
 from lablib.models import ResidualCNN, SimpleCNN
 
@@ -75,11 +75,10 @@ class ViewingCNN(nn.Module):
         return self.classifier(self.convolution(images).view(len(images), -1))
 
 
-def test_convolutions_get_channels_last_images_unless_the_model_or_its_teacher_takes_none(tiny_data):
+def test_convolutions_get_channels_last_images_unless_the_model_takes_none(tiny_data):
     coloured = {part: getattr(tiny_data, part).repeat(1, 3, 1, 1) for part in ("train_images", "test_images")}
     data, model = replace(tiny_data, **coloured), ViewingCNN()
     StreamlinedTrainer(model, config(), data).train()
-    KnowledgeDistillationTrainer(small_cnn(), model, config(), data).train()
     images = StreamlinedTrainer(small_cnn(), config(), data).prepare_images(data.train_images[:4], training=True)
     assert images.is_contiguous(memory_format=torch.channels_last)
     assert memory_format(small_mlp(), CPU, (1, 6, 6)) == torch.contiguous_format

@@ -39,7 +39,7 @@ def test_the_command_trains_the_run_that_the_same_config_loads(run, tmp_path):
     ("options", "words"),
     [
         (["MLP", "--batch-size", "many"], "argument --batch-size: invalid int value: 'many'"),
-        (["MLP", "--batch-size", "0"], "batch_size: Input should be greater than 0"),
+        (["MLP", "--batch-size", "0"], "batch_size = 0: batch_size should be greater than 0"),
         (["ResidualMLP", "--shortcut", "false"], "argument --shortcut: invalid literal_eval value: 'false'"),
         (["MLP", "--telegram-chat-id", TOKEN], "telegram_chat_id: String should match"),
         (["MLP", "--lr-schedule", "linear"], "argument --lr-schedule: invalid choice: 'linear'"),

@@ -283,15 +283,11 @@ def test_the_best_weights_are_those_that_were_evaluated_whatever_a_callback_does
     assert trainer.evaluate()["eval_loss"] == min(row["val_loss"] for row in timeless_rows(trainer))
 
 
-def test_what_would_be_overwritten_or_could_not_be_resumed_is_refused(build):
+def test_a_callback_that_asks_to_evaluate_log_or_stop_within_an_epoch_is_refused(build):
     for wish in ("should_evaluate", "should_log", "should_epoch_stop"):
         asking = on("on_step_end", lambda state, control, wish=wish: setattr(control, wish, True))
         with pytest.raises(ValueError, match=r"a callback asks to .* within an epoch; .* or set max_train_images"):
             build(config(), callbacks=[asking]).train()
-    model = small_mlp()
-    model.config = {"use_cache": "mine"}
-    with pytest.raises(ValueError, match="transformers would write to the model's attribute `config`"):
-        build(config(), model)
 
 
 def test_an_optimizer_and_a_schedule_of_ones_own_are_used(build):
