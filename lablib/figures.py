@@ -57,21 +57,20 @@ def loss_curves(histories: pd.DataFrame, column: str, dataset: str, panels: Mapp
 def loss_terms(histories: pd.DataFrame, dataset: str, alpha: float) -> plt.Figure:
     """A distilled student's loss by epoch and its two terms, weighted by `alpha` and 1 − `alpha`."""
     terms = {"total": (1, "loss"), "α · soft": (alpha, "soft_loss"), "(1 − α) · hard": (1 - alpha, "hard_loss")}
-    lines = [
-        histories.assign(model=f"{part}: {term}", loss=weight * histories[f"{prefix}_{column}"])
-        for part, prefix in {"training": "train", "validation": "val"}.items()
-        for term, (weight, column) in terms.items()
-    ]
-    panels = {part: [f"{part}: {term}" for term in terms] for part in ("training", "validation")}
+    lines, panels = [], {}
+    for part, prefix in {"training": "train", "validation": "val"}.items():
+        panels[part] = [f"{part}: {term}" for term in terms]
+        for model, (weight, column) in zip(panels[part], terms.values(), strict=True):
+            lines.append(histories.assign(model=model, loss=weight * histories[f"{prefix}_{column}"]))
     return loss_curves(pd.concat(lines), "loss", f"{dataset}, distilled student, α = {alpha:g}", panels)
 
 
-def _titled(figure: plt.Figure, title: str, table: pd.DataFrame, note: str = "", by=("model",)) -> plt.Figure:
-    """The figure with its title: "n = 5", or "n = 3 to 5" where the numbers of seeds differ, and a note below."""
-    counts = table["n"] if "n" in table else table.groupby([*by])["seed"].nunique()
-    low, high = counts.min(), counts.max()
-    seeds = f"n = {low} to {high}" if low < high else seeds_text(low)
-    figure.suptitle(f"{title} ({seeds})\n{note}".strip())
+def _titled(figure: plt.Figure, title: str, table: pd.DataFrame | None = None, note="", by=("model",)) -> plt.Figure:
+    if table is not None:
+        counts = table["n"] if "n" in table else table.groupby([*by])["seed"].nunique()
+        low, high = counts.min(), counts.max()
+        title += f" (n = {low} to {high})" if low < high else f" ({seeds_text(low)})"
+    figure.suptitle(f"{title}\n{note}".strip())
     return figure
 
 
@@ -116,7 +115,6 @@ def accuracy_by_cost(frame: pd.DataFrame, costs: pd.DataFrame, dataset: str) -> 
 
 
 def _by_family(frame: pd.DataFrame) -> pd.DataFrame:
-    """The finished runs with percentages, family, depth and place on an axis of depths."""
     table = with_depth(frame.dropna(subset="test_accuracy"))
     families, _ = pd.factorize(table["family"])
     place = table["depth"].rank(method="dense") - 1 + 0.09 * (families - families.max() / 2)  # families side by side
@@ -136,7 +134,6 @@ def _line_per_family(axis: plt.Axes, table: pd.DataFrame, x: str, y: str, **aver
 
 
 def _interval(percentages: pd.Series) -> tuple[float, float]:
-    """The ends of the mean's interval, which stay between 0 and 100; NaN where there is none."""
     summary = summarise(percentages)
     return tuple(np.clip([summary.mean - summary.ci95, summary.mean + summary.ci95], 0, 100))
 
@@ -149,7 +146,7 @@ def _label_log(axis, numbers="{x:g}"):
 
 
 def gradient_norms(gradients: pd.DataFrame, dataset: str) -> plt.Figure:
-    """Gradient by relative position of the layer, from the table that `gradient_ratios` takes; one line per depth."""
+    """Gradient by relative position of the layer, from `Experiment.gradients()`; one line per depth."""
     table = with_depth(gradients.assign(rms=gradients["rms"].where(gradients["rms"] > 0))).astype({"depth": str})
     table["position"] = (table["layer"] - 1) / (table.groupby("model")["layer"].transform("max") - 1)
     look = {"x": "position", "y": "rms", "col": "family", "row": "when", "hue": "depth", "style": "depth"}
@@ -190,10 +187,8 @@ def distillation(frame: pd.DataFrame, names: Mapping[str, str], dataset: str, ch
     right.set_title("close up: one line per seed")
     plt.setp([*left.get_xticklabels(), *right.get_xticklabels()], fontsize="x-small")
     (_, teacher), (alone, student), (distilled, taught) = names.items()
-    comparison = compare(frame, {"lead": (teacher, student), "gain": (taught, student)})  # their p-values are adjusted
-    gain = points(comparison.set_index("label").loc["gain"])
-    figure.suptitle(f"{dataset}\n{distilled} − {alone}: {gain}")
-    return figure
+    both = compare(frame, {"lead": (teacher, student), "gain": (taught, student)}).set_index("label")  # adjusted p
+    return _titled(figure, f"{dataset}\n{distilled} − {alone}: {points(both.loc['gain'])}")
 
 
 def distillation_grid(frame: pd.DataFrame, dataset: str, used: tuple[float, float], alone: float) -> plt.Figure:
@@ -212,9 +207,7 @@ def distillation_grid(frame: pd.DataFrame, dataset: str, used: tuple[float, floa
 
 
 def reliability(predictions: pd.DataFrame, errors: Mapping[str, Sequence[float]], dataset: str) -> plt.Figure:
-    """Accuracy by confidence, a line per model through 15 bins with equal numbers of images. `predictions`: a row per
-    image (model, confidence, correct); `errors`: each model's calibration errors by seed.
-    """
+    """Accuracy by confidence. `predictions`: model, confidence, correct of each image; `errors`: by model and seed."""
     figure, axis = plt.subplots(figsize=(6.8, 5.6), layout="constrained")
     for model, table in predictions.groupby("model", sort=False):
         name = f"{model}: calibration error {summarise(errors[model]).percent()}"
@@ -222,8 +215,7 @@ def reliability(predictions: pd.DataFrame, errors: Mapping[str, Sequence[float]]
         CalibrationDisplay.from_predictions(table["correct"].astype(int), table["confidence"], **look)
     axis.set(xlabel="mean confidence", ylabel="accuracy")
     axis.legend(**BELOW)
-    figure.suptitle(f"{dataset}, test set: accuracy by confidence\n(below the dotted line: overconfident)")
-    return figure
+    return _titled(figure, f"{dataset}, test set: accuracy by confidence\n(below the dotted line: overconfident)")
 
 
 def image_grid(images: torch.Tensor, titles: Sequence[str], columns=8, title="", size=1.1) -> plt.Figure:
@@ -233,8 +225,7 @@ def image_grid(images: torch.Tensor, titles: Sequence[str], columns=8, title="",
     plt.setp(axes, frame_on=False, xticks=[], yticks=[])
     for axis, image, text in zip(axes.flat, images, titles, strict=False):
         _show(axis, image, text)
-    figure.suptitle(title)
-    return figure
+    return _titled(figure, title)
 
 
 def _show(axis: plt.Axes, image: torch.Tensor, title: str):
@@ -250,16 +241,13 @@ def confusion_matrix(matrix: np.ndarray, class_names: Sequence[str], title: str)
     look = {"cmap": "rocket_r", "cbar_kws": {"label": "misclassified images"}, "annot_kws": {"fontsize": "x-small"}}
     sns.heatmap(mistakes, annot=matrix if len(matrix) <= 25 else None, fmt="d", **look, square=True, ax=axis)
     axis.set(xlabel="predicted", ylabel="true")
-    figure.suptitle(title)
-    return figure
+    return _titled(figure, title)
 
 
 def softened_predictions(
     images: torch.Tensor, titles: Sequence[str], softened: dict[float, torch.Tensor], names: Sequence[str], title: str
 ) -> plt.Figure:
-    """A teacher's probabilities of the ten likeliest classes of each image, a bar per temperature. `titles` are the
-    true classes, `names` all classes; `softened` has probabilities (images × classes) by temperature.
-    """
+    """Each image and its ten likeliest classes. `softened`: probabilities (images × classes `names`) by temperature."""
     figure, axes = plt.subplots(len(images), 2, figsize=(9, 0.6 + 1.6 * len(images)), width_ratios=[1, 5], **GRID)
     for index, (picture, bars) in enumerate(axes):
         _show(picture, images[index], titles[index])
@@ -267,5 +255,4 @@ def softened_predictions(
         table = table.nlargest(10, table.columns[0]).rename(lambda name: name[:10])
         table.plot.bar(ax=bars, rot=0, fontsize="x-small", width=0.8, ylim=(0, 1), ylabel="probability", legend=False)
     figure.legend(*bars.get_legend_handles_labels(), loc="outside lower center", ncols=len(softened))
-    figure.suptitle(title)
-    return figure
+    return _titled(figure, title)

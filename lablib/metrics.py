@@ -8,10 +8,7 @@ import torch
 
 
 class BatchMeter:
-    """Collects sizes, hits and losses of batches on their device, without waiting for it until they are asked for.
-
-    Each of several `processes` adds its share of a batch; all of them have to ask at the same time.
-    """
+    """Collects sizes, hits and losses of batches on their device, without waiting for it until they are asked for."""
 
     def __init__(self, processes: int = 1):
         self.processes = processes
@@ -29,7 +26,7 @@ class BatchMeter:
             self._rows = [torch.cat(self._rows)]
 
     def batches(self) -> pd.DataFrame:
-        """A row per batch, of all processes together: size, hits and mean losses."""
+        """A row per batch, of all processes together, which ask at the same time: size, hits and mean losses."""
         if not self._rows:
             return pd.DataFrame()
         rows = torch.cat(self._rows)
@@ -66,9 +63,8 @@ def are_probabilities(logits: torch.Tensor) -> bool:
 
 
 def summary(rows: list[dict], metric: str, test: dict[str, float]) -> dict[str, float]:
-    """A finished training, from its history and test metrics: epochs, the best one and its validation metrics, ...
-
-    The best epoch, whose weights a trainer restores, is the first with the best validation `metric`.
+    """A finished training, from its history and test metrics: epochs, best epoch, its validation metrics, ... The best
+    epoch, whose weights a trainer restores, is the first with the best validation `metric`.
     """
     best = (max if metric == "accuracy" else min)(rows, key=lambda row: row[f"val_{metric}"])
     validation = {name: best[name] for name in ("val_loss", "val_accuracy")}

@@ -1,7 +1,6 @@
 """Tables of runs -> means, intervals, paired comparisons and tables of results.
 
-A *frame* has one row per run: model, seed, dataset, parameters, val_accuracy, test_accuracy, epochs, seconds, ...;
-accuracies are fractions. Where a run failed the numbers are NaN, and a column `error` may say why.
+A *frame* has a row per run: model, seed, dataset, test_accuracy (a fraction, NaN if it failed), `error` (why), ...
 """
 
 import math
@@ -16,11 +15,9 @@ MIN_SEEDS = 3  # with two, an interval means little: tables, figures and verdict
 
 
 class Summary(NamedTuple):
-    """Of n values: mean, sample standard deviation, half-width of the mean's 95 % interval (Student's t); see below."""
-
     mean: float
-    std: float
-    ci95: float
+    std: float  # of the sample
+    ci95: float  # half-width of the mean's 95 % interval (Student's t)
     n: int
 
     def percent(self) -> str:
@@ -66,7 +63,6 @@ def compare_effects(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
 
 
 def _tested(comparisons: list[tuple[str, str, str, pd.Series]]) -> pd.DataFrame:
-    """The table that `compare` describes, from label, first, second and the differences by seed."""
     rows = []
     for *names, differences in comparisons:
         if len(values := differences.dropna()):
@@ -124,9 +120,7 @@ def effects_table(comparisons: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 
 
 def results_table(frame: pd.DataFrame, reference: Mapping[str, float] | None = None) -> pd.DataFrame:
-    """One row per model, in order; accuracies are fractions, `n` counts the finished runs, `error` says why others
-    failed. `reference` gives published test accuracies. Raises ValueError for two runs of a model with one seed.
-    """
+    """One row per model, in order; `reference`: published accuracies. ValueError for two runs of a model and seed."""
     if frame.duplicated(["model", "seed"]).any():
         raise ValueError("two runs of a model have the same seed; give one of the models another name")
     columns = {"dataset": ("dataset", "first"), "parameters": ("parameters", "first"), "n": ("test_accuracy", "count")}
@@ -153,10 +147,7 @@ def readable_table(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def recommend(table: pd.DataFrame) -> str:
-    """The smallest model of a `results_table` within one standard error of the best validation accuracy; of several of
-    one size, the most accurate (the rule of Breiman et al., Classification and Regression Trees, 1984). Models with
-    fewer than `MIN_SEEDS` finished runs do not count; if there is no other, the text says so.
-    """
+    """The smallest model within one standard error of the best validation accuracy (Breiman et al., CART, 1984)."""
     finished = table[table["n"] >= MIN_SEEDS]
     if finished.empty:
         return f"none: every model has fewer than {MIN_SEEDS} finished runs"
@@ -186,9 +177,6 @@ def with_knobs(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def gradient_ratios(gradients: pd.DataFrame) -> pd.DataFrame:
-    """The first layer's gradient over the last hidden one's, NaN if there is none: model, seed, when, ratio.
-
-    `gradients` has one row per layer, in order: model, seed, when, layer (from 1; the last is the classifier), rms.
-    """
+    """The first layer's gradient over the last hidden one's (NaN if 0) by run, from `Experiment.gradients()`."""
     layers = gradients.groupby(["model", "seed", "when"], sort=False)["rms"]
     return layers.agg(lambda rms: rms.iloc[0] / (rms.iloc[-2:-1].sum() or math.nan)).rename("ratio").reset_index()
