@@ -28,16 +28,12 @@ def check_device(device: str) -> None:
 
 
 def resolve_precision(config: TrainingConfig, model: nn.Module) -> str:
-    """The precision of a run, "fp32", "bf16" or "fp16": as configured, or the fastest here if that is "auto".
-
-    "auto" uses half precision for convolutions where there are units for it (of a CPU: AMX or AVX-512 BF16). With
-    "fp32", GPUs use TF32 in convolutions. Raises ValueError for fp16 without a CUDA GPU.
-    """
+    """A run's precision: if "auto", the fastest here for its network. Raises ValueError for fp16 without a CUDA GPU."""
     on_gpu = config.device in ("auto", "cuda") and torch.cuda.is_available()
     if config.precision == "fp16" and not on_gpu:
         raise ValueError("precision = 'fp16' needs a CUDA GPU; write 'bf16', 'fp32' or 'auto'")
     if config.precision != "auto":
-        return config.precision
+        return config.precision  # with "fp32", GPUs use TF32 in convolutions
     if not any(isinstance(module, nn.Conv2d) for module in model.modules()):
         return "fp32"
     if on_gpu:
@@ -107,12 +103,9 @@ def restore_random_states(states: dict[str, Any]) -> None:
 @contextlib.contextmanager
 def own_randomness() -> Iterator[None]:
     """Afterwards restore the random states. They belong to the process, so one thread at a time may be within."""
-    with _lock:
-        states = random_states()
-        try:
-            yield
-        finally:
-            restore_random_states(states)
+    with _lock, contextlib.ExitStack() as afterwards:
+        afterwards.callback(restore_random_states, random_states())
+        yield
 
 
 @contextlib.contextmanager

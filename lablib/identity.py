@@ -6,7 +6,6 @@ import inspect
 import json
 import os
 import sys
-import sysconfig
 from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
@@ -85,10 +84,7 @@ def described_network(build_model: Callable[[], nn.Module], seed: int) -> tuple[
 
 
 def describe(value: Any, where: str, _seen: dict | None = None) -> Any:
-    """A value as JSON, by its content, the same in every process; by what `__identity__` returns if it has this method.
-
-    Raises TypeError, with `where` as the value's name, if the content cannot be told.
-    """
+    """A value's content, or what its `__identity__` returns, as JSON. Raises TypeError, naming `where`, if unknown."""
     kind, seen = type(value), {} if _seen is None else _seen  # each object is described once
     inside = partial(describe, _seen=seen)
     if hasattr(kind, "__identity__"):
@@ -141,7 +137,6 @@ def describe(value: Any, where: str, _seen: dict | None = None) -> Any:
 
 
 def _function(function: FunctionType) -> Any:
-    """Of an installed function the name; of the user's own the code; of both, the values that it refers to."""
     closure = [cell.cell_contents for cell in function.__closure__ or ()]
     if name := _installed(function):
         return [name, closure] if closure else name
@@ -153,9 +148,8 @@ def _function(function: FunctionType) -> Any:
 
 
 def _steps(code: CodeType) -> list[tuple[str, Any]]:
-    """What a function and those within it do: arguments, instructions, exceptions; no comments, no line numbers."""
     steps = [("ARGUMENTS", inspect.getargs(code)), ("EXCEPTIONS", code.co_exceptiontable)]
-    for step in dis.get_instructions(code):
+    for step in dis.get_instructions(code):  # without comments, docstrings and line numbers
         argument = sorted(step.argval, key=ascii) if isinstance(step.argval, frozenset) else step.argval
         steps += _steps(argument) if isinstance(argument, CodeType) else [(step.opname, argument)]
     return steps
@@ -169,9 +163,8 @@ def _installed(thing: type | FunctionType) -> str | None:
 
 
 def _is_installed(module: str) -> bool:
-    """Whether a module belongs to Python, to an installed package or to lablib."""
     package = module.partition(".")[0]
     file = os.path.realpath(getattr(sys.modules.get(package), "__file__", None) or "/")
     if package in sys.stdlib_module_names:  # unless a file of the user's has such a name
-        return file == "/" or file.startswith(os.path.realpath(sysconfig.get_path("stdlib")))
+        return file == "/" or file.startswith(os.path.realpath(os.path.dirname(os.__file__)))
     return package == "lablib" or (package != "__main__" and ("site-packages" in file or "dist-packages" in file))

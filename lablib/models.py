@@ -1,7 +1,4 @@
-"""The networks: images in (float, batch × channels × height × width), logits out (batch × classes).
-
-`image_shape` is (channels, height, width).
-"""
+"""The networks: images in (float, batch × channels × height × width: `image_shape`), logits out (batch × classes)."""
 
 import json
 import math
@@ -59,10 +56,7 @@ class MLP(nn.Module, _Saved):
 
 
 class ResidualBlock(nn.Module):
-    """F(x) + x, with F = Linear, ReLU, Dropout, Linear (He et al. 2015, https://arxiv.org/abs/1512.03385).
-
-    A linear layer without bias projects x where the widths differ; `shortcut=False` returns F(x).
-    """
+    """F(x) + x, with x projected if the widths differ, or F(x) alone (He et al. 2015, https://arxiv.org/abs/1512.03385)."""
 
     def __init__(self, in_features: int, out_features: int, dropout: float = 0.1, shortcut: bool = True):
         super().__init__()
@@ -103,8 +97,7 @@ class ResidualMLP(nn.Module, _Saved):
 class SimpleCNN(nn.Module, _Saved):
     """A stem of `width` channels and `depth` stages (3 × 3 convolution, batch norm, ReLU), then a linear classifier.
 
-    Each stage halves the resolution by its stride and doubles the channels. Raises ValueError for images with a side
-    of fewer than 2**depth pixels.
+    Each stage halves resolution and doubles channels. Raises ValueError for a side of fewer than 2**depth pixels.
     """
 
     def __init__(
@@ -153,7 +146,6 @@ class ResidualCNN(SimpleCNN):
         super().__init__(depth, width, image_shape, num_classes)
 
     def _stage(self, inplanes: int, planes: int) -> nn.Module:
-        if not self.shortcut:
-            return nn.Sequential(PlainBlock(inplanes, planes, 2), PlainBlock(planes, planes))
-        projection = Conv2dNormActivation(inplanes, planes, 1, 2, activation_layer=None)
-        return nn.Sequential(BasicBlock(inplanes, planes, 2, projection), BasicBlock(planes, planes))
+        block = BasicBlock if self.shortcut else PlainBlock
+        projection = Conv2dNormActivation(inplanes, planes, 1, 2, activation_layer=None) if self.shortcut else None
+        return nn.Sequential(block(inplanes, planes, 2, projection), block(planes, planes))

@@ -20,9 +20,8 @@ for _name in ("httpx", "httpcore.connection", "httpcore.http11"):  # they log th
 
 
 class TelegramNotifier:
-    """Sends a bot's messages to a chat.
+    """Sends a bot's messages to a chat; without arguments, those in TELEGRAM_BOT_TOKEN and TELEGRAM_CHAT_ID.
 
-    Token and chat come from the arguments, else from TELEGRAM_BOT_TOKEN and TELEGRAM_CHAT_ID in the environment.
     Raises RuntimeError for wrong ones, and ConnectionError if there is no useful answer.
     """
 
@@ -48,13 +47,11 @@ class TelegramNotifier:
         self._call("sendMessage", text=text[:4000])
 
     def _call(self, method: str, **fields: str) -> dict:
-        """The result of one of the Bot API's methods; what may succeed later is tried again."""
         options = {"data": {"chat_id": self.chat_id, **fields}, "timeout": self.timeout, "trust_env": False}
-        for attempt in range(3):
+        for attempt in range(3):  # what may succeed later is tried again
             time.sleep(attempt * self.pause)
             try:
-                response = httpx.post(self._url.get_secret_value() + method, **options)
-                reply = json.loads(redacted(response.text))
+                reply = json.loads(redacted(httpx.post(self._url.get_secret_value() + method, **options).text))
             except Exception as error:  # which would show the URL
                 reply = {"description": f"no answer ({type(error).__name__})"}
             if reply.get("ok"):
@@ -73,9 +70,9 @@ class _Messages:
     service, broken = "Telegram", False
 
     @harmless
-    def __init__(self, config, what: str):
-        self.what, self.info = what, config.telegram_additional_info
-        self.notifier = TelegramNotifier(config.telegram_bot_token, config.telegram_chat_id)
+    def __init__(self, subject, name: str = "Experiment"):
+        self.subject, self.name = subject, f"{name} on {subject.data.name}"
+        self.notifier = TelegramNotifier(subject.config.telegram_bot_token, subject.config.telegram_chat_id)
         threading.Thread(target=self._check, name="telegram check", daemon=True).start()
 
     @harmless
@@ -83,10 +80,9 @@ class _Messages:
         with suppress(ConnectionError):  # the message at the end may still get through
             self.notifier.check()
 
-    @harmless
     def send(self, error: BaseException | None, lines: list[str]) -> None:
         outcome = f"failed with {one_line(error)}" if error else "finished"
-        lines = [f"{self.what}: {outcome}", self.info, *lines]
+        lines = [f"{self.name}: {outcome}", self.subject.config.telegram_additional_info, *lines]
         self.notifier.send_message(redacted("\n".join(filter(None, lines))))
 
 
@@ -94,30 +90,26 @@ class TelegramCallback(_Messages, TrainerCallback):
     """Sends a run's result when it ends; if it fails, where and why."""
 
     def __init__(self, trainer):
-        self.trainer, self.broken = trainer, not trainer.is_world_process_zero()
-        super().__init__(trainer.config, f"{trainer.run_name} on {trainer.data.name}")
+        self.broken = not trainer.is_world_process_zero()
+        super().__init__(trainer, trainer.run_name)
 
     @harmless
     def on_train_end(self, args, state, control, **kwargs):
-        self.send(None, [f"{name}: {value:.6g}" for name, value in final_result(self.trainer).items()])
+        self.send(None, [f"{name}: {value:.6g}" for name, value in final_result(self.subject).items()])
 
+    @harmless
     def on_train_failed(self, error: BaseException):
-        self.send(error, [f"after {self.trainer.state.epoch or 0:.1f} of {self.trainer.config.num_epochs} epochs"])
+        self.send(error, [f"after {self.subject.state.epoch or 0:.1f} of {self.subject.config.num_epochs} epochs"])
 
 
 class ExperimentMessages(_Messages, AbstractContextManager):
     """Sends an experiment's outcome, as a context manager around its training; its runs send nothing."""
 
-    def __init__(self, experiment):
-        self.experiment = experiment
-        super().__init__(experiment.config, f"Experiment on {experiment.data.name}")
-
     @harmless
     def __exit__(self, kind, error, trace):
-        result, total = self.experiment, len(self.experiment.models) * len(self.experiment.seeds)
+        result, total = self.subject, len(self.subject.models) * len(self.subject.seeds)
         lines = [f"runs: {len(result.runs)} of {total} finished, {len(result.failures)} failed"]
-        for name in result.models:
-            if values := result.values(name).values():
-                lines.append(f"{name}: test accuracy {sum(values) / len(values):.2%} (n = {len(values)})")
+        found = {name: result.values(name).values() for name in result.models}
+        lines += [f"{name}: test accuracy {sum(v) / len(v):.2%} (n = {len(v)})" for name, v in found.items() if v]
         lines += [f"failed: {name}, seed {seed}: {line}" for (name, seed), line in result.failures.items()]
         self.send(error, lines)

@@ -14,7 +14,6 @@ LOGGED = [
     "max_grad_norm", "validation_split", "max_train_images", "early_stopping_patience", "early_stopping_metric",
     "rotation_degrees", "translation_fraction", "horizontal_flip", "crop_padding", "seed", "deterministic",
 ]  # fmt: skip
-# printed output, code, git state and the command line stay here
 _PRIVATE = {"console": "off", "save_code": False, "disable_code": True, "disable_git": True, "x_disable_meta": True}
 _ENVIRONMENT = ("torch", "transformers", "python", "precision", "device", "processes")
 _TIMEOUT = 7.0  # seconds, for W&B's server to answer and for a run to begin
@@ -55,6 +54,13 @@ class WandbCallback(TrainerCallback):
         if mode := mode_here():
             import wandb
 
+            described = {name: getattr(config, name) for name in LOGGED}
+            described |= {name: getattr(trainer, name) for name in ("temperature", "alpha") if hasattr(trainer, name)}
+            described |= {name: trainer.environment[name] for name in _ENVIRONMENT}
+            described |= {"trainer": type(trainer).__name__, "model": type(model).__name__}
+            described["arguments"] = getattr(model, "_hub_mixin_config", None) or {}
+            described["parameters"] = sum(p.numel() for p in model.parameters())
+            described["data"] = {"name": data.name, "fingerprint": data.fingerprint, "classes": [*data.class_names]}
             self.run = wandb.init(
                 project=config.wandb_project,
                 group=config.wandb_group or data.name,
@@ -62,16 +68,7 @@ class WandbCallback(TrainerCallback):
                 id=trainer.wandb_id,
                 resume="allow",
                 reinit="create_new",  # a run that the user has open is left alone
-                config={
-                    **{name: getattr(config, name) for name in LOGGED},
-                    **{name: getattr(trainer, name) for name in ("temperature", "alpha") if hasattr(trainer, name)},
-                    **{name: trainer.environment[name] for name in _ENVIRONMENT},
-                    "trainer": type(trainer).__name__,
-                    "model": type(model).__name__,
-                    "arguments": getattr(model, "_hub_mixin_config", None) or {},
-                    "parameters": sum(p.numel() for p in model.parameters()),
-                    "data": {"name": data.name, "fingerprint": data.fingerprint, "classes": [*data.class_names]},
-                },
+                config=described,
                 dir=os.environ.get("WANDB_DIR", os.path.abspath(config.output_dir)),
                 mode=mode,
                 settings={**_PRIVATE, "quiet": True, "init_timeout": _TIMEOUT, "finish_timeout": 60},
@@ -94,16 +91,15 @@ class WandbCallback(TrainerCallback):
 
     @harmless
     def on_train_end(self, args, state, control, **kwargs):
-        self._finish(0, **final_result(self.trainer), error=None)  # clears the one of an earlier interruption
+        if self.run:
+            self.run.summary.update({**final_result(self.trainer), "error": None})  # clears an earlier interruption's
+            self.run.finish(exit_code=0)
 
     @harmless
     def on_train_failed(self, error: BaseException) -> None:
-        self._finish(1, error=type(error).__name__)  # its message may contain private information
-
-    def _finish(self, exit_code: int, **summary):
         if self.run:
-            self.run.summary.update(summary)
-            self.run.finish(exit_code=exit_code)
+            self.run.summary.update({"error": type(error).__name__})  # its message may contain private information
+            self.run.finish(exit_code=1)
 
 
 def mode_here() -> str:
