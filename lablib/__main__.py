@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from functools import partial
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import lablib  # imports PyTorch only when a name is used: those seconds fall within main, which handles Ctrl-C
 from lablib.config import TrainingConfig, one_line
@@ -24,24 +24,21 @@ _IS_FIRST_PROCESS = os.environ.get("RANK", "0") == "0"  # of those that torchrun
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the result of a run as JSON. Exit status: 2 for a wrong option, 130 after Ctrl-C, 1 for other errors."""
     try:
-        run = _run(vars(_parser().parse_args(arguments)))
+        options = vars(_parser().parse_args(arguments))
+        config = TrainingConfig(**{f.name: options.pop(f.name) for f in fields(TrainingConfig) if f.name in options})
+        with config.to_training_arguments(config.output_dir).main_process_first():  # to download and decode once
+            scale = {name: options.pop(name) for name in ("image_size", "channels")}
+            data = lablib.load_data(options.pop("data"), options.pop("data_dir"), **scale)
+        data.warn_if_unbalanced()
+        network = getattr(lablib, options.pop("model"))  # the options left are its own
+        build_model = partial(network, **options, image_shape=data.image_shape, num_classes=data.num_classes)
+        run = lablib.train_or_load(build_model, config, data, bar=sys.stderr if _IS_FIRST_PROCESS else None)
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, OSError, RuntimeError, ArithmeticError) as error:
         sys.exit(f"python -m lablib: {one_line(error)}")
     if _IS_FIRST_PROCESS:
         print(json.dumps({"path": str(run.path), **run.result}))
-
-
-def _run(options: dict[str, Any]) -> "lablib.Run":
-    config = TrainingConfig(**{f.name: options.pop(f.name) for f in fields(TrainingConfig) if f.name in options})
-    with config.to_training_arguments(config.output_dir).main_process_first():  # to download and decode once
-        scale = {name: options.pop(name) for name in ("image_size", "channels")}
-        data = lablib.load_data(options.pop("data"), options.pop("data_dir"), **scale)
-    data.warn_if_unbalanced()
-    network = getattr(lablib, options.pop("model"))  # the options left are its own
-    build_model = partial(network, **options, image_shape=data.image_shape, num_classes=data.num_classes)
-    return lablib.train_or_load(build_model, config, data, bar=sys.stderr if _IS_FIRST_PROCESS else None)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -26,8 +26,6 @@ Temperatures = Annotated[list[Positive], Field(min_length=1)]
 _Folder = Annotated[str, BeforeValidator(lambda p: os.path.expanduser(p) if isinstance(p, (str, os.PathLike)) else p)]
 _Chat = Annotated[str, Field(pattern=r"^(-?\d+|@\w+)$")]  # a number or a name; it is shown, so a token is refused
 _CHECKED = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
-
-DATASET_NAMES = ("digits", "MNIST", "FashionMNIST", "KMNIST", "EMNIST", "CIFAR10", "CIFAR100", "SVHN", "STL10")
 NOT_IDENTITY = (  # has no influence on a run's outcome
     "output_dir", "checkpoint_seconds", "device", "use_wandb", "wandb_project", "wandb_group", "wandb_watch",
     "use_telegram_notifications", "telegram_additional_info", "telegram_bot_token", "telegram_chat_id",
@@ -52,8 +50,9 @@ def warn(text: str) -> None:
 warn_once = functools.cache(warn)
 
 
-def _with_plain_errors(cls: type) -> type:
-    """Let a pydantic dataclass raise a ValueError with a line for each fault, without values that may be secret."""
+def _checked(cls: type) -> type:
+    """A frozen pydantic dataclass whose ValueError has a line for each fault, without values that may be secret."""
+    cls = dataclass(cls, kw_only=True, frozen=True, config=_CHECKED)
     validate, known = cls.__init__, [field.name for field in dataclasses.fields(cls)]
 
     def __init__(self, **values):
@@ -74,8 +73,7 @@ def _with_plain_errors(cls: type) -> type:
     return cls
 
 
-@_with_plain_errors
-@dataclass(kw_only=True, frozen=True, config=_CHECKED)
+@_checked
 class TrainingConfig:
     """Every setting of one run. Raises ValueError, saying what is allowed; `dataclasses.replace` changes a setting."""
 
@@ -117,10 +115,7 @@ class TrainingConfig:
         return {name: value for name, value in values.items() if value}
 
     def to_training_arguments(self, output_dir: str):
-        """What `transformers.Trainer` and callbacks need, as `TrainingArguments`; checkpoints go to `output_dir`.
-
-        Raises ValueError if the batch size, of all processes together, is no multiple of their number.
-        """
+        """The `TrainingArguments`; raises ValueError if the batch size is no multiple of the number of processes."""
         import torch
         from transformers import TrainingArguments  # takes seconds; only a training needs it
 
@@ -128,7 +123,7 @@ class TrainingConfig:
         if batch_size % processes:
             raise ValueError(f"batch_size = {batch_size} must be a multiple of the number of processes, {processes}")
         if processes > 1:
-            atexit.register(_leave_group)
+            atexit.register(_leave_group, torch.distributed)
         return TrainingArguments(
             output_dir=output_dir,
             num_train_epochs=self.num_epochs,
@@ -139,12 +134,9 @@ class TrainingConfig:
             warmup_steps=self.warmup_fraction,  # below 1 it is a fraction of all steps
             seed=self.seed,
             use_cpu=self.device == "cpu" or not (torch.cuda.is_available() or torch.backends.mps.is_available()),
-            eval_strategy="epoch",
-            save_strategy="epoch",
-            logging_strategy="epoch",
+            **dict.fromkeys(["eval_strategy", "save_strategy", "logging_strategy"], "epoch"),
             load_best_model_at_end=True,
             metric_for_best_model=f"eval_{self.early_stopping_metric}",
-            greater_is_better=self.early_stopping_metric == "accuracy",
             report_to="none",
             log_level="error",
             disable_tqdm=True,
@@ -156,22 +148,8 @@ def check_parameters(namespace: dict[str, Any]) -> None:
     annotations = namespace["__annotations__"]
     cells = [cell for cell in namespace.get("In", []) if cell.lstrip().startswith("# Parameters")]  # as papermill does
     injected = re.findall(r"^(\w+) = ", "\n".join(cells), re.MULTILINE)
-    fields = dataclasses.make_dataclass("parameters", annotations.items())
-    check = _with_plain_errors(dataclass(fields, config=_CHECKED))
+    check = _checked(type("parameters", (), {"__annotations__": annotations}))
     check(**{name: namespace[name] for name in [*annotations, *injected]})
-
-
-def locate_data(name: str | os.PathLike, data_dir: str | os.PathLike = "data") -> str | Path:
-    """Which data set `load_data` loads: one of DATASET_NAMES, or a folder. Raises ValueError if neither or both."""
-    known = {each.lower(): each for each in DATASET_NAMES}.get(str(name).lower().replace("-", ""))
-    places = (os.path.join(".", os.path.expanduser(name)), os.path.join(os.path.expanduser(data_dir), name))
-    folder = next(filter(os.path.isdir, places), None)
-    if known and folder and os.path.isdir(f"{folder}/train"):
-        raise ValueError(f"{name!r} is a known data set and also a folder here; write {folder!r} for the folder")
-    if not known and not folder:
-        names = ", ".join(DATASET_NAMES).lower()
-        raise ValueError(f"dataset = {name!r} is neither a known name ({names}) nor a folder with train/ and test/")
-    return known or Path(folder)
 
 
 def enter_project_root() -> None:
@@ -185,9 +163,7 @@ def num_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def _leave_group() -> None:
+def _leave_group(distributed) -> None:
     """Leave the processes' group: its threads could outlive Python, and abort the process (PyTorch's pull 179291)."""
-    import torch
-
-    if torch.distributed.is_initialized() and not hasattr(sys, "last_value"):  # after an error the others might wait
-        torch.distributed.destroy_process_group()
+    if distributed.is_initialized() and not hasattr(sys, "last_value"):  # after an error the others might wait
+        distributed.destroy_process_group()

@@ -8,7 +8,6 @@ from functools import cached_property
 import numpy as np
 import torch
 from sklearn.model_selection import train_test_split
-from torch.utils.data import Dataset
 
 from lablib.config import warn_once
 
@@ -18,10 +17,7 @@ _TENSORS = "train_images", "train_labels", "test_images", "test_labels"  # the f
 
 @dataclass(frozen=True)
 class ImageData:
-    """Images (uint8, images × channels × height × width) and labels (int64 class numbers) of a classification task.
-
-    NumPy arrays become tensors, and stay mapped if they are. Raises ValueError for what does not fit together.
-    """
+    """Images (uint8, images × channels × height × width) and labels (int64), or mapped arrays; ValueError if unfit."""
 
     name: str
     train_images: torch.Tensor = field(repr=False)
@@ -45,8 +41,7 @@ class ImageData:
                 raise ValueError(f"{part} labels must be int64, one per image, all of 0 to {self.num_classes - 1}")
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(channels, height, width)"""
+    def image_shape(self) -> tuple[int, int, int]:  # channels, height, width
         return tuple(self.train_images.shape[1:])
 
     @property
@@ -73,8 +68,7 @@ class ImageData:
         values = torch.arange(256, dtype=torch.float64) / 255
         mean = (counts * values).sum(1) / counts.sum(1)
         variance = (counts * (values - mean[:, None]) ** 2).sum(1) / counts.sum(1)
-        std = variance.sqrt().where(variance > 0, 1.0)  # a constant channel is shifted, not divided by 0
-        return mean.float(), std.float()
+        return mean.float(), variance.sqrt().where(variance > 0, 1.0).float()  # a constant channel is divided by 1
 
     def normalise(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 images as a model takes them: float, normalised by the training images' statistics, or ValueError."""
@@ -103,7 +97,7 @@ class ImageData:
         return ImageData, (self.name, *self._arrays, self.class_names)
 
 
-class ImageBatches(Dataset):
+class ImageBatches(torch.utils.data.Dataset):
     """Images by index, in whole batches: {"images": uint8, batch × channels × height × width; "labels": int64}."""
 
     def __init__(self, images: torch.Tensor, labels: torch.Tensor, indices: torch.Tensor | None = None):
@@ -129,9 +123,8 @@ def stratified_split(labels: torch.Tensor, validation_split: float, seed: int) -
     options = {"test_size": round(validation_split * len(labels)), "stratify": labels, "random_state": seed}
     train, validation = train_test_split(np.arange(len(labels)), **options)
     absent = np.setdiff1d(labels, labels[validation])  # classes too small for their share: one image
-    moved = [np.random.default_rng(seed).choice(np.flatnonzero(labels == label)) for label in absent]
-    parts = np.setdiff1d(train, moved), np.union1d(validation, moved)
-    return tuple(torch.from_numpy(part).long() for part in parts)
+    moved = np.array([np.random.default_rng(seed).choice(np.flatnonzero(labels == label)) for label in absent], int)
+    return torch.from_numpy(np.setdiff1d(train, moved)), torch.from_numpy(np.union1d(validation, moved))
 
 
 def stratified_subset(indices: torch.Tensor, labels: torch.Tensor, size: int | None, seed: int) -> torch.Tensor:

@@ -13,20 +13,19 @@ import torch
 from PIL import Image, ImageOps
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-from torchvision import datasets
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
-from torchvision.transforms import functional as F
+from torchvision import datasets, transforms
 
-from lablib.config import locate_data, warn
+from lablib.config import warn
 from lablib.data import ImageData, stratified_split
+
+_TORCHVISION = ("MNIST", "FashionMNIST", "KMNIST", "EMNIST", "CIFAR10", "CIFAR100", "SVHN", "STL10")
+_NAMES = {name.lower(): name for name in ("digits", *_TORCHVISION)}
+Place = str | os.PathLike
+Size = tuple[int, int] | None  # height and width in pixels
 
 
 def load_data(
-    name: str | os.PathLike,
-    data_dir: str | os.PathLike = "data",
-    *,
-    image_size: int | tuple[int, int] | None = None,
-    channels: int | None = None,
+    name: Place, data_dir: Place = "data", *, image_size: int | Size = None, channels: int | None = None
 ) -> ImageData:
     """Load a data set by its name, or a folder with `train/<class>/` and `test/<class>/` in it.
 
@@ -37,17 +36,23 @@ def load_data(
     if channels not in (None, 1, 3):
         raise ValueError(f"channels = {channels!r}, but it must be None, 1 or 3")
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
-    found = locate_data(name, data_dir)
-    if isinstance(found, Path):
-        return _from_folder(found, size, channels or 3)
-    if found == "digits":
+    known, data_dir = _NAMES.get(str(name).lower().replace("-", "")), os.path.expanduser(data_dir)
+    places = os.path.join(".", os.path.expanduser(name)), os.path.join(data_dir, name)
+    folder = next(filter(os.path.isdir, places), None)
+    if known and folder and os.path.isdir(f"{folder}/train"):
+        raise ValueError(f"{name!r} is a known data set and also a folder here; write {folder!r} for the folder")
+    if known == "digits":
         return _digits(size or (28, 28), channels or 1)
-    return _from_torchvision(found, os.path.expanduser(data_dir), size, channels)
+    if known:
+        return _from_torchvision(known, data_dir, size, channels)
+    if folder:
+        return _from_folder(Path(folder), size, channels or 3)
+    names = ", ".join(_NAMES)
+    raise ValueError(f"dataset = {name!r} is neither a known name ({names}) nor a folder with train/ and test/")
 
 
 def _digits(size: tuple[int, int], channels: int) -> ImageData:
-    """1,797 scans of 8 × 8 pixels and 17 grey levels; a fixed fifth of them is the test set."""
-    scans = load_digits()
+    scans = load_digits()  # of 8 × 8 pixels and 17 grey levels
     pixels = torch.from_numpy(scans.images).float().unsqueeze(1) * (255 / 16)
     scaled = torch.nn.functional.interpolate(pixels, size=size, mode="bilinear", align_corners=False)
     images, labels = scaled.round().to(torch.uint8).repeat(1, channels, 1, 1), torch.from_numpy(scans.target).long()
@@ -55,7 +60,7 @@ def _digits(size: tuple[int, int], channels: int) -> ImageData:
     return ImageData("digits", images[train], labels[train], images[test], labels[test], tuple("0123456789"))
 
 
-def _from_torchvision(name: str, data_dir: str, size, channels) -> ImageData:
+def _from_torchvision(name: str, data_dir: str, size: Size, channels: int | None) -> ImageData:
     tensors = []
     for part in ("train", "test"):
         options = {"split": part} if name in ("SVHN", "STL10") else {"train": part == "train"}
@@ -63,30 +68,28 @@ def _from_torchvision(name: str, data_dir: str, size, channels) -> ImageData:
         dataset = getattr(datasets, name)(data_dir, download=True, **options)
         images = torch.as_tensor(dataset.data)  # grey without channels, coloured with channels last or first
         images = images.unsqueeze(1) if images.ndim == 3 else images.movedim(images.shape.index(3), 1)
-        if name == "EMNIST":  # its files are transposed
-            images = images.transpose(2, 3)
+        images = images.mT if name == "EMNIST" else images  # its files are transposed
         if channels not in (None, images.shape[1]):
-            images = images.repeat(1, 3, 1, 1) if channels == 3 else F.rgb_to_grayscale(images)
-        if size is not None:
-            images = F.resize(images, [*size])
+            images = images.repeat(1, 3, 1, 1) if channels == 3 else transforms.functional.rgb_to_grayscale(images)
+        images = transforms.functional.resize(images, [*(size or images.shape[2:])])
         labels = dataset.labels if hasattr(dataset, "labels") else dataset.targets
         tensors += [images.contiguous(), torch.as_tensor(labels).long()]
     classes = getattr(dataset, "classes", range(10))
     return ImageData(name, *tensors, tuple(str(label).split(" - ")[0] for label in classes))  # MNIST says "7 - seven"
 
 
-def list_images(folder: str | os.PathLike) -> tuple[list[str], list[tuple[str, int]]]:
+def list_images(folder: Place) -> tuple[list[str], list[tuple[str, int]]]:
     """Classes, and each image's path and label, in loading order: ImageFolder's without hidden files, or ValueError."""
     folder = Path(os.path.expanduser(folder))
     classes = sorted(place.name for place in folder.glob("[!.]*/"))
     if len(classes) < 2:
         raise ValueError(f"{folder} needs a folder per class, two or more, not {classes}; see lablib.datasets.split")
-    extensions = (*IMG_EXTENSIONS, ".jfif", ".gif", ".heic")  # HEIC is found, so that it is an error and not ignored
-    images = make_dataset(folder, {name: label for label, name in enumerate(classes)}, extensions)
+    extensions = (*datasets.folder.IMG_EXTENSIONS, ".jfif", ".gif", ".heic")  # HEIC: an error, not ignored
+    images = datasets.folder.make_dataset(folder, {name: label for label, name in enumerate(classes)}, extensions)
     return classes, [(path, label) for path, label in images if os.sep + "." not in path.removeprefix(str(folder))]
 
 
-def _from_folder(folder: Path, size, channels: int) -> ImageData:
+def _from_folder(folder: Path, size: Size, channels: int) -> ImageData:
     (classes, train), (test_classes, test) = (list_images(folder / part) for part in ("train", "test"))
     if classes != test_classes:
         raise ValueError(f"{folder}: train/ and test/ need the same classes; they have {classes} and {test_classes}")
@@ -105,7 +108,6 @@ def _from_folder(folder: Path, size, channels: int) -> ImageData:
 
 
 def _decode(paths: tuple[str, ...], cache: Path, read) -> None:
-    """Write the images, images × channels × height × width, to the NumPy file `cache`, which is whole or absent."""
     print(f"decoding {len(paths):,} images into {cache}", flush=True)
     shape = (len(paths), *read(paths[0]).shape)
     with tempfile.TemporaryDirectory(prefix=".lablib-", dir=cache.parent) as scratch, ThreadPoolExecutor() as pool:
@@ -115,10 +117,10 @@ def _decode(paths: tuple[str, ...], cache: Path, read) -> None:
                 if image.shape != shape[1:]:
                     raise ValueError(f"{path} has another size than {paths[0]}; set image_size")
                 file.write(image)
-        os.replace(file.name, cache)
+        os.replace(file.name, cache)  # which is whole or absent
 
 
-def read_image(path: str | os.PathLike, size: tuple[int, int] | None, channels: int = 3) -> np.ndarray:
+def read_image(path: Place, size: Size, channels: int = 3) -> np.ndarray:
     """An image as `load_data` reads it from a folder: uint8, channels × height × width.
 
     EXIF orientation is applied and transparency composited on white. `size` is (height, width) or None: the shorter
@@ -128,19 +130,17 @@ def read_image(path: str | os.PathLike, size: tuple[int, int] | None, channels: 
         with Image.open(path) as image:
             mode, image = image.mode, ImageOps.exif_transpose(image)
         if image.has_transparency_data:
-            white = Image.new("RGBA", image.size, "white")
-            image = Image.alpha_composite(white, image.convert("RGBA"))
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
         image = image.convert("L" if channels == 1 else "RGB")
     except Exception as error:  # Pillow's decoders raise many kinds
         raise ValueError(f"{path} is damaged or not an image ({error}); replace or delete it") from error
     if mode[0] in "IF":  # Pillow cuts off what is above 255
         raise ValueError(f"{path} has pixels of 16 or 32 bits (mode {mode}); save it with 8 bits per channel")
-    if size is not None:
-        image = ImageOps.fit(image, size[::-1], Image.Resampling.BILINEAR)
-    return F.pil_to_tensor(image).contiguous().numpy()
+    image = ImageOps.fit(image, size[::-1] if size else image.size, Image.Resampling.BILINEAR)
+    return transforms.functional.pil_to_tensor(image).contiguous().numpy()
 
 
-def split(folder: str | os.PathLike, test: float = 0.2) -> None:
+def split(folder: Place, test: float = 0.2) -> None:
     """Copy the images of FOLDER/<class>/ to FOLDER-split, a share `test` of each class to test/, the rest to train/."""
     folder = Path(os.path.abspath(os.path.expanduser(folder)))
     classes, images = list_images(folder)
