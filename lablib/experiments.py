@@ -13,7 +13,6 @@ from pathlib import Path
 import joblib
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 from torch import nn
 
 from lablib import figures
@@ -78,33 +77,28 @@ class Experiment:
 
     def histories(self) -> pd.DataFrame:
         """Every run's metrics by epoch: model, seed, epoch, train_loss, val_loss, ..."""
-        return self._of_each_run(lambda run: pd.DataFrame(run.history))
+        return self._by_run([pd.DataFrame(run.history) for run in self.runs.values()])
 
     def gradients(self) -> pd.DataFrame:
         """Every run's gradient by layer: model, seed, layer, when ("initial" or "trained"), rms."""
-
-        def gradients(run: Run) -> pd.DataFrame:
-            measured = run.measured()
-            table = pd.DataFrame({m: measured.get(f"gradient_{m}", []) for m in ("initial", "trained")})
-            return table.assign(layer=table.index + 1).melt("layer", var_name="when", value_name="rms")
-
-        return self._of_each_run(gradients)
+        tables = []
+        for run in self.runs.values():
+            arrays = run.measured()
+            table = pd.DataFrame({m: arrays.get(f"gradient_{m}", []) for m in ("initial", "trained")}, dtype=np.float32)
+            tables.append(table.assign(layer=table.index + 1).melt("layer", var_name="when", value_name="rms"))
+        return self._by_run(tables)
 
     def predictions(self) -> pd.DataFrame:
         """Every run's answers to the test images: model, seed, image (index), label, predicted, confidence, correct."""
-        true = self.data.test_labels.numpy()
-
-        def predictions(run: Run) -> pd.DataFrame:
+        true, tables = self.data.test_labels.numpy(), []
+        for run in self.runs.values():
             measured = run.measured()
-            predicted, confidence = measured["test_class"], measured["test_confidence"].astype(float)
-            answers = {"predicted": predicted, "confidence": confidence, "correct": predicted == true}
-            return pd.DataFrame({"image": range(len(true)), "label": true, **answers})
+            answers = {"predicted": measured["test_class"], "confidence": measured["test_confidence"].astype(float)}
+            tables.append(pd.DataFrame({"image": range(len(true)), "label": true, **answers}))
+        return self._by_run(tables).assign(correct=lambda table: table["predicted"] == table["label"])
 
-        return self._of_each_run(predictions)
-
-    def _of_each_run(self, table_of: Callable[[Run], pd.DataFrame]) -> pd.DataFrame:
-        tables = {key: table for key, run in self.runs.items() if len(table := table_of(run))}
-        return pd.concat(tables, names=["model", "seed"]).droplevel(-1).reset_index()
+    def _by_run(self, tables: list[pd.DataFrame]) -> pd.DataFrame:
+        return pd.concat(tables, keys=[*self.runs], names=["model", "seed"]).droplevel(-1).reset_index()
 
     def table(self, reference: Mapping[str, float] | None = None, save_to: str | Path | None = None) -> pd.DataFrame:
         """One row per network, as text; `reference` has published accuracies (fractions), `save_to` is a CSV file."""
@@ -112,19 +106,17 @@ class Experiment:
         return readable_table(save_table(table, save_to) if save_to else table)
 
     def compare(self, first: str | Mapping, second: str | None = None, by: Sequence[int] = ()) -> "Comparison":
-        """Paired differences in test accuracy over the seeds: the first model minus the second.
+        """Paired differences in test accuracy by seed, first model − second. Raises KeyError for an unknown model.
 
         Two models, or several pairs by name: {"the shortcut": ("ResidualCNN", "NoShortcut")}. With `by`, the depths,
         they are families ("ResidualCNN-2"), and p-values are corrected over the depths of a pair, else over all pairs.
-        A model is not compared with itself. Raises KeyError for an unknown model.
         """
         pairs = first if isinstance(first, Mapping) else {f"{first} − {second}": (first, second)}
         if by:
             families = product(pairs.items(), by)
             pairs = {f"{label}, depth {n}": (f"{one}-{n}", f"{other}-{n}") for (label, (one, other)), n in families}
-        pairs = {label: pair for label, pair in pairs.items() if pair[0] != pair[1]}
-        table = compare(self.select(*chain(*pairs.values())).frame(), pairs)
-        return Comparison(table, self.data.name)
+        pairs = {label: pair for label, pair in pairs.items() if pair[0] != pair[1]}  # none with itself
+        return Comparison(compare(self.select(*chain(*pairs.values())).frame(), pairs), self.data.name)
 
     def distil(
         self, student: str, teacher: str, temperature, alpha, *, name="Distilled", config=None, seeds=None, jobs=1
@@ -132,21 +124,22 @@ class Experiment:
         """Train one of the networks as a student: each seed's run learns from the `teacher`'s run with that seed.
 
         With a list of temperatures or alphas there is a student for each pair, named "T = 4, α = 0.7"; else it has the
-        `name`. Config and seeds are this experiment's by default; joined ones may need a config. A seed whose teacher
-        failed is left out. Raises as `experiment` does, and KeyError for an unknown network or seed.
+        `name`. Config and seeds are this experiment's by default. A seed whose teacher failed is left out. Raises as
+        `experiment` does, KeyError for an unknown network or seed, and ValueError if joined experiments need a config.
         """
         from lablib.distillation import KnowledgeDistillationTrainer  # with transformers, which takes seconds
 
-        taught = [seed for seed in seeds or self.seeds if (teacher, seed) not in self.failures]
+        if not (config := config or self.config):
+            raise ValueError("the joined experiments have different configs; pass config=")
+        seeds = [seed for seed in seeds or self.seeds if (teacher, seed) not in self.failures]
         models, trainers = {}, {}
         for t, a in product(np.ravel(temperature).tolist(), np.ravel(alpha).tolist()):
             label = f"T = {t:g}, α = {a:g}" if np.ndim(temperature) or np.ndim(alpha) else name
             models[label] = self.models[student]
-            for seed in taught:
+            for seed in seeds:
                 trained = TrainedModel(self.runs[teacher, seed], self.models[teacher])
                 trainers[label, seed] = partial(KnowledgeDistillationTrainer, teacher=trained, temperature=t, alpha=a)
-        more = {"jobs": jobs, "trainer_class": trainers, "callbacks": self.callbacks}
-        return experiment(models, config or self.config, self.data, taught, **more)
+        return experiment(models, config, self.data, seeds, jobs=jobs, trainer_class=trainers, callbacks=self.callbacks)
 
     def trained_model(self, model: str, seed: int | None = None) -> nn.Module:
         """A run's network (by default of the first seed) with its best weights. Raises as `Run.load_weights` does."""
@@ -156,12 +149,10 @@ class Experiment:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Paired differences between networks, as `statistics.compare` gives them."""
-
-    table: pd.DataFrame
+    table: pd.DataFrame  # paired differences between networks, as `statistics.compare` gives them
     dataset: str
 
-    def plot(self, title: str, *paths: str | Path) -> Figure:
+    def plot(self, title: str, *paths: str | Path) -> figures.plt.Figure:
         """A dot for each seed, the means, and intervals from three seeds on; written to the paths too."""
         return figures.save(figures.paired_differences(self.table, self.dataset, title), *paths)
 
@@ -197,13 +188,11 @@ def experiment(
 ) -> Experiment:
     """Train each model with each seed, or load the runs that are finished: here, or published with the lab.
 
-    `models` maps each name to a function without arguments that builds the network. `seeds=3` means 0, 1 and 2.
-    joblib trains `jobs` runs side by side (-1: one per core); `joblib.parallel_config("dask")` sends them to a cluster,
-    whose workers need `output_dir` at the same path. `trainer_class`, which may be a dict by (model, seed), and
-    `weights` are those of `train_or_load`. Each run gets its own copies of the `callbacks`.
-
-    A training that fails is reported by a warning and in `failures`; the others continue. Raises RuntimeError if all
-    fail; before any training, ValueError for a config with a seed or two names for one run, and as `run_identity` does.
+    `models` maps names to functions that build the networks; `seeds=3` means 0, 1 and 2. joblib trains `jobs` runs side
+    by side (-1: one per core), with `joblib.parallel_config("dask")` on a cluster, whose workers need `output_dir` at
+    the same path. `trainer_class` (or a dict of them, by model and seed) and `weights` are those of `train_or_load`.
+    Each run gets copies of the `callbacks`. A failed one is warned of and in `failures`; RuntimeError if all fail.
+    Raises before any training as `run_identity`, and ValueError for a config with a seed or two names for one run.
     """
     if config.seed:
         raise ValueError(f"the config has seed = {config.seed}; write seeds = [{config.seed}] instead")
@@ -215,8 +204,7 @@ def experiment(
         raise ValueError("an experiment needs a model and a seed; seeds=2 stands for the seeds 0 and 1")
     result = Experiment(data, config, dict(models), seeds, tuple(callbacks))
     trainers = trainer_class if isinstance(trainer_class, Mapping) else dict.fromkeys(keys, trainer_class)
-    # for the runs: the experiment speaks for them, the token stays in this process, workers may be in another folder
-    silent = {"use_telegram_notifications": False, "telegram_bot_token": None}
+    silent = {"use_telegram_notifications": False, "telegram_bot_token": None}  # the token stays in this process
     missing, named = {}, {}
     for name, seed in keys:
         seeded = replace(config, seed=seed, output_dir=os.path.abspath(config.output_dir), **silent)
@@ -243,7 +231,6 @@ def experiment(
 
 
 def _train(result: Experiment, missing: dict[Key, tuple], trainers: Mapping, weights: bool, jobs: int):
-    """Add the runs that are missing, given by their configs and identities."""
     from lablib import telegram, tracking  # with transformers, which takes seconds
 
     wandb_mode = tracking.mode_here() if result.config.use_wandb else ""  # asked once, for all runs

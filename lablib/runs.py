@@ -33,7 +33,6 @@ from lablib.identity import build_seeded, json_digest, run_identity, run_name, s
 from lablib.metrics import are_probabilities, first_logits, summary
 
 Key = tuple[str, int]  # a run's model and seed
-
 PUBLISHED = Path(__file__).resolve().parents[1] / "results" / "runs"  # runs that every checkout has, without weights
 _WEIGHTS = "model.safetensors"
 _NOT_WHOLE = "a new copy with the trained weights gives different logits: what training changes must be in state_dict()"
@@ -52,10 +51,7 @@ class Run:
         return json.loads((self.path / "identity.json").read_bytes())
 
     def load_weights(self, model: nn.Module) -> nn.Module:
-        """Put the best epoch's weights into a model of the run's architecture and return it in eval mode.
-
-        Raises ValueError if the run was published without its weights, or they are not all of the network.
-        """
+        """Put the best epoch's weights into a model and return it in eval mode. Raises ValueError if any is missing."""
         if _NOT_WHOLE in self.result.get("notes", []):
             raise ValueError(f"the run {self.path.name} cannot be loaded: {_NOT_WHOLE}")
         if not (self.path / _WEIGHTS).exists():
@@ -64,11 +60,9 @@ class Run:
         return model.eval()
 
     def measured(self) -> dict[str, np.ndarray]:
-        """What was measured with the best weights.
-
-        `test_class` (int16) and `test_confidence` (float16): each test image's predicted class and its probability.
-        `validation_logits` (float16, images × classes): those of the validation images at `validation_images` (int64).
-        `gradient_initial` and `gradient_trained` (float32), unless it has no layers: see `diagnostics.gradient_norms`.
+        """Measured with the best weights: each test image's class, `test_class` (int16), and its probability,
+        `test_confidence` (float16); `validation_logits` (float16, images × classes) at `validation_images` (int64);
+        `gradient_initial` and `gradient_trained` (float32, by layer, if any): see `diagnostics.gradient_norms`.
         """
         with np.load(self.path / "measured.npz") as arrays:
             return dict(arrays)
@@ -103,18 +97,16 @@ def train_or_load(
 ) -> Run:
     """Load a finished run, from `output_dir` or from the published ones; resume an interrupted one; train a new one.
 
-    `trainer_class` replaces StreamlinedTrainer: a class, or a `functools.partial` with what else it needs, such as a
-    teacher. With `weights`, a published run, which has none, does not count. A damaged run is trained again, and one
-    that another process trains is awaited. `bar` is a file that gets a progress bar, such as sys.stderr. Raises as
-    `run_identity` and the trainer do, and RuntimeError if `identity`, determined before, is another run's.
+    `trainer_class` replaces StreamlinedTrainer: a class, or a `functools.partial` with a teacher. With `weights`,
+    published runs do not count. A run is trained again if damaged, and awaited if another process trains it. `bar`: a
+    file for a progress bar. Raises as `run_identity` and the trainer, and RuntimeError if `identity` no longer holds.
     """
     now = run_identity(build_model, config, data, trainer_class, callbacks)
     if identity and (changed := [n for n in now if json_digest(now[n]) != json_digest(identity.get(n))]):
         advice = "restart Python if a module changed, and keep what training changes out of classes and globals"
         raise RuntimeError(f"the {' and '.join(changed)} of this run no longer match what was asked for: {advice}")
     path, together = Path(config.output_dir) / run_name(now), num_processes() > 1
-    # of several processes (`torchrun`) the first looks after the store; the arguments make them a group
-    first = not together or config.to_training_arguments(str(path)).process_index == 0
+    first = not together or config.to_training_arguments(str(path)).process_index == 0  # the arguments make the group
     key = path.name.rpartition("-")[0], config.seed
     shown = progress({key: path}, config.num_epochs, bar) if first and bar else nullcontext()
     with shown, FileLock(f"{path}.lock") if first else nullcontext():  # the system releases it when the process ends
@@ -139,8 +131,6 @@ def attempt(key: Key, build_model, config, data, parent: int, wandb_mode="", **o
     except Exception as error:
         return key, None, one_line(error), traceback.format_exc()
     except KeyboardInterrupt:
-        if os.getpid() == parent:
-            raise
         return key, None, None, None
 
 
@@ -161,7 +151,7 @@ def load_run(path: Path) -> Run | None:
         found["result"] = json_digest(result)  # all of result.json but the checksums
         if changed := [name for name in found if found[name] != written[name]]:
             raise ValueError(f"{', '.join(changed)} changed since it was finished")
-        return Run(path, result, _history(path))
+        return Run(path, result, [json.loads(row) for row in (path / "history.jsonl").read_text().splitlines()])
     except Exception as error:
         warn_once(f"the run {path} is damaged and does not count: {one_line(error)}")
         return None
@@ -192,28 +182,24 @@ def _train(path: Path, identity, build_model, config, data, trainer_class, callb
             "identity.json": json.dumps(identity, indent=1).encode(),
             "measured.npz": _measured(trainer, prediction.predictions, partial(build_seeded, build_model, config.seed)),
         }
-        _write(path, _result(trainer, prediction.metrics), files)
+        result = {
+            "model": type(trainer.model).__name__,
+            "parameters": sum(p.numel() for p in trainer.model.parameters()),
+            "dataset": data.name,
+            "seed": config.seed,
+            **summary(trainer.history, config.early_stopping_metric, prediction.metrics),
+            "device": trainer.args.device.type,
+            "precision": trainer.precision,
+            "processes": trainer.args.world_size,
+            "threads": torch.get_num_threads(),
+            "versions": {n: trainer.environment[n] for n in ("torch", "transformers", "python", "lablib")},
+            "notes": trainer.notes,
+        }
+        _write(path, result, files)
         delete_checkpoints(path / "checkpoints")
 
 
-def _result(trainer, test: dict[str, float]) -> dict[str, Any]:
-    return {
-        "model": type(trainer.model).__name__,
-        "parameters": sum(p.numel() for p in trainer.model.parameters()),
-        "dataset": trainer.data.name,
-        "seed": trainer.config.seed,
-        **summary(trainer.history, trainer.config.early_stopping_metric, test),
-        "device": trainer.args.device.type,
-        "precision": trainer.precision,
-        "processes": trainer.args.world_size,
-        "threads": torch.get_num_threads(),
-        "versions": {n: trainer.environment[n] for n in ("torch", "transformers", "python", "lablib")},
-        "notes": trainer.notes,
-    }
-
-
 def _measured(trainer, logits, build: Callable[[], nn.Module]) -> bytes:
-    """The file of `Run.measured`; `build` builds the network with its initial weights."""
     device, train, validation = trainer.args.device, trainer.train_dataset, trainer.eval_dataset
     logits = torch.from_numpy(first_logits(logits)).double()
     confidence, predicted = (logits if are_probabilities(logits) else logits.softmax(1)).max(1)
@@ -251,12 +237,6 @@ def _write(path: Path, result: dict[str, Any], files: dict[str, bytes]) -> None:
     write_atomically(path / "result.json", json.dumps(result | {"sha256": sums}, indent=1).encode())
 
 
-def _history(path: Path) -> list[dict[str, float]]:
-    with suppress(OSError, ValueError):  # not written yet, or cut off when the power failed
-        return [json.loads(row) for row in (path / "history.jsonl").read_text().splitlines()]
-    return []
-
-
 @contextmanager
 def progress(paths: Mapping[Key, Path], num_epochs: int, file: TextIO | None = None):
     """One bar over all epochs of all runs, which reads the runs' files, wherever they are trained."""
@@ -266,7 +246,9 @@ def progress(paths: Mapping[Key, Path], num_epochs: int, file: TextIO | None = N
         for (model, seed), path in paths.items():
             if (path / "result.json").exists():
                 done += num_epochs  # also if it stopped early
-            elif rows := _history(path):
+                continue
+            with suppress(OSError, ValueError, IndexError):  # nothing yet, or cut off when the power failed
+                rows = [json.loads(row) for row in (path / "history.jsonl").read_text().splitlines()]
                 done += len(rows)
                 metrics = f"loss {rows[-1]['train_loss']:.3f}, validation {100 * rows[-1]['val_accuracy']:.1f} %"
                 bar.set_postfix_str(f"{metrics} ({model}, seed {seed})", refresh=False)
