@@ -42,7 +42,7 @@ def loss_curves(histories: pd.DataFrame, column: str, dataset: str, panels: Mapp
     panels = panels or {"": histories["model"].unique()}
     figure, axes = plt.subplots(1, len(panels), figsize=(2.4 + 4.4 * len(panels), 4.4), sharey=True, **GRID)
     for axis, (title, models) in zip(axes.flat, panels.items(), strict=True):
-        table = histories[histories["model"].isin(models)]
+        table = histories[histories["model"].isin(models)].reset_index(drop=True)
         look = {"x": "epoch", "y": column, "hue": "model", "palette": "colorblind", "ax": axis}
         sns.lineplot(table, **look, style="model", units="seed", estimator=None, linewidth=1)
         best = table.sort_values("val_accuracy", ascending=False, kind="stable").drop_duplicates(["model", "seed"])
