@@ -35,7 +35,8 @@ class ImageData:
             images, labels = getattr(self, f"{part}_images"), getattr(self, f"{part}_labels")
             channels_last = images.ndim == 4 and images.shape[1] > 4 >= images.shape[3]
             if images.dtype != torch.uint8 or images.ndim != 4 or channels_last or images.shape[1:] != self.image_shape:
-                raise ValueError(f"{part} images must be torch.uint8, number × channels × height × width, all alike")
+                given = f"not {images.dtype} of shape {tuple(images.shape)}"
+                raise ValueError(f"{part} images must be torch.uint8, number × channels × height × width, {given}")
             classes = [*range(self.num_classes)]
             if labels.dtype != torch.int64 or len(labels) != len(images) or labels.unique().tolist() != classes:
                 raise ValueError(f"{part} labels must be int64, one per image, all of 0 to {self.num_classes - 1}")
@@ -73,7 +74,8 @@ class ImageData:
     def normalise(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 images as a model takes them: float, normalised by the training images' statistics, or ValueError."""
         if images.dtype != torch.uint8 or images.shape[1:] != self.image_shape:
-            raise ValueError(f"images must be torch.uint8 of shape (number, *{self.image_shape})")
+            given = f"not {images.dtype} of shape {tuple(images.shape)}"
+            raise ValueError(f"images must be torch.uint8, number × {' × '.join(map(str, self.image_shape))}, {given}")
         mean, std = (s.view(-1, 1, 1).to(images.device) for s in self.channel_statistics)
         return (images.float() / 255 - mean) / std
 
@@ -121,7 +123,10 @@ def fixed_sample(length: int, number: int) -> torch.Tensor:
 def stratified_split(labels: torch.Tensor, validation_split: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Sorted indices of training and validation images, each class in proportion; ValueError for too small a class."""
     options = {"test_size": round(validation_split * len(labels)), "stratify": labels, "random_state": seed}
-    train, validation = train_test_split(np.arange(len(labels)), **options)
+    try:
+        train, validation = train_test_split(np.arange(len(labels)), **options)
+    except ValueError as error:
+        raise ValueError(f"{len(labels)} images cannot be split with a share of {validation_split}: {error}") from error
     absent = np.setdiff1d(labels, labels[validation])  # classes too small for their share: one image
     moved = np.array([np.random.default_rng(seed).choice(np.flatnonzero(labels == label)) for label in absent], int)
     return torch.from_numpy(np.setdiff1d(train, moved)), torch.from_numpy(np.union1d(validation, moved))

@@ -36,6 +36,8 @@ def load_data(
     if channels not in (None, 1, 3):
         raise ValueError(f"channels = {channels!r}, but it must be None, 1 or 3")
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    if size is not None and not (len(size) == 2 and all(type(side) is int and side > 0 for side in size)):
+        raise ValueError(f"image_size = {image_size!r}, but it must be a number of pixels above 0, or two")
     known, data_dir = _NAMES.get(str(name).lower().replace("-", "")), os.path.expanduser(data_dir)
     places = os.path.join(".", os.path.expanduser(name)), os.path.join(data_dir, name)
     folder = next(filter(os.path.isdir, places), None)
@@ -83,7 +85,8 @@ def list_images(folder: Place) -> tuple[list[str], list[tuple[str, int]]]:
     folder = Path(os.path.expanduser(folder))
     classes = sorted(place.name for place in folder.glob("[!.]*/"))
     if len(classes) < 2:
-        raise ValueError(f"{folder} needs a folder per class, two or more, not {classes}; see lablib.datasets.split")
+        advice = "`python -m lablib.datasets split FOLDER` makes train/ and test/ from one folder per class"
+        raise ValueError(f"{folder} needs a folder of images per class, two or more, not {classes}; {advice}")
     extensions = (*datasets.folder.IMG_EXTENSIONS, ".jfif", ".gif", ".heic")  # HEIC: an error, not ignored
     images = datasets.folder.make_dataset(folder, {name: label for label, name in enumerate(classes)}, extensions)
     return classes, [(path, label) for path, label in images if os.sep + "." not in path.removeprefix(str(folder))]

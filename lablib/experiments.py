@@ -220,7 +220,8 @@ def experiment(
     places = sorted({str(run.path.parent).removeprefix(f"{Path.cwd()}{os.sep}") for run in result.runs.values()})
     loaded = f"{len(result.runs)} of {len(keys)} runs loaded" + (f" from {' and '.join(places)}" if places else "")
     print(f"{loaded}, {len(missing)} to train", flush=True)
-    if missing and (images := round(config.validation_split * len(data.train_labels))) < 100:
+    images = round(config.validation_split * len(data.train_labels))
+    if missing and config.early_stopping_patience and images < 100:
         print(f"only {images} validation images decide when to stop: early_stopping_patience = None may work better")
     if missing:
         _train(result, missing, trainers, weights, jobs)

@@ -129,7 +129,7 @@ def attempt(key: Key, build_model, config, data, parent: int, wandb_mode="", **o
     try:
         return key, train_or_load(build_model, config, data, **copy.deepcopy(options)), None, None  # its own callbacks
     except Exception as error:
-        return key, None, one_line(error), traceback.format_exc()
+        return key, None, one_line(error), traceback.format_exc(limit=-5)
     except KeyboardInterrupt:
         return key, None, None, None
 
@@ -309,7 +309,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     else:
         rows = [{"run": path.name, "finished": bool(run), **(run.result if run else {})} for path, run in runs.items()]
         columns = ["run", "finished", "dataset", "seed", "epochs", "val_accuracy", "test_accuracy"]
-        print(pd.DataFrame(rows, columns=columns).to_string(index=False, na_rep=""))
+        print(pd.DataFrame(rows, columns=columns).convert_dtypes().to_string(index=False, na_rep=""))
 
 
 if __name__ == "__main__":

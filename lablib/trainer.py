@@ -167,8 +167,8 @@ class StreamlinedTrainer(transformers.Trainer):
             self.optimizer = self.lr_scheduler = None
         max_steps = config.num_epochs * self.steps_per_epoch
         self._scaler = torch.amp.GradScaler(args.device.type, enabled=self.precision == "fp16")
-        self.create_optimizer()
-        self.create_scheduler(max_steps, self.optimizer)
+        self.optimizer = self.create_optimizer() or self.optimizer
+        self.lr_scheduler = self.create_scheduler(max_steps, self.optimizer) or self.lr_scheduler
         self.callback_handler.optimizer, self.callback_handler.lr_scheduler = self.optimizer, self.lr_scheduler
         self._trained = DistributedDataParallel(self.model) if several else self.model
         self._meter, self.history, self._best_weights = BatchMeter(args.world_size), [], None
@@ -212,7 +212,7 @@ class StreamlinedTrainer(transformers.Trainer):
                     self._save_if_due(0 if self.control.should_save else self.config.checkpoint_seconds)
 
     def epoch_order(self, epoch: int) -> torch.Tensor:
-        """Positions in `train_dataset` in the order of an epoch, which follows from the seed; may be overridden."""
+        """As many positions in `train_dataset` as it has images, in an epoch's order, which follows from the seed."""
         generator = torch.Generator().manual_seed(self.config.seed + epoch)
         return torch.randperm(len(self.train_dataset), generator=generator)
 
