@@ -50,14 +50,19 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 def checkpoints_in(folder: Path) -> list[Path]:
     """The checkpoints in a folder, newest first, not verified."""
-    return sorted(folder.glob("checkpoint-*.pt"), key=lambda path: int(path.stem.rpartition("-")[2]), reverse=True)
+    return sorted(folder.glob("checkpoint-*.pt"), key=_step, reverse=True)
 
 
-def delete_checkpoints(folder: Path) -> None:
-    """Delete what the trainer wrote to its folder; what a callback wrote there stays."""
+def _step(path: Path) -> int:
+    return int(path.name.split("-")[1].split(".")[0])
+
+
+def delete_checkpoints(folder: Path, after: int = -1) -> None:
+    """Delete a folder's checkpoints of later steps than `after`; what a callback wrote there stays."""
     with suppress(OSError):  # the store may be read-only
         for path in folder.glob("checkpoint-*.pt*"):
-            path.unlink()
+            if _step(path) > after:
+                path.unlink()
         folder.rmdir()
 
 

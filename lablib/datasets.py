@@ -97,8 +97,11 @@ def _from_folder(folder: Path, size: Size, channels: int) -> ImageData:
     if classes != test_classes:
         raise ValueError(f"{folder}: train/ and test/ need the same classes; they have {classes} and {test_classes}")
     paths, labels = zip(*train, *test, strict=True)
-    versions = [(path.removeprefix(str(folder)), os.path.getsize(path), os.stat(path).st_mtime_ns) for path in paths]
-    key = hashlib.sha256(repr(("read_image, version 1", size, channels, versions)).encode()).hexdigest()[:16]
+    files = [(path, os.stat(path)) for path in paths]
+    versions = [
+        (path.removeprefix(str(folder)), file.st_size, file.st_mtime_ns, file.st_ctime_ns) for path, file in files
+    ]
+    key = hashlib.sha256(repr((os.path.realpath(folder), size, channels, versions)).encode()).hexdigest()[:16]
     cache = Path(folder if os.access(folder, os.W_OK) else tempfile.gettempdir(), f".lablib-{key}.npy")
     if not cache.exists():
         _decode(paths, cache, lambda path: read_image(path, size, channels))

@@ -75,9 +75,9 @@ class KnowledgeDistillationTrainer(StreamlinedTrainer):
                 self._recorded.append(teacher_logits)
         return super().outputs(model, images), teacher_logits
 
-    def predict(self, test_dataset, ignore_keys=None, metric_key_prefix="test"):
+    def predict(self, test_dataset=None, ignore_keys=None, metric_key_prefix="test"):
         """As ever; but the teacher sees the validation images only once, as they are the same in every epoch."""
-        answers = self._answers.setdefault(test_dataset, [])
+        answers = self._answers.setdefault(test_dataset, []) if test_dataset else []
         self._remembered, self._recorded = iter([*answers]), answers
         try:
             return super().predict(test_dataset, ignore_keys, metric_key_prefix)

@@ -53,6 +53,7 @@ class Experiment:
                 raise ValueError(f"the experiments trained {name!r} differently; use another name")
         same = (self.config, self.callbacks) == (other.config, other.callbacks)
         models, runs, failures = self.models | other.models, self.runs | other.runs, self.failures | other.failures
+        failures = {key: error for key, error in failures.items() if key not in runs}
         seeds = tuple(sorted({*self.seeds, *other.seeds}))
         return Experiment(self.data, self.config if same else None, models, seeds, self.callbacks, runs, failures)
 
@@ -119,19 +120,20 @@ class Experiment:
         return Comparison(compare(self.select(*chain(*pairs.values())).frame(), pairs), self.data.name)
 
     def distil(
-        self, student: str, teacher: str, temperature, alpha, *, name="Distilled", config=None, seeds=None, jobs=1
+        self, student: str, teacher: str, temperature, alpha, *, name="Distilled", config=None, seeds=None, **more
     ) -> "Experiment":
         """Train one of the networks as a student: each seed's run learns from the `teacher`'s run with that seed.
 
         With a list of temperatures or alphas there is a student for each pair, named "T = 4, α = 0.7"; else it has the
-        `name`. Config and seeds are this experiment's by default. A seed whose teacher failed is left out. Raises as
-        `experiment` does, KeyError for an unknown network or seed, and ValueError if joined experiments need a config.
+        `name`. Config and seeds are this experiment's by default; `more` is `experiment`'s `jobs` and `weights`. A seed
+        whose teacher failed is left out. Raises as `experiment`; KeyError: no such run; ValueError: no config.
         """
         from lablib.distillation import KnowledgeDistillationTrainer  # with transformers, which takes seconds
 
         if not (config := config or self.config):
             raise ValueError("the joined experiments have different configs; pass config=")
-        seeds = [seed for seed in seeds or self.seeds if (teacher, seed) not in self.failures]
+        seeds = range(seeds) if isinstance(seeds, int) else seeds or self.seeds
+        seeds = [seed for seed in seeds if (teacher, seed) not in self.failures]
         models, trainers = {}, {}
         for t, a in product(np.ravel(temperature).tolist(), np.ravel(alpha).tolist()):
             label = f"T = {t:g}, α = {a:g}" if np.ndim(temperature) or np.ndim(alpha) else name
@@ -139,7 +141,8 @@ class Experiment:
             for seed in seeds:
                 trained = TrainedModel(self.runs[teacher, seed], self.models[teacher])
                 trainers[label, seed] = partial(KnowledgeDistillationTrainer, teacher=trained, temperature=t, alpha=a)
-        return experiment(models, config, self.data, seeds, jobs=jobs, trainer_class=trainers, callbacks=self.callbacks)
+        more |= {"trainer_class": trainers, "callbacks": self.callbacks}
+        return experiment(models, config, self.data, seeds, **more)
 
     def trained_model(self, model: str, seed: int | None = None) -> nn.Module:
         """A run's network (by default of the first seed) with its best weights. Raises as `Run.load_weights` does."""
@@ -220,9 +223,6 @@ def experiment(
     places = sorted({str(run.path.parent).removeprefix(f"{Path.cwd()}{os.sep}") for run in result.runs.values()})
     loaded = f"{len(result.runs)} of {len(keys)} runs loaded" + (f" from {' and '.join(places)}" if places else "")
     print(f"{loaded}, {len(missing)} to train", flush=True)
-    images = round(config.validation_split * len(data.train_labels))
-    if missing and config.early_stopping_patience and images < 100:
-        print(f"only {images} validation images decide when to stop: early_stopping_patience = None may work better")
     if missing:
         _train(result, missing, trainers, weights, jobs)
         result.runs = {key: result.runs[key] for key in keys if key in result.runs}

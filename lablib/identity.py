@@ -12,6 +12,7 @@ from pathlib import Path
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -98,6 +99,8 @@ def describe(value: Any, where: str, _seen: dict | None = None) -> Any:
     if isinstance(value, torch.Tensor):
         content = value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
         return [str(value.dtype), [*value.shape], value.requires_grad, bool(value._backward_hooks), sha256(content)]
+    if kind in (np.ndarray, np.memmap) and not value.dtype.hasobject:
+        return [str(value.dtype), [*value.shape], sha256(np.ascontiguousarray(value))]
     if kind in (list, tuple):
         return [inside(item, f"{where}[{number}]") for number, item in enumerate(value)]
     if kind in (set, frozenset):

@@ -29,7 +29,7 @@ from lablib.config import TrainingConfig, num_processes, one_line, warn, warn_on
 from lablib.data import ImageData, fixed_sample
 from lablib.diagnostics import gradient_norms
 from lablib.hardware import own_randomness
-from lablib.identity import build_seeded, json_digest, run_identity, run_name, sha256
+from lablib.identity import build_seeded, described_network, json_digest, run_identity, run_name, sha256
 from lablib.metrics import are_probabilities, first_logits, summary
 
 Key = tuple[str, int]  # a run's model and seed
@@ -79,8 +79,11 @@ class TrainedModel:
         return {"run": self.run.path.name}
 
     def load(self) -> nn.Module:
-        """The network with the best epoch's weights, in eval mode. Raises ValueError if they were not kept."""
-        return self.run.load_weights(build_seeded(self.build_model, self.run.result["seed"]))
+        """The network with its best weights, in eval mode. Raises ValueError if they, or its code, are not there."""
+        model, described = described_network(self.build_model, self.run.result["seed"])
+        if json_digest(described) != json_digest(self.run.identity["model"]):
+            raise ValueError(f"the function that builds {described['class']} has changed since the run was trained")
+        return self.run.load_weights(model)
 
 
 @own_randomness()
@@ -105,6 +108,7 @@ def train_or_load(
     if identity and (changed := [n for n in now if json_digest(now[n]) != json_digest(identity.get(n))]):
         advice = "restart Python if a module changed, and keep what training changes out of classes and globals"
         raise RuntimeError(f"the {' and '.join(changed)} of this run no longer match what was asked for: {advice}")
+    trainer_class, callbacks = copy.deepcopy((trainer_class, callbacks)) if identity else (trainer_class, callbacks)
     path, together = Path(config.output_dir) / run_name(now), num_processes() > 1
     first = not together or config.to_training_arguments(str(path)).process_index == 0  # the arguments make the group
     key = path.name.rpartition("-")[0], config.seed
@@ -127,7 +131,7 @@ def attempt(key: Key, build_model, config, data, parent: int, wandb_mode="", **o
     if wandb_mode and os.getpid() != parent:  # the parent's may be another than when this process began
         os.environ["WANDB_MODE"] = wandb_mode
     try:
-        return key, train_or_load(build_model, config, data, **copy.deepcopy(options)), None, None  # its own callbacks
+        return key, train_or_load(build_model, config, data, **options), None, None
     except Exception as error:
         return key, None, one_line(error), traceback.format_exc(limit=-5)
     except KeyboardInterrupt:
@@ -136,8 +140,11 @@ def attempt(key: Key, build_model, config, data, parent: int, wandb_mode="", **o
 
 def find_run(name: str, output_dir: str | Path, weights: bool = False) -> Run | None:
     """A finished run by its name, from a store or, unless weights are needed, from the published ones; or None."""
-    folders = [output_dir] if weights else [output_dir, PUBLISHED]
-    return next(filter(None, (load_run(Path(folder) / name) for folder in folders)), None)
+    for folder in (output_dir,) if weights else (output_dir, PUBLISHED):
+        run = load_run(Path(folder) / name)
+        if run and (not weights or (run.path / _WEIGHTS).exists()):
+            return run
+    return None
 
 
 def load_run(path: Path) -> Run | None:
@@ -174,7 +181,7 @@ def _train(path: Path, identity, build_model, config, data, trainer_class, callb
     arguments |= {"checkpoint_dir": str(path / "checkpoints"), "run_name": path.name}
     trainer = (trainer_class or StreamlinedTrainer)(build_seeded(build_model, config.seed), **arguments)
     trainer.train(resume_from_checkpoint=True)
-    prediction = trainer.predict_test()
+    prediction = trainer.predict()
     if trainer.is_world_process_zero():
         files = {
             _WEIGHTS: safetensors.torch.save(contiguous_weights(trainer.model)),

@@ -20,34 +20,24 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils._pytree import tree_leaves, tree_map
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback, TrainerState
 from transformers.trainer_pt_utils import nested_numpify
 from transformers.trainer_utils import PredictionOutput, TrainOutput
 
+from lablib import checkpoints, hardware
 from lablib.augmentation import augment
-from lablib.checkpoints import Interruption, checkpoints_in, contiguous_weights, load_checkpoint, save_checkpoint
 from lablib.config import NOT_IDENTITY, TrainingConfig, warn
 from lablib.data import ImageBatches, ImageData, fixed_sample, stratified_split, stratified_subset
-from lablib.hardware import (
-    algorithms,
-    check_device,
-    fits,
-    keep_memory,
-    memory_format,
-    random_states,
-    resolve_precision,
-    restore_random_states,
-    untouched,
-)
 from lablib.identity import LABLIB_VERSION
 from lablib.metrics import BatchMeter, are_probabilities, first_logits, means
 
 Outputs = torch.Tensor | tuple[torch.Tensor, ...]  # logits (batch × classes), or a tuple that begins with them
 
 _OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
-_SMALLER = "a smaller learning_rate or max_grad_norm=1.0 may help"
+# methods of a transformers.Trainer that this one's loop does not call
+_UNUSED = "get_train_dataloader", "_get_train_sampler", "prediction_step", "evaluation_loop", "_inner_training_loop"
+_HINT = "a smaller learning_rate or max_grad_norm=1.0 may help"
 _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -63,12 +53,12 @@ class StreamlinedTrainer(transformers.Trainer):
     """Trains, validates after each epoch, stops early and restores the best weights; `.test()` evaluates the test set.
 
     The training set is split by class into a training and a validation part. Augmentation and normalisation happen in
-    the training step, on the device. Callbacks, `compute_loss`, `create_optimizer` and `create_scheduler` work as in
-    any `transformers.Trainer`; besides these, `outputs`, `losses` and `epoch_order` may be overridden.
+    the training step, on the device. Callbacks, `create_optimizer` and `create_scheduler` work as in any
+    `transformers.Trainer`; besides these, `outputs`, `losses` and `epoch_order` may be overridden.
 
-    Checkpoints go to `checkpoint_dir`, by default a temporary folder that is deleted with the trainer. One is written
-    every `checkpoint_seconds` within an epoch, at its end if the last is `seconds_between_epochs` old, and on SIGINT
-    and SIGTERM. A resumed training ends as if it had never stopped; `notes` says if versions or settings changed.
+    Checkpoints go to `checkpoint_dir`, by default a temporary folder: every `checkpoint_seconds` within an epoch, at
+    its end if the last is `seconds_between_epochs` old, and on SIGINT and SIGTERM. A resumed training ends as if it had
+    never stopped; `notes` says if versions or settings changed. A callback's wish to stop waits for the epoch's end.
 
     `history` has by epoch: epoch, train_loss, train_accuracy, learning_rate and grad_norm (of the last step), seconds
     (since the run began), val_loss, val_accuracy, and the loss's terms if it has several. `run_name` is the name in
@@ -87,11 +77,13 @@ class StreamlinedTrainer(transformers.Trainer):
         checkpoint_dir: str | None = None,
         run_name: str | None = None,
     ):
-        check_device(config.device)
-        keep_memory()
+        if unused := [n for n in _UNUSED if getattr(type(self), n) is not getattr(transformers.Trainer, n)]:
+            raise ValueError(f"nothing calls {unused[0]}; see which methods of a StreamlinedTrainer may be overridden")
+        hardware.check_device(config.device)
+        hardware.keep_memory()
         self.config, self.data = config, data
         self.run_name = run_name or type(model).__name__
-        self.precision = resolve_precision(config, model)
+        self.precision = hardware.resolve_precision(config, model)
         if checkpoint_dir is None:
             checkpoint_dir = tempfile.mkdtemp(prefix="lablib-")
             weakref.finalize(self, shutil.rmtree, checkpoint_dir, ignore_errors=True)
@@ -99,18 +91,18 @@ class StreamlinedTrainer(transformers.Trainer):
         most = min(1000, 2**22 // data.train_images[0].numel())  # as many images as hold 4 million values
         args.per_device_eval_batch_size = max(config.batch_size, most)
         images, labels = data.train_images, data.train_labels
-        if fits(images, args.device):
+        if hardware.fits(images, args.device):
             images, labels = images.to(args.device), labels.to(args.device)
         train, validation = stratified_split(data.train_labels, config.validation_split, config.seed)
         train = stratified_subset(train, data.train_labels, config.max_train_images, config.seed)
-        patience = config.early_stopping_patience
-        self._memory_format = memory_format(model, args.device, data.image_shape)
+        stopping = [EarlyStoppingCallback(patience)] if (patience := config.early_stopping_patience) else []
+        self._memory_format = hardware.memory_format(model, args.device, data.image_shape)
         super().__init__(
             model=model,
             args=args,
             train_dataset=ImageBatches(images, labels, train),
             eval_dataset=ImageBatches(images, labels, validation),
-            callbacks=[*([EarlyStoppingCallback(patience)] if patience else []), *callbacks],
+            callbacks=[*stopping, *callbacks],
         )
         self.remove_callback(PrinterCallback)
         if config.use_wandb:
@@ -127,18 +119,15 @@ class StreamlinedTrainer(transformers.Trainer):
         self._meter = BatchMeter(args.world_size)
 
     def train(self, resume_from_checkpoint: str | Path | bool | None = None) -> TrainOutput:
-        """Train or resume, from a checkpoint's path or, if True, from the newest there is; then load the best weights.
-
-        Raises OSError if the path cannot be loaded or no checkpoint can be written.
-        """
+        """Train or resume, from a checkpoint's path or (True) the newest, and load the best weights. Raises OSError."""
         path, saved = resume_from_checkpoint, None
         if path:
-            saved = self._newest_checkpoint() if path is True else load_checkpoint(Path(path))
+            saved = self._newest_checkpoint() if path is True else checkpoints.load_checkpoint(Path(path))
         self.is_in_train = True
-        with algorithms(self.config.deterministic), Interruption() as self._interruption:
+        with hardware.algorithms(self.config.deterministic), checkpoints.Interruption() as self._interruption:
             try:
                 self._begin(saved)
-                while self.state.epoch < self.config.num_epochs and not self.control.should_training_stop:
+                while not self._stop:
                     self._train_epoch()
                     self._end_epoch()
                 return self._finish()
@@ -150,8 +139,7 @@ class StreamlinedTrainer(transformers.Trainer):
             finally:
                 self.is_in_train, self._trained = False, None  # which would keep the processes' group alive
 
-    def _call(self, event: str, *more) -> None:
-        """Call the callbacks' method for an event."""
+    def _call(self, event: str, *more) -> None:  # the callbacks' methods
         self.control = getattr(self.callback_handler, event)(self.args, self.state, self.control, *more)
 
     def _begin(self, saved: dict[str, Any] | None) -> None:
@@ -165,6 +153,8 @@ class StreamlinedTrainer(transformers.Trainer):
             self.model.compile()
         if self.state.global_step:  # trained before: a further training has an optimizer and a schedule of its own
             self.optimizer = self.lr_scheduler = None
+        if self.is_world_process_zero():  # of another training, or damaged: their steps would pass for newer ones
+            checkpoints.delete_checkpoints(Path(args.output_dir), saved["state"]["global_step"] if saved else -1)
         max_steps = config.num_epochs * self.steps_per_epoch
         self._scaler = torch.amp.GradScaler(args.device.type, enabled=self.precision == "fp16")
         self.optimizer = self.create_optimizer() or self.optimizer
@@ -172,7 +162,7 @@ class StreamlinedTrainer(transformers.Trainer):
         self.callback_handler.optimizer, self.callback_handler.lr_scheduler = self.optimizer, self.lr_scheduler
         self._trained = DistributedDataParallel(self.model) if several else self.model
         self._meter, self.history, self._best_weights = BatchMeter(args.world_size), [], None
-        self.notes, self.wandb_id = [], secrets.token_hex(4)
+        self.notes, self.wandb_id, self._stop = [], secrets.token_hex(4), False
         first = {"is_world_process_zero": self.is_world_process_zero()}
         self.state = TrainerState(0.0, 0, max_steps, num_train_epochs=config.num_epochs, **first)
         transformers.set_seed((config.seed + args.process_index * 2_654_435_761) % 2**32)  # not a nearby seed
@@ -217,7 +207,6 @@ class StreamlinedTrainer(transformers.Trainer):
         return torch.randperm(len(self.train_dataset), generator=generator)
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
-        """Compute the gradients of one batch, and return its loss."""
         model.train()
         loss = self.compute_loss(model, inputs)
         self._scaler.scale(loss).backward()
@@ -236,12 +225,11 @@ class StreamlinedTrainer(transformers.Trainer):
         self._scaler.update()
         self._call("on_optimizer_step")
         self._learning_rate = self.optimizer.param_groups[0]["lr"]
-        if not isinstance(self.lr_scheduler, ReduceLROnPlateau):
-            self.lr_scheduler.step()
+        self.lr_scheduler.step()
         self.model.zero_grad()
+        self.optimizer.zero_grad()  # it may have parameters of its own, such as weights of a loss
 
-    def is_last_step(self) -> bool:
-        """Whether the current step is the last one of an epoch."""
+    def is_last_step(self) -> bool:  # of an epoch
         return (self.state.global_step + 1) % self.steps_per_epoch == 0
 
     def _end_epoch(self) -> None:
@@ -253,19 +241,17 @@ class StreamlinedTrainer(transformers.Trainer):
         finite = batches["loss"].map(math.isfinite)
         if not (finite.any() if self._scaler.is_enabled() else finite.all()):  # fp16's loss scaler skips some steps
             step = state.global_step - len(batches) + finite.idxmin() + 1
-            raise NonFiniteLossError(
-                f"the training loss is not finite in epoch {state.epoch:.0f}, step {step}; {_SMALLER}"
-            )
+            raise NonFiniteLossError(f"training loss is not finite in epoch {state.epoch:.0f}, step {step}; {_HINT}")
         trained = means(batches)
         last = {"learning_rate": self._learning_rate, "grad_norm": self._grad_norm.item()}
         last["seconds"] = time.monotonic() - self._clock
         self.log(trained | last)
         validated = self.evaluate()
         if not math.isfinite(validated["eval_loss"]):
-            raise NonFiniteLossError(f"the validation loss is not finite in epoch {state.epoch:.0f}; {_SMALLER}")
+            raise NonFiniteLossError(f"validation loss is not finite in epoch {state.epoch:.0f}; {_HINT}")
         value, best = validated[args.metric_for_best_model], state.best_metric
         if better := best is None or (value > best if args.greater_is_better else value < best):
-            self._best_weights = contiguous_weights(self.model)
+            self._best_weights = checkpoints.contiguous_weights(self.model)
         row = {f"train_{name}": value for name, value in trained.items()} | last
         row |= {name.replace("eval_", "val_", 1): value for name, value in validated.items()}
         self.history.append({"epoch": round(state.epoch), **row})
@@ -273,8 +259,7 @@ class StreamlinedTrainer(transformers.Trainer):
         self._call("on_evaluate", validated)
         if better:  # only now, as early stopping compares with the best so far
             state.best_metric, state.best_global_step = value, state.global_step
-        if isinstance(self.lr_scheduler, ReduceLROnPlateau):
-            self.lr_scheduler.step(validated["eval_loss"])
+        self._stop = self.control.should_training_stop or state.epoch == args.num_train_epochs
         self._save_if_due(self.seconds_between_epochs)
 
     def _finish(self) -> TrainOutput:
@@ -334,15 +319,12 @@ class StreamlinedTrainer(transformers.Trainer):
 
     def test(self) -> dict[str, float]:
         """Loss and accuracy on the test set with the current weights: after `train()`, those of the best epoch."""
-        return self.predict_test().metrics
-
-    def predict_test(self) -> PredictionOutput:
-        """Logits (images × classes), labels and metrics of the test set."""
-        return self.predict(ImageBatches(self.data.test_images, self.data.test_labels))
+        return self.predict().metrics
 
     @torch.no_grad()
-    def predict(self, test_dataset: ImageBatches, ignore_keys=None, metric_key_prefix="test") -> PredictionOutput:
-        """Outputs, labels and metrics; losses are over all images at once, as a weighted one is no mean of means."""
+    def predict(self, test_dataset=None, ignore_keys=None, metric_key_prefix="test") -> PredictionOutput:
+        """Outputs, labels and metrics, of the test set by default; losses are over all images at once."""
+        test_dataset = test_dataset or ImageBatches(self.data.test_images, self.data.test_labels)
         if self.args.world_size > 1:
             for buffer in self.model.buffers():  # batch norm statistics are each process's own on CPUs
                 torch.distributed.broadcast(buffer, 0)
@@ -359,9 +341,9 @@ class StreamlinedTrainer(transformers.Trainer):
 
     def _newest_checkpoint(self) -> dict[str, Any] | None:
         """What the newest undamaged checkpoint holds, or None; a warning names those that are damaged."""
-        for path in checkpoints_in(Path(self.args.output_dir)):
+        for path in checkpoints.checkpoints_in(Path(self.args.output_dir)):
             try:
-                return load_checkpoint(path)
+                return checkpoints.load_checkpoint(path)
             except OSError as error:
                 warn(f"{error}; an earlier checkpoint is used, or the training begins again")
         return None
@@ -374,16 +356,16 @@ class StreamlinedTrainer(transformers.Trainer):
             torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
             asked, old = flags.tolist()
         if asked or old:
-            self._save()
+            self._write_checkpoint()
             self._call("on_save")
         if asked:
             self._interruption.leave()
 
-    def _save(self) -> None:
+    def _write_checkpoint(self) -> None:
         state, callbacks, several = self.state, self.callback_handler.callbacks, self.args.world_size > 1
-        everyone = [random_states()]
+        everyone = [hardware.random_states()]
         if several:
-            torch.distributed.all_gather_object(everyone := [None] * self.args.world_size, random_states())
+            torch.distributed.all_gather_object(everyone := [None] * self.args.world_size, hardware.random_states())
         kept = ("epoch", "global_step", "log_history", "best_metric", "best_global_step")
         content = {
             "environment": self.environment,
@@ -392,7 +374,7 @@ class StreamlinedTrainer(transformers.Trainer):
             "notes": self.notes,
             "wandb_id": self.wandb_id,
             "seconds": time.monotonic() - self._clock,
-            "stop": self.control.should_training_stop,
+            "stop": self._stop,
             "callbacks": [c.state()["attributes"] for c in callbacks if hasattr(c, "from_state")],
             "batches": self._meter.batches().to_dict("list"),
             "weights": self.model.state_dict(),
@@ -404,7 +386,7 @@ class StreamlinedTrainer(transformers.Trainer):
             "random": everyone,
         }
         if self.is_world_process_zero():
-            save_checkpoint(Path(self.args.output_dir, f"checkpoint-{state.global_step}.pt"), content)
+            checkpoints.save_checkpoint(Path(self.args.output_dir, f"checkpoint-{state.global_step}.pt"), content)
         if several:
             torch.distributed.barrier()
         self._saved_at = time.monotonic()
@@ -425,11 +407,11 @@ class StreamlinedTrainer(transformers.Trainer):
         stateful = (c for c in self.callback_handler.callbacks if hasattr(c, "from_state"))
         for callback, attributes in zip(stateful, saved["callbacks"], strict=False):
             vars(callback).update(attributes)
-        self.control.should_training_stop = saved["stop"]
+        self._stop = saved["stop"]
         self._best_weights = saved["best_weights"]
         self._meter.restore(saved["batches"], self.args.device)
         self._clock = time.monotonic() - saved["seconds"]
-        restore_random_states(saved["random"][self.args.process_index % len(saved["random"])])
+        hardware.restore_random_states(saved["random"][self.args.process_index % len(saved["random"])])
 
     @cached_property
     def environment(self) -> dict[str, str]:
@@ -464,7 +446,7 @@ def sanity_check(trainer: StreamlinedTrainer) -> None:
         number = min(number, len(dataset))
         batch = trainer._prepare_inputs(dataset.__getitems__(fixed_sample(len(dataset), number)))
         try:
-            with untouched(model):
+            with hardware.untouched(model):
                 _try_training(trainer, batch) if dataset is train else _try_evaluation(trainer, batch)
         except Exception as error:
             if should_reduce_batch_size(error):  # out of memory
@@ -477,9 +459,11 @@ def sanity_check(trainer: StreamlinedTrainer) -> None:
 def _try_training(trainer: StreamlinedTrainer, batch: dict[str, torch.Tensor]) -> None:
     trainer._meter = BatchMeter()
     trainer.model.train()
-    trainer.compute_loss(trainer.model, batch).backward()
-    if trainer._meter.batches().empty:
-        raise TypeError("compute_loss recorded nothing; override `losses` or `outputs` instead of it")
+    loss = trainer.compute_loss(trainer.model, batch)
+    loss.backward()
+    recorded = trainer._meter.batches().get("loss", [None])[0]
+    if recorded is None or abs(loss.item() - recorded) > 0.01 * abs(recorded):
+        raise TypeError("histories would show another loss than compute_loss; override `losses` or `outputs` instead")
 
 
 @torch.no_grad()
@@ -499,4 +483,4 @@ def _try_evaluation(trainer: StreamlinedTrainer, batch: dict[str, torch.Tensor])
     if not isinstance(losses, dict) or "loss" not in losses or any(value.ndim for value in losses.values()):
         raise TypeError('`losses` must return a dict of scalar tensors with the key "loss"')
     trainer.predict(ImageBatches(batch["images"], batch["labels"]))
-    model.load_state_dict(contiguous_weights(model))  # as the best epoch's
+    model.load_state_dict(checkpoints.contiguous_weights(model))  # as the best epoch's

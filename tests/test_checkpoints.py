@@ -263,6 +263,25 @@ def test_the_seconds_of_a_resumed_training_do_not_include_the_pause(build):
     assert seconds[1] < seconds[2] <= time.perf_counter() - began - 0.3
 
 
+def test_a_new_training_in_the_same_folder_is_not_taken_for_an_older_one(build):
+    trained(build, "interrupted", between=0.0)
+    with pytest.raises(KeyboardInterrupt):
+        build("interrupted", At(2, press_ctrl_c)).train()
+    (kept,) = checkpoints_in(Path(build("interrupted").args.output_dir))
+    assert kept.name == "checkpoint-2.pt"
+    assert findings(trained(build, "interrupted")) == findings(trained(build, "undisturbed"))
+
+
+def test_a_callbacks_wish_to_stop_waits_for_the_end_of_the_epoch_also_after_a_resume(build):
+    stopping = At(1, lambda: None)
+    stopping.on_step_end = lambda args, state, control, **kw: setattr(control, "should_training_stop", True)
+    with pytest.raises(KeyboardInterrupt):
+        build("interrupted", stopping, At(2, press_ctrl_c)).train()
+    resumed, whole = (trained(build, name, stopping) for name in ("interrupted", "undisturbed"))
+    assert findings(resumed) == findings(whole)
+    assert whole.state.global_step == STEPS
+
+
 def test_a_planted_pickle_is_not_executed(build, tmp_path):
     (planted,), touch = stopped(build, 1), (Path.touch, (tmp_path / "executed",))
     malicious = type("Malicious", (), {"__reduce__": lambda self: touch})()

@@ -251,6 +251,15 @@ def test_what_would_give_other_results_than_asked_for_is_refused(config, tiny_da
         experiment(MODELS | {"unbuilt": lambda: 1 / 0}, config, tiny_data, 1)
 
 
+def test_a_network_whose_code_has_changed_is_no_teacher_and_not_loaded(config, tiny_data):
+    state = Notes(width=4)
+    result = experiment({"mine": lambda: tiny_mlp((state.width,))}, config, tiny_data, seeds=1)
+    result.trained_model("mine")
+    state.width = 5
+    with pytest.raises(ValueError, match="the function that builds lablib.MLP has changed since the run was trained"):
+        result.trained_model("mine")
+
+
 def test_an_interruption_says_where_and_keeps_what_is_finished(api, config, tiny_data, capsys):
     class Interrupted(StreamlinedTrainer):
         def train(self, *args, **kwargs):

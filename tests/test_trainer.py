@@ -15,7 +15,7 @@ from scripted import Scripted
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parameters_to_vector
-from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim.lr_scheduler import StepLR
 from transformers import TrainerCallback
 
 from lablib import MLP, ImageData, StreamlinedTrainer, TrainingConfig, stratified_split
@@ -100,7 +100,7 @@ def test_the_first_best_epoch_is_restored_and_tested_and_the_test_set_not_seen_b
     by_hand = copy.deepcopy(trainer.model).eval()
     with torch.no_grad():
         logits = by_hand(torch.from_numpy(normalised(tiny_data.test_images, tiny_data)).float())
-    np.testing.assert_allclose(trainer.predict_test().predictions, logits.numpy(), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(trainer.predict().predictions, logits.numpy(), rtol=1e-4, atol=1e-5)
     result, accuracy = trainer.test(), (logits.argmax(1) == tiny_data.test_labels).double().mean().item()
     assert result["test_loss"] == pytest.approx(F.cross_entropy(logits, tiny_data.test_labels).item(), rel=1e-5)
     assert result["test_accuracy"] == pytest.approx(accuracy)
@@ -275,7 +275,7 @@ def test_momentum_is_zero_after_a_first_step_that_the_loss_scaler_of_fp16_skips(
 def test_the_best_weights_are_those_that_were_evaluated_whatever_a_callback_does(build):
     def scale(factor: float):  # so that other weights are evaluated than those that are trained
         trainer.model.load_state_dict({name: factor * weight for name, weight in trainer.model.state_dict().items()})
-        trainer.predict_test()
+        trainer.predict()
 
     scaling = [on("on_epoch_end", lambda *_: scale(0.5)), on("on_evaluate", lambda *_: scale(2))]
     trainer = build(config(early_stopping_metric="loss"), callbacks=scaling)
@@ -293,18 +293,21 @@ def test_a_callback_that_asks_to_evaluate_log_or_stop_within_an_epoch_is_refused
 def test_an_optimizer_and_a_schedule_of_ones_own_are_used(build):
     class Own(StreamlinedTrainer):
         def create_optimizer(self, model=None):
-            self.optimizer = torch.optim.Adagrad(self.model.parameters(), lr=10.0)
+            return torch.optim.Adagrad(self.model.parameters(), lr=0.5)
 
         def create_scheduler(self, num_training_steps, optimizer=None):
-            self.lr_scheduler = ReduceLROnPlateau(self.optimizer, patience=0, factor=0.5)
+            self.lr_scheduler = StepLR(self.optimizer, STEPS)
 
-    trainer = build(config(num_epochs=4), trainer_class=Own)
+    trainer = build(config(), trainer_class=Own)
     trainer.train()
-    rates, losses = ([row[key] for row in trainer.history] for key in ("learning_rate", "val_loss"))
-    for epoch in range(1, 4):  # the schedule looks at the validation loss
-        better = losses[epoch - 1] < min(losses[: epoch - 1], default=math.inf)
-        assert rates[epoch] == rates[epoch - 1] * (1 if better else 0.5)
-    assert rates[-1] < rates[0]
+    assert isinstance(trainer.optimizer, torch.optim.Adagrad)
+    assert [row["learning_rate"] for row in trainer.history] == pytest.approx([0.5, 0.05])
+
+
+def test_a_method_that_nothing_would_call_is_refused(build):
+    mine = type("Mine", (StreamlinedTrainer,), {"_get_train_sampler": lambda self, *args: None})
+    with pytest.raises(ValueError, match="nothing calls _get_train_sampler; see which methods"):
+        build(config(), trainer_class=mine)
 
 
 @pytest.mark.parametrize(
@@ -344,7 +347,7 @@ def test_bf16_computes_in_bfloat16_and_leaves_nothing_behind(build, tiny_data):
         trainer.train()
     assert set(dtypes) == {torch.bfloat16}
     assert all(p.dtype == torch.float32 for p in in_bf16.model.parameters())
-    assert in_bf16.predict_test().predictions.dtype == np.float32
+    assert in_bf16.predict().predictions.dtype == np.float32
     assert in_bf16.model(in_bf16.prepare_images(tiny_data.test_images, training=False)).dtype == torch.float32
     assert findings(in_bf16) != findings(before) == findings(after)
     build(config(), in_bf16.model).test()

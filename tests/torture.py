@@ -71,14 +71,14 @@ class Torturer:
         self._after(StreamlinedTrainer, "training_step", lambda: self._reached("step"))
         self._after(StreamlinedTrainer, "run_model", lambda: self.trainer.model.training or self._reached("validation"))
         self._after(StreamlinedTrainer, "train", lambda: setattr(self, "trained", True))
-        save = StreamlinedTrainer._save
+        save = StreamlinedTrainer._write_checkpoint
 
         def saving(trainer):
             self.saving = True
             save(trainer)
             self.saving = False
 
-        StreamlinedTrainer._save = saving
+        StreamlinedTrainer._write_checkpoint = saving
         written = lambda path, mode="r", *rest, **more: path if set("wx") & set(mode) else None  # noqa: E731
         self._operation(builtins, "open", written)
         self._operation(os, "replace", lambda source, target: target)
