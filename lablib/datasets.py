@@ -85,8 +85,8 @@ def list_images(folder: Place) -> tuple[list[str], list[tuple[str, int]]]:
     folder = Path(os.path.expanduser(folder))
     classes = sorted(place.name for place in folder.glob("[!.]*/"))
     if len(classes) < 2:
-        advice = "`python -m lablib.datasets split FOLDER` makes train/ and test/ from one folder per class"
-        raise ValueError(f"{folder} needs a folder of images per class, two or more, not {classes}; {advice}")
+        advice = "try `python -m lablib.datasets split`"
+        raise ValueError(f"{folder} needs a folder of images for each class, two or more, not {classes}; {advice}")
     extensions = (*datasets.folder.IMG_EXTENSIONS, ".jfif", ".gif", ".heic")  # HEIC: an error, not ignored
     images = datasets.folder.make_dataset(folder, {name: label for label, name in enumerate(classes)}, extensions)
     return classes, [(path, label) for path, label in images if os.sep + "." not in path.removeprefix(str(folder))]

@@ -144,7 +144,6 @@ def find_run(name: str, output_dir: str | Path, weights: bool = False) -> Run | 
         run = load_run(Path(folder) / name)
         if run and (not weights or (run.path / _WEIGHTS).exists()):
             return run
-    return None
 
 
 def load_run(path: Path) -> Run | None:

@@ -346,7 +346,6 @@ class StreamlinedTrainer(transformers.Trainer):
                 return checkpoints.load_checkpoint(path)
             except OSError as error:
                 warn(f"{error}; an earlier checkpoint is used, or the training begins again")
-        return None
 
     def _save_if_due(self, seconds: float) -> None:
         """Write a checkpoint if a signal came, after which the training ends, or if the last one is that old."""

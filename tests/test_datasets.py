@@ -181,7 +181,7 @@ def test_decoding_needs_less_memory_than_the_images(folder):
         (lambda f: Image.fromarray(np.uint16(PHOTO[:, :, 0])).save(f / "test/cat/0.png"), "pixels of 16 or 32 bits"),
         (lambda f: Image.fromarray(PHOTO[1:]).save(f / "test/cat/x.png"), "cat/x.png has another size than .*/0.png"),
         (lambda f: (f / "test/dog").rename(f / "test/wolf"), "the same classes; .*'dog'.* and .*'wolf'"),
-        (lambda f: (f / "train").rename(f / "x"), r"two or more, not \[\]; .*lablib.datasets split FOLDER"),
+        (lambda f: (f / "train").rename(f / "x"), r"two or more, not \[\]; .*lablib.datasets split`"),
     ],
 )
 def test_an_unfit_image_or_folder_is_named_and_no_cache_is_left(folder, change, words):

@@ -256,7 +256,7 @@ def test_a_network_whose_code_has_changed_is_no_teacher_and_not_loaded(config, t
     result = experiment({"mine": lambda: tiny_mlp((state.width,))}, config, tiny_data, seeds=1)
     result.trained_model("mine")
     state.width = 5
-    with pytest.raises(ValueError, match="the function that builds lablib.MLP has changed since the run was trained"):
+    with pytest.raises(ValueError, match=r"the function that builds lablib\.MLP has changed since the run was trained"):
         result.trained_model("mine")
 
 
