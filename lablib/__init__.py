@@ -1,9 +1,9 @@
-"""The lab's library. The names that a notebook needs are here; each is imported when it is first used."""
+"""The lab's library. The names a notebook needs are available here; each is imported on first use."""
 
 import warnings
 from importlib import import_module
 
-# transformers imports tqdm.auto, which asks for ipywidgets, to draw bars that the lab does not use
+# transformers imports tqdm.auto, which asks for ipywidgets, for progress bars that the lab does not use
 warnings.filterwarnings("ignore", message="IProgress not found")
 
 _NAMES = {
@@ -21,7 +21,7 @@ __all__ = sorted(_MODULES)
 
 
 def __getattr__(name: str):
-    """Import on first use: a list of runs or a wrong parameter need not wait seconds for PyTorch and transformers."""
+    """Import on first use, so that listing runs or a wrong parameter does not wait seconds for PyTorch."""
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -1,4 +1,4 @@
-"""`python -m lablib`: one run from the command line, as `torchrun -m lablib` on several processes."""
+"""`python -m lablib`: one run from the command line; `torchrun -m lablib` uses several processes."""
 
 import argparse
 import ast
@@ -12,25 +12,25 @@ from dataclasses import fields
 from functools import partial
 from typing import Literal, get_args, get_origin, get_type_hints
 
-import lablib  # imports PyTorch only when a name is used: those seconds fall within main, which handles Ctrl-C
+import lablib  # imports PyTorch only when a name is used, so within main, which handles Ctrl-C
 from lablib.config import TrainingConfig, one_line
 
 MODELS = ("MLP", "ResidualMLP", "SimpleCNN", "ResidualCNN")
-_NOT_OPTIONS = ("telegram_bot_token", "image_shape", "num_classes")  # secret, of the data
+_NOT_OPTIONS = ("telegram_bot_token", "image_shape", "num_classes")  # a secret; taken from the data
 _READ = {int: int, int | None: int, float: float, float | None: float, Sequence[int]: int, bool: ast.literal_eval}
 _IS_FIRST_PROCESS = os.environ.get("RANK", "0") == "0"  # of those that torchrun starts
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the result of a run as JSON. Exit status: 2 for a wrong option, 130 after Ctrl-C, 1 for other errors."""
+    """Print a run's result as JSON. The exit status is 2 for a wrong option, 130 after Ctrl-C, 1 for other errors."""
     try:
         options = vars(_parser().parse_args(arguments))
         config = TrainingConfig(**{f.name: options.pop(f.name) for f in fields(TrainingConfig) if f.name in options})
-        with config.to_training_arguments(config.output_dir).main_process_first():  # to download and decode once
+        with config.to_training_arguments(config.output_dir).main_process_first():  # download and decode once
             scale = {name: options.pop(name) for name in ("image_size", "channels")}
             data = lablib.load_data(options.pop("data"), options.pop("data_dir"), **scale)
         data.warn_if_unbalanced()
-        network = getattr(lablib, options.pop("model"))  # the options left are its own
+        network = getattr(lablib, options.pop("model"))  # the remaining options belong to it
         build_model = partial(network, **options, image_shape=data.image_shape, num_classes=data.num_classes)
         run = lablib.train_or_load(build_model, config, data, bar=sys.stderr if _IS_FIRST_PROCESS else None)
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""Random rotation, shift, crop and flip of a batch, drawn for each image on its own, on the batch's device."""
+"""Random rotation, shift, flip and crop, drawn separately for each image of a batch, on the batch's device."""
 
 import torch
 from torch import Tensor
@@ -6,10 +6,10 @@ from torch.nn import functional as F
 
 
 def affine(images: Tensor, angles: Tensor, shifts: Tensor, flips: Tensor | None = None) -> Tensor:
-    """Rotate, shift and mirror each image about its centre, as torchvision's bilinear `affine`; outside it is 0.
+    """Rotate, shift and mirror each image about its centre, like torchvision's bilinear `affine` with zero fill.
 
     images: float, batch × channels × height × width. angles: degrees anticlockwise, batch. shifts: pixels to the right
-    and down, batch × 2. flips: True mirrors left and right first, batch.
+    and down, batch × 2. flips: batch; where True, the image is first mirrored left to right.
     """
     height, width = images.shape[-2:]
     radians = torch.deg2rad(angles)[:, None, None]
@@ -27,7 +27,7 @@ def affine(images: Tensor, angles: Tensor, shifts: Tensor, flips: Tensor | None 
 
 
 def crop(images: Tensor, corners: Tensor, padding: int) -> Tensor:
-    """Pad each image with zeros and crop it to its size. corners: first column and row in the padded one, batch × 2."""
+    """Pad images with zeros and crop them to their size. corners: the crop's first column and row, batch × 2."""
     height, width = images.shape[-2:]
     pieces = F.pad(images, [padding] * 4).unfold(2, height, 1).unfold(3, width, 1)
     left, top = corners.unbind(1)  # pieces is a view: batch × channels × row × column × height × width
@@ -45,15 +45,15 @@ def augment(
     """Draw a rotation, a shift, a flip and a crop for each image of a batch and apply them.
 
     images: float, batch × channels × height × width. The angle is uniform in ± `rotation_degrees`, the shift in
-    ± `translation_fraction` of width and height; `horizontal_flip` mirrors one image in two. Each is then cropped as by
-    torchvision's `RandomCrop(size, crop_padding)`. No generator: PyTorch's global one, whose state checkpoints save.
+    ± `translation_fraction` of width and height. `horizontal_flip` mirrors each image with probability 1/2. The crop is
+    torchvision's `RandomCrop(size, crop_padding)`. The default generator is PyTorch's; checkpoints save its state.
     """
     (batch, _, height, width), device = images.shape, images.device
     if rotation_degrees or translation_fraction:
         draws = torch.rand(4, batch, generator=generator, device=device)
         angles = (2 * draws[0] - 1) * rotation_degrees
         right, down = (2 * draws[1:3] - 1) * translation_fraction
-        shifts = torch.stack([right * width, down * height], 1)  # Python numbers: a tensor would be copied every step
+        shifts = torch.stack([right * width, down * height], 1)  # not by a tensor: it would be copied every step
         images = affine(images, angles, shifts, draws[3] < 0.5 if horizontal_flip else None)
     elif horizontal_flip:
         flips = torch.rand(batch, generator=generator, device=device) < 0.5

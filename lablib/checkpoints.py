@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or absent, and signals that end a training after its step."""
+"""Checkpoints that are either complete or absent, and signals that stop training after the current step."""
 
 import io
 import os
@@ -16,8 +16,8 @@ from lablib.identity import sha256
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file that appears whole or not at all, also if the process is killed. Raises OSError with its path."""
-    partial = path.with_name(f"{path.name}.partial")  # always this name, so that a killed process leaves one at most
+    """Write a file completely or not at all, even if the process is killed. Raises OSError, naming the path."""
+    partial = path.with_name(f"{path.name}.partial")  # a fixed name, so that killed processes leave at most one
     try:
         with open(partial, "wb") as file:
             file.write(content)
@@ -29,7 +29,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
-    """Write a checkpoint: a checksum and what `torch.save` makes of the content. The folder keeps its newest two."""
+    """Write a checkpoint: a checksum, then the content from `torch.save`. Only the folder's newest two are kept."""
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(content, saved := io.BytesIO())
     write_atomically(path, sha256(saved.getvalue()).encode() + saved.getvalue())
@@ -38,7 +38,7 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """The content of a checkpoint; no code in it is executed. Raises OSError if it is missing or damaged."""
+    """Load a checkpoint without executing any code in it. Raises OSError if it is missing or damaged."""
     try:
         checksum, saved = (content := path.read_bytes())[:64], content[64:]
         if sha256(saved).encode() != checksum:
@@ -49,7 +49,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, newest first, not verified."""
+    """The checkpoints in a folder, newest first, unverified."""
     return sorted(folder.glob("checkpoint-*.pt"), key=_step, reverse=True)
 
 
@@ -58,7 +58,7 @@ def _step(path: Path) -> int:
 
 
 def delete_checkpoints(folder: Path, after: int = -1) -> None:
-    """Delete a folder's checkpoints of later steps than `after`; what a callback wrote there stays."""
+    """Delete a folder's checkpoints from steps later than `after`; files written by callbacks stay."""
     with suppress(OSError):  # the store may be read-only
         for path in folder.glob("checkpoint-*.pt*"):
             if _step(path) > after:
@@ -67,18 +67,18 @@ def delete_checkpoints(folder: Path, after: int = -1) -> None:
 
 
 def contiguous_weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Clones of a model's weights, contiguous and sharing no memory, as safetensors needs them."""
+    """Copies of a model's weights that are contiguous and share no memory, as safetensors requires."""
     return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in model.state_dict().items()}
 
 
 class Interruption:
-    """A context manager that notes SIGINT and SIGTERM, so that a step can finish and a checkpoint be written.
+    """A context manager that records SIGINT and SIGTERM, so that the step can finish and a checkpoint be written.
 
-    A second signal acts at once, except in a worker; one noted but not yet acted upon takes effect when the context
-    ends. Only the main thread can handle signals. Signals that are ignored (`nohup`) stay ignored.
+    A second signal acts at once, except in a worker. A recorded signal that was not acted upon takes effect when the
+    context ends. Only the main thread can handle signals. Signals that were ignored before (`nohup`) stay ignored.
     """
 
-    parent: int | None = None  # process ID of a worker's parent; the training ends when that process does
+    parent: int | None = None  # process ID of a worker's parent; training stops when the parent ends
 
     def __init__(self, signals: Sequence[signal.Signals] = (signal.SIGINT, signal.SIGTERM)):
         self._signals, self._noted, self._before = signals, None, {}
@@ -99,19 +99,19 @@ class Interruption:
 
     @property
     def asked(self) -> bool:
-        """Whether to stop: a signal came, `ask` was called, or the parent process ended."""
+        """Whether to stop: a signal arrived, `ask` was called, or the parent process ended."""
         if self._noted is None and self.parent is not None and os.getppid() != self.parent:
             self._noted = signal.SIGTERM
         return self._noted is not None
 
     def ask(self, number: int = signal.SIGINT, frame=None):
-        """Ask to stop after this step; also the handler of the signals."""
+        """Ask to stop after this step; also the signal handler."""
         self._noted = number
-        if self.parent is None:  # a notebook's workers get Ctrl-C, and soon after SIGTERM, as their parent ends
+        if self.parent is None:  # a notebook's workers get Ctrl-C, and SIGTERM soon after, when their parent ends
             self._restore_handlers()
 
     def leave(self):
-        """Raise the exception that ends training; the signal may have reached another process."""
+        """Raise the exception that ends training, even if the signal reached another process."""
         raise SystemExit(128 + signal.SIGTERM) if self._noted == signal.SIGTERM else KeyboardInterrupt
 
     def _restore_handlers(self):

@@ -1,4 +1,4 @@
-"""Every setting of a run (`TrainingConfig`) and every parameter of a notebook, checked before anything else happens."""
+"""The settings of a run (`TrainingConfig`) and the parameters of a notebook, checked before anything else happens."""
 
 import atexit
 import dataclasses
@@ -14,36 +14,36 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, ConfigDict, Field, PositiveFloat, PositiveInt, SecretStr, ValidationError
 from pydantic.dataclasses import dataclass
 
-# Annotations of a notebook's parameters have names because papermill's help can read no others.
+# The annotations of a notebook's parameters have names because papermill's help cannot read any others.
 Count = Annotated[int, Field(ge=1, le=10_000)]
 Natural = Annotated[int, Field(ge=0)]
 Counts = Annotated[list[Count], Field(min_length=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Shares = Annotated[list[Share], Field(min_length=1)]
-Positive = Annotated[float, Field(gt=0, le=1000)]  # beyond it no rate or temperature makes sense
+Positive = Annotated[float, Field(gt=0, le=1000)]  # no larger rate or temperature makes sense
 Temperatures = Annotated[list[Positive], Field(min_length=1)]
 
 _Folder = Annotated[str, BeforeValidator(lambda p: os.path.expanduser(p) if isinstance(p, (str, os.PathLike)) else p)]
-_Chat = Annotated[str, Field(pattern=r"^(-?\d+|@\w+)$")]  # a number or a name; it is shown, so a token is refused
+_Chat = Annotated[str, Field(pattern=r"^(-?\d+|@\w+)$")]  # a number or a name; it may be shown, so a token is refused
 _CHECKED = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
-NOT_IDENTITY = (  # has no influence on a run's outcome
+NOT_IDENTITY = (  # settings that do not define a run
     "output_dir", "checkpoint_seconds", "device", "use_wandb", "wandb_project", "wandb_group", "wandb_watch",
     "use_telegram_notifications", "telegram_additional_info", "telegram_bot_token", "telegram_chat_id",
 )  # fmt: skip
 
 
 def redacted(text: str) -> str:
-    """A text from elsewhere, without whatever looks like a bot's token."""
+    """The text with anything that looks like a bot's token removed."""
     return re.sub(r"\d+(?::|%3[Aa])[\w-]{30,}", "…", text)
 
 
 def one_line(error: BaseException) -> str:
-    """An error's type and the first line of its message, without tokens; further lines may be a traceback."""
+    """An error's type and the first line of its message, without tokens; later lines may be a traceback."""
     return ": ".join([type(error).__name__, *redacted(str(error)).splitlines()[:1]])[:500]
 
 
 def warn(text: str) -> None:
-    """Warn the user without showing a source line, which would be lablib's own or one of an unrelated file."""
+    """Warn without showing a source line, which would come from lablib or an unrelated file."""
     warnings.warn_explicit(text, UserWarning, "lablib", 0)
 
 
@@ -51,7 +51,7 @@ warn_once = functools.cache(warn)
 
 
 def _checked(cls: type) -> type:
-    """A frozen pydantic dataclass whose ValueError has a line for each fault, without values that may be secret."""
+    """A frozen pydantic dataclass whose ValueError has one line per wrong field and shows no secret values."""
     cls = dataclass(cls, kw_only=True, frozen=True, config=_CHECKED)
     validate, known = cls.__init__, [field.name for field in dataclasses.fields(cls)]
 
@@ -59,7 +59,7 @@ def _checked(cls: type) -> type:
         try:
             validate(self, **values)
         except ValidationError as error:
-            lines = {}  # of a field that has several, the last fault
+            lines = {}  # only the last fault of each field
             for fault in error.errors():
                 name = fault["loc"][0]
                 shown = name if name.startswith("telegram") else f"{name} = {values[name]!r}"
@@ -75,49 +75,49 @@ def _checked(cls: type) -> type:
 
 @_checked
 class TrainingConfig:
-    """Every setting of one run. Raises ValueError, saying what is allowed; `dataclasses.replace` changes a setting."""
+    """All settings of one run. ValueError says which values are allowed. `dataclasses.replace` changes a setting."""
 
     num_epochs: PositiveInt = 60  # at most; early stopping may end a run sooner
-    batch_size: PositiveInt = 256  # images, of all processes together
+    batch_size: PositiveInt = 256  # images, over all processes together
     learning_rate: PositiveFloat = 1e-3
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"  # sgd has momentum 0.9
     weight_decay: Annotated[float, Field(ge=0)] = 0.0  # L2 for adam and sgd, decoupled for adamw
     lr_schedule: Literal["constant", "cosine"] = "constant"  # cosine falls to 0 over num_epochs
-    warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of all steps, in which the rate rises linearly from 0
+    warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of all steps, while the rate rises linearly from 0
     max_grad_norm: PositiveFloat | None = None  # None: gradients are not clipped
     validation_split: Annotated[float, Field(gt=0, lt=1)] = 0.1  # of the training set, stratified by class
-    max_train_images: PositiveInt | None = None  # train on at most this many of the rest, class proportions kept
+    max_train_images: PositiveInt | None = None  # train on at most this many of the rest, in the same class proportions
     early_stopping_patience: Natural | None = 10  # epochs without improvement; None or 0: never
-    early_stopping_metric: Literal["accuracy", "loss"] = "accuracy"  # of validation; also selects the best epoch
-    rotation_degrees: Annotated[float, Field(ge=0, le=180)] = 10.0  # each image by an angle from [-r, r]
-    translation_fraction: Share = 0.1  # shift by up to this fraction of the height and of the width
-    horizontal_flip: bool = False  # each image with probability 1/2
-    crop_padding: Natural = 0  # zero padding in pixels, followed by a random crop to the original size
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 or fp16 for convolutions if faster here
-    torch_compile: bool = False  # compile the network first, for seconds or minutes; it may pay off on a GPU
+    early_stopping_metric: Literal["accuracy", "loss"] = "accuracy"  # on validation; also selects the best epoch
+    rotation_degrees: Annotated[float, Field(ge=0, le=180)] = 10.0  # rotate each image by an angle from [-r, r]
+    translation_fraction: Share = 0.1  # shift by up to this fraction of height and width
+    horizontal_flip: bool = False  # mirror each image with probability 1/2
+    crop_padding: Natural = 0  # pad with this many zero pixels, then crop randomly to the original size
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 or fp16 for CNNs if faster here, else fp32
+    torch_compile: bool = False  # compile first, which takes up to minutes and may pay off on a GPU
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda, else mps, else cpu
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # split, weights, order of the images, augmentation, dropout
-    deterministic: bool = False  # bitwise reproducible on a GPU too, but slower; a CPU always is
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # for the split, weights, image order, augmentation and dropout
+    deterministic: bool = False  # bitwise reproducible on a GPU too, but slower; CPUs always are
     output_dir: _Folder = "runs"  # the run store
-    checkpoint_seconds: PositiveFloat = 300.0  # between checkpoints within an epoch; 60 at an epoch's end
+    checkpoint_seconds: PositiveFloat = 300.0  # between checkpoints within an epoch; at an epoch's end, 60
     use_wandb: bool = False  # log to Weights & Biases
     wandb_project: str = "residual-and-distillation-lab"
     wandb_group: str | None = None  # None: the data set's name
-    wandb_watch: bool = False  # also log histograms of gradients and parameters, which takes time
-    use_telegram_notifications: bool = False  # when a run or an experiment ends
+    wandb_watch: bool = False  # also log histograms of gradients and parameters (slower)
+    use_telegram_notifications: bool = False  # send a message when a run or an experiment ends
     telegram_additional_info: str = ""
-    telegram_bot_token: Annotated[SecretStr, Field(min_length=1)] | None = None  # None: TELEGRAM_BOT_TOKEN is read
-    telegram_chat_id: int | _Chat | None = None  # None: TELEGRAM_CHAT_ID is read from the environment
+    telegram_bot_token: Annotated[SecretStr, Field(min_length=1)] | None = None  # None: read TELEGRAM_BOT_TOKEN
+    telegram_chat_id: int | _Chat | None = None  # None: read TELEGRAM_CHAT_ID from the environment
 
     def __identity__(self) -> dict[str, Any]:
-        """The settings that change a run's outcome and are not off, so that one added later, off, renames no run."""
+        """The settings that define a run, except those that are off: adding a setting that is off renames no run."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in NOT_IDENTITY}
         return {name: value for name, value in values.items() if value}
 
     def to_training_arguments(self, output_dir: str):
-        """The `TrainingArguments`; raises ValueError if the batch size is no multiple of the number of processes."""
+        """The `TrainingArguments`. Raises ValueError if the batch size is not a multiple of the number of processes."""
         import torch
-        from transformers import TrainingArguments  # takes seconds; only a training needs it
+        from transformers import TrainingArguments  # takes seconds, and only training needs it
 
         batch_size, processes = self.batch_size, num_processes()
         if batch_size % processes:
@@ -144,7 +144,7 @@ class TrainingConfig:
 
 
 def check_parameters(namespace: dict[str, Any]) -> None:
-    """Raise ValueError if a parameter among a notebook's `globals()` is misspelt (`-p epoch 3`) or has a bad value."""
+    """Raise ValueError if a parameter in a notebook's `globals()` is misspelt (`-p epoch 3`) or has a bad value."""
     annotations = namespace["__annotations__"]
     cells = [cell for cell in namespace.get("In", []) if cell.lstrip().startswith("# Parameters")]  # as papermill does
     injected = re.findall(r"^(\w+) = ", "\n".join(cells), re.MULTILINE)
@@ -153,7 +153,7 @@ def check_parameters(namespace: dict[str, Any]) -> None:
 
 
 def enter_project_root() -> None:
-    """Change to the project's root if a notebook was opened below it, so that its paths mean the same from anywhere."""
+    """Change to the project's root if a notebook was opened below it, so that its paths mean the same everywhere."""
     here = Path.cwd()
     os.chdir(next((folder for folder in (here, *here.parents) if (folder / "lablib" / "__init__.py").exists()), here))
 
@@ -164,6 +164,6 @@ def num_processes() -> int:
 
 
 def _leave_group(distributed) -> None:
-    """Leave the processes' group: its threads could outlive Python, and abort the process (PyTorch's pull 179291)."""
-    if distributed.is_initialized() and not hasattr(sys, "last_value"):  # after an error the others might wait
+    """Leave the process group: its threads could outlive Python and abort the process (PyTorch pull request 179291)."""
+    if distributed.is_initialized() and not hasattr(sys, "last_value"):  # after an error the other processes might wait
         distributed.destroy_process_group()

@@ -1,4 +1,4 @@
-"""ImageData (uint8 images in memory or mapped from a file), its stratified split, and batches of it."""
+"""ImageData (uint8 images in memory or mapped from a file), its stratified split, and its batches."""
 
 import hashlib
 import warnings
@@ -17,7 +17,7 @@ _TENSORS = "train_images", "train_labels", "test_images", "test_labels"  # the f
 
 @dataclass(frozen=True)
 class ImageData:
-    """Images (uint8, images × channels × height × width) and labels (int64), or mapped arrays; ValueError if unfit."""
+    """Images (uint8, number × channels × height × width) and labels (int64), tensors or arrays; else ValueError."""
 
     name: str
     train_images: torch.Tensor = field(repr=False)
@@ -27,7 +27,7 @@ class ImageData:
     class_names: tuple[str, ...]
 
     def __post_init__(self):
-        # through vars(), as the dataclass is frozen; a tensor stays the user's own, so that its changes are noticed
+        # through vars(), as the dataclass is frozen; tensors are not copied, so that changes to them are noticed
         vars(self).update(_arrays=[np.asanyarray(getattr(self, name)) for name in _TENSORS], _hashed_at=None)
         with warnings.catch_warnings(action="ignore", category=UserWarning):  # a mapped array is not writable
             vars(self).update({name: torch.as_tensor(getattr(self, name)) for name in _TENSORS})
@@ -51,18 +51,18 @@ class ImageData:
 
     @property
     def imbalance(self) -> float:
-        """The number of training images of the largest class over that of the smallest."""
+        """The ratio of the largest to the smallest class, in training images."""
         counts = self.train_labels.bincount()
         return (counts.max() / counts.min()).item()
 
     def warn_if_unbalanced(self):
         if self.imbalance > UNBALANCED:
             largest = f"The largest class of {self.name} has {self.imbalance:.0f} times the images of the smallest"
-            warn_once(f"{largest}; an experiment's table has the balanced accuracy too, the mean over classes.")
+            warn_once(f"{largest}; an experiment's table also shows the balanced accuracy, the mean over classes.")
 
     @cached_property
     def channel_statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and standard deviation of the training images by channel, on the scale 0 to 1."""
+        """Mean and standard deviation of each channel of the training images, on a scale from 0 to 1."""
         counts = torch.zeros(self.image_shape[0], 256, dtype=torch.float64)
         for images in self.train_images.split(1000):  # they may be on disk
             counts += torch.stack([channel.flatten().bincount(minlength=256) for channel in images.unbind(1)])
@@ -72,7 +72,7 @@ class ImageData:
         return mean.float(), variance.sqrt().where(variance > 0, 1.0).float()  # a constant channel is divided by 1
 
     def normalise(self, images: torch.Tensor) -> torch.Tensor:
-        """uint8 images as a model takes them: float, normalised by the training images' statistics, or ValueError."""
+        """Normalise uint8 images by the training images' statistics, for a model. ValueError for other images."""
         if images.dtype != torch.uint8 or images.shape[1:] != self.image_shape:
             given = f"not {images.dtype} of shape {tuple(images.shape)}"
             raise ValueError(f"images must be torch.uint8, number × {' × '.join(map(str, self.image_shape))}, {given}")
@@ -81,7 +81,7 @@ class ImageData:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over every image, label and class name. Notices a tensor's changes in place, not a NumPy array's."""
+        """SHA-256 of all images, labels and class names. Notices in-place changes to tensors, not to NumPy arrays."""
         versions = [getattr(self, name)._version for name in _TENSORS]
         if versions != self._hashed_at:
             digest = hashlib.sha256(repr((self.image_shape, self.class_names)).encode())
@@ -95,12 +95,12 @@ class ImageData:
         return [self.name, self.fingerprint]
 
     def __reduce__(self):
-        # joblib shares an array with its workers instead of copying it, and knows by its `id` whether it has done so
+        # joblib shares an array with its workers instead of copying it, and recognises by `id` one it already shares
         return ImageData, (self.name, *self._arrays, self.class_names)
 
 
 class ImageBatches(torch.utils.data.Dataset):
-    """Images by index, in whole batches: {"images": uint8, batch × channels × height × width; "labels": int64}."""
+    """Whole batches by index: {"images": uint8, batch × channels × height × width; "labels": int64}."""
 
     def __init__(self, images: torch.Tensor, labels: torch.Tensor, indices: torch.Tensor | None = None):
         self.images, self.labels = images, labels
@@ -116,32 +116,32 @@ class ImageBatches(torch.utils.data.Dataset):
 
 
 def fixed_sample(length: int, number: int) -> torch.Tensor:
-    """At most `number` indices below `length`, sorted; always the same random ones, as data may be sorted by class."""
+    """At most `number` sorted indices below `length`: always the same, but random, as data may be sorted by class."""
     return torch.randperm(length, generator=torch.Generator().manual_seed(0))[:number].sort().values
 
 
 def stratified_split(labels: torch.Tensor, validation_split: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sorted indices of training and validation images, each class in proportion; ValueError for too small a class."""
+    """Sorted indices of training and validation images, stratified by class. ValueError for too small a class."""
     options = {"test_size": round(validation_split * len(labels)), "stratify": labels, "random_state": seed}
     try:
         train, validation = train_test_split(np.arange(len(labels)), **options)
     except ValueError as error:
         raise ValueError(f"{len(labels)} images cannot be split with a share of {validation_split}: {error}") from error
-    absent = np.setdiff1d(labels, labels[validation])  # classes too small for their share: one image
+    absent = np.setdiff1d(labels, labels[validation])  # classes too small for their share get one image
     moved = np.array([np.random.default_rng(seed).choice(np.flatnonzero(labels == label)) for label in absent], int)
     return torch.from_numpy(np.setdiff1d(train, moved)), torch.from_numpy(np.union1d(validation, moved))
 
 
 def stratified_subset(indices: torch.Tensor, labels: torch.Tensor, size: int | None, seed: int) -> torch.Tensor:
-    """At most `size` of the indices, sorted, each class in proportion; ValueError if one is left without an image."""
+    """At most `size` of the indices, sorted and stratified by class. ValueError if a class is left without an image."""
     if size is None or size >= len(indices):
         return indices
     counts = labels[indices].bincount().tolist()
     shuffled = indices[torch.randperm(len(indices), generator=torch.Generator().manual_seed(seed))]
-    by_class = shuffled[labels[shuffled].argsort(stable=True)]  # class after class, shuffled within each
-    # each image's place in its class, from 0 to 1: the images with the lowest places have all classes in proportion
+    by_class = shuffled[labels[shuffled].argsort(stable=True)]  # class by class, shuffled within each
+    # each image's place in its class, from 0 to 1: the lowest places contain all classes in proportion
     places = torch.cat([(torch.arange(count) + 0.5) / count for count in counts])
     chosen = by_class[places.argsort(stable=True)[:size]].sort().values
     if len(labels[chosen].unique()) < len(counts):
-        raise ValueError(f"max_train_images = {size} leaves a class without an image; write a larger number")
+        raise ValueError(f"max_train_images = {size} leaves a class without an image; use a larger number")
     return chosen

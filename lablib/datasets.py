@@ -1,4 +1,4 @@
-"""A name or a folder -> ImageData; `python -m lablib.datasets split` makes train/ and test/ from a folder of images."""
+"""Load ImageData by name or from a folder; `python -m lablib.datasets split` splits a folder into train/ and test/."""
 
 import argparse
 import hashlib
@@ -27,17 +27,17 @@ Size = tuple[int, int] | None  # height and width in pixels
 def load_data(
     name: Place, data_dir: Place = "data", *, image_size: int | Size = None, channels: int | None = None
 ) -> ImageData:
-    """Load a data set by its name, or a folder with `train/<class>/` and `test/<class>/` in it.
+    """Load a data set by name, or from a folder that contains `train/<class>/` and `test/<class>/`.
 
-    `digits` is scikit-learn's, at 28 × 28; others are torchvision's, in `data_dir` or downloaded to it. `image_size`
-    (pixels, or height and width) scales images, `channels` (1 or 3) makes them grey or coloured. A folder, coloured by
-    default, is decoded once, to a file in it or in the temporary folder. ValueError: unsuitable name, folder or image.
+    `digits` is scikit-learn's, at 28 × 28 by default; others are torchvision's, downloaded to `data_dir`. `image_size`
+    (pixels, or height and width) rescales images; `channels` is 1 (grey) or 3 (colour, the default for folders). A
+    folder is decoded once, to a file in it or in the temporary folder. ValueError for a bad name, folder or image.
     """
     if channels not in (None, 1, 3):
         raise ValueError(f"channels = {channels!r}, but it must be None, 1 or 3")
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     if size is not None and not (len(size) == 2 and all(type(side) is int and side > 0 for side in size)):
-        raise ValueError(f"image_size = {image_size!r}, but it must be a number of pixels above 0, or two")
+        raise ValueError(f"image_size = {image_size!r}, but it must be one or two positive numbers of pixels")
     known, data_dir = _NAMES.get(str(name).lower().replace("-", "")), os.path.expanduser(data_dir)
     places = os.path.join(".", os.path.expanduser(name)), os.path.join(data_dir, name)
     folder = next(filter(os.path.isdir, places), None)
@@ -54,7 +54,7 @@ def load_data(
 
 
 def _digits(size: tuple[int, int], channels: int) -> ImageData:
-    scans = load_digits()  # of 8 × 8 pixels and 17 grey levels
+    scans = load_digits()  # 8 × 8 pixels, 17 grey levels
     pixels = torch.from_numpy(scans.images).float().unsqueeze(1) * (255 / 16)
     scaled = torch.nn.functional.interpolate(pixels, size=size, mode="bilinear", align_corners=False)
     images, labels = scaled.round().to(torch.uint8).repeat(1, channels, 1, 1), torch.from_numpy(scans.target).long()
@@ -68,7 +68,7 @@ def _from_torchvision(name: str, data_dir: str, size: Size, channels: int | None
         options = {"split": part} if name in ("SVHN", "STL10") else {"train": part == "train"}
         options |= {"split": "balanced"} if name == "EMNIST" else {}
         dataset = getattr(datasets, name)(data_dir, download=True, **options)
-        images = torch.as_tensor(dataset.data)  # grey without channels, coloured with channels last or first
+        images = torch.as_tensor(dataset.data)  # grey: no channels; colour: channels last or first
         images = images.unsqueeze(1) if images.ndim == 3 else images.movedim(images.shape.index(3), 1)
         images = images.mT if name == "EMNIST" else images  # its files are transposed
         if channels not in (None, images.shape[1]):
@@ -81,13 +81,13 @@ def _from_torchvision(name: str, data_dir: str, size: Size, channels: int | None
 
 
 def list_images(folder: Place) -> tuple[list[str], list[tuple[str, int]]]:
-    """Classes, and each image's path and label, in loading order: ImageFolder's without hidden files, or ValueError."""
+    """The classes, and each image's path and label, as ImageFolder, without hidden files. ValueError for one class."""
     folder = Path(os.path.expanduser(folder))
     classes = sorted(place.name for place in folder.glob("[!.]*/"))
     if len(classes) < 2:
         advice = "try `python -m lablib.datasets split`"
-        raise ValueError(f"{folder} needs a folder of images for each class, two or more, not {classes}; {advice}")
-    extensions = (*datasets.folder.IMG_EXTENSIONS, ".jfif", ".gif", ".heic")  # HEIC: an error, not ignored
+        raise ValueError(f"{folder} needs one folder of images per class, two or more, not {classes}; {advice}")
+    extensions = (*datasets.folder.IMG_EXTENSIONS, ".jfif", ".gif", ".heic")  # HEIC is an error rather than ignored
     images = datasets.folder.make_dataset(folder, {name: label for label, name in enumerate(classes)}, extensions)
     return classes, [(path, label) for path, label in images if os.sep + "." not in path.removeprefix(str(folder))]
 
@@ -117,20 +117,20 @@ def _decode(paths: tuple[str, ...], cache: Path, read) -> None:
     print(f"decoding {len(paths):,} images into {cache}", flush=True)
     shape = (len(paths), *read(paths[0]).shape)
     with tempfile.TemporaryDirectory(prefix=".lablib-", dir=cache.parent) as scratch, ThreadPoolExecutor() as pool:
-        with open(Path(scratch, cache.name), "wb") as file:  # not mapped, since a full disk would kill the process
+        with open(Path(scratch, cache.name), "wb") as file:  # not memory-mapped: a full disk would kill the process
             np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
             for path, image in zip(paths, pool.map(read, paths), strict=True):
                 if image.shape != shape[1:]:
-                    raise ValueError(f"{path} has another size than {paths[0]}; set image_size")
+                    raise ValueError(f"{path} differs in size from {paths[0]}; set image_size")
                 file.write(image)
-        os.replace(file.name, cache)  # which is whole or absent
+        os.replace(file.name, cache)  # so it is complete or absent
 
 
 def read_image(path: Place, size: Size, channels: int = 3) -> np.ndarray:
-    """An image as `load_data` reads it from a folder: uint8, channels × height × width.
+    """Read an image as `load_data` does from a folder: uint8, channels × height × width.
 
-    EXIF orientation is applied and transparency composited on white. `size` is (height, width) or None: the shorter
-    side is scaled to it, the longer one cropped about its centre. Raises ValueError for an unsuitable file.
+    EXIF orientation is applied, and transparency is composited on white. The image is scaled to cover `size` (height,
+    width) and cropped about its centre; None keeps its size. Raises ValueError for a file that cannot be used.
     """
     try:
         with Image.open(path) as image:
@@ -138,16 +138,16 @@ def read_image(path: Place, size: Size, channels: int = 3) -> np.ndarray:
         if image.has_transparency_data:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
         image = image.convert("L" if channels == 1 else "RGB")
-    except Exception as error:  # Pillow's decoders raise many kinds
+    except Exception as error:  # Pillow's decoders raise many types
         raise ValueError(f"{path} is damaged or not an image ({error}); replace or delete it") from error
-    if mode[0] in "IF":  # Pillow cuts off what is above 255
+    if mode[0] in "IF":  # Pillow would clip values above 255
         raise ValueError(f"{path} has pixels of 16 or 32 bits (mode {mode}); save it with 8 bits per channel")
     image = ImageOps.fit(image, size[::-1] if size else image.size, Image.Resampling.BILINEAR)
     return transforms.functional.pil_to_tensor(image).contiguous().numpy()
 
 
 def split(folder: Place, test: float = 0.2) -> None:
-    """Copy the images of FOLDER/<class>/ to FOLDER-split, a share `test` of each class to test/, the rest to train/."""
+    """Copy the images of FOLDER/<class>/ to FOLDER-split: a share `test` of each class to test/, the rest to train/."""
     folder = Path(os.path.abspath(os.path.expanduser(folder)))
     classes, images = list_images(folder)
     if {"train", "test"} <= {name.lower().removesuffix("ing") for name in classes}:  # also Training and Testing
@@ -166,6 +166,6 @@ def split(folder: Place, test: float = 0.2) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser("python -m lablib.datasets")
     command = parser.add_subparsers(required=True, metavar="split").add_parser("split", help=split.__doc__)
-    command.add_argument("folder", help="with a folder of images for each class")
+    command.add_argument("folder", help="contains one folder of images per class")
     command.add_argument("--test", type=float, default=0.2, help="the share that goes to test/ (default: 0.2)")
     split(**vars(parser.parse_args()))

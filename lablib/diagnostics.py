@@ -1,4 +1,4 @@
-"""A model -> gradients by layer, calibration, cost."""
+"""Measure a model: gradients by layer, calibration, cost."""
 
 from collections.abc import Callable, Sequence
 
@@ -16,12 +16,12 @@ from lablib.models import ResidualBlock
 
 
 def gradient_norms(model: nn.Module, batch: tuple, outputs: Callable = nn.Module.__call__) -> pd.DataFrame:
-    """Root mean square of the loss gradient of each layer, from input to output: a table of layer (from 1), name, rms.
+    """Root mean square of each layer's loss gradient, from input to output: a table of layer (from 1), name and rms.
 
-    `batch`: images as the model takes them (float, batch × channels × height × width) and labels (batch). Measured are
-    the weights of the linear and convolutional layers that are called and not frozen, but no shortcut's projection.
-    The loss is the mean cross-entropy without dropout. `outputs(model, images)` gives the logits, or a tuple that
-    begins with them. The model stays as it was. Raises RuntimeError if there is no layer to measure.
+    `batch`: the model's input images (float, batch × channels × height × width) and labels (batch). The table has the
+    weights of all linear and convolutional layers that are called and not frozen, except projections on shortcuts.
+    The loss is the mean cross-entropy in eval mode. `outputs(model, images)` returns the logits, or a tuple that
+    begins with them. The model is left unchanged. Raises RuntimeError if there is no layer to measure.
     """
     shortcuts = [m.projection for m in model.modules() if isinstance(m, ResidualBlock)]
     shortcuts += [m.downsample[0] for m in model.modules() if isinstance(m, BasicBlock) and m.downsample]
@@ -41,8 +41,8 @@ def gradient_norms(model: nn.Module, batch: tuple, outputs: Callable = nn.Module
 
 
 def expected_calibration_error(confidence: Sequence[float], correct: Sequence[bool], bins: int = 15) -> float:
-    """Mean distance between confidence and accuracy over bins of equal width, weighted by images (Guo et al. 2017,
-    https://arxiv.org/abs/1706.04599). By image: the predicted class's probability, and whether that class is right.
+    """Mean gap between confidence and accuracy over bins of equal width, weighted by number of images (Guo et al. 2017,
+    https://arxiv.org/abs/1706.04599). Per image: the predicted class's probability and whether that class is right.
     """
     confidence, correct = np.asarray(confidence, dtype=float), np.asarray(correct, dtype=float)
     gaps = pd.Series(confidence - correct).groupby(np.ceil(confidence * bins)).sum()
@@ -53,8 +53,8 @@ def multiply_adds(model: nn.Module, image_shape: Sequence[int]) -> int:
     """Multiply-adds of matrix products, convolutions and attention for one image of (channels, height, width)."""
     from torch.utils.flop_counter import FlopCounterMode  # a quarter of a second to import
 
-    # with gradients attention is not fused, and is counted
+    # with gradients, attention is not fused and therefore counted
     with untouched(model), torch.enable_grad(), FlopCounterMode(display=False) as counter:
         model.eval()
         model(next(model.parameters()).new_zeros(1, *image_shape))
-    return counter.get_total_flops() // 2  # which counts a multiply-add as two
+    return counter.get_total_flops() // 2  # the counter counts a multiply-add as two

@@ -30,10 +30,10 @@ def distillation_loss(
 
 
 class KnowledgeDistillationTrainer(StreamlinedTrainer):
-    """Trains a student on the labels and on a teacher's logits for the same images; only the loss changes.
+    """Trains a student on the labels and a teacher's logits for the same images; only the loss differs.
 
-    The teacher is copied and frozen. Both terms are recorded by epoch, as soft_loss and hard_loss. Raises ValueError
-    for an alpha outside [0, 1], a temperature outside (0, 1000], and a teacher without logits for each class.
+    The teacher is copied and frozen. The history has both terms, as soft_loss and hard_loss. Raises ValueError for an
+    alpha outside [0, 1], a temperature outside (0, 1000], or a teacher that does not return one logit per class.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class KnowledgeDistillationTrainer(StreamlinedTrainer):
     ):
         if not 0 <= alpha <= 1:
             raise ValueError(f"alpha = {alpha!r}, but it must be a number from 0 (labels only) to 1 (teacher only)")
-        if not 0 < temperature <= 1000:  # beyond, float32 would round the soft loss away
+        if not 0 < temperature <= 1000:  # above, float32 would round the soft loss away
             raise ValueError(f"temperature = {temperature!r}, but it must be above 0 and at most 1000, such as 4")
         self.temperature, self.alpha = float(temperature), float(alpha)
         super().__init__(student, config, data, **trainer_arguments)
@@ -62,21 +62,21 @@ class KnowledgeDistillationTrainer(StreamlinedTrainer):
             raise ValueError(f"for 2 images, the teacher returns {given}, not logits (2, {data.num_classes})")
         if are_probabilities(logits):
             raise ValueError("the teacher returns probabilities, not logits; remove its final softmax")
-        self._answers = WeakKeyDictionary()  # data set that was evaluated -> the teacher's logits for each batch
-        self._remembered, self._recorded = iter(()), []  # of the evaluation that is running: known, and new answers
+        self._answers = WeakKeyDictionary()  # evaluated data set -> the teacher's logits for each batch
+        self._remembered, self._recorded = iter(()), []  # the current evaluation's known and new answers
 
     def outputs(self, model: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Student's and teacher's logits (batch × classes each) for the same images, in the same precision."""
-        teacher_logits = next(self._remembered, None)  # none in training and in a data set's first evaluation
+        """The student's and the teacher's logits (each batch × classes) for the same images, in the same precision."""
+        teacher_logits = next(self._remembered, None)  # None in training and in a data set's first evaluation
         if teacher_logits is None:
             with torch.no_grad():
-                teacher_logits = super().outputs(self.teacher, images.clone())  # it may change its input in place
+                teacher_logits = super().outputs(self.teacher, images.clone())  # a model may change its input in place
             if not model.training:
                 self._recorded.append(teacher_logits)
         return super().outputs(model, images), teacher_logits
 
     def predict(self, test_dataset=None, ignore_keys=None, metric_key_prefix="test"):
-        """As ever; but the teacher sees the validation images only once, as they are the same in every epoch."""
+        """As usual, but the teacher sees the validation images only once, since they are the same in every epoch."""
         answers = self._answers.setdefault(test_dataset, []) if test_dataset else []
         self._remembered, self._recorded = iter([*answers]), answers
         try:

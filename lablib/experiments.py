@@ -1,4 +1,4 @@
-"""An experiment: some models × some seeds -> their runs, trained side by side where there are cores for it."""
+"""An experiment trains several models with several seeds, `jobs` runs in parallel."""
 
 import os
 import signal
@@ -26,7 +26,7 @@ from lablib.statistics import compare, compare_effects, readable_table, results_
 
 @dataclass(repr=False)
 class Experiment:
-    """The runs that one table or figure compares, by model name and seed; and the failures, with their errors."""
+    """The runs that a table or figure compares, and the errors of failed ones, by model name and seed."""
 
     data: ImageData
     config: TrainingConfig | None  # None if experiments with different configs or callbacks were joined
@@ -40,12 +40,12 @@ class Experiment:
         return self.table().to_html()
 
     def select(self, *models: str) -> "Experiment":
-        """The same experiment with some of its models only. Raises KeyError for a model that it does not have."""
+        """The same experiment with only some of its models. Raises KeyError for a model that it does not have."""
         runs, failures = ({k: v for k, v in part.items() if k[0] in models} for part in (self.runs, self.failures))
         return replace(self, models={name: self.models[name] for name in models}, runs=runs, failures=failures)
 
     def __or__(self, other: "Experiment") -> "Experiment":
-        """Both experiments' models, seeds and runs as one. Raises ValueError if data or a run of both differ."""
+        """Join the models, seeds and runs of both. Raises ValueError if their data or a run they share differ."""
         if len({run.identity["data"][1] for run in (*self.runs.values(), *other.runs.values())}) > 1:
             raise ValueError(f"experiments on {self.data.name} and {other.data.name} have different data")
         for name, seed in self.runs.keys() & other.runs.keys():
@@ -58,11 +58,11 @@ class Experiment:
         return Experiment(self.data, self.config if same else None, models, seeds, self.callbacks, runs, failures)
 
     def values(self, model: str, key: str = "test_accuracy") -> dict[int, float]:
-        """One of a model's results, such as its test accuracy, by seed."""
+        """One result of a model, such as its test accuracy, for each seed."""
         return {seed: run.result[key] for (_, seed), run in sorted(self.select(model).runs.items())}
 
     def frame(self) -> pd.DataFrame:
-        """One row per run, failed ones included; with `balanced_accuracy`, over the classes, if these are unequal."""
+        """One row per run, including failed ones; with `balanced_accuracy` if the classes are unbalanced."""
         columns = ["model", "seed", "parameters", "val_accuracy", "test_accuracy", "best_epoch", "epochs", "seconds"]
         columns += ["precision", *(["error"] if self.failures else [])]
         found = {key: {"error": error} for key, error in self.failures.items()}
@@ -77,11 +77,11 @@ class Experiment:
         return table.join(balanced, ["model", "seed"])
 
     def histories(self) -> pd.DataFrame:
-        """Every run's metrics by epoch: model, seed, epoch, train_loss, val_loss, ..."""
+        """Metrics of every run by epoch: model, seed, epoch, train_loss, val_loss, ..."""
         return self._by_run([pd.DataFrame(run.history) for run in self.runs.values()])
 
     def gradients(self) -> pd.DataFrame:
-        """Every run's gradient by layer: model, seed, layer, when ("initial" or "trained"), rms."""
+        """Gradients of every run by layer: model, seed, layer, when ("initial" or "trained"), rms."""
         tables = []
         for run in self.runs.values():
             arrays = run.measured()
@@ -90,7 +90,7 @@ class Experiment:
         return self._by_run(tables)
 
     def predictions(self) -> pd.DataFrame:
-        """Every run's answers to the test images: model, seed, image (index), label, predicted, confidence, correct."""
+        """Each run's predictions on the test set: model, seed, image (index), label, predicted, confidence, correct."""
         true, tables = self.data.test_labels.numpy(), []
         for run in self.runs.values():
             measured = run.measured()
@@ -102,31 +102,31 @@ class Experiment:
         return pd.concat(tables, keys=[*self.runs], names=["model", "seed"]).droplevel(-1).reset_index()
 
     def table(self, reference: Mapping[str, float] | None = None, save_to: str | Path | None = None) -> pd.DataFrame:
-        """One row per network, as text; `reference` has published accuracies (fractions), `save_to` is a CSV file."""
+        """One row per model, as text. `reference`: published accuracies (fractions). `save_to`: a CSV file."""
         table = results_table(self.frame(), reference)
         return readable_table(save_table(table, save_to) if save_to else table)
 
     def compare(self, first: str | Mapping, second: str | None = None, by: Sequence[int] = ()) -> "Comparison":
         """Paired differences in test accuracy by seed, first model − second. Raises KeyError for an unknown model.
 
-        Two models, or several pairs by name: {"the shortcut": ("ResidualCNN", "NoShortcut")}. With `by`, the depths,
-        they are families ("ResidualCNN-2"), and p-values are corrected over the depths of a pair, else over all pairs.
+        Give two models, or several pairs by name: {"the shortcut": ("ResidualCNN", "NoShortcut")}. With depths in `by`,
+        they are families ("ResidualCNN-2"), and p-values are corrected over a pair's depths, otherwise over all pairs.
         """
         pairs = first if isinstance(first, Mapping) else {f"{first} − {second}": (first, second)}
         if by:
             families = product(pairs.items(), by)
             pairs = {f"{label}, depth {n}": (f"{one}-{n}", f"{other}-{n}") for (label, (one, other)), n in families}
-        pairs = {label: pair for label, pair in pairs.items() if pair[0] != pair[1]}  # none with itself
+        pairs = {label: pair for label, pair in pairs.items() if pair[0] != pair[1]}  # no model with itself
         return Comparison(compare(self.select(*chain(*pairs.values())).frame(), pairs), self.data.name)
 
     def distil(
         self, student: str, teacher: str, temperature, alpha, *, name="Distilled", config=None, seeds=None, **more
     ) -> "Experiment":
-        """Train one of the networks as a student: each seed's run learns from the `teacher`'s run with that seed.
+        """Train a model as a student: for each seed, it learns from the `teacher`'s run with the same seed.
 
-        With a list of temperatures or alphas there is a student for each pair, named "T = 4, α = 0.7"; else it has the
-        `name`. Config and seeds are this experiment's by default; `more` is `experiment`'s `jobs` and `weights`. A seed
-        whose teacher failed is left out. Raises as `experiment`; KeyError: no such run; ValueError: no config.
+        Lists of temperatures or alphas give a student per pair, named "T = 4, α = 0.7"; otherwise `name` is its name.
+        Config and seeds default to this experiment's; `more` is `jobs` and `weights`, as in `experiment`. Seeds whose
+        teacher failed are skipped. KeyError for a missing model or run, ValueError without a config; see `experiment`.
         """
         from lablib.distillation import KnowledgeDistillationTrainer  # with transformers, which takes seconds
 
@@ -145,32 +145,32 @@ class Experiment:
         return experiment(models, config, self.data, seeds, **more)
 
     def trained_model(self, model: str, seed: int | None = None) -> nn.Module:
-        """A run's network (by default of the first seed) with its best weights. Raises as `Run.load_weights` does."""
+        """A run's network (by default the first seed's) with its best weights. Raises as `TrainedModel.load`."""
         run = self.runs[model, self.seeds[0] if seed is None else seed]
         return TrainedModel(run, self.models[model]).load()
 
 
 @dataclass(frozen=True)
 class Comparison:
-    table: pd.DataFrame  # paired differences between networks, as `statistics.compare` gives them
+    table: pd.DataFrame  # paired differences between models, from `statistics.compare`
     dataset: str
 
     def plot(self, title: str, *paths: str | Path) -> figures.plt.Figure:
-        """A dot for each seed, the means, and intervals from three seeds on; written to the paths too."""
+        """Plot a dot per seed, the means, and intervals from three seeds on; also save the figure to the paths."""
         return figures.save(figures.paired_differences(self.table, self.dataset, title), *paths)
 
     def verdicts(self) -> "Sentences":
-        """One sentence per comparison, which claims no more than its interval supports."""
+        """One sentence per comparison that claims no more than the interval supports."""
         return Sentences(verdicts(self.table))
 
     __repr__ = _repr_markdown_ = verdicts
 
     def __or__(self, other: "Comparison") -> "Comparison":
-        """Both comparisons, on the same data set, in one table; p-values stay as they are, corrected within each."""
+        """Both comparisons, on the same data set, in one table; p-values stay corrected within each comparison."""
         return replace(self, table=pd.concat([self.table, other.table], ignore_index=True))
 
     def __sub__(self, other: "Comparison") -> "Comparison":
-        """How far the differences with the same labels differ, seed by seed, say between two recipes."""
+        """By how much differences with the same label differ, seed by seed, for example between two recipes."""
         return replace(self, table=compare_effects(self.table, other.table))
 
 
@@ -189,13 +189,13 @@ def experiment(
     callbacks: Sequence = (),
     weights: bool = False,
 ) -> Experiment:
-    """Train each model with each seed, or load the runs that are finished: here, or published with the lab.
+    """Train each model with each seed. Runs already finished here, or published with the lab, are loaded.
 
-    `models` maps names to functions that build the networks; `seeds=3` means 0, 1 and 2. joblib trains `jobs` runs side
-    by side (-1: one per core), with `joblib.parallel_config("dask")` on a cluster, whose workers need `output_dir` at
-    the same path. `trainer_class` (or a dict of them, by model and seed) and `weights` are those of `train_or_load`.
-    Each run gets copies of the `callbacks`. A failed one is warned of and in `failures`; RuntimeError if all fail.
-    Raises before any training as `run_identity`, and ValueError for a config with a seed or two names for one run.
+    `models` maps names to functions that build the networks; `seeds=3` means 0, 1 and 2. joblib trains `jobs` runs in
+    parallel (-1: one per core), on a cluster with `joblib.parallel_config("dask")`; its workers need `output_dir` at
+    the same path. `trainer_class` (or a dict by model and seed) and `weights` are as in `train_or_load`. Each run gets
+    copies of the `callbacks`. Failed runs cause a warning and are in `failures`; RuntimeError if all fail. Before any
+    training, raises as `run_identity`, and ValueError for a config with a seed or one run under two names.
     """
     if config.seed:
         raise ValueError(f"the config has seed = {config.seed}; write seeds = [{config.seed}] instead")
@@ -204,7 +204,7 @@ def experiment(
     seeds = tuple(dict.fromkeys(map(index, range(seeds) if isinstance(seeds, int) else seeds)))  # each once
     keys = [*product(models, seeds)]
     if not keys:
-        raise ValueError("an experiment needs a model and a seed; seeds=2 stands for the seeds 0 and 1")
+        raise ValueError("an experiment needs at least one model and one seed; seeds=2 means the seeds 0 and 1")
     result = Experiment(data, config, dict(models), seeds, tuple(callbacks))
     trainers = trainer_class if isinstance(trainer_class, Mapping) else dict.fromkeys(keys, trainer_class)
     silent = {"use_telegram_notifications": False, "telegram_bot_token": None}  # the token stays in this process
@@ -213,7 +213,7 @@ def experiment(
         seeded = replace(config, seed=seed, output_dir=os.path.abspath(config.output_dir), **silent)
         identity = run_identity(models[name], seeded, data, trainers[name, seed], callbacks)
         if (twin := named.setdefault(run_name(identity), name)) != name:  # they would look like independent results
-            same = f"the models {twin!r} and {name!r} are the same network, trained alike"
+            same = f"the models {twin!r} and {name!r} are the same network, trained in the same way"
             raise ValueError(f"{same}; in a loop, a lambda sees only the last value: use functools.partial")
         if run := find_run(run_name(identity), seeded.output_dir, weights):
             result.runs[name, seed] = run
@@ -234,7 +234,7 @@ def experiment(
 def _train(result: Experiment, missing: dict[Key, tuple], trainers: Mapping, weights: bool, jobs: int):
     from lablib import telegram, tracking  # with transformers, which takes seconds
 
-    wandb_mode = tracking.mode_here() if result.config.use_wandb else ""  # asked once, for all runs
+    wandb_mode = tracking.mode_here() if result.config.use_wandb else ""  # checked once for all runs
     shared = {"callbacks": result.callbacks, "weights": weights, "parent": os.getpid(), "wandb_mode": wandb_mode}
     tasks, paths = [], {}
     for key, (config, identity) in missing.items():
@@ -245,10 +245,10 @@ def _train(result: Experiment, missing: dict[Key, tuple], trainers: Mapping, wei
     jobs = min(joblib.effective_n_jobs(jobs), jobs if jobs > 0 else len(tasks), len(tasks))  # dask ignores jobs
     # mmap_mode "c": the workers share the images' memory, and may write to their own copy
     backend, _ = joblib.parallel.get_active_backend()
-    return_as = "generator_unordered" if backend.supports_return_generator else "list"  # Ray's has no generator
+    return_as = "generator_unordered" if backend.supports_return_generator else "list"  # Ray's has no generators
     parallel = joblib.Parallel(n_jobs=jobs, return_as=return_as, mmap_mode="c", pre_dispatch=jobs)
     telling = telegram.ExperimentMessages(result) if result.config.use_telegram_notifications else nullcontext()
-    interruption = Interruption([signal.SIGINT] if jobs > 1 else [])  # workers get Ctrl-C too: await their checkpoints
+    interruption = Interruption([signal.SIGINT] if jobs > 1 else [])  # workers get Ctrl-C too: wait for checkpoints
     with telling, progress(paths, result.config.num_epochs), interruption:
         try:
             for key, run, error, trace in parallel(task for task in tasks if not interruption.asked):

@@ -1,4 +1,4 @@
-"""Tables -> figures. Accuracies come as fractions and are drawn in percent; each figure names its data set and n."""
+"""Figures from tables. Accuracies are fractions, drawn in percent; each figure states its data set and n."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ from lablib.statistics import compare, gradient_ratios, labels, points, seeds_te
 
 ACCURACY, ERROR = "test accuracy (%)", "test error (%)"
 DOTS = "one point per run, mean and 95 % interval (three or more seeds)"
-BELOW = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.17)}  # a legend that covers no data
+BELOW = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.17)}  # a legend that does not cover the data
 GRID = {"squeeze": False, "layout": "constrained"}
 
 
@@ -29,7 +29,7 @@ def use_style():
 
 
 def save(figure: plt.Figure, *paths: str | Path) -> plt.Figure:
-    """Write a figure to each path, in the format of its suffix and without a date, so that it is reproducible."""
+    """Write a figure to each path, in the format of its suffix; without a date, so that files are reproducible."""
     for path in map(Path, paths):
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
@@ -37,7 +37,7 @@ def save(figure: plt.Figure, *paths: str | Path) -> plt.Figure:
 
 
 def loss_curves(histories: pd.DataFrame, column: str, dataset: str, panels: Mapping | None = None) -> plt.Figure:
-    """A loss ("train_loss" or "val_loss") by epoch, one line per seed. `panels` gives for each title its models."""
+    """A loss ("train_loss" or "val_loss") by epoch, one line per seed. `panels` maps each title to its models."""
     what = {"train_loss": "training loss", "val_loss": "validation loss", "loss": "weighted terms of the loss"}[column]
     panels = panels or {"": histories["model"].unique()}
     figure, axes = plt.subplots(1, len(panels), figsize=(2.4 + 4.4 * len(panels), 4.4), sharey=True, **GRID)
@@ -55,7 +55,7 @@ def loss_curves(histories: pd.DataFrame, column: str, dataset: str, panels: Mapp
 
 
 def loss_terms(histories: pd.DataFrame, dataset: str, alpha: float) -> plt.Figure:
-    """A distilled student's loss by epoch and its two terms, weighted by `alpha` and 1 − `alpha`."""
+    """A distilled student's loss by epoch, and its two terms weighted by `alpha` and 1 − `alpha`."""
     terms = {"total": (1, "loss"), "α · soft": (alpha, "soft_loss"), "(1 − α) · hard": (1 - alpha, "hard_loss")}
     lines, panels = [], {}
     for part, prefix in {"training": "train", "validation": "val"}.items():
@@ -75,7 +75,7 @@ def _titled(figure: plt.Figure, title: str, table: pd.DataFrame | None = None, n
 
 
 def accuracy_by_depth(frames: pd.DataFrame | Mapping[str, pd.DataFrame], dataset: str) -> plt.Figure:
-    """Test error by depth of models such as "ResidualMLP-8"; several frames are panels, titled by their keys."""
+    """Test error by depth, for models such as "ResidualMLP-8". Several frames get a panel each, titled by key."""
     frames = {"": frames} if isinstance(frames, pd.DataFrame) else frames
     tables = {title: _by_family(frame) for title, frame in frames.items()}
     figure, axes = plt.subplots(1, len(frames), figsize=(2.4 + 4.4 * len(frames), 4.4), sharey=True, **GRID)
@@ -87,7 +87,7 @@ def accuracy_by_depth(frames: pd.DataFrame | Mapping[str, pd.DataFrame], dataset
 
 
 def gradient_ratio(gradients: pd.DataFrame, frame: pd.DataFrame, dataset: str, chance: float) -> plt.Figure:
-    """By depth: `gradient_ratios` before training, where 0 leaves a gap, and test error. `chance` is a fraction."""
+    """By depth: initial `gradient_ratios` (a ratio of 0 leaves a gap) and test error. `chance`: guessing's accuracy."""
     ratios = gradient_ratios(gradients[gradients["when"] == "initial"])
     table = _by_family(frame).merge(ratios, "left", ["model", "seed"])
     figure, (above, below) = plt.subplots(2, 1, figsize=(6.8, 7.4), sharex=True, layout="constrained")
@@ -100,11 +100,11 @@ def gradient_ratio(gradients: pd.DataFrame, frame: pd.DataFrame, dataset: str, c
     below.set_yscale("log")
     _label_log(below.yaxis)
     note = "one point per run; geometric means above, means and 95 % intervals below"
-    return _titled(figure, f"{dataset}: initial gradients, and test error, by depth", table, note)
+    return _titled(figure, f"{dataset}: initial gradients and test error by depth", table, note)
 
 
 def accuracy_by_cost(frame: pd.DataFrame, costs: pd.DataFrame, dataset: str) -> plt.Figure:
-    """Test accuracy by cost. `costs` has the models as index and a column per panel, such as "parameters"."""
+    """Test accuracy by cost. `costs` has a row per model and a column per panel, such as "parameters"."""
     table = _by_family(frame[["model", "seed", "test_accuracy"]]).join(costs, on="model")
     figure, axes = plt.subplots(1, costs.shape[1], figsize=(2.4 + 4.4 * costs.shape[1], 4.4), sharey=True, **GRID)
     for axis, cost in zip(axes.flat, costs, strict=True):
@@ -123,7 +123,7 @@ def _by_family(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _line_per_family(axis: plt.Axes, table: pd.DataFrame, x: str, y: str, **average):
-    """One point per run, and a line through averages. (Set a log scale afterwards: on one, seaborn averages logs.)"""
+    """One point per run, and a line through averages. (Set log scales afterwards, or seaborn averages the logs.)"""
     look = {"x": x, "y": y, "hue": "family", "style": "family", "palette": "colorblind", "markers": True, "ax": axis}
     sns.scatterplot(table, **look, legend=False, alpha=0.4, s=30)
     sns.lineplot(table, **look, **average, err_style="bars", markersize=8)
@@ -146,7 +146,7 @@ def _label_log(axis, numbers="{x:g}"):
 
 
 def gradient_norms(gradients: pd.DataFrame, dataset: str) -> plt.Figure:
-    """Gradient by relative position of the layer, from `Experiment.gradients()`; one line per depth."""
+    """Gradient by relative position of the layer, one line per depth; the table is from `Experiment.gradients()`."""
     table = with_depth(gradients.assign(rms=gradients["rms"].where(gradients["rms"] > 0))).astype({"depth": str})
     table["position"] = (table["layer"] - 1) / (table.groupby("model")["layer"].transform("max") - 1)
     look = {"x": "position", "y": "rms", "col": "family", "row": "when", "hue": "depth", "style": "depth"}
@@ -157,11 +157,11 @@ def gradient_norms(gradients: pd.DataFrame, dataset: str) -> plt.Figure:
 
 
 def paired_differences(comparison: pd.DataFrame, dataset: str, title: str) -> plt.Figure:
-    """A table of `lablib.statistics.compare`: for each row a dot per seed, and below them their mean and interval."""
+    """Plot a table of `lablib.statistics.compare`: a dot per seed for each row, with the mean and interval below."""
     figure, axis = plt.subplots(figsize=(9, 0.6 * len(comparison) + 1.8), layout="constrained")
     axis.axvline(0, color="0.4", linewidth=1)
     for place, row in enumerate(comparison.itertuples()):
-        heights = place - np.linspace(0.3, 0, row.n)  # one for each seed, or equal differences would hide one another
+        heights = place - np.linspace(0.3, 0, row.n)  # one per seed, or equal differences would hide each other
         axis.plot([100 * value for value in row.by_seed.values()], heights, "o", color="C0", alpha=0.5)
         axis.errorbar(100 * row.mean, place + 0.15, xerr=100 * row.ci95, fmt="kD", mfc="k" if row.significant else "w")
     axis.set(yticks=range(len(comparison)), yticklabels=labels(comparison), ylim=(len(comparison) - 0.5, -0.5))
@@ -171,7 +171,7 @@ def paired_differences(comparison: pd.DataFrame, dataset: str, title: str) -> pl
 
 
 def distillation(frame: pd.DataFrame, names: Mapping[str, str], dataset: str, chance: float) -> plt.Figure:
-    """Test accuracy: bars and a line per seed. `names` gives by role teacher, student alone and distilled student."""
+    """Test accuracy as bars, and a line per seed. `names`: role -> model, for teacher, student alone and distilled."""
     parts = []
     for role, model in names.items():
         runs = frame[frame["model"] == model]
@@ -192,7 +192,7 @@ def distillation(frame: pd.DataFrame, names: Mapping[str, str], dataset: str, ch
 
 
 def distillation_grid(frame: pd.DataFrame, dataset: str, used: tuple[float, float], alone: float) -> plt.Figure:
-    """Mean validation accuracy by temperature and alpha, best and `used` cell marked. `alone`: without a teacher."""
+    """Mean validation accuracy by temperature and alpha, marking the best and `used`. `alone`: without a teacher."""
     means = 100 * frame.groupby(["temperature", "alpha"])["val_accuracy"].mean()
     texts = means.map("{:.2f}".format)
     texts[means.idxmax()] += "\nbest"
@@ -207,7 +207,7 @@ def distillation_grid(frame: pd.DataFrame, dataset: str, used: tuple[float, floa
 
 
 def reliability(predictions: pd.DataFrame, errors: Mapping[str, Sequence[float]], dataset: str) -> plt.Figure:
-    """Accuracy by confidence. `predictions`: model, confidence, correct of each image; `errors`: by model and seed."""
+    """Accuracy by confidence. `predictions`: model, confidence, correct by image. `errors`: calibration, by model."""
     figure, axis = plt.subplots(figsize=(6.8, 5.6), layout="constrained")
     for model, table in predictions.groupby("model", sort=False):
         name = f"{model}: calibration error {summarise(errors[model]).percent()}"
@@ -235,7 +235,7 @@ def _show(axis: plt.Axes, image: torch.Tensor, title: str):
 
 
 def confusion_matrix(matrix: np.ndarray, class_names: Sequence[str], title: str) -> plt.Figure:
-    """Images by true class (rows) and predicted class (columns), counted up to 25 classes; colours show mistakes."""
+    """Images by true (rows) and predicted class (columns). Colours show mistakes, numbers only up to 25 classes."""
     figure, axis = plt.subplots(figsize=(7.8, 7), layout="constrained")
     mistakes = pd.DataFrame(matrix - np.diag(np.diag(matrix)), class_names, class_names)
     look = {"cmap": "rocket_r", "cbar_kws": {"label": "misclassified images"}, "annot_kws": {"fontsize": "x-small"}}
@@ -247,7 +247,7 @@ def confusion_matrix(matrix: np.ndarray, class_names: Sequence[str], title: str)
 def softened_predictions(
     images: torch.Tensor, titles: Sequence[str], softened: dict[float, torch.Tensor], names: Sequence[str], title: str
 ) -> plt.Figure:
-    """Each image and its ten likeliest classes. `softened`: probabilities (images × classes `names`) by temperature."""
+    """Each image and its ten likeliest classes. `softened`: temperature -> probabilities (images × classes `names`)."""
     figure, axes = plt.subplots(len(images), 2, figsize=(9, 0.6 + 1.6 * len(images)), width_ratios=[1, 5], **GRID)
     for index, (picture, bars) in enumerate(axes):
         _show(picture, images[index], titles[index])

@@ -1,4 +1,4 @@
-"""What a machine offers for training: its devices, its precision, its memory."""
+"""What the machine offers for training: devices, precision, memory."""
 
 import contextlib
 import ctypes
@@ -15,20 +15,20 @@ from torch import nn
 
 from lablib.config import TrainingConfig
 
-# for `deterministic`: PyTorch reads it once, at the first matrix product on a GPU, perhaps long before a training
+# for `deterministic`: PyTorch reads it once, at the first matrix product on a GPU, perhaps long before training
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 _lock = threading.RLock()
 
 
 def check_device(device: str) -> None:
-    """Raise ValueError for a device that this machine lacks."""
+    """Raise ValueError if this machine does not have the device."""
     backends = {"cuda": torch.cuda, "mps": torch.backends.mps}
     if device in backends and not backends[device].is_available():
         raise ValueError(f"device = {device!r}, but PyTorch finds no such device here; write 'auto' or 'cpu'")
 
 
 def resolve_precision(config: TrainingConfig, model: nn.Module) -> str:
-    """A run's precision: if "auto", the fastest here for its network. Raises ValueError for fp16 without a CUDA GPU."""
+    """A run's precision; "auto" is the fastest here for its network. Raises ValueError for fp16 without a CUDA GPU."""
     on_gpu = config.device in ("auto", "cuda") and torch.cuda.is_available()
     if config.precision == "fp16" and not on_gpu:
         raise ValueError("precision = 'fp16' needs a CUDA GPU; write 'bf16', 'fp32' or 'auto'")
@@ -42,11 +42,11 @@ def resolve_precision(config: TrainingConfig, model: nn.Module) -> str:
 
 
 def memory_format(model: nn.Module, device: torch.device, image_shape: Sequence[int]) -> torch.memory_format:
-    """The fastest memory format for a model's images of (channels, height, width): channels last for convolutions.
+    """The fastest memory format for a model's images (channels, height, width): channels last for convolutions.
 
-    On a GPU the weights are converted too. Models that fail on such images, as with `view`, get contiguous ones. So do,
-    on a processor, strided 1 × 1 convolutions of fewer than 16 channels: oneDNN (up to 3.13 at least) writes past its
-    workspace, which ruins gradients or ends the process (https://github.com/uxlfoundation/oneDNN/issues/6035).
+    On a GPU, the weights are converted too. Models that fail on such images, as with `view`, get contiguous ones. So do
+    models on a CPU with strided 1 × 1 convolutions of fewer than 16 channels: oneDNN (up to 3.13 at least) writes past
+    its workspace, which ruins gradients or ends the process (https://github.com/uxlfoundation/oneDNN/issues/6035).
     """
     convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
     narrow = [c for c in convolutions if c.kernel_size == (1, 1) and c.in_channels // c.groups < 16]
@@ -61,16 +61,16 @@ def memory_format(model: nn.Module, device: torch.device, image_shape: Sequence[
         model(images.contiguous(memory_format=torch.channels_last))
         return torch.channels_last
     model.to(memory_format=torch.contiguous_format)
-    return torch.contiguous_format  # if something else is wrong with the model, the sanity check says so
+    return torch.contiguous_format  # the sanity check reports anything else that is wrong with the model
 
 
 @contextlib.contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Afterwards restore a model's weights, buffers, modes, hooks and other attributes, and what its dicts hold."""
+    """On exit, restore a model's weights, buffers, modes, hooks and other attributes, and the dicts among them."""
     dicts = [vars(module) for module in model.modules()]
     dicts += [value for attributes in dicts for value in attributes.values() if isinstance(value, dict)]
     old_dicts = [dict(each) for each in dicts]
-    # only tensors are copied, since a model as a whole may not be
+    # only tensors are copied, since some models cannot be
     old_tensors = {t: t.detach().clone() for each in dicts for t in each.values() if isinstance(t, torch.Tensor)}
     try:
         yield
@@ -84,7 +84,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
 
 
 def random_states() -> dict[str, Any]:
-    """The random states of Python, NumPy, PyTorch and the current GPU, of which a checkpoint can be made."""
+    """The random states of Python, NumPy, PyTorch and the current GPU, in a form that checkpoints can store."""
     kind, keys, *rest = np.random.get_state()  # noqa: NPY002
     states = {"python": random.getstate(), "numpy": [kind, keys.tolist(), *rest], "cpu": torch.get_rng_state()}
     if torch.accelerator.is_available():
@@ -102,7 +102,7 @@ def restore_random_states(states: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def own_randomness() -> Iterator[None]:
-    """Afterwards restore the random states. They belong to the process, so one thread at a time may be within."""
+    """On exit, restore the random states. They belong to the process, so only one thread may enter at a time."""
     with _lock, contextlib.ExitStack() as afterwards:
         afterwards.callback(restore_random_states, random_states())
         yield
@@ -125,14 +125,14 @@ def fits(tensor: torch.Tensor, device: torch.device) -> bool:
     """Whether a tensor takes less than half of a GPU's free memory; True on any other device."""
     if device.type != "cuda":
         return True
-    gc.collect()  # what an earlier training left behind
+    gc.collect()  # frees what an earlier training left behind
     torch.cuda.empty_cache()
     return 2 * tensor.nbytes < torch.cuda.mem_get_info(device)[0]
 
 
 def keep_memory() -> None:
-    """Let glibc keep freed memory, or page faults take ten times the time of an elementwise operation on a batch."""
-    with contextlib.suppress(OSError, AttributeError):  # there is no glibc
+    """Let glibc keep freed memory: page faults take ten times as long as an elementwise operation on a batch."""
+    with contextlib.suppress(OSError, AttributeError):  # without glibc
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-3, 1 << 28)  # M_MMAP_THRESHOLD, bytes
         libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD

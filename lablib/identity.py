@@ -1,4 +1,4 @@
-"""What a run is: everything that changes its outcome, described by content, and the name that follows from it."""
+"""A run's identity: everything that changes its outcome, described by content, and the name derived from it."""
 
 import dis
 import hashlib
@@ -20,19 +20,19 @@ from lablib.config import TrainingConfig
 from lablib.data import ImageData
 from lablib.hardware import resolve_precision
 
-_SCHEME = 2  # increase it when a change to lablib means that stored runs no longer answer the same question
+_SCHEME = 2  # increase it when a change to lablib makes stored runs incomparable with new ones
 _FILES = sorted(Path(__file__).parent.glob("*.py"))
 LABLIB_VERSION = hashlib.sha256(b"".join(file.read_bytes() for file in _FILES)).hexdigest()[:12]
-_HOOKS = [name for name in vars(nn.Module()) if "_hooks" in name]  # dicts whose keys count up in a process
+_HOOKS = [name for name in vars(nn.Module()) if "_hooks" in name]  # dicts whose keys count up within a process
 
 
 def run_identity(
     build_model: Callable[[], nn.Module], config: TrainingConfig, data: ImageData, trainer_class=None, callbacks=()
 ) -> dict[str, Any]:
-    """What is trained, on what, and how; not where, nor who is notified. `trainer_class=None`: StreamlinedTrainer.
+    """What is trained, on what data, and how; not where or who is notified. `trainer_class=None`: StreamlinedTrainer.
 
-    A callback whose `__identity__` returns None only watches: it changes no identity. Raises TypeError for what cannot
-    be described by its content, and ValueError if two calls of `build_model` do not give two equal networks.
+    A callback whose `__identity__` returns None is left out: it only observes. Raises TypeError for what cannot
+    be described by its content, and ValueError if two calls of `build_model` do not build two equal networks.
     """
     model, network = described_network(build_model, config.seed)
     effects = [content for content in describe(list(callbacks), "callbacks") if content is not None]
@@ -51,7 +51,7 @@ def run_name(identity: dict[str, Any]) -> str:
 
 
 def build_seeded(build_model: Callable[[], nn.Module], seed: int) -> nn.Module:
-    """Build a model with the initial weights that belong to a seed; the CPU's random state stays as it was."""
+    """Build a model with the initial weights of a seed, without changing the CPU's random state."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return build_model()
@@ -66,7 +66,7 @@ def json_digest(content: Any) -> str:
 
 
 def described_network(build_model: Callable[[], nn.Module], seed: int) -> tuple[nn.Module, dict[str, Any]]:
-    """A network with its initial weights, and its part of a run's identity: of lablib's own, class and arguments."""
+    """A network with its initial weights, and its part of a run's identity (class and arguments if it is lablib's)."""
     model = build_seeded(build_model, seed)
     cls, name, known = type(model), type(model).__name__, None
     if cls.__module__ == "lablib.models" and hasattr(model, "_hub_mixin_config"):
@@ -85,7 +85,7 @@ def described_network(build_model: Callable[[], nn.Module], seed: int) -> tuple[
 
 
 def describe(value: Any, where: str, _seen: dict | None = None) -> Any:
-    """A value's content, or what its `__identity__` returns, as JSON. Raises TypeError, naming `where`, if unknown."""
+    """Describe a value by its content or its `__identity__`, as JSON. Raises TypeError, naming `where`, on failure."""
     kind, seen = type(value), {} if _seen is None else _seen  # each object is described once
     inside = partial(describe, _seen=seen)
     if hasattr(kind, "__identity__"):
@@ -105,7 +105,7 @@ def describe(value: Any, where: str, _seen: dict | None = None) -> Any:
         return [inside(item, f"{where}[{number}]") for number, item in enumerate(value)]
     if kind in (set, frozenset):
         return {"set": sorted((describe(item, where, dict(seen)) for item in value), key=json_digest)}
-    if kind is dict:  # the order of settings does not matter, that of steps might
+    if kind is dict:  # the order of settings does not matter, but that of steps might
         if all(isinstance(key, str) and not callable(item) for key, item in value.items()):
             return {key: inside(item, f"{where}[{key!r}]") for key, item in sorted(value.items())}
         return [[inside(key, where), inside(item, f"{where}[{key!r}]")] for key, item in value.items()]
@@ -117,7 +117,7 @@ def describe(value: Any, where: str, _seen: dict | None = None) -> Any:
     if isinstance(value, FunctionType):
         return inside(_function(value), where)
     if isinstance(value, type):
-        added = ("__", "_abc_", "_hub_mixin_")  # by Python and the Hub, unless they are methods
+        added = ("__", "_abc_", "_hub_mixin_")  # added by Python and the Hub; methods count
         members = {k: v for k, v in sorted(vars(value).items()) if callable(v) or not k.startswith(added)}
         return _installed(value) or inside({"bases": value.__bases__, "members": members}, where)
     if isinstance(value, partial):
@@ -131,7 +131,7 @@ def describe(value: Any, where: str, _seen: dict | None = None) -> Any:
         return inside({"class": kind, "attributes": attributes}, where)
     try:  # what pickle would store
         stored = value.__reduce_ex__(4)
-    except Exception as error:  # a lock, an open file, what lies outside of Python
+    except Exception as error:  # a lock, an open file, something outside Python
         advice = "create it in the function that uses it, or give the class of its owner an __identity__ method"
         raise TypeError(f"{where} is a {kind.__name__}, which cannot be described by its content; {advice}") from error
     if isinstance(stored, str):  # a name
@@ -159,7 +159,7 @@ def _steps(code: CodeType) -> list[tuple[str, Any]]:
 
 
 def _installed(thing: type | FunctionType) -> str | None:
-    """The name of what Python, packages or lablib define, or None; decorators may change a function's `__module__`."""
+    """The name of what Python, packages or lablib define, else None; decorators may change a `__module__`."""
     modules = [c.__module__ for c in getattr(thing, "__mro__", ())] or [thing.__globals__.get("__name__", "")]
     shown = "lablib" if modules[0].startswith("lablib.") else modules[0]  # lablib's modules may move
     return f"{shown}.{thing.__qualname__}" if all(map(_is_installed, modules)) else None
@@ -168,6 +168,6 @@ def _installed(thing: type | FunctionType) -> str | None:
 def _is_installed(module: str) -> bool:
     package = module.partition(".")[0]
     file = os.path.realpath(getattr(sys.modules.get(package), "__file__", None) or "/")
-    if package in sys.stdlib_module_names:  # unless a file of the user's has such a name
+    if package in sys.stdlib_module_names:  # unless a user's file has that name
         return file == "/" or file.startswith(os.path.realpath(os.path.dirname(os.__file__)))
     return package == "lablib" or (package != "__main__" and ("site-packages" in file or "dist-packages" in file))

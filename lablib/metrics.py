@@ -1,4 +1,4 @@
-"""Losses and accuracy of batches and of a run."""
+"""Losses and accuracy of batches and runs."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ import torch
 
 
 class BatchMeter:
-    """Collects sizes, hits and losses of batches on their device, without waiting for it until they are asked for."""
+    """Collects the sizes, hits and losses of batches on the device, and waits for it only when asked for them."""
 
     def __init__(self, processes: int = 1):
         self.processes = processes
@@ -22,22 +22,22 @@ class BatchMeter:
         self._names = ["size", "hits", *losses]
         values = [torch.full_like(hits, len(labels)), hits, *losses.values()]
         self._rows.append(torch.stack([value.float() for value in values])[None])
-        if len(self._rows) == 64:  # many small tensors would fragment the memory between the tensors of a step
+        if len(self._rows) == 64:  # many small tensors would fragment the device's memory
             self._rows = [torch.cat(self._rows)]
 
     def batches(self) -> pd.DataFrame:
-        """A row per batch, of all processes together, which ask at the same time: size, hits and mean losses."""
+        """One row per batch: size, hits and mean losses, over all processes, which must call this together."""
         if not self._rows:
             return pd.DataFrame()
         rows = torch.cat(self._rows)
         if self.processes > 1:
             torch.distributed.all_reduce(rows)
         rows = rows.cpu().double()
-        rows[:, 2:] /= self.processes  # the means were added up too
+        rows[:, 2:] /= self.processes  # all_reduce added up the means too
         return pd.DataFrame(rows.numpy(), columns=self._names)
 
     def restore(self, batches: dict[str, list[float]], device: torch.device) -> None:
-        """Continue from earlier `batches()`, whatever the number of processes was."""
+        """Continue from earlier `batches()`, whatever the number of processes was then."""
         if batches:
             rows = torch.tensor([*batches.values()], dtype=torch.float64).T
             rows[:, :2] /= self.processes
@@ -45,7 +45,7 @@ class BatchMeter:
 
 
 def means(batches: pd.DataFrame) -> dict[str, float]:
-    """Each loss and the accuracy, averaged over images; the losses leave out batches whose loss is not finite."""
+    """Each loss and the accuracy, averaged over images. The losses ignore batches whose loss is not finite."""
     finite = batches[np.isfinite(batches["loss"])]
     losses = finite.drop(columns=["size", "hits"])
     averages = {name: np.average(values, weights=finite["size"]).item() for name, values in losses.items()}
@@ -58,13 +58,13 @@ def first_logits(outputs: Any) -> Any:
 
 
 def are_probabilities(logits: torch.Tensor) -> bool:
-    """Whether outputs (images × classes) are non-negative and sum to 1 for each image, as after a softmax."""
+    """Whether outputs (images × classes) are non-negative and sum to 1 per image, as after a softmax."""
     return bool((logits >= 0).all() and (logits.sum(1) - 1).abs().max() < 1e-3)
 
 
 def summary(rows: list[dict], metric: str, test: dict[str, float]) -> dict[str, float]:
-    """A finished training, from its history and test metrics: epochs, best epoch, its validation metrics, ... The best
-    epoch, whose weights a trainer restores, is the first with the best validation `metric`.
+    """Summarise a finished training: epochs, best epoch, its validation metrics, ... The best epoch, whose weights the
+    trainer restores, is the first with the best validation `metric`.
     """
     best = (max if metric == "accuracy" else min)(rows, key=lambda row: row[f"val_{metric}"])
     validation = {name: best[name] for name in ("val_loss", "val_accuracy")}

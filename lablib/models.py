@@ -1,4 +1,4 @@
-"""The networks: images in (float, batch × channels × height × width: `image_shape`), logits out (batch × classes)."""
+"""The networks, from images (float, batch × `image_shape`: channels, height, width) to logits (batch × classes)."""
 
 import json
 import math
@@ -13,10 +13,10 @@ from torchvision.ops import Conv2dNormActivation
 
 
 class _Saved(PyTorchModelHubMixin):
-    """`save_pretrained` and `from_pretrained`, which refuses the weights of another network."""
+    """Adds `save_pretrained`, and `from_pretrained`, which refuses the weights of a different network."""
 
     def __new__(cls, *args, **kwargs):
-        json.dumps([args, kwargs])  # TypeError for NumPy's scalars: the mixin, and so a run, would name the default
+        json.dumps([args, kwargs])  # TypeError for NumPy scalars: the mixin, and so a run, would record the default
         return super().__new__(cls, *args, **kwargs)
 
     @classmethod
@@ -27,7 +27,7 @@ class _Saved(PyTorchModelHubMixin):
 class MLP(nn.Module, _Saved):
     """A plain multilayer perceptron: (Linear, ReLU, Dropout) for each hidden size, then a linear classifier.
 
-    `initialisation="he"` draws weights for ReLU, with biases of 0 (He et al. 2015, https://arxiv.org/abs/1502.01852).
+    `initialisation="he"` draws weights for ReLU and zeroes biases (He et al. 2015, https://arxiv.org/abs/1502.01852).
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class MLP(nn.Module, _Saved):
 
 
 class ResidualBlock(nn.Module):
-    """F(x) + x, with x projected if the widths differ, or F(x) alone (He et al. 2015, https://arxiv.org/abs/1512.03385)."""
+    """F(x) + x, projecting x if the widths differ; or only F(x) (He et al. 2015, https://arxiv.org/abs/1512.03385)."""
 
     def __init__(self, in_features: int, out_features: int, dropout: float = 0.1, shortcut: bool = True):
         super().__init__()
@@ -72,7 +72,7 @@ class ResidualBlock(nn.Module):
 
 
 class ResidualMLP(nn.Module, _Saved):
-    """ResidualBlocks with a ReLU after each, one for each hidden size, then a linear classifier; else as `MLP`."""
+    """Like `MLP`, but with a ResidualBlock and a ReLU for each hidden size, then a linear classifier."""
 
     def __init__(
         self,
@@ -97,7 +97,7 @@ class ResidualMLP(nn.Module, _Saved):
 class SimpleCNN(nn.Module, _Saved):
     """A stem of `width` channels and `depth` stages (3 × 3 convolution, batch norm, ReLU), then a linear classifier.
 
-    Each stage halves resolution and doubles channels. Raises ValueError for a side of fewer than 2**depth pixels.
+    Each stage halves the resolution and doubles the channels. Raises ValueError for sides shorter than 2**depth pixels.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class SimpleCNN(nn.Module, _Saved):
 
 
 class PlainBlock(BasicBlock):
-    """torchvision's BasicBlock without its shortcut: the same two convolutions, with nothing added to them."""
+    """torchvision's BasicBlock without the shortcut: the same two convolutions, with nothing added to their output."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out = self.relu(self.bn1(self.conv1(x)))
@@ -129,9 +129,9 @@ class PlainBlock(BasicBlock):
 
 
 class ResidualCNN(SimpleCNN):
-    """`SimpleCNN` with two BasicBlocks as each stage (He et al. 2015, https://arxiv.org/abs/1512.03385).
+    """Like `SimpleCNN`, but each stage is two BasicBlocks (He et al. 2015, https://arxiv.org/abs/1512.03385).
 
-    A stage's first block has a 1 × 1 convolution and batch norm on its shortcut; `shortcut=False` has no shortcuts.
+    The shortcut of a stage's first block has a 1 × 1 convolution and batch norm; `shortcut=False` removes shortcuts.
     """
 
     def __init__(
@@ -142,7 +142,7 @@ class ResidualCNN(SimpleCNN):
         num_classes: int = 10,
         shortcut: bool = True,
     ):
-        self.shortcut = shortcut  # which `_stage` needs
+        self.shortcut = shortcut  # `_stage` needs it
         super().__init__(depth, width, image_shape, num_classes)
 
     def _stage(self, inplanes: int, planes: int) -> nn.Module:

@@ -1,4 +1,4 @@
-"""The run store: a finished run is loaded, an interrupted one resumed, a new one trained."""
+"""The run store: finished runs are loaded, interrupted ones resumed, new ones trained."""
 
 import argparse
 import copy
@@ -33,14 +33,14 @@ from lablib.identity import build_seeded, described_network, json_digest, run_id
 from lablib.metrics import are_probabilities, first_logits, summary
 
 Key = tuple[str, int]  # a run's model and seed
-PUBLISHED = Path(__file__).resolve().parents[1] / "results" / "runs"  # runs that every checkout has, without weights
+PUBLISHED = Path(__file__).resolve().parents[1] / "results" / "runs"  # runs in every checkout, without weights
 _WEIGHTS = "model.safetensors"
 _NOT_WHOLE = "a new copy with the trained weights gives different logits: what training changes must be in state_dict()"
 
 
 @dataclass(frozen=True)
 class Run:
-    """A finished training; `path` holds what was measured and, unless it was published, the best epoch's weights."""
+    """A finished training; `path` has its measurements and, unless it is a published run, the best epoch's weights."""
 
     path: Path
     result: dict[str, Any]
@@ -51,7 +51,7 @@ class Run:
         return json.loads((self.path / "identity.json").read_bytes())
 
     def load_weights(self, model: nn.Module) -> nn.Module:
-        """Put the best epoch's weights into a model and return it in eval mode. Raises ValueError if any is missing."""
+        """Load the best epoch's weights into a model; return it in eval mode. ValueError if missing or incomplete."""
         if _NOT_WHOLE in self.result.get("notes", []):
             raise ValueError(f"the run {self.path.name} cannot be loaded: {_NOT_WHOLE}")
         if not (self.path / _WEIGHTS).exists():
@@ -60,8 +60,8 @@ class Run:
         return model.eval()
 
     def measured(self) -> dict[str, np.ndarray]:
-        """Measured with the best weights: each test image's class, `test_class` (int16), and its probability,
-        `test_confidence` (float16); `validation_logits` (float16, images × classes) at `validation_images` (int64);
+        """Measured with the best weights: each test image's predicted class, `test_class` (int16), its probability,
+        `test_confidence` (float16), and `validation_logits` (float16, images × classes) of `validation_images` (int64).
         `gradient_initial` and `gradient_trained` (float32, by layer, if any): see `diagnostics.gradient_norms`.
         """
         with np.load(self.path / "measured.npz") as arrays:
@@ -70,7 +70,7 @@ class Run:
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """The network of a finished run, loaded when it is needed: a teacher that is identified by its run."""
+    """The network of a finished run, loaded on demand, for example a teacher; its run identifies it."""
 
     run: Run
     build_model: Callable[[], nn.Module]
@@ -79,7 +79,7 @@ class TrainedModel:
         return {"run": self.run.path.name}
 
     def load(self) -> nn.Module:
-        """The network with its best weights, in eval mode. Raises ValueError if they, or its code, are not there."""
+        """The network with its best weights, in eval mode. ValueError if they are missing or the code has changed."""
         model, described = described_network(self.build_model, self.run.result["seed"])
         if json_digest(described) != json_digest(self.run.identity["model"]):
             raise ValueError(f"the function that builds {described['class']} has changed since the run was trained")
@@ -98,10 +98,10 @@ def train_or_load(
     identity: dict[str, Any] | None = None,
     bar: TextIO | None = None,
 ) -> Run:
-    """Load a finished run, from `output_dir` or from the published ones; resume an interrupted one; train a new one.
+    """Load a finished run from `output_dir` or the published ones, resume an interrupted one, or train a new one.
 
-    `trainer_class` replaces StreamlinedTrainer: a class, or a `functools.partial` with a teacher. With `weights`,
-    published runs do not count. A run is trained again if damaged, and awaited if another process trains it. `bar`: a
+    `trainer_class` replaces StreamlinedTrainer: a class, or a `functools.partial` with a teacher. `weights` excludes
+    published runs. A damaged run is trained again; if another process is training the run, this one waits. `bar`: a
     file for a progress bar. Raises as `run_identity` and the trainer, and RuntimeError if `identity` no longer holds.
     """
     now = run_identity(build_model, config, data, trainer_class, callbacks)
@@ -110,15 +110,15 @@ def train_or_load(
         raise RuntimeError(f"the {' and '.join(changed)} of this run no longer match what was asked for: {advice}")
     trainer_class, callbacks = copy.deepcopy((trainer_class, callbacks)) if identity else (trainer_class, callbacks)
     path, together = Path(config.output_dir) / run_name(now), num_processes() > 1
-    first = not together or config.to_training_arguments(str(path)).process_index == 0  # the arguments make the group
+    first = not together or config.to_training_arguments(str(path)).process_index == 0  # the arguments form the group
     key = path.name.rpartition("-")[0], config.seed
     shown = progress({key: path}, config.num_epochs, bar) if first and bar else nullcontext()
     with shown, FileLock(f"{path}.lock") if first else nullcontext():  # the system releases it when the process ends
         found = [find_run(path.name, config.output_dir, weights) if first else None]
         if together:
-            torch.distributed.broadcast_object_list(found)  # a list, which is filled in place
+            torch.distributed.broadcast_object_list(found)  # fills the list in place
         if not found[0]:
-            (path / "result.json").unlink(missing_ok=True)  # of a damaged run
+            (path / "result.json").unlink(missing_ok=True)  # left by a damaged run
             _train(path, now, build_model, config, data, trainer_class, callbacks)
         if together:
             torch.distributed.barrier()
@@ -126,9 +126,9 @@ def train_or_load(
 
 
 def attempt(key: Key, build_model, config, data, parent: int, wandb_mode="", **options):
-    """Train one of an experiment's runs: its key; the run, or the error and its traceback; none if interrupted."""
+    """Train a run of an experiment. Returns key, run, error and traceback; whatever does not apply is None."""
     Interruption.parent = parent if os.getppid() == parent else None  # a worker's training ends with its parent
-    if wandb_mode and os.getpid() != parent:  # the parent's may be another than when this process began
+    if wandb_mode and os.getpid() != parent:  # the parent may have changed it since this process began
         os.environ["WANDB_MODE"] = wandb_mode
     try:
         return key, train_or_load(build_model, config, data, **options), None, None
@@ -139,7 +139,7 @@ def attempt(key: Key, build_model, config, data, parent: int, wandb_mode="", **o
 
 
 def find_run(name: str, output_dir: str | Path, weights: bool = False) -> Run | None:
-    """A finished run by its name, from a store or, unless weights are needed, from the published ones; or None."""
+    """Find a finished run by name, in a store or, unless weights are needed, among the published ones; else None."""
     for folder in (output_dir,) if weights else (output_dir, PUBLISHED):
         run = load_run(Path(folder) / name)
         if run and (not weights or (run.path / _WEIGHTS).exists()):
@@ -147,16 +147,16 @@ def find_run(name: str, output_dir: str | Path, weights: bool = False) -> Run | 
 
 
 def load_run(path: Path) -> Run | None:
-    """A finished run; None if it is not finished or, with a warning, if a file is not what was written."""
+    """Load a finished run; None if it is unfinished or, with a warning, if a file has changed since."""
     if not (path / "result.json").exists():
         return None
     try:
         result = json.loads((path / "result.json").read_bytes())
         written = result.pop("sha256")
         found = {name: sha256((path / name).read_bytes()) for name in written if name != "result"}
-        found["result"] = json_digest(result)  # all of result.json but the checksums
+        found["result"] = json_digest(result)  # all of result.json except the checksums
         if changed := [name for name in found if found[name] != written[name]]:
-            raise ValueError(f"{', '.join(changed)} changed since it was finished")
+            raise ValueError(f"{', '.join(changed)} changed after the run was finished")
         return Run(path, result, [json.loads(row) for row in (path / "history.jsonl").read_text().splitlines()])
     except Exception as error:
         warn_once(f"the run {path} is damaged and does not count: {one_line(error)}")
@@ -166,13 +166,13 @@ def load_run(path: Path) -> Run | None:
 def _train(path: Path, identity, build_model, config, data, trainer_class, callbacks) -> None:
     from lablib.trainer import StreamlinedTrainer, TrainerCallback  # with transformers, which takes seconds
 
-    class Reporter(TrainerCallback):  # for whoever watches the run
+    class Reporter(TrainerCallback):  # lets others follow the run
         def on_evaluate(self, args, state, control, **kwargs):
             if state.is_world_process_zero:
                 rows = "".join(json.dumps(row) + "\n" for row in trainer.history)
                 write_atomically(path / "history.jsonl", rows.encode())
 
-        on_train_begin = on_evaluate  # the file may be ahead of the checkpoint from which a killed run resumes
+        on_train_begin = on_evaluate  # the file may be ahead of the checkpoint that a killed run resumes from
 
     given = trainer_class.keywords if isinstance(trainer_class, partial) else {}
     arguments = {name: model.load() for name, model in given.items() if isinstance(model, TrainedModel)}
@@ -222,12 +222,12 @@ def _measured(trainer, logits, build: Callable[[], nn.Module]) -> bytes:
         "validation_logits": answers.cpu().numpy().astype(np.float16),
     }
     off = (again - answers).abs().mean() / answers.abs().mean()
-    if off > (0.01 if trainer.precision == "fp32" else 0.1):  # rounding is far less
+    if off > (0.01 if trainer.precision == "fp32" else 0.1):  # rounding errors are far smaller
         trainer.notes.append(_NOT_WHOLE)
         warn(f"{type(copied).__name__}: {_NOT_WHOLE}")
     chosen = train.__getitems__(fixed_sample(len(train), 256))
     batch = trainer.prepare_images(chosen["images"].to(device), training=False), chosen["labels"].to(device)
-    with suppress(RuntimeError):  # a model without layers to measure
+    with suppress(RuntimeError):  # the model has no layers to measure
         for when, model in {"initial": initial, "trained": copied}.items():
             arrays[f"gradient_{when}"] = gradient_norms(model, batch, trainer.outputs)["rms"].to_numpy(np.float32)
     np.savez_compressed(content := io.BytesIO(), **arrays)
@@ -235,7 +235,7 @@ def _measured(trainer, logits, build: Callable[[], nn.Module]) -> bytes:
 
 
 def _write(path: Path, result: dict[str, Any], files: dict[str, bytes]) -> None:
-    """Write a run's files, and last the result with their checksums, which makes it a finished one."""
+    """Write a run's files, then the result with their checksums, which marks the run as finished."""
     path.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         write_atomically(path / name, content)
@@ -245,15 +245,15 @@ def _write(path: Path, result: dict[str, Any], files: dict[str, bytes]) -> None:
 
 @contextmanager
 def progress(paths: Mapping[Key, Path], num_epochs: int, file: TextIO | None = None):
-    """One bar over all epochs of all runs, which reads the runs' files, wherever they are trained."""
+    """Show one bar for all epochs of all runs; it reads the runs' files, so they may be trained anywhere."""
 
     def show():
         done = 0
         for (model, seed), path in paths.items():
             if (path / "result.json").exists():
-                done += num_epochs  # also if it stopped early
+                done += num_epochs  # even if it stopped early
                 continue
-            with suppress(OSError, ValueError, IndexError):  # nothing yet, or cut off when the power failed
+            with suppress(OSError, ValueError, IndexError):  # nothing yet, or truncated by a power failure
                 rows = [json.loads(row) for row in (path / "history.jsonl").read_text().splitlines()]
                 done += len(rows)
                 metrics = f"loss {rows[-1]['train_loss']:.3f}, validation {100 * rows[-1]['val_accuracy']:.1f} %"
@@ -266,10 +266,10 @@ def progress(paths: Mapping[Key, Path], num_epochs: int, file: TextIO | None = N
 
     file = file or sys.stdout  # a notebook would show stderr as an error
     look = "{percentage:3.0f}%|{bar:8}| {n_fmt}/{total_fmt} epochs [{elapsed}<{remaining}{postfix}]"
-    pace = {"miniters": 0, "mininterval": 0.1 if file.isatty() else 10, "smoothing": 0}  # time left from the mean speed
+    pace = {"miniters": 0, "mininterval": 0.1 if file.isatty() else 10, "smoothing": 0}  # time left by mean speed
     bar = tqdm(total=num_epochs * len(paths), file=file, bar_format=look, **pace)
     show()
-    bar.initial = bar.n  # resumed runs do not count for the speed
+    bar.initial = bar.n  # epochs finished before do not count towards the speed
     stop, watcher = threading.Event(), threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
@@ -279,13 +279,13 @@ def progress(paths: Mapping[Key, Path], num_epochs: int, file: TextIO | None = N
         watcher.join()
         show()
         bar.close()
-        if isinstance(interrupt := sys.exception(), KeyboardInterrupt):  # its text is a traceback's last line
+        if isinstance(interrupt := sys.exception(), KeyboardInterrupt):  # its text ends the traceback
             interrupt.args = (f"interrupted at epoch {bar.n} of {bar.total}; run again to resume",)
             print(f"\n{interrupt}", file=file, flush=True)
 
 
 def publish(run: Run, folder: Path | None = None) -> Path:
-    """Copy a finished run without its weights, unless it is there already, and return its new path."""
+    """Copy a finished run without its weights, unless it is already published, and return the new path."""
     target = (folder or PUBLISHED) / run.path.name
     if not load_run(target):
         names = ("history.jsonl", "identity.json", "measured.npz")
@@ -297,7 +297,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """`python -m lablib.runs list | publish | clean`"""
     parser = argparse.ArgumentParser(prog="python -m lablib.runs", description=__doc__)
     parser.add_argument("command", choices=["list", "publish", "clean"])
-    parser.add_argument("output_dir", nargs="?", default="runs", type=Path, help="the run store (runs)")
+    parser.add_argument("output_dir", nargs="?", default="runs", type=Path, help="the run store (default: runs)")
     options = parser.parse_args(arguments)
     runs = {path: load_run(path) for path in sorted(options.output_dir.glob(f"*-{'[0-9a-f]' * 12}/"))}
     if options.command == "publish":
@@ -308,7 +308,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"{len(unfinished)} unfinished or damaged", *unfinished, sep="\n")
         if unfinished and input(f"Delete these {len(unfinished)}? [y/N] ") == "y":
             for path in unfinished:
-                # not one that a process trains now or has finished meanwhile; the lock files stay, as some may wait
+                # not one that is being trained or was just finished; lock files stay, as a process may be waiting
                 with suppress(Timeout), FileLock(f"{path}.lock", blocking=False):
                     if not load_run(path):
                         shutil.rmtree(path)

@@ -1,6 +1,6 @@
-"""Tables of runs -> means, intervals, paired comparisons and tables of results.
+"""Means, intervals, paired comparisons and result tables, from tables of runs.
 
-A *frame* has a row per run: model, seed, dataset, test_accuracy (a fraction, NaN if it failed), `error` (why), ...
+A *frame* has one row per run: model, seed, dataset, test_accuracy (a fraction, NaN if it failed), error (why), ...
 """
 
 import math
@@ -11,7 +11,7 @@ from typing import NamedTuple
 import pandas as pd
 from scipy import stats
 
-MIN_SEEDS = 3  # with two, an interval means little: tables, figures and verdicts show none
+MIN_SEEDS = 3  # with two, an interval means little, so none is shown
 
 
 class Summary(NamedTuple):
@@ -35,7 +35,7 @@ def _hundredths(mean: float, ci95: float = math.nan, sign: str = "", unit: str =
 
 
 def summarise(values: Sequence[float]) -> Summary:
-    """Summary of those values that are not NaN; `ci95` is NaN for fewer than `MIN_SEEDS` values or equal ones."""
+    """Summarise the values that are not NaN. `ci95` is NaN for fewer than `MIN_SEEDS` values or if all are equal."""
     series = pd.Series(values, dtype=float).dropna()
     error = stats.sem(series) if len(series) >= MIN_SEEDS else 0
     ci95 = math.nan if error < 1e-12 else float(stats.t.ppf(0.975, len(series) - 1) * error)  # equal up to rounding
@@ -43,10 +43,10 @@ def summarise(values: Sequence[float]) -> Summary:
 
 
 def compare(frame: pd.DataFrame, pairs: Mapping[str, tuple[str, str]], metric: str = "test_accuracy") -> pd.DataFrame:
-    """Paired differences, first − second, by the label of each pair of models, over the seeds that both have, if any:
-    label, first, second, n, mean, std, ci95, p_value (paired t-test), p_adjusted (Benjamini and Hochberg's correction
-    over the rows of one question), significant (adjusted p < 0.05), and by_seed ({seed: difference}). Labels such as
-    "the shortcut, depth 2" that differ only in depth are one question, all others another.
+    """Paired differences, first − second, over the seeds that both models of a pair have (pairs without any are left
+    out): label, first, second, n, mean, std, ci95, p_value (paired t-test), p_adjusted (Benjamini and Hochberg, over
+    the rows of one question), significant (adjusted p < 0.05), by_seed ({seed: difference}). Labels that differ only in
+    depth, such as "the shortcut, depth 2", are one question; all labels without a depth are another.
     """
     values = frame.dropna(subset=metric).pivot(index="seed", columns="model", values=metric)
     known = [(label, one, other) for label, (one, other) in pairs.items() if {one, other} <= {*values}]
@@ -54,7 +54,7 @@ def compare(frame: pd.DataFrame, pairs: Mapping[str, tuple[str, str]], metric: s
 
 
 def compare_effects(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
-    """A table like `compare`'s: first's paired differences − second's, by seed, for the labels that both have."""
+    """A table like `compare`'s of first's differences − second's, paired by seed, for the labels that both have."""
     comparisons = []
     for row in first.merge(second, on="label", validate="one_to_one").itertuples():
         effects = f"{row.first_x} − {row.second_x}", f"{row.first_y} − {row.second_y} in the other experiment"
@@ -90,14 +90,14 @@ def points(row: Mapping) -> str:
 
 
 def verdict(row: Mapping, word: str = "better") -> str:
-    """A comparison as a sentence that claims no more than its interval supports; the larger value is `word`."""
+    """A comparison as a sentence that claims no more than its interval supports. The larger value is `word`."""
     first, second = row["first"], row["second"]
     if math.isnan(row["ci95"]):
-        why = "too few seeds to tell" if row["n"] < MIN_SEEDS else "the same with every seed, so there is no interval"
+        why = "too few seeds to tell" if row["n"] < MIN_SEEDS else "the same for every seed, so there is no interval"
         return f"{first} − {second}: {points(row)}, {why}."
     if not row["significant"]:
         return f"No significant difference between {first} and {second}: {points(row)}."
-    if " − " in first:  # effects, which have a sign: the larger is not always better
+    if " − " in first:  # effects have a sign: larger is not always better
         return f"**{first} is {'larger' if row['mean'] > 0 else 'smaller'} than {second}**: {points(row)}."
     larger, smaller = (first, second) if row["mean"] > 0 else (second, first)
     return f"**{larger} is {word} than {smaller}**: {points({**row, 'mean': abs(row['mean'])})}."
@@ -110,7 +110,7 @@ def verdicts(comparison: pd.DataFrame, word: str = "better") -> str:
 
 
 def effects_table(comparisons: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """Comparisons as text, in percentage points: one row per label, one column per comparison, * if significant."""
+    """Comparisons as text, in percentage points: one row per label, one column per comparison; * if significant."""
     columns = {}
     for name, table in comparisons.items():
         rows = table.itertuples()
@@ -120,7 +120,7 @@ def effects_table(comparisons: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 
 
 def results_table(frame: pd.DataFrame, reference: Mapping[str, float] | None = None) -> pd.DataFrame:
-    """One row per model, in order; `reference`: published accuracies. ValueError for two runs of a model and seed."""
+    """One row per model, in order. `reference`: published accuracies. ValueError if a model has a seed twice."""
     if frame.duplicated(["model", "seed"]).any():
         raise ValueError("two runs of a model have the same seed; give one of the models another name")
     columns = {"dataset": ("dataset", "first"), "parameters": ("parameters", "first"), "n": ("test_accuracy", "count")}
@@ -134,7 +134,7 @@ def results_table(frame: pd.DataFrame, reference: Mapping[str, float] | None = N
 
 
 def readable_table(table: pd.DataFrame) -> pd.DataFrame:
-    """A `results_table` as text to read, with percent signs, intervals and thousands separators."""
+    """A `results_table` as readable text, with percent signs, intervals and thousands separators."""
     whole = "{:,.0f}".format
     columns = {"parameters": ("parameters", whole), "validation accuracy": ("val_accuracy_mean", _hundredths)}
     columns |= {"balanced accuracy": ("balanced_accuracy_mean", _hundredths), "reference": ("reference", _hundredths)}
@@ -158,25 +158,25 @@ def recommend(table: pd.DataFrame) -> str:
 
 
 def save_table(table: pd.DataFrame, path: str | Path) -> pd.DataFrame:
-    """Write a table as CSV with all digits, making its folder, and return it."""
+    """Write a table as CSV with all digits, creating its folder, and return the table."""
     Path(path).expanduser().parent.mkdir(parents=True, exist_ok=True)
     table.to_csv(path, index=False)
     return table
 
 
 def with_depth(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows whose model has a name like "ResidualMLP-8", with its family and depth (int) as further columns."""
+    """The rows whose model has a name like "ResidualMLP-8", with the columns family and depth (int) added."""
     parts = table["model"].str.extract(r"^(?P<family>.+)-(?P<depth>\d+)$")
     return table.assign(**parts).dropna(subset="depth").astype({"depth": int})
 
 
 def with_knobs(table: pd.DataFrame) -> pd.DataFrame:
-    """The finished runs whose model has a name like "T = 4, α = 0.7", with temperature and alpha (float) as columns."""
+    """The finished runs of models named like "T = 4, α = 0.7", with the columns temperature and alpha (float) added."""
     knobs = table["model"].str.extract(r"^T = (?P<temperature>.+), α = (?P<alpha>.+)$").astype(float)
     return table.assign(**knobs).dropna(subset=["temperature", "val_accuracy"])
 
 
 def gradient_ratios(gradients: pd.DataFrame) -> pd.DataFrame:
-    """The first layer's gradient over the last hidden one's (NaN if 0) by run, from `Experiment.gradients()`."""
+    """Each run's ratio of first to last hidden layer's gradient (NaN if that is 0), from `Experiment.gradients()`."""
     layers = gradients.groupby(["model", "seed", "when"], sort=False)["rms"]
     return layers.agg(lambda rms: rms.iloc[0] / (rms.iloc[-2:-1].sum() or math.nan)).rename("ratio").reset_index()

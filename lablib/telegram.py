@@ -15,14 +15,14 @@ from transformers import TrainerCallback
 from lablib.config import one_line, redacted, warn
 from lablib.tracking import final_result, harmless
 
-for _name in ("httpx", "httpcore.connection", "httpcore.http11"):  # they log the URL, and the token is part of it
+for _name in ("httpx", "httpcore.connection", "httpcore.http11"):  # they log the URL, which contains the token
     logging.getLogger(_name).addFilter(lambda record: "/bot" not in record.getMessage())
 
 
 class TelegramNotifier:
-    """Sends a bot's messages to a chat; without arguments, those in TELEGRAM_BOT_TOKEN and TELEGRAM_CHAT_ID.
+    """Sends a bot's messages to a chat, by default those in TELEGRAM_BOT_TOKEN and TELEGRAM_CHAT_ID.
 
-    Raises RuntimeError for wrong ones, and ConnectionError if there is no useful answer.
+    Raises RuntimeError if either is wrong, and ConnectionError if Telegram gives no useful answer.
     """
 
     base_url = "https://api.telegram.org"
@@ -33,26 +33,26 @@ class TelegramNotifier:
         token = bot_token.get_secret_value() if isinstance(bot_token, SecretStr) else bot_token
         token = (token or os.environ.get("TELEGRAM_BOT_TOKEN", "")).strip()
         self.chat_id = str(chat_id or os.environ.get("TELEGRAM_CHAT_ID", "")).strip()
-        if not (re.fullmatch(r"\d+:[\w-]{30,}", token, re.ASCII) and self.chat_id):  # `redacted` finds such a token
+        if not (re.fullmatch(r"\d+:[\w-]{30,}", token, re.ASCII) and self.chat_id):  # `redacted` removes such a token
             raise RuntimeError("set TELEGRAM_BOT_TOKEN to a token such as 123456789:AAq7… and TELEGRAM_CHAT_ID")
         self._url = SecretStr(f"{self.base_url}/bot{token}/")
 
     def check(self) -> str:
-        """Ask Telegram whose token this is; the answer names the bot."""
+        """Ask Telegram which bot the token belongs to, and return its name in a sentence."""
         bot = self._call("getMe")
         return f"The token belongs to {bot['first_name']} (@{bot['username']})."
 
     def send_message(self, text: str) -> None:
-        """Send plain text, cut off after 4000 characters; Telegram refuses more than 4096 and counts emoji twice."""
+        """Send plain text, cut to 4000 characters: Telegram refuses more than 4096, and counts emoji twice."""
         self._call("sendMessage", text=text[:4000])
 
     def _call(self, method: str, **fields: str) -> dict:
         options = {"data": {"chat_id": self.chat_id, **fields}, "timeout": self.timeout, "trust_env": False}
-        for attempt in range(3):  # what may succeed later is tried again
+        for attempt in range(3):  # retry what may succeed later
             time.sleep(attempt * self.pause)
             try:
                 reply = json.loads(redacted(httpx.post(self._url.get_secret_value() + method, **options).text))
-            except Exception as error:  # which would show the URL
+            except Exception as error:  # its text would show the URL
                 reply = {"description": f"no answer ({type(error).__name__})"}
             if reply.get("ok"):
                 return reply["result"]
@@ -65,7 +65,7 @@ class TelegramNotifier:
 
 
 class _Messages:
-    """Sends the outcome of a run or an experiment; first a thread asks Telegram whether it accepts the token."""
+    """Sends the outcome of a run or an experiment. At the start, a thread checks that Telegram accepts the token."""
 
     service, broken = "Telegram", False
 
@@ -87,7 +87,7 @@ class _Messages:
 
 
 class TelegramCallback(_Messages, TrainerCallback):
-    """Sends a run's result when it ends; if it fails, where and why."""
+    """Sends a run's result when it ends or, if it fails, the error and the epoch."""
 
     def __init__(self, trainer):
         self.broken = not trainer.is_world_process_zero()
@@ -103,7 +103,7 @@ class TelegramCallback(_Messages, TrainerCallback):
 
 
 class ExperimentMessages(_Messages, AbstractContextManager):
-    """Sends an experiment's outcome, as a context manager around its training; its runs send nothing."""
+    """A context manager around an experiment's training that sends its outcome; the runs send nothing."""
 
     @harmless
     def __exit__(self, kind, error, trace):

@@ -1,4 +1,4 @@
-"""Weights & Biases: each run is logged there. If an optional service fails, training continues."""
+"""Logs each run to Weights & Biases. If an optional service fails, training continues."""
 
 import os
 
@@ -8,7 +8,7 @@ from transformers import TrainerCallback
 from lablib.config import one_line, warn
 from lablib.metrics import summary
 
-# The fields of a TrainingConfig that are logged: an allow-list of what may leave this machine; others hold secrets.
+# The fields of a TrainingConfig that may leave this machine. An allow-list, since some of the others hold secrets.
 LOGGED = [
     "num_epochs", "batch_size", "learning_rate", "optimizer", "weight_decay", "lr_schedule", "warmup_fraction",
     "max_grad_norm", "validation_split", "max_train_images", "early_stopping_patience", "early_stopping_metric",
@@ -20,14 +20,14 @@ _TIMEOUT = 7.0  # seconds, for W&B's server to answer and for a run to begin
 
 
 def harmless(method):
-    """Decorate a method of a service: its first error becomes a warning, after which the service does nothing."""
+    """Decorate a service's method: its first error becomes a warning, and from then on the service does nothing."""
 
     def guarded(self, *args, **kwargs):
         try:
             if not self.broken:
                 method(self, *args, **kwargs)
         except Exception as error:
-            if not self.broken:  # by another thread
+            if not self.broken:  # another thread may have warned
                 self.broken = True
                 warn(f"{self.service}: {one_line(error)}; continuing without it")
 
@@ -35,13 +35,13 @@ def harmless(method):
 
 
 def final_result(trainer) -> dict[str, float]:
-    """The `summary` of a finished run, whose best weights are loaded by now; under `torchrun` without test metrics."""
-    test = trainer.test() if trainer.args.world_size == 1 else {}  # in which every process would have to take part
+    """The `summary` of a finished run once its best weights are loaded; without test metrics under `torchrun`."""
+    test = trainer.test() if trainer.args.world_size == 1 else {}  # every process would have to take part
     return summary(trainer.history, trainer.config.early_stopping_metric, test)
 
 
 class WandbCallback(TrainerCallback):
-    """Makes a W&B run for each run, or continues that of a resumed one; docs/services.md says what it has."""
+    """Creates a W&B run for each run, or continues a resumed one's; docs/services.md lists what is logged."""
 
     service, run = "Weights & Biases", None
 
@@ -67,7 +67,7 @@ class WandbCallback(TrainerCallback):
                 name=trainer.run_name,
                 id=trainer.wandb_id,
                 resume="allow",
-                reinit="create_new",  # a run that the user has open is left alone
+                reinit="create_new",  # leaves alone a run that the user has open
                 config=described,
                 dir=os.environ.get("WANDB_DIR", os.path.abspath(config.output_dir)),
                 mode=mode,
@@ -82,7 +82,7 @@ class WandbCallback(TrainerCallback):
             tensors = {f"parameters/{name}": p.detach() for name, p in model.named_parameters()}
             tensors |= {f"gradients/{name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
             histograms = {name: Histogram(t[t.isfinite()].float().cpu()) for name, t in tensors.items()}
-            self.run.log(histograms, step=len(self.trainer.history) + 1)  # part of the row that `on_evaluate` logs
+            self.run.log(histograms, step=len(self.trainer.history) + 1)  # same row as `on_evaluate` logs
 
     @harmless
     def on_evaluate(self, args, state, control, **kwargs):
@@ -92,25 +92,25 @@ class WandbCallback(TrainerCallback):
     @harmless
     def on_train_end(self, args, state, control, **kwargs):
         if self.run:
-            self.run.summary.update({**final_result(self.trainer), "error": None})  # clears an earlier interruption's
+            self.run.summary.update({**final_result(self.trainer), "error": None})  # clears an earlier error
             self.run.finish(exit_code=0)
 
     @harmless
     def on_train_failed(self, error: BaseException) -> None:
         if self.run:
-            self.run.summary.update({"error": type(error).__name__})  # its message may contain private information
+            self.run.summary.update({"error": type(error).__name__})  # the message may be private
             self.run.finish(exit_code=1)
 
 
 def mode_here() -> str:
-    """W&B's mode, for all runs of an experiment; empty, after a warning, if W&B cannot be used. Never prompts."""
+    """The W&B mode for all runs of an experiment; empty, with a warning, if W&B cannot be used. Never prompts."""
     try:
         import wandb
 
         settings = wandb.setup().settings
         mode = os.environ.get("WANDB_MODE", settings.mode)
         if mode not in ("offline", "disabled"):
-            httpx.head(settings.base_url, timeout=_TIMEOUT, verify=False)  # W&B would try for longer; sends no secret
+            httpx.head(settings.base_url, timeout=_TIMEOUT, verify=False)  # W&B would retry for longer; sends no secret
             if not wandb.login(prompt=False, verify=False):
                 raise RuntimeError("not logged in, or another run is open; run `wandb login` or set WANDB_API_KEY")
         return mode

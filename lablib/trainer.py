@@ -1,4 +1,4 @@
-"""StreamlinedTrainer: trains one model on one data set, as a transformers.Trainer with a loop of its own."""
+"""StreamlinedTrainer trains one model on one data set: a transformers.Trainer with its own training loop."""
 
 import math
 import platform
@@ -35,7 +35,7 @@ from lablib.metrics import BatchMeter, are_probabilities, first_logits, means
 Outputs = torch.Tensor | tuple[torch.Tensor, ...]  # logits (batch × classes), or a tuple that begins with them
 
 _OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
-# methods of a transformers.Trainer that this one's loop does not call
+# methods of transformers.Trainer that this training loop does not call
 _UNUSED = "get_train_dataloader", "_get_train_sampler", "prediction_step", "evaluation_loop", "_inner_training_loop"
 _HINT = "a smaller learning_rate or max_grad_norm=1.0 may help"
 _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -46,24 +46,24 @@ class NonFiniteLossError(ArithmeticError):
 
 
 class SanityCheckError(RuntimeError):
-    """The training would fail at its first step or hours later; it has not started."""
+    """Training has not started, because it would fail at its first step or hours later."""
 
 
 class StreamlinedTrainer(transformers.Trainer):
     """Trains, validates after each epoch, stops early and restores the best weights; `.test()` evaluates the test set.
 
-    The training set is split by class into a training and a validation part. Augmentation and normalisation happen in
-    the training step, on the device. Callbacks, `create_optimizer` and `create_scheduler` work as in any
-    `transformers.Trainer`; besides these, `outputs`, `losses` and `epoch_order` may be overridden.
+    The training set is split into a training and a validation part, stratified by class. Augmentation and normalisation
+    happen in the training step, on the device. Callbacks, `create_optimizer` and `create_scheduler` work as in any
+    `transformers.Trainer`; `outputs`, `losses` and `epoch_order` may also be overridden.
 
     Checkpoints go to `checkpoint_dir`, by default a temporary folder: every `checkpoint_seconds` within an epoch, at
-    its end if the last is `seconds_between_epochs` old, and on SIGINT and SIGTERM. A resumed training ends as if it had
-    never stopped; `notes` says if versions or settings changed. A callback's wish to stop waits for the epoch's end.
+    its end if the last is `seconds_between_epochs` old, and on SIGINT and SIGTERM. Resumed training ends as if it had
+    never stopped; `notes` records changed versions and settings. If a callback asks to stop, the epoch is finished.
 
-    `history` has by epoch: epoch, train_loss, train_accuracy, learning_rate and grad_norm (of the last step), seconds
-    (since the run began), val_loss, val_accuracy, and the loss's terms if it has several. `run_name` is the name in
-    Weights & Biases and Telegram. `train` raises SanityCheckError before its first step (see `sanity_check`), and
-    NonFiniteLossError for a loss that is NaN or infinite.
+    `history` has a row per epoch: epoch, train_loss, train_accuracy, learning_rate and grad_norm (of the last step),
+    seconds (since the run began), val_loss, val_accuracy, and the terms of the loss if there are several. `run_name` is
+    the name in Weights & Biases and Telegram. `train` raises SanityCheckError before its first step (see
+    `sanity_check`), and NonFiniteLossError for a loss that is NaN or infinite.
     """
 
     seconds_between_epochs = 60.0
@@ -78,7 +78,7 @@ class StreamlinedTrainer(transformers.Trainer):
         run_name: str | None = None,
     ):
         if unused := [n for n in _UNUSED if getattr(type(self), n) is not getattr(transformers.Trainer, n)]:
-            raise ValueError(f"nothing calls {unused[0]}; see which methods of a StreamlinedTrainer may be overridden")
+            raise ValueError(f"nothing calls {unused[0]}; see which methods of StreamlinedTrainer may be overridden")
         hardware.check_device(config.device)
         hardware.keep_memory()
         self.config, self.data = config, data
@@ -88,7 +88,7 @@ class StreamlinedTrainer(transformers.Trainer):
             checkpoint_dir = tempfile.mkdtemp(prefix="lablib-")
             weakref.finalize(self, shutil.rmtree, checkpoint_dir, ignore_errors=True)
         args = config.to_training_arguments(checkpoint_dir)
-        most = min(1000, 2**22 // data.train_images[0].numel())  # as many images as hold 4 million values
+        most = min(1000, 2**22 // data.train_images[0].numel())  # images with 4 million values in all
         args.per_device_eval_batch_size = max(config.batch_size, most)
         images, labels = data.train_images, data.train_labels
         if hardware.fits(images, args.device):
@@ -119,7 +119,7 @@ class StreamlinedTrainer(transformers.Trainer):
         self._meter = BatchMeter(args.world_size)
 
     def train(self, resume_from_checkpoint: str | Path | bool | None = None) -> TrainOutput:
-        """Train or resume, from a checkpoint's path or (True) the newest, and load the best weights. Raises OSError."""
+        """Train, or resume from a checkpoint (a path, or True: the newest); load the best weights. Raises OSError."""
         path, saved = resume_from_checkpoint, None
         if path:
             saved = self._newest_checkpoint() if path is True else checkpoints.load_checkpoint(Path(path))
@@ -137,13 +137,13 @@ class StreamlinedTrainer(transformers.Trainer):
                         callback.on_train_failed(error)
                 raise
             finally:
-                self.is_in_train, self._trained = False, None  # which would keep the processes' group alive
+                self.is_in_train, self._trained = False, None  # it would keep the process group alive
 
     def _call(self, event: str, *more) -> None:  # the callbacks' methods
         self.control = getattr(self.callback_handler, event)(self.args, self.state, self.control, *more)
 
     def _begin(self, saved: dict[str, Any] | None) -> None:
-        """Check, seed and set up everything; then continue from a checkpoint, if there is one."""
+        """Check, set up and seed everything, then continue from a checkpoint if there is one."""
         config, args, several = self.config, self.args, self.args.world_size > 1
         sanity_check(self)
         self.model.zero_grad()
@@ -151,9 +151,9 @@ class StreamlinedTrainer(transformers.Trainer):
             nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         if config.torch_compile:
             self.model.compile()
-        if self.state.global_step:  # trained before: a further training has an optimizer and a schedule of its own
+        if self.state.global_step:  # trained before: start with a new optimizer and schedule
             self.optimizer = self.lr_scheduler = None
-        if self.is_world_process_zero():  # of another training, or damaged: their steps would pass for newer ones
+        if self.is_world_process_zero():  # of another training or damaged, they would seem newer
             checkpoints.delete_checkpoints(Path(args.output_dir), saved["state"]["global_step"] if saved else -1)
         max_steps = config.num_epochs * self.steps_per_epoch
         self._scaler = torch.amp.GradScaler(args.device.type, enabled=self.precision == "fp16")
@@ -165,7 +165,7 @@ class StreamlinedTrainer(transformers.Trainer):
         self.notes, self.wandb_id, self._stop = [], secrets.token_hex(4), False
         first = {"is_world_process_zero": self.is_world_process_zero()}
         self.state = TrainerState(0.0, 0, max_steps, num_train_epochs=config.num_epochs, **first)
-        transformers.set_seed((config.seed + args.process_index * 2_654_435_761) % 2**32)  # not a nearby seed
+        transformers.set_seed((config.seed + args.process_index * 2_654_435_761) % 2**32)  # far from other seeds
         if saved:
             vars(self.state).update(saved["state"])
             self.history, self.notes, self.wandb_id = saved["history"], saved["notes"], saved["wandb_id"]
@@ -178,14 +178,14 @@ class StreamlinedTrainer(transformers.Trainer):
             self._restore(saved)
 
     def _train_epoch(self) -> None:
-        """The steps of an epoch, or what is left of it."""
+        """Take the steps of an epoch, or those that are left."""
         epoch, done = divmod(self.state.global_step, self.steps_per_epoch)
         if not done:
             self._call("on_epoch_begin")
         order = self.epoch_order(epoch).to(self.train_dataset.indices.device)
         for number, positions in enumerate(order.split(self.config.batch_size)[done:], done + 1):
             self._call("on_step_begin")
-            if self.args.world_size > 1:  # the last batch is filled up from the epoch's first, and each has its share
+            if self.args.world_size > 1:  # fill up the last batch with the epoch's first images; each takes its share
                 filled = torch.cat([positions, order])[: self.config.batch_size]
                 positions = filled.chunk(self.args.world_size)[self.args.process_index]
             batch = self._prepare_inputs(self.train_dataset.__getitems__(positions))
@@ -197,12 +197,12 @@ class StreamlinedTrainer(transformers.Trainer):
             if number < self.steps_per_epoch:
                 if self.control.should_evaluate or self.control.should_log or self.control.should_epoch_stop:
                     advice = "let it ask in on_epoch_end, or set max_train_images for shorter epochs"
-                    raise ValueError(f"a callback asks to evaluate, to log or to stop within an epoch; {advice}")
-                if self.args.world_size == 1 or number % 50 == 0:  # it takes time until all processes agree
+                    raise ValueError(f"a callback asks to evaluate, log or stop within an epoch; {advice}")
+                if self.args.world_size == 1 or number % 50 == 0:  # it takes time for all processes to agree
                     self._save_if_due(0 if self.control.should_save else self.config.checkpoint_seconds)
 
     def epoch_order(self, epoch: int) -> torch.Tensor:
-        """As many positions in `train_dataset` as it has images, in an epoch's order, which follows from the seed."""
+        """An epoch's positions in `train_dataset`, as many as it has images; the order follows from the seed."""
         generator = torch.Generator().manual_seed(self.config.seed + epoch)
         return torch.randperm(len(self.train_dataset), generator=generator)
 
@@ -213,7 +213,7 @@ class StreamlinedTrainer(transformers.Trainer):
         return loss.detach()
 
     def _update(self) -> None:
-        """Clip the gradients and take a step, which fp16's loss scaler skips if they overflow."""
+        """Clip the gradients and take a step; fp16's loss scaler skips it if they overflow."""
         limit, parameters = self.config.max_grad_norm, [p for p in self.model.parameters() if p.grad is not None]
         self._scaler.unscale_(self.optimizer)
         if limit or self.is_last_step():
@@ -227,13 +227,13 @@ class StreamlinedTrainer(transformers.Trainer):
         self._learning_rate = self.optimizer.param_groups[0]["lr"]
         self.lr_scheduler.step()
         self.model.zero_grad()
-        self.optimizer.zero_grad()  # it may have parameters of its own, such as weights of a loss
+        self.optimizer.zero_grad()  # it may have further parameters, such as those of a loss
 
     def is_last_step(self) -> bool:  # of an epoch
         return (self.state.global_step + 1) % self.steps_per_epoch == 0
 
     def _end_epoch(self) -> None:
-        """Validate, keep the weights if they are the best, and write a checkpoint if it is time."""
+        """Validate, keep the weights if they are the best so far, and write a checkpoint if one is due."""
         args, state = self.args, self.state
         self._call("on_epoch_end")
         batches = self._meter.batches()  # the only wait for the device in an epoch
@@ -278,12 +278,12 @@ class StreamlinedTrainer(transformers.Trainer):
         return (pixels * self._scale + self._offset).contiguous(memory_format=self._memory_format)
 
     def outputs(self, model: nn.Module, images: torch.Tensor) -> Outputs:
-        """What `losses` needs: a model's logits, from a dict if it returns one, or a tuple that begins with them."""
+        """The input of `losses`: a model's logits, from a dict if it returns one, or a tuple that begins with them."""
         outputs = model(images)
         return outputs["logits"] if isinstance(outputs, dict) and "logits" in outputs else outputs
 
     def losses(self, outputs: Outputs, labels: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The "loss" to minimise and other terms to record by epoch, each a mean over the batch."""
+        """The "loss" to minimise and any other terms to record per epoch, each a mean over the batch."""
         return {"loss": F.cross_entropy(outputs, labels)}
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -295,38 +295,38 @@ class StreamlinedTrainer(transformers.Trainer):
         return (losses["loss"], outputs) if return_outputs else losses["loss"]
 
     def run_model(self, model: nn.Module, images: torch.Tensor, training: bool = False) -> Outputs:
-        """Outputs in float32 for uint8 images on the device, computed in the run's precision."""
+        """Outputs for uint8 images on the device, computed in the run's precision and returned in float32."""
         pixels, half = self.prepare_images(images, training), _HALF.get(self.precision)
         with torch.autocast(self.args.device.type, half, enabled=half is not None):
             outputs = self.outputs(model, pixels)
         return tree_map(lambda t: t.float() if isinstance(t, torch.Tensor) and t.dtype == half else t, outputs)
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
-        """The config's plain optimizer, with weight decay on every parameter."""
+        """The config's optimizer, with weight decay on all parameters."""
         if self.optimizer is None:
             config = self.config
             options = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "fused": True}
             options |= {"momentum": 0.9} if config.optimizer == "sgd" else {}
             parameters = [*self.model.parameters()]
             self.optimizer = _OPTIMIZERS[config.optimizer](parameters, **options)
-            if config.optimizer == "sgd":  # or it stays uninitialised if fp16's loss scaler skips the first step
+            if config.optimizer == "sgd":  # else uninitialised if fp16's loss scaler skips the first step
                 self.optimizer.state |= {p: {"momentum_buffer": torch.zeros_like(p)} for p in parameters}
         return self.optimizer
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
-        """Loss and accuracy on the validation images, or on other `ImageBatches`, with the current weights."""
+        """Loss and accuracy on the validation images or other `ImageBatches`, with the current weights."""
         return self.predict(eval_dataset or self.eval_dataset, metric_key_prefix=metric_key_prefix).metrics
 
     def test(self) -> dict[str, float]:
-        """Loss and accuracy on the test set with the current weights: after `train()`, those of the best epoch."""
+        """Loss and accuracy on the test set with the current weights; after `train()`, these are the best epoch's."""
         return self.predict().metrics
 
     @torch.no_grad()
     def predict(self, test_dataset=None, ignore_keys=None, metric_key_prefix="test") -> PredictionOutput:
-        """Outputs, labels and metrics, of the test set by default; losses are over all images at once."""
+        """Outputs, labels and metrics, by default of the test set; losses are computed over all images at once."""
         test_dataset = test_dataset or ImageBatches(self.data.test_images, self.data.test_labels)
         if self.args.world_size > 1:
-            for buffer in self.model.buffers():  # batch norm statistics are each process's own on CPUs
+            for buffer in self.model.buffers():  # on CPUs, batch norm statistics differ between processes
                 torch.distributed.broadcast(buffer, 0)
         self.model.eval()
         parts = []
@@ -340,17 +340,17 @@ class StreamlinedTrainer(transformers.Trainer):
         return PredictionOutput(nested_numpify(outputs), labels.cpu().numpy(), metrics)
 
     def _newest_checkpoint(self) -> dict[str, Any] | None:
-        """What the newest undamaged checkpoint holds, or None; a warning names those that are damaged."""
+        """The content of the newest undamaged checkpoint, or None; a warning names damaged ones."""
         for path in checkpoints.checkpoints_in(Path(self.args.output_dir)):
             try:
                 return checkpoints.load_checkpoint(path)
             except OSError as error:
-                warn(f"{error}; an earlier checkpoint is used, or the training begins again")
+                warn(f"{error}; training resumes from an earlier checkpoint, if any, or starts again")
 
     def _save_if_due(self, seconds: float) -> None:
-        """Write a checkpoint if a signal came, after which the training ends, or if the last one is that old."""
+        """Write a checkpoint if the last one is that old, or if a signal arrived, after which training ends."""
         asked, old = self._interruption.asked, time.monotonic() - self._saved_at >= seconds
-        if self.args.world_size > 1:  # all processes decide alike
+        if self.args.world_size > 1:  # all processes must agree
             flags = torch.tensor([asked, old], dtype=torch.int32, device=self.args.device)
             torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
             asked, old = flags.tolist()
@@ -391,12 +391,12 @@ class StreamlinedTrainer(transformers.Trainer):
         self._saved_at = time.monotonic()
 
     def _restore(self, saved: dict[str, Any]) -> None:
-        """Set what a checkpoint holds besides the state: after callbacks have begun, which may set weights."""
+        """Restore the rest of a checkpoint, after the callbacks' `on_train_begin`, which may have set weights."""
         self.model.load_state_dict(saved["weights"])
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name not in saved["frozen"])
         self.optimizer.load_state_dict(saved["optimizer"])
-        for parameter, state in self.optimizer.state.items():  # fused ones mix up values in another memory format
+        for parameter, state in self.optimizer.state.items():  # fused ones mix up values in a different memory format
             for name, value in state.items():
                 if torch.is_tensor(value) and value.shape == parameter.shape:
                     state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
@@ -414,7 +414,7 @@ class StreamlinedTrainer(transformers.Trainer):
 
     @cached_property
     def environment(self) -> dict[str, str]:
-        """What a resumed training should find unchanged: settings, versions, device, number of processes."""
+        """What should be the same when training resumes: settings, versions, device, number of processes."""
         return {
             **{name: str(value) for name, value in vars(self.config).items() if name not in NOT_IDENTITY},
             **{name: version(name) for name in ("torch", "transformers")},
@@ -427,19 +427,19 @@ class StreamlinedTrainer(transformers.Trainer):
 
 
 def sanity_check(trainer: StreamlinedTrainer) -> None:
-    """Try an evaluation, a full batch and an epoch's last batch, so that a training fails in its first seconds or not.
+    """Try an evaluation, a full batch and an epoch's last batch, so that training fails in seconds rather than hours.
 
-    The model stays as it was. Raises SanityCheckError, which says what failed and what the network was given.
+    The model is left unchanged. Raises SanityCheckError, which says what failed and what the network was given.
     """
     model, train, size = trainer.model, trainer.train_dataset, trainer.config.batch_size
     name, processes = type(model).__name__, trainer.args.world_size
     attributes = [leaf for module in model.modules() for leaf in tree_leaves(vars(module))]
     unregistered = {leaf for leaf in attributes if isinstance(leaf, nn.Module)} - {*model.modules()}
     if any(p.requires_grad for module in unregistered for p in module.parameters()):
-        what = f"{name} holds layers in a list or dict of Python, so they would not be trained"
+        what = f"{name} holds layers in a plain list or dict, so they would not be trained"
         raise SanityCheckError(f"{what}; use nn.ModuleList or nn.ModuleDict, or freeze them")
     tries = [("an evaluation", trainer.eval_dataset, 16, ""), ("a full batch", train, size // processes, "")]
-    if len(train) > size and processes == 1:  # several processes fill the last batch up
+    if len(train) > size and processes == 1:  # several processes fill up the last batch
         tries.append(("the last batch of an epoch", train, len(train) % size or size, ". Use another batch_size"))
     for what, dataset, number, advice in tries:
         number = min(number, len(dataset))
@@ -462,7 +462,7 @@ def _try_training(trainer: StreamlinedTrainer, batch: dict[str, torch.Tensor]) -
     loss.backward()
     recorded = trainer._meter.batches().get("loss", [None])[0]
     if recorded is None or abs(loss.item() - recorded) > 0.01 * abs(recorded):
-        raise TypeError("histories would show another loss than compute_loss; override `losses` or `outputs` instead")
+        raise TypeError("the history would not show the loss of compute_loss; override `losses` or `outputs` instead")
 
 
 @torch.no_grad()
@@ -482,4 +482,4 @@ def _try_evaluation(trainer: StreamlinedTrainer, batch: dict[str, torch.Tensor])
     if not isinstance(losses, dict) or "loss" not in losses or any(value.ndim for value in losses.values()):
         raise TypeError('`losses` must return a dict of scalar tensors with the key "loss"')
     trainer.predict(ImageBatches(batch["images"], batch["labels"]))
-    model.load_state_dict(checkpoints.contiguous_weights(model))  # as the best epoch's
+    model.load_state_dict(checkpoints.contiguous_weights(model))  # as for the best epoch

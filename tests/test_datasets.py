@@ -179,7 +179,7 @@ def test_decoding_needs_less_memory_than_the_images(folder):
         (lambda f: os.truncate(f / "train/cat/1.png", 100), "train/cat/1.png is damaged or not an image"),
         (lambda f: (f / "train/cat/photo.heic").write_bytes(b"ftypheic"), "train/cat/photo.heic is damaged or not an"),
         (lambda f: Image.fromarray(np.uint16(PHOTO[:, :, 0])).save(f / "test/cat/0.png"), "pixels of 16 or 32 bits"),
-        (lambda f: Image.fromarray(PHOTO[1:]).save(f / "test/cat/x.png"), "cat/x.png has another size than .*/0.png"),
+        (lambda f: Image.fromarray(PHOTO[1:]).save(f / "test/cat/x.png"), "cat/x.png differs in size from .*/0.png"),
         (lambda f: (f / "test/dog").rename(f / "test/wolf"), "the same classes; .*'dog'.* and .*'wolf'"),
         (lambda f: (f / "train").rename(f / "x"), r"two or more, not \[\]; .*lablib.datasets split`"),
     ],

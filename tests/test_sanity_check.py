@@ -81,7 +81,7 @@ SMALLER = "Use a smaller batch_size or image_size"
         (Linear(nn.Softmax(1)), NO_SOFTMAX),
         (Linear(F.relu), NO_SOFTMAX),
         (Linear(torch.detach), "a full batch (9 of 27 images) fails with RuntimeError: element 0"),
-        (Listed(), "Listed holds layers in a list or dict of Python, so they would not be trained; use nn.ModuleList"),
+        (Listed(), "Listed holds layers in a plain list or dict, so they would not be trained; use nn.ModuleList"),
         (Expanded(), 'While copying the parameter named "scale"'),
         (Linear(Mock(side_effect=RuntimeError("DefaultCPUAllocator: can't allocate memory"))), SMALLER),
         (Linear(Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory."))), SMALLER),

@@ -13,7 +13,7 @@ from lablib.statistics import compare, compare_effects, results_table, summarise
 
 VALUES = [0.981, 0.984, 0.979, 0.988, 0.983]
 OTHERS = [0.976, 0.985, 0.971, 0.979, 0.981]
-SAME = "the same with every seed, so there is no interval"
+SAME = "the same for every seed, so there is no interval"
 NONE = "No significant difference between A and B"
 GAIN = "+1.00 ± 0.25 points (n = 3, adjusted p = 0.0033)"
 
