@@ -373,7 +373,7 @@ class StreamlinedTrainer(transformers.Trainer):
             "notes": self.notes,
             "wandb_id": self.wandb_id,
             "seconds": time.monotonic() - self._clock,
-            "stop": self._stop,
+            "stop": (self._stop, self.control.should_training_stop),
             "callbacks": [c.state()["attributes"] for c in callbacks if hasattr(c, "from_state")],
             "batches": self._meter.batches().to_dict("list"),
             "weights": self.model.state_dict(),
@@ -406,7 +406,7 @@ class StreamlinedTrainer(transformers.Trainer):
         stateful = (c for c in self.callback_handler.callbacks if hasattr(c, "from_state"))
         for callback, attributes in zip(stateful, saved["callbacks"], strict=False):
             vars(callback).update(attributes)
-        self._stop = saved["stop"]
+        self._stop, self.control.should_training_stop = saved["stop"]
         self._best_weights = saved["best_weights"]
         self._meter.restore(saved["batches"], self.args.device)
         self._clock = time.monotonic() - saved["seconds"]

@@ -273,8 +273,10 @@ def test_a_new_training_in_the_same_folder_is_not_taken_for_an_older_one(build):
 
 
 def test_a_callbacks_wish_to_stop_waits_for_the_end_of_the_epoch_also_after_a_resume(build):
-    stopping = At(1, lambda: None)
-    stopping.on_step_end = lambda args, state, control, **kw: setattr(control, "should_training_stop", True)
+    def stop(args, state, control, **kwargs):
+        control.should_training_stop |= state.global_step == 1
+
+    (stopping := At(1, None)).on_step_end = stop
     with pytest.raises(KeyboardInterrupt):
         build("interrupted", stopping, At(2, press_ctrl_c)).train()
     resumed, whole = (trained(build, name, stopping) for name in ("interrupted", "undisturbed"))
