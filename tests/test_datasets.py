@@ -154,6 +154,15 @@ def test_a_folder_that_changes_is_decoded_again(folder):
     assert len({before, changed, load_data(folder).fingerprint}) == 3
 
 
+def test_an_image_that_is_replaced_by_one_of_the_same_size_and_time_is_seen(folder):
+    image, prints = folder / "train" / "cat" / "a.bmp", []
+    for pixels in (PHOTO, 255 - PHOTO):
+        Image.fromarray(pixels).save(image)
+        os.utime(image, (1, 1))
+        prints.append(load_data(folder).fingerprint)
+    assert prints[0] != prints[1]
+
+
 def test_the_cache_of_a_folder_that_is_not_writable_is_in_the_temporary_folder(folder, tmp_path, monkeypatch):
     expected = load_data(folder).fingerprint
     (folder / caches(folder)[0]).unlink()

@@ -251,6 +251,19 @@ def test_what_would_give_other_results_than_asked_for_is_refused(config, tiny_da
         experiment(MODELS | {"unbuilt": lambda: 1 / 0}, config, tiny_data, 1)
 
 
+def test_a_callback_may_hold_an_array_that_its_code_uses_too(config, tiny_data):
+    weights = np.ones(3)
+
+    class Holding(TrainerCallback):
+        def __init__(self):
+            self.weights = weights
+
+        def on_epoch_end(self, *args, **kwargs):
+            assert (self.weights == weights).all()
+
+    assert len(experiment(NARROW, config, tiny_data, seeds=1, callbacks=[Holding()]).runs) == 1
+
+
 def test_a_network_whose_code_has_changed_is_no_teacher_and_not_loaded(config, tiny_data):
     state = Notes(width=4)
     result = experiment({"mine": lambda: tiny_mlp((state.width,))}, config, tiny_data, seeds=1)
