@@ -153,7 +153,7 @@ class StreamlinedTrainer(transformers.Trainer):
             self.model.compile()
         if self.state.global_step:  # trained before: start with a new optimizer and schedule
             self.optimizer = self.lr_scheduler = None
-        if self.is_world_process_zero():  # of another training or damaged, they would seem newer
+        if self.is_world_process_zero():  # those of another training, or damaged, would seem newer
             checkpoints.delete_checkpoints(Path(args.output_dir), saved["state"]["global_step"] if saved else -1)
         max_steps = config.num_epochs * self.steps_per_epoch
         self._scaler = torch.amp.GradScaler(args.device.type, enabled=self.precision == "fp16")
